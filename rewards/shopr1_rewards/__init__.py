@@ -1,0 +1,39 @@
+"""What a rollout is worth: the Shop-R1 reward, without HTTP and without a model.
+
+Only `shopr1_rewards.self_certainty` needs torch; it is not imported here.
+"""
+
+from shopr1_rewards.actions import Action, PredictedAction, read_ground_truth, read_prediction
+from shopr1_rewards.completion import Envelope, parse_strict, parse_tolerant
+from shopr1_rewards.errors import GroundTruthError, RecipeError, RewardsError
+from shopr1_rewards.format_error import FormatError, FormatFailure
+from shopr1_rewards.recipe import Recipe, load_recipe, parse_recipe, recipe_names
+from shopr1_rewards.reward import Components, Judgement, judge
+from shopr1_rewards.similarity import Tokenizer, rouge_l_f1, tokenize
+from shopr1_rewards.strict_json import Span
+
+__all__ = [
+    "Action",
+    "Components",
+    "Envelope",
+    "FormatError",
+    "FormatFailure",
+    "GroundTruthError",
+    "Judgement",
+    "PredictedAction",
+    "Recipe",
+    "RecipeError",
+    "RewardsError",
+    "Span",
+    "Tokenizer",
+    "judge",
+    "load_recipe",
+    "parse_recipe",
+    "parse_strict",
+    "parse_tolerant",
+    "read_ground_truth",
+    "read_prediction",
+    "recipe_names",
+    "rouge_l_f1",
+    "tokenize",
+]

@@ -1,0 +1,125 @@
+"""Actions: what the policy predicted and what the human did, read against a recipe's action space."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shopr1_rewards.completion import Envelope, wrong_type_message
+from shopr1_rewards.errors import GroundTruthError
+from shopr1_rewards.format_error import FormatError, FormatException, FormatFailure
+from shopr1_rewards.recipe import ActionSpace, FormatRecipe, OnFlaw
+from shopr1_rewards.strict_json import check_text, load
+
+
+@dataclass(frozen=True)
+class Action:
+    """A type and the attributes that go with it."""
+
+    type: str
+    attributes: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, str]:
+        """As the policy writes it: `{"type": …, "name": …}`."""
+        return {"type": self.type, **self.attributes}
+
+
+@dataclass(frozen=True)
+class PredictedAction:
+    """The policy's action and its flaws, none of which invalidates the format by itself.
+
+    Attributes:
+        is_known_type: whether the action space has the type.
+        missing_attributes: attributes of the type that are absent or empty.
+        extra_keys: paths of keys that the answer need not have, such as `action.confidence`.
+    """
+
+    action: Action
+    is_known_type: bool
+    missing_attributes: tuple[str, ...]
+    extra_keys: tuple[str, ...]
+
+
+def read_prediction(
+    envelope: Envelope, space: ActionSpace, rules: FormatRecipe
+) -> PredictedAction | FormatFailure:
+    """The action in an answer, or why the answer is invalid after all."""
+    action_type = space.types.get(envelope.action_type)
+    # An unknown type has no attributes to go by: whatever text it carries is reported as they come.
+    names = (
+        action_type.attributes
+        if action_type
+        else [k for k, v in envelope.fields.items() if isinstance(v, str)]
+    )
+    attributes = {name: envelope.fields[name] for name in names if name in envelope.fields}
+    for name, value in attributes.items():
+        if not isinstance(value, str):
+            message = wrong_type_message(f"action.{name}", value, str)
+            return FormatFailure(FormatError.WRONG_TYPE, message)
+    prediction = PredictedAction(
+        action=Action(envelope.action_type, attributes),
+        is_known_type=action_type is not None,
+        missing_attributes=tuple(name for name in names if not attributes.get(name)),
+        extra_keys=(
+            *envelope.extra_keys,
+            *(f"action.{key}" for key in envelope.fields if key not in attributes),
+        ),
+    )
+    return _rejection(prediction, rules) or prediction
+
+
+def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailure | None:
+    if rules.unknown_action_type is OnFlaw.REJECT and not prediction.is_known_type:
+        message = f"action.type {prediction.action.type!r} is not in the action space"
+        return FormatFailure(FormatError.UNKNOWN_ACTION_TYPE, message)
+    if rules.missing_attribute is OnFlaw.REJECT and prediction.missing_attributes:
+        message = f"action.{prediction.missing_attributes[0]} is missing or empty"
+        return FormatFailure(FormatError.MISSING_ATTRIBUTE, message)
+    if rules.extra_key is OnFlaw.REJECT and prediction.extra_keys:
+        return FormatFailure(FormatError.EXTRA_KEY, f"key {prediction.extra_keys[0]!r} is not allowed")
+    return None
+
+
+def read_ground_truth(value: str | Mapping[str, Any], space: ActionSpace) -> Action:
+    """The human's action from an object, or from the same as a JSON string.
+
+    Every attribute of its type must be there, as a string, which may be empty. Keys besides them are
+    left alone: data sets carry more about an action than its type and attributes.
+
+    Raises:
+        GroundTruthError: not an action of this action space; `field` names the key.
+    """
+    fields = _load_object(value) if isinstance(value, str) else value
+    type_name = _require_text(fields, "type")
+    if type_name not in space.types:
+        known = ", ".join(space.types)
+        raise GroundTruthError(f"type {type_name!r} is not in the action space ({known})", "type")
+    names = space.types[type_name].attributes
+    return Action(
+        type_name, {name: _require_text(fields, name, f" of a {type_name!r} action") for name in names}
+    )
+
+
+def _load_object(text: str) -> Mapping[str, Any]:
+    try:
+        value = load(text)
+    except FormatException as exception:
+        raise GroundTruthError(f"not valid JSON: {exception}") from None
+    except json.JSONDecodeError as error:
+        raise GroundTruthError(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise GroundTruthError("not a JSON object")
+    return value
+
+
+def _require_text(fields: Mapping[str, Any], key: str, of: str = "") -> str:
+    if key not in fields:
+        raise GroundTruthError(f"{key!r}{of} is missing", key)
+    value = fields[key]
+    if not isinstance(value, str):
+        raise GroundTruthError(f"{key!r}{of} must be a string, not {value!r}", key)
+    try:
+        check_text(value)
+    except FormatException as exception:
+        raise GroundTruthError(f"{key!r}{of} is not valid text: {exception}", key) from None
+    return value

@@ -1,0 +1,184 @@
+"""Reading a completion: one JSON object with a rationale and an action.
+
+    {"rationale": "<why>", "action": {"type": "<type>", "<attribute>": "<value>", …}}
+
+Keys come in any order. What a policy may write wrong has a name (`FormatError`); nothing it writes
+raises. The parser knows JSON and the envelope only: which types and attributes exist is the action
+space's business (`actions.py`).
+
+It walks the members of the outer object itself, because it must know *where* the rationale's characters
+stand in the raw text.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shopr1_rewards.format_error import FormatError, FormatException, FormatFailure
+from shopr1_rewards.strict_json import (
+    DECODER,
+    WHITESPACE,
+    Member,
+    Span,
+    check_depth,
+    check_text,
+    scan_members,
+    skip_space,
+)
+
+MAX_CANDIDATES = 64
+"""How many objects tolerant reading tries before it gives up, so that its time stays linear in the text."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A completion that has the right shape.
+
+    Attributes:
+        rationale: the decoded rationale.
+        rationale_span: where its content stands in the raw completion: between the quotes, escapes as
+            written.
+        action_type: the action's `type`.
+        fields: the action's other members, of any JSON type.
+        extra_keys: keys of the outer object besides `rationale` and `action`.
+    """
+
+    rationale: str
+    rationale_span: Span
+    action_type: str
+    fields: dict[str, Any]
+    extra_keys: tuple[str, ...]
+
+
+def strip_end(text: str, end_tokens: Sequence[str] = ()) -> str:
+    """`text` without the white space and end-of-turn tokens at its end; what is left keeps its positions.
+
+    >>> strip_end("{}<|im_end|> ", ["<|im_end|>"])
+    '{}'
+    """
+    tails = (*WHITESPACE, *filter(None, end_tokens))
+    end = len(text)
+    while tail := next((tail for tail in tails if text.endswith(tail, 0, end)), None):
+        end -= len(tail)
+    return text[:end]
+
+
+def parse_strict(text: str, end_tokens: Sequence[str] = ()) -> Envelope | FormatFailure:
+    """Read a completion that must be exactly one JSON object.
+
+    White space around it and the policy's `end_tokens` behind it do not count.
+
+    >>> parse_strict('{"rationale": "why", "action": {"type": "terminate"}}').rationale_span
+    Span(start=15, end=18)
+    >>> parse_strict('Sure! {"rationale": ""}').error
+    <FormatError.EXTRA_TEXT: 'extra_text'>
+    """
+    text = strip_end(text, end_tokens)
+    start = skip_space(text, 0)
+    try:
+        if start == len(text):
+            raise FormatException(FormatError.EMPTY, "the completion is empty")
+        if text[start] != "{":
+            raise _not_an_object(text, start)
+        envelope, end = _parse_envelope(text, start)
+        if skip_space(text, end) != len(text):
+            raise FormatException(FormatError.EXTRA_TEXT, f"text after the object, at character {end}")
+        return envelope
+    except FormatException as exception:
+        return exception.failure
+
+
+def parse_tolerant(text: str, end_tokens: Sequence[str] = ()) -> Envelope | FormatFailure:
+    """Read the first valid answer in a completion, past code fences and chatter around it.
+
+    Without one, the failure is that of the first object that could be made out.
+
+    >>> parse_tolerant('Sure! {"rationale": "why", "action": {"type": "terminate"}} Bye.').action_type
+    'terminate'
+    """
+    text = strip_end(text, end_tokens)
+    failures: list[FormatFailure] = []
+    start = text.find("{")
+    while start != -1 and len(failures) < MAX_CANDIDATES:
+        try:
+            return _parse_envelope(text, start)[0]
+        except FormatException as exception:
+            failures.append(exception.failure)
+            # Nothing before the point of failure is read again.
+            start = text.find("{", max(exception.position, start + 1))
+    if not failures:
+        error = FormatError.NO_OBJECT if text else FormatError.EMPTY
+        return FormatFailure(error, "no JSON object in the completion")
+    return failures[0]
+
+
+def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
+    """The envelope that begins at `start`, and the position behind it."""
+    check_depth(text, start)
+    try:
+        members, end = scan_members(text, start)
+    except json.JSONDecodeError as error:
+        message = f"{error.msg} at character {error.pos}"
+        raise FormatException(FormatError.INVALID_JSON, message, error.pos) from None
+    try:
+        return _envelope(members), end
+    except FormatException as exception:
+        exception.position = end
+        raise
+
+
+def _not_an_object(text: str, start: int) -> FormatException:
+    """Tell a JSON value that is no object from chatter around one and from no JSON at all."""
+    try:
+        check_depth(text, start)
+        _, end = DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        if "{" in text:
+            return FormatException(FormatError.EXTRA_TEXT, "text before the object")
+        return FormatException(FormatError.INVALID_JSON, f"{error.msg} at character {error.pos}")
+    except FormatException as exception:
+        return exception
+    if skip_space(text, end) != len(text):
+        return FormatException(FormatError.EXTRA_TEXT, "the completion is not one JSON object")
+    return FormatException(FormatError.NOT_AN_OBJECT, "the completion is JSON, but not an object")
+
+
+def _envelope(members: dict[str, Member]) -> Envelope:
+    values = {key: member.value for key, member in members.items()}
+    check_text(values)
+    rationale = _require(values, "rationale", str, FormatError.MISSING_RATIONALE)
+    action = _require(values, "action", dict, FormatError.MISSING_ACTION)
+    action_type = _require(action, "type", str, FormatError.MISSING_ACTION_TYPE, "action.type")
+    quoted = members["rationale"].span
+    return Envelope(
+        rationale=rationale,
+        rationale_span=Span(quoted.start + 1, quoted.end - 1),
+        action_type=action_type,
+        fields={key: value for key, value in action.items() if key != "type"},
+        extra_keys=tuple(key for key in values if key not in ("rationale", "action")),
+    )
+
+
+def _require(values: dict[str, Any], key: str, kind: type, missing: FormatError, path: str = "") -> Any:
+    path = path or key
+    if key not in values:
+        raise FormatException(missing, f"{path} is missing")
+    if not isinstance(values[key], kind):
+        raise FormatException(FormatError.WRONG_TYPE, wrong_type_message(path, values[key], kind))
+    return values[key]
+
+
+def wrong_type_message(path: str, value: Any, expected: type) -> str:
+    """`action.name must be a string, not a number`."""
+    return f"{path} must be {_JSON_NAMES[expected]}, not {_JSON_NAMES[type(value)]}"
+
+
+_JSON_NAMES: dict[type, str] = {
+    str: "a string",
+    dict: "an object",
+    list: "a list",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
