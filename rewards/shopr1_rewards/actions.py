@@ -7,7 +7,7 @@ from typing import Any
 
 from shopr1_rewards.completion import Envelope, wrong_type_message
 from shopr1_rewards.errors import GroundTruthError
-from shopr1_rewards.format_error import FormatError, FormatException, FormatFailure
+from shopr1_rewards.format_error import FormatError, FormatFailure, InvalidFormatError
 from shopr1_rewards.recipe import ActionSpace, FormatRecipe, OnFlaw
 from shopr1_rewards.strict_json import check_text, load
 
@@ -46,11 +46,7 @@ def read_prediction(
     """The action in an answer, or why the answer is invalid after all."""
     action_type = space.types.get(envelope.action_type)
     # An unknown type has no attributes to go by: whatever text it carries is reported as they come.
-    names = (
-        action_type.attributes
-        if action_type
-        else [k for k, v in envelope.fields.items() if isinstance(v, str)]
-    )
+    names = list(action_type.attributes if action_type else _text_fields(envelope))
     attributes = {name: envelope.fields[name] for name in names if name in envelope.fields}
     for name, value in attributes.items():
         if not isinstance(value, str):
@@ -60,12 +56,14 @@ def read_prediction(
         action=Action(envelope.action_type, attributes),
         is_known_type=action_type is not None,
         missing_attributes=tuple(name for name in names if not attributes.get(name)),
-        extra_keys=(
-            *envelope.extra_keys,
-            *(f"action.{key}" for key in envelope.fields if key not in attributes),
-        ),
+        extra_keys=envelope.extra_keys
+        + tuple(f"action.{key}" for key in envelope.fields if key not in attributes),
     )
     return _rejection(prediction, rules) or prediction
+
+
+def _text_fields(envelope: Envelope) -> list[str]:
+    return [key for key, value in envelope.fields.items() if isinstance(value, str)]
 
 
 def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailure | None:
@@ -103,7 +101,7 @@ def read_ground_truth(value: str | Mapping[str, Any], space: ActionSpace) -> Act
 def _load_object(text: str) -> Mapping[str, Any]:
     try:
         value = load(text)
-    except FormatException as exception:
+    except InvalidFormatError as exception:
         raise GroundTruthError(f"not valid JSON: {exception}") from None
     except json.JSONDecodeError as error:
         raise GroundTruthError(f"not valid JSON: {error}") from None
@@ -120,6 +118,6 @@ def _require_text(fields: Mapping[str, Any], key: str, of: str = "") -> str:
         raise GroundTruthError(f"{key!r}{of} must be a string, not {value!r}", key)
     try:
         check_text(value)
-    except FormatException as exception:
+    except InvalidFormatError as exception:
         raise GroundTruthError(f"{key!r}{of} is not valid text: {exception}", key) from None
     return value

@@ -13,9 +13,9 @@ stand in the raw text.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from shopr1_rewards.format_error import FormatError, FormatException, FormatFailure
+from shopr1_rewards.format_error import FormatError, FormatFailure, InvalidFormatError
 from shopr1_rewards.strict_json import (
     DECODER,
     WHITESPACE,
@@ -26,6 +26,8 @@ from shopr1_rewards.strict_json import (
     scan_members,
     skip_space,
 )
+
+_T = TypeVar("_T")
 
 MAX_CANDIDATES = 64
 """How many objects tolerant reading tries before it gives up, so that its time stays linear in the text."""
@@ -78,14 +80,14 @@ def parse_strict(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Format
     start = skip_space(text, 0)
     try:
         if start == len(text):
-            raise FormatException(FormatError.EMPTY, "the completion is empty")
+            raise InvalidFormatError(FormatError.EMPTY, "the completion is empty")
         if text[start] != "{":
             raise _not_an_object(text, start)
         envelope, end = _parse_envelope(text, start)
         if skip_space(text, end) != len(text):
-            raise FormatException(FormatError.EXTRA_TEXT, f"text after the object, at character {end}")
+            raise InvalidFormatError(FormatError.EXTRA_TEXT, f"text after the object, at character {end}")
         return envelope
-    except FormatException as exception:
+    except InvalidFormatError as exception:
         return exception.failure
 
 
@@ -103,7 +105,7 @@ def parse_tolerant(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Form
     while start != -1 and len(failures) < MAX_CANDIDATES:
         try:
             return _parse_envelope(text, start)[0]
-        except FormatException as exception:
+        except InvalidFormatError as exception:
             failures.append(exception.failure)
             # Nothing before the point of failure is read again.
             start = text.find("{", max(exception.position, start + 1))
@@ -120,28 +122,28 @@ def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
         members, end = scan_members(text, start)
     except json.JSONDecodeError as error:
         message = f"{error.msg} at character {error.pos}"
-        raise FormatException(FormatError.INVALID_JSON, message, error.pos) from None
+        raise InvalidFormatError(FormatError.INVALID_JSON, message, error.pos) from None
     try:
         return _envelope(members), end
-    except FormatException as exception:
+    except InvalidFormatError as exception:
         exception.position = end
         raise
 
 
-def _not_an_object(text: str, start: int) -> FormatException:
+def _not_an_object(text: str, start: int) -> InvalidFormatError:
     """Tell a JSON value that is no object from chatter around one and from no JSON at all."""
     try:
         check_depth(text, start)
         _, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         if "{" in text:
-            return FormatException(FormatError.EXTRA_TEXT, "text before the object")
-        return FormatException(FormatError.INVALID_JSON, f"{error.msg} at character {error.pos}")
-    except FormatException as exception:
+            return InvalidFormatError(FormatError.EXTRA_TEXT, "text before the object")
+        return InvalidFormatError(FormatError.INVALID_JSON, f"{error.msg} at character {error.pos}")
+    except InvalidFormatError as exception:
         return exception
     if skip_space(text, end) != len(text):
-        return FormatException(FormatError.EXTRA_TEXT, "the completion is not one JSON object")
-    return FormatException(FormatError.NOT_AN_OBJECT, "the completion is JSON, but not an object")
+        return InvalidFormatError(FormatError.EXTRA_TEXT, "the completion is not one JSON object")
+    return InvalidFormatError(FormatError.NOT_AN_OBJECT, "the completion is JSON, but not an object")
 
 
 def _envelope(members: dict[str, Member]) -> Envelope:
@@ -160,16 +162,17 @@ def _envelope(members: dict[str, Member]) -> Envelope:
     )
 
 
-def _require(values: dict[str, Any], key: str, kind: type, missing: FormatError, path: str = "") -> Any:
+def _require(values: dict[str, Any], key: str, kind: type[_T], missing: FormatError, path: str = "") -> _T:
     path = path or key
     if key not in values:
-        raise FormatException(missing, f"{path} is missing")
+        raise InvalidFormatError(missing, f"{path} is missing")
     if not isinstance(values[key], kind):
-        raise FormatException(FormatError.WRONG_TYPE, wrong_type_message(path, values[key], kind))
-    return values[key]
+        raise InvalidFormatError(FormatError.WRONG_TYPE, wrong_type_message(path, values[key], kind))
+    value: _T = values[key]
+    return value
 
 
-def wrong_type_message(path: str, value: Any, expected: type) -> str:
+def wrong_type_message(path: str, value: object, expected: type) -> str:
     """`action.name must be a string, not a number`."""
     return f"{path} must be {_JSON_NAMES[expected]}, not {_JSON_NAMES[type(value)]}"
 

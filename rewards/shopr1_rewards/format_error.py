@@ -45,7 +45,7 @@ class FormatFailure:
     message: str
 
 
-class FormatException(Exception):
+class InvalidFormatError(Exception):
     """Carries a `FormatFailure` through the scanner; no public function lets it out.
 
     `position` is where reading came to a stop, or 0 where a hook of the scanner cannot know.

@@ -16,9 +16,10 @@ from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from shopr1_rewards.errors import RecipeError
 from shopr1_rewards.similarity import Tokenizer
@@ -131,7 +132,7 @@ class AttributeRecipe(_Part):
 
 
 class ActionTypeRecipe(_Part):
-    """What an action of this type earns, and its attributes. All of them are required of the human's action."""
+    """What an action of this type earns, and its attributes. The human's action has all of them."""
 
     reward: Weight
     attributes: dict[str, AttributeRecipe] = {}
@@ -217,7 +218,7 @@ def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
         raise RecipeError(f"{origin}: {flaws}") from error
 
 
-def _flaw(details: Any) -> str:
+def _flaw(details: ErrorDetails) -> str:
     # The tags of unions ("float", "literal['dars']") are no keys of the file.
     key = ".".join(str(part) for part in details["loc"] if part not in ("float", "literal['dars']"))
     if details["type"] == "extra_forbidden":

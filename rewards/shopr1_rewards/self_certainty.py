@@ -31,15 +31,17 @@ from shopr1_rewards.recipe import Divergence
 
 
 class Head(Protocol):
-    """From hidden states to logits, a chunk of the vocabulary at a time.
+    """From hidden states to logits, a chunk of the vocabulary at a time."""
 
-    Attributes:
-        num_rows: V, the number of logits.
-        max_tokens: how many tokens the head should be given at once.
-    """
+    @property
+    def num_rows(self) -> int:
+        """V, the number of logits."""
+        ...
 
-    num_rows: int
-    max_tokens: int
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens the head should be given at once."""
+        ...
 
     def logit_chunks(self, hidden_T_H: Tensor, num_rows: int) -> Iterator[Tensor]:
         """Logits of vocabulary entries 0 … num_rows − 1, in order, as [T, C] in fp32 or fp64."""
@@ -144,7 +146,7 @@ def divergences(
         raise ValueError(f"num_vocab must be in 1 … {head.num_rows}, not {num_vocab}")
     blocks = [
         _block_divergences(block_T_H, head, temperature, num_vocab)
-        for block_T_H in hidden_T_H.split(head.max_tokens)
+        for block_T_H in torch.split(hidden_T_H, head.max_tokens)
         if block_T_H.shape[0]
     ]
     empty = torch.empty(0, dtype=torch.float64)

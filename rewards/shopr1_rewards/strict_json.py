@@ -1,7 +1,7 @@
 """JSON as RFC 8259 has it, read by the standard library's scanner with its leniencies taken away.
 
 No `NaN`, no duplicate keys, no half surrogate pairs, no nesting beyond `MAX_DEPTH`. Every refusal is a
-`FormatException`, or a `json.JSONDecodeError` for broken syntax.
+`InvalidFormatError`, or a `json.JSONDecodeError` for broken syntax.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Container
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner; typeshed leaves it out
 from typing import Any, NamedTuple
 
-from shopr1_rewards.format_error import FormatError, FormatException
+from shopr1_rewards.format_error import FormatError, InvalidFormatError
 
 MAX_DEPTH = 64
 """Deepest nesting that is read. An answer needs 2; a fixed limit keeps the verdict independent of the
@@ -80,14 +80,14 @@ def check_depth(text: str, start: int) -> None:
             depth -= 1
         if depth > MAX_DEPTH:
             message = f"nested deeper than {MAX_DEPTH} levels at character {match.start()}"
-            raise FormatException(FormatError.TOO_DEEP, message, match.start())
+            raise InvalidFormatError(FormatError.TOO_DEEP, message, match.start())
         if depth == 0:
             return
 
 
 def _check_new(key: str, seen: Container[str]) -> None:
     if key in seen:
-        raise FormatException(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} stands twice")
+        raise InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} stands twice")
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise FormatException(FormatError.NON_FINITE_NUMBER, f"{name} is not a JSON number")
+    raise InvalidFormatError(FormatError.NON_FINITE_NUMBER, f"{name} is not a JSON number")
 
 
 # Numbers are never credited, so floats will do: int() refuses more than 4,300 digits.
@@ -108,11 +108,11 @@ DECODER = json.JSONDecoder(
 )
 
 
-def check_text(value: Any) -> None:
+def check_text(value: object) -> None:
     """Refuse half surrogate pairs in any key or string below `value`."""
     if isinstance(value, str) and (match := _SURROGATE.search(value)):
         message = f"half a surrogate pair (U+{ord(match.group()):04X})"
-        raise FormatException(FormatError.LONE_SURROGATE, message)
+        raise InvalidFormatError(FormatError.LONE_SURROGATE, message)
     if isinstance(value, dict):
         for key, member in value.items():
             check_text(key)
@@ -122,12 +122,14 @@ def check_text(value: Any) -> None:
             check_text(item)
 
 
-def load(text: str) -> Any:
+def load(text: str) -> object:
     """The one JSON value in `text`."""
     start = skip_space(text, 0)
     check_depth(text, start)
     value, end = DECODER.raw_decode(text, start)
     if skip_space(text, end) != len(text):
-        raise FormatException(FormatError.EXTRA_TEXT, f"text after the JSON value, at character {end}", end)
+        raise InvalidFormatError(
+            FormatError.EXTRA_TEXT, f"text after the JSON value, at character {end}", end
+        )
     check_text(value)
     return value

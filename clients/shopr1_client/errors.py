@@ -1,0 +1,156 @@
+"""Every error that the service answers with, shared by server, client and OpenAPI document.
+
+    ShopR1Error
+    ├── TransportError             no answer: refused, reset, timed out
+    └── ProblemError               an answer, application/problem+json (RFC 9457)
+        ├── MalformedBodyError     400  malformed_body    the body is not JSON
+        ├── NotFoundError          404  not_found         no such path or recipe
+        ├── MethodNotAllowedError  405  method_not_allowed
+        ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
+        ├── TooLargeError          413  too_large         more than a limit allows
+        ├── InvalidRequestError    422  invalid_request   names each bad field; nothing was scored
+        ├── InternalError          500  internal          a bug in the service
+        └── NotReadyError          503  not_ready         loading or shutting down; try again
+
+`code` is the contract. The status is a view of it, and each stands once: in the class.
+
+A rollout that cannot be scored is no error. It is a result with `reward: null` and a reason.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypedDict
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class FieldError(TypedDict):
+    """One bad field of a request."""
+
+    location: str
+    """Path into the body, such as `groups[1].ground_truth.name`."""
+    message: str
+
+
+class ShopR1Error(Exception):
+    """Base of every error of the service and its client."""
+
+
+class TransportError(ShopR1Error):
+    """No answer came: the connection was refused, reset or timed out."""
+
+
+class ProblemError(ShopR1Error):
+    """The service answered with a problem.
+
+    Attributes:
+        detail: what happened, for people.
+        errors: the bad fields, where the request is at fault.
+        retry_after_s: seconds to wait before another try, where one makes sense.
+        request_id: the request's id in the service's logs.
+    """
+
+    code: ClassVar[str] = "unknown"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Unknown problem"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        retry_after_s: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = list(errors)
+        self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Trainers raise these in worker processes; keyword arguments would be lost by the default.
+        return type(self), (self.detail,), self.__dict__
+
+    def to_problem(self, request_id: str | None = None) -> dict[str, Any]:
+        """The body of the answer."""
+        return {
+            "type": f"urn:shopr1:problem:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "request_id": request_id or self.request_id,
+            "errors": self.errors,
+        }
+
+
+class MalformedBodyError(ProblemError):
+    """The body is not JSON."""
+
+    code, status, title = "malformed_body", 400, "The body is not JSON"
+
+
+class NotFoundError(ProblemError):
+    """There is no such path or recipe."""
+
+    code, status, title = "not_found", 404, "Not found"
+
+
+class MethodNotAllowedError(ProblemError):
+    """The path exists, but not for this method."""
+
+    code, status, title = "method_not_allowed", 405, "Method not allowed"
+
+
+class PolicyVersionError(ProblemError):
+    """The request demands another policy version than the one loaded."""
+
+    code, status, title = "policy_version", 409, "Another policy version is loaded"
+
+
+class TooLargeError(ProblemError):
+    """The request exceeds one of the limits in `GET /info`."""
+
+    code, status, title = "too_large", 413, "Too large"
+
+
+class InvalidRequestError(ProblemError):
+    """The request is JSON but not a valid request; `errors` names each bad field. Nothing was scored."""
+
+    code, status, title = "invalid_request", 422, "Invalid request"
+
+
+class InternalError(ProblemError):
+    """A bug in the service. The details are in its log under the request id."""
+
+    code, status, title = "internal", 500, "Internal error"
+
+
+class NotReadyError(ProblemError):
+    """The policy is loading or the service is shutting down."""
+
+    code, status, title = "not_ready", 503, "Not ready"
+
+
+PROBLEMS: tuple[type[ProblemError], ...] = (
+    MalformedBodyError,
+    NotFoundError,
+    MethodNotAllowedError,
+    PolicyVersionError,
+    TooLargeError,
+    InvalidRequestError,
+    InternalError,
+    NotReadyError,
+)
+_BY_CODE = {problem.code: problem for problem in PROBLEMS}
+
+
+def from_problem(body: Mapping[str, Any], retry_after_s: float | None = None) -> ProblemError:
+    """The error that an answer stands for; a plain `ProblemError` where the code is not known here."""
+    problem_class = _BY_CODE.get(str(body.get("code")), ProblemError)
+    return problem_class(
+        str(body.get("detail", body)),
+        errors=body.get("errors") or (),
+        retry_after_s=retry_after_s,
+        request_id=body.get("request_id"),
+    )

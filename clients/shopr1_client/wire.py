@@ -1,0 +1,329 @@
+"""What travels over HTTP, as pydantic models. The one definition for server, client and `openapi.yaml`.
+
+A request is group-shaped because GRPO samples many completions from one prompt: the prompt travels, is
+tokenised and is computed once. A lone rollout is a group of one.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag
+
+
+class _Request(BaseModel):
+    # A misspelt key must not silently become a default.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+TokenId = Annotated[StrictInt, Field(ge=0)]
+
+
+class TokenIds(_Request):
+    """Token ids of the policy's tokenizer. The primary form: re-tokenising text drifts."""
+
+    token_ids: list[TokenId]
+
+
+class Text(_Request):
+    """The same as a bare string."""
+
+    text: str
+
+
+class Message(_Request):
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+# Tags of unions appear in pydantic's error locations; the brackets tell them from keys of the request.
+_STRING, _MESSAGES, _TEXT, _TOKEN_IDS, _OBJECT = "<string>", "<messages>", "<text>", "<token_ids>", "<object>"
+
+
+def is_union_tag(part: str | int) -> bool:
+    """Whether a part of a pydantic error location names a member of a union and not a key."""
+    return isinstance(part, str) and part.startswith("<")
+
+
+def _prompt_kind(value: object) -> str | None:
+    match value:
+        case str():
+            return _STRING
+        case list():
+            return _MESSAGES
+        case dict() | TokenIds():
+            return _TOKEN_IDS
+        case _:
+            return None
+
+
+def _completion_kind(value: object) -> str | None:
+    match value:
+        case str():
+            return _STRING
+        case {"text": _} | Text():
+            return _TEXT
+        case dict() | TokenIds():
+            return _TOKEN_IDS
+        case _:
+            return None
+
+
+def _truth_kind(value: object) -> str | None:
+    match value:
+        case str():
+            return _STRING
+        case dict():
+            return _OBJECT
+        case _:
+            return None
+
+
+Prompt = Annotated[
+    Annotated[str, Tag(_STRING)]
+    | Annotated[list[Message], Tag(_MESSAGES)]
+    | Annotated[TokenIds, Tag(_TOKEN_IDS)],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_kind",
+        custom_error_message='must be a string, a list of messages or {"token_ids": […]}',
+    ),
+]
+Completion = Annotated[
+    Annotated[str, Tag(_STRING)] | Annotated[Text, Tag(_TEXT)] | Annotated[TokenIds, Tag(_TOKEN_IDS)],
+    Discriminator(
+        _completion_kind,
+        custom_error_type="completion_kind",
+        custom_error_message='must be a string, {"text": "…"} or {"token_ids": […]}',
+    ),
+]
+GroundTruth = Annotated[
+    Annotated[dict[str, Any], Tag(_OBJECT)] | Annotated[str, Tag(_STRING)],
+    Discriminator(
+        _truth_kind,
+        custom_error_type="ground_truth_kind",
+        custom_error_message="must be an object or a JSON string",
+    ),
+]
+
+
+class Include(StrEnum):
+    """What an answer holds on demand."""
+
+    TOKENS = "tokens"
+    """`details.tokens`: the value of every token that was measured."""
+    TOKEN_IDS = "token_ids"
+    """`prompt_token_ids` and `details.completion_token_ids`: the ids that were used."""
+
+
+class Group(_Request):
+    """One prompt, the human's action, and the completions that a policy sampled."""
+
+    id: Annotated[str | None, Field(description="Echoed in the answer.")] = None
+    prompt: Annotated[
+        Prompt,
+        Field(
+            description=(
+                "A string is used as it is, already templated: no special token is added. Messages go "
+                "through the policy's chat template with the generation prompt. Token ids are taken as given."
+            )
+        ),
+    ]
+    ground_truth: Annotated[
+        GroundTruth,
+        Field(description="The human's action, as an object or as the same in a JSON string."),
+    ]
+    completions: Annotated[
+        list[Completion],
+        Field(
+            description="Text is tokenised on its own, without special tokens, and appended to the prompt."
+        ),
+    ]
+
+
+class ScoreRequest(_Request):
+    """Groups to score."""
+
+    recipe: Annotated[str | None, Field(description="Default: the service's default recipe.")] = None
+    groups: list[Group]
+    policy_version: Annotated[
+        str | None, Field(description="Score with this version of the policy or answer 409.")
+    ] = None
+    include: list[Include] = []
+
+
+class Status(StrEnum):
+    """Whether there is a reward."""
+
+    SCORED = "scored"
+    UNSCORABLE = "unscorable"
+
+
+class Reason(StrEnum):
+    """Why a rollout has no reward."""
+
+    SEQUENCE_TOO_LONG = "sequence_too_long"
+    """Prompt and completion are longer than the policy's limit."""
+    NON_FINITE_LOGITS = "non_finite_logits"
+    """The policy answered with NaN or infinite logits."""
+    NO_CONTEXT = "no_context"
+    """The first token has nothing before it that could predict it: the prompt is empty."""
+    ENGINE_FAILURE = "engine_failure"
+    """The forward failed; the service's log says how."""
+
+
+class Components(_Answer):
+    """The terms of the reward, each already weighted: in this order they sum to it."""
+
+    format: float
+    action_type: float
+    attribute: float
+    value: float
+    self_certainty: Annotated[float | None, Field(description="Null where it could not be measured.")]
+
+
+class TokenCertainty(_Answer):
+    """One measured token."""
+
+    index: Annotated[int, Field(description="Position among the completion's tokens.")]
+    token_id: int
+    value: Annotated[
+        float, Field(description="The recipe's divergence at this token, in nats (eq3: nats / V).")
+    ]
+
+
+class Details(_Answer):
+    """Why the reward is what it is."""
+
+    format_error: Annotated[str | None, Field(description="Code of what is wrong with the output.")]
+    format_message: Annotated[str | None, Field(description="The same in words.")]
+    predicted_action: Annotated[
+        dict[str, str] | None, Field(description="The action as parsed; null where the format is invalid.")
+    ]
+    unknown_action_type: bool
+    missing_attributes: Annotated[
+        list[str], Field(description="Absent or empty attributes of the predicted type.")
+    ]
+    extra_keys: Annotated[list[str], Field(description="Keys that an answer need not have, as paths.")]
+    similarity: Annotated[
+        dict[str, float | None],
+        Field(description="ROUGE-L F1 per attribute, before the threshold; null where not compared."),
+    ]
+    exact_match: Annotated[bool, Field(description="Type and all attributes equal the human's.")]
+    self_certainty_nats: Annotated[
+        float | None,
+        Field(
+            description="Mean over the measured tokens, in nats (eq3: nats / V); null where there is none."
+        ),
+    ]
+    num_rationale_tokens: Annotated[int, Field(description="How many tokens were to be measured.")]
+    tokens: Annotated[list[TokenCertainty] | None, Field(description="On `include: [tokens]`.")] = None
+    completion_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
+
+
+class Reward(_Answer):
+    """What one completion earned."""
+
+    reward: Annotated[float | None, Field(description="Null if and only if the status is `unscorable`.")]
+    status: Status
+    reason: Reason | None
+    message: Annotated[str | None, Field(description="The reason in words.")]
+    components: Components
+    details: Details
+
+
+class GroupScore(_Answer):
+    """The rewards of a group, in the order of its completions."""
+
+    id: str | None
+    rewards: list[Reward]
+    prompt_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
+
+
+class RecipeRef(_Answer):
+    """Which recipe."""
+
+    name: str
+    digest: Annotated[str, Field(description="sha256 over every number and choice of the recipe.")]
+
+
+class PolicyRef(_Answer):
+    """Which policy."""
+
+    model: str
+    version: str
+
+
+class ScoreResponse(_Answer):
+    """The answer to `POST /score`: groups in the order of the request."""
+
+    request_id: str
+    recipe: RecipeRef
+    policy: PolicyRef
+    groups: list[GroupScore]
+
+
+class Limits(_Answer):
+    """What a request may hold."""
+
+    max_body_bytes: int
+    max_groups: int
+    max_completions_per_group: int
+    max_request_tokens: Annotated[int, Field(description="Prompts and completions of one request together.")]
+
+
+class PolicyInfo(_Answer):
+    """The loaded policy."""
+
+    model: str
+    version: str
+    architecture: str
+    dtype: str
+    device: str
+    num_head_rows: Annotated[int, Field(description="V of `vocabulary = head`.")]
+    num_tokenizer_tokens: Annotated[int, Field(description="V of `vocabulary = tokenizer`.")]
+    max_sequence_tokens: int
+    head: Annotated[str, Field(description="How logits are made from hidden states: `linear` or `module`.")]
+    forward: Annotated[str, Field(description="How prompts are shared: `cached_prefix` or `independent`.")]
+
+
+class Info(_Answer):
+    """What this service is."""
+
+    version: str
+    policy: PolicyInfo
+    limits: Limits
+    default_recipe: RecipeRef
+    recipes: list[RecipeRef]
+
+
+class Health(_Answer):
+    """A passed health check."""
+
+    status: Literal["live", "ready"]
+
+
+class Problem(_Answer):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: Annotated[str, Field(description="Stable name of the kind of error.")]
+    request_id: str | None
+    errors: Annotated[
+        list["ProblemField"], Field(description="The bad fields, where the request is at fault.")
+    ]
+
+
+class ProblemField(_Answer):
+    """One bad field of a request."""
+
+    location: str
+    message: str

@@ -1,0 +1,165 @@
+"""The policy's head: from hidden states to logits, without ever holding [T, V] of them.
+
+`LinearHead` multiplies with a chunk of the weight's rows at a time and repeats what the model does to its
+logits (scale, softcap). Architectures differ in what they do, so at load its logits are compared with the
+model's own. Where they differ, `ModuleHead` runs the model's own head on a few tokens at a time.
+
+Dimensions: T tokens, H hidden size, V vocabulary rows, C rows of a chunk.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shopr1_rewards.self_certainty import Head
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 4096
+"""Vocabulary rows at a time. 2-4 k logit columns stay in a CPU's cache while they are reduced."""
+LINEAR_MAX_TOKENS = 1024
+MODULE_MAX_TOKENS = 16
+"""Tokens at a time when the model's own head makes all V logits of each."""
+
+# Largest accepted difference of logits, relative to the largest logit: rounding of the dtype, times the
+# few operations behind it. A missing scale, softcap or bias differs by far more.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class HeadError(RuntimeError):
+    """The model's logits cannot be reproduced from its hidden states."""
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = softcap(scale · (h·Wᵀ + b)), in fp32 or fp64, a chunk of rows of W at a time.
+
+    Attributes:
+        weight_V_H: rows of the output embedding, possibly tied to the input embedding.
+        scale: multiplies the logits (granite divides by its inverse).
+        softcap: c · tanh(z / c) where set (gemma).
+    """
+
+    weight_V_H: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    max_tokens: int = LINEAR_MAX_TOKENS
+
+    @property
+    def num_rows(self) -> int:
+        return self.weight_V_H.shape[0]
+
+    def logit_chunks(self, hidden_T_H: Tensor, num_rows: int) -> Iterator[Tensor]:
+        for start in range(0, num_rows, CHUNK_ROWS):
+            rows = slice(start, min(start + CHUNK_ROWS, num_rows))
+            logits_T_C = _matmul_exact(hidden_T_H, self.weight_V_H[rows])
+            if self.bias_V is not None:
+                logits_T_C = logits_T_C + self.bias_V[rows].to(logits_T_C.dtype)
+            if self.scale != 1.0:
+                logits_T_C = logits_T_C * self.scale
+            if self.softcap is not None:
+                logits_T_C = self.softcap * torch.tanh(logits_T_C / self.softcap)
+            yield logits_T_C
+
+
+def _matmul_exact(hidden_T_H: Tensor, weight_C_H: Tensor) -> Tensor:
+    """h·Wᵀ accumulated and returned in fp32 at least: 16-bit logits are off by up to 0.1 nat each."""
+    if weight_C_H.dtype in (torch.float32, torch.float64):
+        return hidden_T_H @ weight_C_H.T
+    if weight_C_H.is_cuda:
+        return torch.mm(hidden_T_H, weight_C_H.T, out_dtype=torch.float32)
+    return hidden_T_H.float() @ weight_C_H.float().T
+
+
+class ModuleHead:
+    """The model's own head, whatever it does, on a few tokens at a time.
+
+    The model runs on one dummy token per row while a hook puts the given hidden states in place of what its
+    trunk computed; all that the model does behind its trunk is its own code.
+    """
+
+    max_tokens = MODULE_MAX_TOKENS
+
+    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+        self._model = model
+        self.num_rows = num_rows
+
+    def logit_chunks(self, hidden_T_H: Tensor, num_rows: int) -> Iterator[Tensor]:
+        def replace_hidden(_module: nn.Module, _args: Any, output: Any) -> Any:  # noqa: ANN401
+            output.last_hidden_state = hidden_T_H[None]
+            return output
+
+        handle = trunk_of(self._model).register_forward_hook(replace_hidden)
+        try:
+            dummy = torch.zeros((1, hidden_T_H.shape[0]), dtype=torch.long, device=hidden_T_H.device)
+            logits_T_V = self._model(input_ids=dummy, use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        at_least_fp32 = torch.promote_types(logits_T_V.dtype, torch.float32)
+        yield logits_T_V[:, :num_rows].to(at_least_fp32)
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head: what makes the hidden states."""
+    trunk = model.base_model
+    if trunk is model:
+        raise HeadError(f"{type(model).__name__} has no trunk apart from its head")
+    return trunk
+
+
+@torch.inference_mode()
+def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
+    """The fastest head whose logits equal `model(...).logits` on these ids, shape [1, T].
+
+    Raises:
+        HeadError: none does.
+    """
+    expected_T_V = model(input_ids=input_ids, use_cache=False).logits[0]
+    hidden_T_H = trunk_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+    heads: list[Head] = [ModuleHead(model, expected_T_V.shape[1])]
+    if (linear := _linear_head(model)) is not None:
+        heads.insert(0, linear)
+    for head in heads:
+        if _agrees(head, hidden_T_H, expected_T_V):
+            return head
+        logger.warning("%s does not give the logits of %s", type(head).__name__, type(model).__name__)
+    raise HeadError(f"the logits of {type(model).__name__} cannot be made from its hidden states")
+
+
+def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
+    if head.num_rows != expected_T_V.shape[1]:
+        return False
+    blocks = torch.split(hidden_T_H, head.max_tokens)
+    logits_T_V = torch.cat([torch.cat(list(head.logit_chunks(b, head.num_rows)), dim=1) for b in blocks])
+    tolerance = _TOLERANCE[expected_T_V.dtype] * max(1.0, float(expected_T_V.abs().max()))
+    difference = (logits_T_V - expected_T_V).abs().max()
+    return bool(difference <= tolerance)  # False for NaN
+
+
+def _linear_head(model: PreTrainedModel) -> LinearHead | None:
+    module = _output_embeddings(model)
+    if type(module) is not nn.Linear:  # quantised and adapted layers are more than their weight
+        return None
+    config = model.config.get_text_config()
+    return LinearHead(
+        weight_V_H=module.weight,
+        bias_V=module.bias,
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _logit_scale(config: Any) -> float:  # noqa: ANN401  # every architecture has its own
+    scale = getattr(config, "logit_scale", None) or 1.0  # cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # falcon_h1
+    return float(scale) / (getattr(config, "logits_scaling", None) or 1.0)  # granite
+
+
+def _output_embeddings(model: PreTrainedModel) -> nn.Module:
+    module: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return module

