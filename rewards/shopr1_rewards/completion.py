@@ -121,8 +121,7 @@ def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
     try:
         members, end = scan_members(text, start)
     except json.JSONDecodeError as error:
-        message = f"{error.msg} at character {error.pos}"
-        raise InvalidFormatError(FormatError.INVALID_JSON, message, error.pos) from None
+        raise _syntax_error(error) from None
     try:
         return _envelope(members), end
     except InvalidFormatError as exception:
@@ -138,12 +137,17 @@ def _not_an_object(text: str, start: int) -> InvalidFormatError:
     except json.JSONDecodeError as error:
         if "{" in text:
             return InvalidFormatError(FormatError.EXTRA_TEXT, "text before the object")
-        return InvalidFormatError(FormatError.INVALID_JSON, f"{error.msg} at character {error.pos}")
+        return _syntax_error(error)
     except InvalidFormatError as exception:
         return exception
     if skip_space(text, end) != len(text):
         return InvalidFormatError(FormatError.EXTRA_TEXT, "the completion is not one JSON object")
     return InvalidFormatError(FormatError.NOT_AN_OBJECT, "the completion is JSON, but not an object")
+
+
+def _syntax_error(error: json.JSONDecodeError) -> InvalidFormatError:
+    what = error.msg.removesuffix(" at")  # some of the scanner's messages end so, some do not
+    return InvalidFormatError(FormatError.INVALID_JSON, f"{what} at character {error.pos}", error.pos)
 
 
 def _envelope(members: dict[str, Member]) -> Envelope:

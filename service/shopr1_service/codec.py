@@ -38,15 +38,17 @@ class Tokens:
 
 
 class Codec(Protocol):
-    """The policy's tokenizer as the service uses it.
+    """The policy's tokenizer as the service uses it."""
 
-    Attributes:
-        num_ids: token ids are in 0 … num_ids − 1.
-        end_tokens: texts of end-of-turn and padding tokens, which do not count behind an answer.
-    """
+    @property
+    def num_ids(self) -> int:
+        """Token ids are in 0 … num_ids − 1."""
+        ...
 
-    num_ids: int
-    end_tokens: tuple[str, ...]
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Texts of end-of-turn and padding tokens, which do not count behind an answer."""
+        ...
 
     def encode_text(self, text: str) -> Tokens:
         """Tokenise text on its own, without special tokens."""

@@ -17,6 +17,8 @@ from shopr1_rewards.self_certainty import Head
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shopr1_service.errors import PolicyError
+
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 4096
@@ -28,10 +30,6 @@ MODULE_MAX_TOKENS = 16
 # Largest accepted difference of logits, relative to the largest logit: rounding of the dtype, times the
 # few operations behind it. A missing scale, softcap or bias differs by far more.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-class HeadError(RuntimeError):
-    """The model's logits cannot be reproduced from its hidden states."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head: what makes the hidden states."""
     trunk = model.base_model
     if trunk is model:
-        raise HeadError(f"{type(model).__name__} has no trunk apart from its head")
+        raise PolicyError(f"{type(model).__name__} has no trunk apart from its head")
     return trunk
 
 
@@ -117,7 +115,7 @@ def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
     """The fastest head whose logits equal `model(...).logits` on these ids, shape [1, T].
 
     Raises:
-        HeadError: none does.
+        PolicyError: none does.
     """
     expected_T_V = model(input_ids=input_ids, use_cache=False).logits[0]
     hidden_T_H = trunk_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
@@ -128,7 +126,7 @@ def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
         if _agrees(head, hidden_T_H, expected_T_V):
             return head
         logger.warning("%s does not give the logits of %s", type(head).__name__, type(model).__name__)
-    raise HeadError(f"the logits of {type(model).__name__} cannot be made from its hidden states")
+    raise PolicyError(f"the logits of {type(model).__name__} cannot be made from its hidden states")
 
 
 def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:

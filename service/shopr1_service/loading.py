@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from shopr1_client.wire import PolicyInfo
@@ -25,6 +25,7 @@ from transformers import (
 
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
+from shopr1_service.errors import PolicyError
 from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.head import LinearHead, choose_head
 from shopr1_service.settings import DType, Settings
@@ -38,10 +39,6 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _NUM_CHECK_TOKENS = 24
 _CHECK_SEED = 0
 _UNLIMITED = 10**9  # transformers gives tokenizers without a limit 10³⁰
-
-
-class PolicyError(RuntimeError):
-    """The policy cannot be loaded; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def build_policy(
 ) -> LoadedPolicy:
     """A policy of a model in memory: chooses head and forward by what they give on random tokens."""
     model.train(False)
-    num_ids = model.get_input_embeddings().num_embeddings
+    num_ids = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
     max_sequence_tokens = settings.max_sequence_tokens or _max_sequence_tokens(model, tokenizer)
     random_ids = _random_ids(model, num_ids, max_sequence_tokens)
     head = choose_head(model, torch.tensor([random_ids[:_NUM_CHECK_TOKENS]], device=model.device))

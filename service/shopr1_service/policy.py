@@ -14,14 +14,17 @@ class Policy(Protocol):
     """The seam between the service and a model.
 
     `codec` may be used from several threads at once, `certainties` from one at a time.
-
-    Attributes:
-        info: as `GET /info` shows it.
-        codec: its tokenizer.
     """
 
-    info: PolicyInfo
-    codec: Codec
+    @property
+    def info(self) -> PolicyInfo:
+        """As `GET /info` shows it."""
+        ...
+
+    @property
+    def codec(self) -> Codec:
+        """Its tokenizer."""
+        ...
 
     def certainties(
         self, group: TokenGroup, rules: SelfCertaintyRecipe

@@ -20,14 +20,12 @@ from pydantic_settings import (
 )
 from shopr1_client.wire import Limits
 
+from shopr1_service.errors import SettingsError
+
 ENV_PREFIX = "SHOPR1_"
 CONFIG_VARIABLE = "SHOPR1_CONFIG"
 
 PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class SettingsError(ValueError):
-    """A setting is unknown or malformed; the message names key and value."""
 
 
 class DType(StrEnum):

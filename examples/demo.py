@@ -1,0 +1,126 @@
+"""Scores the example sessions with a real policy over HTTP, and prints what each rollout earned and why.
+
+Run by `make demo`. Starts `shopr1 serve` on a free port of the loopback interface, waits until it is ready,
+scores `sessions.jsonl` with the client library, and stops the server again.
+"""
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from shopr1_client import Client
+from shopr1_client.wire import Group, Reward, ScoreRequest, Status
+from shopr1_rewards import load_recipe
+
+SESSIONS = Path(__file__).with_name("sessions.jsonl")
+READY_TIMEOUT_S = 180.0
+RULES = load_recipe("shop_r1").similarity
+_ADDRESS = re.compile(r"Uvicorn running on (http://\S+)")
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[str]:
+    """The URL of a server of our own, which ends with the block."""
+    command = [sys.executable, "-m", "shopr1_service", "serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield _wait_for_address(process)
+        finally:
+            process.terminate()
+
+
+def _wait_for_address(process: "subprocess.Popen[str]") -> str:
+    assert process.stderr is not None
+    log = []
+    for line in process.stderr:
+        log.append(line)
+        if match := _ADDRESS.search(line):
+            return match.group(1)
+    raise RuntimeError("the server did not start:\n" + "".join(log))
+
+
+def action_text(action: dict[str, str] | None) -> str:
+    if action is None:
+        return "-"
+    attributes = ", ".join(f"{key}={value!r}" for key, value in action.items() if key != "type")
+    return f"{action['type']}({attributes})"
+
+
+def alikeness(name: str, similarity: float) -> str:
+    """`text alike 0.750, does not pass`: what is not above the threshold earns nothing."""
+    passes = RULES.thresholded(similarity) > 0
+    return f"{name} alike {similarity:.3f}" + ("" if passes else ", does not pass")
+
+
+def why(reward: Reward) -> str:
+    """The reward in words: what was wrong, or how alike the values are."""
+    details = reward.details
+    if details.format_error is not None:
+        return f"{details.format_error}: {details.format_message}"
+    notes = [alikeness(name, value) for name, value in details.similarity.items() if value is not None]
+    if reward.components.action_type == 0:
+        notes.append("unknown type" if details.unknown_action_type else "wrong type")
+    notes += [f"{name} missing" for name in details.missing_attributes]
+    notes += [f"extra key {key}" for key in details.extra_keys]
+    if details.exact_match:
+        notes.append("exact match")
+    if details.self_certainty_nats is not None:
+        notes.append(f"s = {details.self_certainty_nats:.2f} nats over {details.num_rationale_tokens} tokens")
+    return "; ".join(notes)
+
+
+def table(group: Group, rewards: list[Reward]) -> Table:
+    title = f"{group.id}: the human did {group.ground_truth}"
+    result = Table(title=title, title_justify="left", show_lines=True)
+    for name in ("predicted", "format", "type", "attribute", "value", "certainty", "reward", "why"):
+        result.add_column(name, justify="left" if name in ("predicted", "why") else "right", overflow="fold")
+    for reward in rewards:
+        terms = [_number(value) for _, value in reward.components]
+        result.add_row(
+            action_text(reward.details.predicted_action), *terms, _number(reward.reward), why(reward)
+        )
+    return result
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else f"{value:.4g}" if value == 0 else f"{value:.4f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="a running server; default: start one")
+    url: str | None = parser.parse_args().url
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    groups = [Group.model_validate_json(line) for line in SESSIONS.read_text("utf-8").splitlines()]
+    with contextlib.ExitStack() as stack:
+        if url is None:
+            console.print("Starting a server on the embedded policy …")
+            url = stack.enter_context(running_server())
+        client = stack.enter_context(Client(url))
+        client.wait_until_ready(READY_TIMEOUT_S)
+        start_s = time.perf_counter()
+        response = client.score(ScoreRequest(groups=groups))
+        duration_s = time.perf_counter() - start_s
+    for group, scored in zip(groups, response.groups, strict=True):
+        console.print(table(group, scored.rewards))
+    rewards = [reward for scored in response.groups for reward in scored.rewards]
+    console.print(
+        f"Scored {len(rewards)} rollouts over {len(groups)} prompts in {duration_s:.1f} s with "
+        f"{response.policy.model}, recipe {response.recipe.name} ({response.recipe.digest[:19]}…)."
+    )
+    console.print(
+        "Each reward is the sum of the five terms before it. certainty = 0.005 · s. A value earns its weight "
+        f"times its alikeness (ROUGE-L F1) where that exceeds {RULES.threshold}."
+    )
+    return 0 if all(reward.status is Status.SCORED for reward in rewards) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

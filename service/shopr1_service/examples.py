@@ -1,0 +1,125 @@
+"""Examples in the API's document. A test scores the request and compares the answer."""
+
+from typing import Any
+
+from fastapi.openapi.models import Example
+from shopr1_rewards import load_recipe
+
+_RECIPE = load_recipe("shop_r1")
+_RECIPE_REF = {"name": _RECIPE.name, "digest": _RECIPE.digest}
+
+PROMPT = "<html><button name='add_to_cart.buy_now'>Buy now</button></html>\nWhat does the shopper do next?\n"
+
+COMPLETION = (
+    '{"rationale": "I want to know what others say first.", '
+    '"action": {"type": "click", "name": "refinements.customer_reviews"}}'
+)
+
+SCORE_REQUEST: dict[str, Any] = {
+    "groups": [
+        {
+            "id": "session-7/step-3",
+            "prompt": PROMPT,
+            "ground_truth": {"type": "click", "name": "add_to_cart.buy_now"},
+            "completions": [COMPLETION],
+        }
+    ]
+}
+
+_CHAT_REQUEST: dict[str, Any] = {
+    "recipe": "shop_r1",
+    "groups": [
+        {
+            "prompt": [{"role": "user", "content": PROMPT}],
+            "ground_truth": '{"type": "terminate"}',
+            "completions": [COMPLETION, {"text": "I am done."}],
+        }
+    ],
+    "include": ["tokens"],
+}
+
+_IDS_REQUEST: dict[str, Any] = {
+    "groups": [
+        {
+            "prompt": {"token_ids": [1, 4093, 198]},
+            "ground_truth": {"type": "type_and_submit", "name": "nav_bar.search_input", "text": "comforter"},
+            "completions": [{"token_ids": [39428, 20018, 85]}],
+        }
+    ],
+    "policy_version": "0",
+}
+
+SCORE_REQUESTS: dict[str, Example] = {
+    "text": {"summary": "A templated prompt and a completion as text", "value": SCORE_REQUEST},
+    "chat": {"summary": "Chat messages; per-token values in the answer", "value": _CHAT_REQUEST},
+    "token_ids": {"summary": "Token ids, and a policy version that must be loaded", "value": _IDS_REQUEST},
+}
+
+SCORE_RESPONSE: dict[str, Any] = {
+    "request_id": "4f3c",
+    "recipe": _RECIPE_REF,
+    "policy": {"model": "SmolLM2-135M-Instruct", "version": "0"},
+    "groups": [
+        {
+            "id": "session-7/step-3",
+            "rewards": [
+                {
+                    "reward": 1.13,
+                    "status": "scored",
+                    "reason": None,
+                    "message": None,
+                    "components": {
+                        "format": 0.5,
+                        "action_type": 0.3,
+                        "attribute": 0.2,
+                        "value": 0.0,
+                        "self_certainty": 0.13,
+                    },
+                    "details": {
+                        "format_error": None,
+                        "format_message": None,
+                        "predicted_action": {"type": "click", "name": "refinements.customer_reviews"},
+                        "unknown_action_type": False,
+                        "missing_attributes": [],
+                        "extra_keys": [],
+                        "similarity": {"name": 0.0, "text": None},
+                        "exact_match": False,
+                        "self_certainty_nats": 26.0,
+                        "num_rationale_tokens": 37,
+                        "tokens": None,
+                        "completion_token_ids": None,
+                    },
+                }
+            ],
+            "prompt_token_ids": None,
+        }
+    ],
+}
+
+INFO: dict[str, Any] = {
+    "version": "0.1.0",
+    "policy": {
+        "model": "SmolLM2-135M-Instruct",
+        "version": "0",
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "num_head_rows": 49152,
+        "num_tokenizer_tokens": 49152,
+        "max_sequence_tokens": 8192,
+        "head": "linear",
+        "forward": "cached_prefix",
+    },
+    "limits": {
+        "max_body_bytes": 67108864,
+        "max_groups": 1024,
+        "max_completions_per_group": 256,
+        "max_request_tokens": 4194304,
+    },
+    "default_recipe": _RECIPE_REF,
+    "recipes": [_RECIPE_REF],
+}
+
+RECIPES: list[dict[str, Any]] = [_RECIPE_REF]
+
+RECIPE: dict[str, Any] = _RECIPE.model_dump(mode="json")

@@ -1,0 +1,116 @@
+"""Prometheus metrics of the service. Base units, one registry per application."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from shopr1_client.wire import PolicyInfo, Reward
+
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
+
+# 1 ms to 131 s in powers of two, then 5 and 10 minutes: a rule-only group to a long prompt on a CPU.
+_SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
+
+
+class Phase(StrEnum):
+    """Parts of the time a request takes."""
+
+    PREPARE = "prepare"
+    """Parsing completions, rules, tokenising."""
+    QUEUE = "queue"
+    """Waiting for the engine, per group."""
+    ENGINE = "engine"
+    """Forward and head, per group."""
+
+
+class Metrics:
+    """All metrics, and what is recorded in them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "shopr1_requests",
+            "HTTP requests answered.",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self._request_seconds = Histogram(
+            "shopr1_request_duration_seconds",
+            "Time from the request's first byte to its answer.",
+            ("route",),
+            buckets=_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self._phase_seconds = Histogram(
+            "shopr1_phase_duration_seconds",
+            "Time of the phases of scoring: prepare per request, queue and engine per group.",
+            ("phase",),
+            buckets=_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self._rollouts = Counter(
+            "shopr1_rollouts",
+            "Rollouts by outcome; reason is empty for scored ones.",
+            ("recipe", "status", "reason"),
+            registry=self.registry,
+        )
+        self._components = Summary(
+            "shopr1_reward_component",
+            "Weighted terms of the reward: sum and count over scored rollouts.",
+            ("recipe", "component"),
+            registry=self.registry,
+        )
+        self._format_errors = Counter(
+            "shopr1_format_errors",
+            "Completions with invalid format, by what is wrong with them.",
+            ("recipe", "error"),
+            registry=self.registry,
+        )
+        self._measured_tokens = Counter(
+            "shopr1_measured_tokens", "Tokens whose certainty was measured.", registry=self.registry
+        )
+        self._policy = Gauge(
+            "shopr1_policy_info",
+            "The loaded policy; always 1.",
+            ("model", "version", "dtype", "head", "forward"),
+            registry=self.registry,
+        )
+
+    def record_request(self, method: str, route: str, status: int, duration_s: float) -> None:
+        self._requests.labels(method, route, str(status)).inc()
+        self._request_seconds.labels(route).observe(duration_s)
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Record the time that the block takes."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.record_phase(phase, time.perf_counter() - start_s)
+
+    def record_phase(self, phase: Phase, duration_s: float) -> None:
+        self._phase_seconds.labels(phase.value).observe(duration_s)
+
+    def record_reward(self, recipe: str, reward: Reward) -> None:
+        reason = reward.reason.value if reward.reason else ""
+        self._rollouts.labels(recipe, reward.status.value, reason).inc()
+        if reward.details.format_error is not None:
+            self._format_errors.labels(recipe, reward.details.format_error).inc()
+        if reward.reward is None:
+            return
+        for component, value in reward.components:
+            self._components.labels(recipe, component).observe(value)
+        if reward.details.self_certainty_nats is not None:
+            self._measured_tokens.inc(reward.details.num_rationale_tokens)
+
+    def record_policy(self, info: PolicyInfo) -> None:
+        self._policy.clear()
+        self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
+
+    def render(self) -> bytes:
+        """The registry in the text format that Prometheus scrapes."""
+        return generate_latest(self.registry)

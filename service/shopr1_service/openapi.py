@@ -1,0 +1,81 @@
+"""`openapi.yaml`: built from the application, so that it cannot drift from it."""
+
+from typing import Any
+
+import yaml
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from shopr1_client.errors import PROBLEM_MEDIA_TYPE, ProblemError
+from shopr1_client.wire import Problem
+
+TAGS = [
+    {"name": "score", "description": "The reward."},
+    {"name": "recipes", "description": "What the reward is made of."},
+    {"name": "service", "description": "What is running."},
+    {"name": "health", "description": "For supervisors and load balancers."},
+]
+
+METRICS_CONTENT: dict[str, Any] = {
+    "description": "Metrics in Prometheus text format.",
+    "content": {
+        "text/plain": {
+            "schema": {"type": "string"},
+            "example": 'shopr1_rollouts_total{recipe="shop_r1",status="scored",reason=""} 12.0\n',
+        }
+    },
+}
+
+_SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def example_content(example: object) -> dict[str, Any]:
+    """A 200 response of FastAPI's `responses` with an example."""
+    return {"description": "OK", "content": {"application/json": {"example": example}}}
+
+
+def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` for errors, with an example each."""
+    return {problem.status: _problem_response(problem) for problem in problems}
+
+
+def _problem_response(problem: type[ProblemError]) -> dict[str, Any]:
+    example = problem("What happened, for people.", request_id="4f3c").to_problem()
+    content: dict[str, Any] = {"schema": {"$ref": _SCHEMA_REF.format(model="Problem")}, "example": example}
+    response: dict[str, Any] = {"description": problem.title, "content": {PROBLEM_MEDIA_TYPE: content}}
+    if problem.status == 503:
+        seconds = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+        response["headers"] = {"Retry-After": seconds}
+    return response
+
+
+def build_document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of the application."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=TAGS
+    )
+    document["servers"] = [{"url": "http://127.0.0.1:8000", "description": "The default of `shopr1 serve`."}]
+    document["components"]["schemas"] |= _problem_schemas()
+    _drop_default_validation_errors(document)
+    return document
+
+
+def _problem_schemas() -> dict[str, Any]:
+    schema = Problem.model_json_schema(ref_template=_SCHEMA_REF)
+    nested: dict[str, Any] = schema.pop("$defs")
+    return {"Problem": schema, **nested}
+
+
+def _drop_default_validation_errors(document: dict[str, Any]) -> None:
+    """FastAPI documents its own 422 wherever there is a parameter; ours is a problem, where there is one."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            default = operation["responses"].get("422", {}).get("content", {})
+            if "application/json" in default:
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+
+
+def to_yaml(document: dict[str, Any]) -> str:
+    """The document as it is committed."""
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,108 @@
+"""Every error as `application/problem+json` (RFC 9457): one handler, one table (`shopr1_client.errors`)."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from shopr1_client.errors import (
+    PROBLEM_MEDIA_TYPE,
+    FieldError,
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    MethodNotAllowedError,
+    NotFoundError,
+    ProblemError,
+    TooLargeError,
+)
+from shopr1_client.wire import is_union_tag
+from starlette.exceptions import HTTPException
+
+from shopr1_service.preparation import refuse_if_any
+from shopr1_service.request_id import REQUEST_ID_HEADER, request_id_of
+
+logger = logging.getLogger(__name__)
+
+_BY_STATUS: dict[int, type[ProblemError]] = {
+    problem.status: problem
+    for problem in (MalformedBodyError, NotFoundError, MethodNotAllowedError, TooLargeError)
+}
+_DECODING: dict[type, str] = {
+    UnicodeDecodeError: "the body is not UTF-8",
+    RecursionError: "the body is nested too deeply",
+}
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every exception of the application with a problem."""
+    app.add_exception_handler(ProblemError, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def problem_response(
+    problem: ProblemError, request_id: str, headers: dict[str, str] | None = None
+) -> Response:
+    """The answer for a problem."""
+    # Answers to bugs do not pass the middleware that adds the id to all others.
+    headers = {**(headers or {}), REQUEST_ID_HEADER: request_id}
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
+    return Response(
+        orjson.dumps(problem.to_problem(request_id)),
+        status_code=problem.status,
+        media_type=PROBLEM_MEDIA_TYPE,
+        headers=headers,
+    )
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProblemError)  # starlette dispatches by class
+    return problem_response(error, request_id_of(request.scope))
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return problem_response(_invalid(error.errors()), request_id_of(request.scope))
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem_class = _BY_STATUS.get(error.status_code, InternalError)
+    # FastAPI hides why a body could not be decoded behind a general sentence.
+    detail = _DECODING.get(type(error.__cause__), str(error.detail))
+    return problem_response(problem_class(detail), request_id_of(request.scope), dict(error.headers or {}))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    detail = "The service failed on this request. Its log has the details under the request id."
+    return problem_response(InternalError(detail), request_id_of(request.scope))
+
+
+def _invalid(details: Sequence[Any]) -> ProblemError:
+    if details and details[0]["type"] == "json_invalid":
+        position = details[0]["loc"][-1]
+        return MalformedBodyError(f"{details[0]['ctx']['error']} at byte {position}")
+    errors: list[FieldError] = [{"location": _path(d["loc"]), "message": d["msg"]} for d in details]
+    try:
+        refuse_if_any(errors)
+    except InvalidRequestError as problem:
+        return problem
+    return InvalidRequestError("the request is not valid")
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """`groups[1].completions[0].text` from pydantic's location, without its union tags."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not is_union_tag(part):
+            path += f".{part}"
+    return path.removeprefix(".").removeprefix("body").removeprefix(".") or "body"

@@ -1,0 +1,32 @@
+"""The recipes that a service offers: all that ship with the package, and the default one."""
+
+from collections.abc import Iterator
+
+from shopr1_client.wire import RecipeRef
+from shopr1_rewards import Recipe, load_recipe, recipe_names
+
+
+class RecipeBook:
+    """Recipes by name.
+
+    Args:
+        default: name of a shipped recipe, or a TOML file. A file takes the place of a shipped recipe of the
+            same name.
+    """
+
+    def __init__(self, default: str) -> None:
+        self._recipes = {name: load_recipe(name) for name in recipe_names()}
+        self.default = load_recipe(default)
+        self._recipes[self.default.name] = self.default
+
+    def __iter__(self) -> Iterator[Recipe]:
+        return iter(self._recipes.values())
+
+    def get(self, name: str | None) -> Recipe | None:
+        """The recipe of this name, the default one for None, or None where there is no such recipe."""
+        return self.default if name is None else self._recipes.get(name)
+
+
+def reference(recipe: Recipe) -> RecipeRef:
+    """Name and digest, as answers carry them."""
+    return RecipeRef(name=recipe.name, digest=recipe.digest)

@@ -1,0 +1,156 @@
+"""The HTTP routes. Each hands over to the scoring core and says nothing of its own."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Request, Response
+from pydantic import BaseModel
+from shopr1_client.errors import (
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    NotFoundError,
+    NotReadyError,
+    PolicyVersionError,
+    ProblemError,
+    TooLargeError,
+)
+from shopr1_client.wire import Health, Info, RecipeRef, ScoreRequest, ScoreResponse
+from shopr1_rewards import Recipe
+
+from shopr1_service import __version__, examples
+from shopr1_service.metrics import CONTENT_TYPE_LATEST
+from shopr1_service.openapi import METRICS_CONTENT, example_content, problem_responses
+from shopr1_service.recipe_book import reference
+from shopr1_service.request_id import request_id_of
+from shopr1_service.state import State, state_of
+
+router = APIRouter()
+
+AppState = Annotated[State, Depends(state_of)]
+
+
+def _responses(example: Any, *problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:  # noqa: ANN401
+    return {200: example_content(example), **problem_responses(*problems, InternalError)}
+
+
+@router.post(
+    "/score",
+    response_model=ScoreResponse,
+    operation_id="score",
+    tags=["score"],
+    summary="Score groups of rollouts",
+    responses=_responses(
+        examples.SCORE_RESPONSE,
+        MalformedBodyError,
+        PolicyVersionError,
+        TooLargeError,
+        InvalidRequestError,
+        NotReadyError,
+    ),
+)
+async def score(
+    body: Annotated[ScoreRequest, Body(openapi_examples=examples.SCORE_REQUESTS)],
+    request: Request,
+    state: AppState,
+) -> Response:
+    """Rewards of every completion, in the order of the request, each with its weighted terms.
+
+    A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
+    `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
+    """
+    answer = await state.scorer.score(body, request_id_of(request.scope))
+    return _json(answer)
+
+
+@router.get(
+    "/info",
+    response_model=Info,
+    operation_id="info",
+    tags=["service"],
+    summary="Policy, limits and recipes",
+    responses=_responses(examples.INFO, NotReadyError),
+)
+async def info(state: AppState) -> Response:
+    """What is loaded, how it computes, and what a request may hold."""
+    answer = Info(
+        version=__version__,
+        policy=state.scorer.policy.info,
+        limits=state.settings.limits,
+        default_recipe=reference(state.recipes.default),
+        recipes=[reference(recipe) for recipe in state.recipes],
+    )
+    return _json(answer)
+
+
+@router.get(
+    "/recipes",
+    response_model=list[RecipeRef],
+    operation_id="listRecipes",
+    tags=["recipes"],
+    summary="Names and digests of the recipes",
+    responses=_responses(examples.RECIPES),
+)
+async def list_recipes(state: AppState) -> list[RecipeRef]:
+    """The recipes that a request may name."""
+    return [reference(recipe) for recipe in state.recipes]
+
+
+@router.get(
+    "/recipes/{name}",
+    response_model=Recipe,
+    operation_id="getRecipe",
+    tags=["recipes"],
+    summary="A recipe with all its numbers",
+    responses=_responses(examples.RECIPE, NotFoundError),
+)
+async def get_recipe(name: str, state: AppState) -> Response:
+    """Every number and choice of a recipe, defaults filled in."""
+    recipe = state.recipes.get(name)
+    if recipe is None:
+        raise NotFoundError(f"no recipe {name!r}")
+    return _json(recipe)
+
+
+@router.get(
+    "/health/live",
+    response_model=Health,
+    operation_id="live",
+    tags=["health"],
+    summary="Is the process alive?",
+    responses=_responses({"status": "live"}),
+)
+async def live() -> Health:
+    """Answers as long as the event loop runs, also while the policy loads."""
+    return Health(status="live")
+
+
+@router.get(
+    "/health/ready",
+    response_model=Health,
+    operation_id="ready",
+    tags=["health"],
+    summary="Can it score?",
+    responses=_responses({"status": "ready"}, NotReadyError),
+)
+async def ready(state: AppState) -> Health:
+    """200 once the policy is loaded and has passed its checks, which are real forwards; else 503."""
+    _ = state.scorer
+    return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    operation_id="metrics",
+    tags=["service"],
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses={200: METRICS_CONTENT, **problem_responses(InternalError)},
+)
+async def metrics(state: AppState) -> Response:
+    """Prometheus text format."""
+    return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _json(model: BaseModel) -> Response:
+    # Validated where it was built; FastAPI would validate it once more.
+    return Response(model.model_dump_json(), media_type="application/json")

@@ -1,0 +1,175 @@
+"""Scoring a request: rules, then the engine, then both put together.
+
+The one way from a request to an answer; every route and the command line go through it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from shopr1_client.errors import InvalidRequestError, PolicyVersionError
+from shopr1_client.wire import (
+    Components,
+    Details,
+    GroupScore,
+    Include,
+    Limits,
+    PolicyRef,
+    Reward,
+    ScoreRequest,
+    ScoreResponse,
+    Status,
+    TokenCertainty,
+)
+from shopr1_rewards import Recipe
+
+from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.metrics import Metrics, Phase
+from shopr1_service.policy import Policy
+from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
+from shopr1_service.recipe_book import RecipeBook, reference
+
+logger = logging.getLogger(__name__)
+
+_NUM_PREPARE_THREADS = 2
+
+Measurement = Certainty | Unmeasurable | None
+"""None: there was nothing to measure."""
+
+
+class Scorer:
+    """Scores requests with one policy. One engine thread; preparing runs beside it."""
+
+    def __init__(self, policy: Policy, recipes: RecipeBook, limits: Limits, metrics: Metrics) -> None:
+        self.policy = policy
+        self._recipes = recipes
+        self._limits = limits
+        self._metrics = metrics
+        self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
+        self._engine = ThreadPoolExecutor(1, "engine")
+        metrics.record_policy(policy.info)
+
+    async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
+        """Score every rollout of a request.
+
+        Raises:
+            InvalidRequestError, TooLargeError: the request is at fault.
+            PolicyVersionError: another version is loaded than the request demands.
+        """
+        recipe = self._recipe(request.recipe)
+        self._check_version(request.policy_version)
+        loop = asyncio.get_running_loop()
+        groups = await loop.run_in_executor(self._preparers, self._prepare, request, recipe)
+        scores = await asyncio.gather(
+            *(self._score_group(group, recipe, request.include) for group in groups)
+        )
+        return ScoreResponse(
+            request_id=request_id,
+            recipe=reference(recipe),
+            policy=PolicyRef(model=self.policy.info.model, version=self.policy.info.version),
+            groups=scores,
+        )
+
+    def close(self) -> None:
+        """End the threads; work that has not begun is dropped."""
+        self._preparers.shutdown(wait=False, cancel_futures=True)
+        self._engine.shutdown(wait=False, cancel_futures=True)
+
+    def _recipe(self, name: str | None) -> Recipe:
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            known = ", ".join(recipe.name for recipe in self._recipes)
+            message = f"no recipe {name!r}; there are: {known}"
+            raise InvalidRequestError(message, errors=[{"location": "recipe", "message": message}])
+        return recipe
+
+    def _check_version(self, demanded: str | None) -> None:
+        loaded = self.policy.info.version
+        if demanded is not None and demanded != loaded:
+            raise PolicyVersionError(f"version {demanded!r} is demanded, {loaded!r} is loaded")
+
+    def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
+        wants_ids = Include.TOKEN_IDS in request.include
+        with self._metrics.phase(Phase.PREPARE):
+            return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
+
+    async def _score_group(
+        self, group: PreparedGroup, recipe: Recipe, include: Sequence[Include]
+    ) -> GroupScore:
+        measurements = iter(await self._measure(group.token_group(), recipe))
+        rewards = [
+            _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)
+            for rollout in group.rollouts
+        ]
+        for reward in rewards:
+            self._metrics.record_reward(recipe.name, reward)
+        prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
+        return GroupScore(id=group.id, rewards=rewards, prompt_token_ids=prompt_ids)
+
+    async def _measure(self, group: TokenGroup, recipe: Recipe) -> Sequence[Certainty | Unmeasurable]:
+        if not group.completions:
+            return []
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._engine, self._run_engine, group, recipe, time.perf_counter())
+
+    def _run_engine(
+        self, group: TokenGroup, recipe: Recipe, submitted_s: float
+    ) -> Sequence[Certainty | Unmeasurable]:
+        self._metrics.record_phase(Phase.QUEUE, time.perf_counter() - submitted_s)
+        with self._metrics.phase(Phase.ENGINE):
+            return self.policy.certainties(group, recipe.self_certainty)
+
+
+def _reward(
+    rollout: PreparedRollout, measurement: Measurement, recipe: Recipe, include: Sequence[Include]
+) -> Reward:
+    components = rollout.judgement.components(_self_certainty(measurement, recipe))
+    failed = measurement if isinstance(measurement, Unmeasurable) else None
+    return Reward(
+        reward=components.reward,
+        status=Status.UNSCORABLE if failed else Status.SCORED,
+        reason=failed.reason if failed else None,
+        message=failed.message if failed else None,
+        components=Components.model_validate(vars(components)),
+        details=_details(rollout, measurement, recipe, include),
+    )
+
+
+def _self_certainty(measurement: Measurement, recipe: Recipe) -> float | None:
+    """The weighted term: 0 where there was nothing to measure, None where measuring failed."""
+    match measurement:
+        case None:
+            return 0.0
+        case Certainty():
+            return recipe.self_certainty.alpha * measurement.mean
+        case Unmeasurable():
+            return None
+
+
+def _details(
+    rollout: PreparedRollout, measurement: Measurement, recipe: Recipe, include: Sequence[Include]
+) -> Details:
+    judgement = rollout.judgement
+    prediction, failure = judgement.prediction, judgement.failure
+    certainty = measurement if isinstance(measurement, Certainty) else None
+    return Details(
+        format_error=failure.error.value if failure else None,
+        format_message=failure.message if failure else None,
+        predicted_action=prediction.action.to_dict() if prediction else None,
+        unknown_action_type=prediction is not None and not prediction.is_known_type,
+        missing_attributes=list(prediction.missing_attributes) if prediction else [],
+        extra_keys=list(prediction.extra_keys) if prediction else [],
+        similarity={name: judgement.similarity.get(name) for name in recipe.action_space.attribute_names},
+        exact_match=judgement.is_exact_match,
+        self_certainty_nats=certainty.mean if certainty else None,
+        num_rationale_tokens=len(rollout.measured),
+        tokens=list(_tokens(rollout, certainty)) if certainty and Include.TOKENS in include else None,
+        completion_token_ids=list(rollout.tokens.ids) if Include.TOKEN_IDS in include else None,
+    )
+
+
+def _tokens(rollout: PreparedRollout, certainty: Certainty) -> Iterator[TokenCertainty]:
+    for index, value in zip(rollout.measured, certainty.values, strict=True):
+        yield TokenCertainty(index=index, token_id=rollout.tokens.ids[index], value=value)

@@ -1,0 +1,38 @@
+"""Running the application under uvicorn."""
+
+import logging
+
+import uvicorn
+
+from shopr1_service.app import create_app
+from shopr1_service.loading import load_policy
+from shopr1_service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code: 0, or 1 if the policy cannot be loaded."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logger.info("settings: %s", settings.model_dump_json())
+    failures: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(settings, lambda: load_policy(settings), on_load_failure=stop)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            access_log=settings.log_level == "debug",  # metrics count requests; a scraper would fill the log
+            timeout_graceful_shutdown=settings.shutdown_grace_s,
+        )
+    )
+    server.run()
+    return 1 if failures else 0

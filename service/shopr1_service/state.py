@@ -1,0 +1,58 @@
+"""What the application holds while it runs."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import cast
+
+from fastapi import Request
+from shopr1_client.errors import NotReadyError
+
+from shopr1_service.metrics import Metrics
+from shopr1_service.policy import Policy
+from shopr1_service.recipe_book import RecipeBook
+from shopr1_service.scorer import Scorer
+from shopr1_service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5.0
+
+
+class State:
+    """Settings, recipes and metrics from the start; the scorer once the policy has been loaded."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.recipes = RecipeBook(settings.recipe)
+        self.metrics = Metrics()
+        self._scorer: Scorer | None = None
+        self._is_closing = False
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer.
+
+        Raises:
+            NotReadyError: the policy is loading, or the service is shutting down.
+        """
+        if self._is_closing:
+            raise NotReadyError("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
+        if self._scorer is None:
+            raise NotReadyError("the policy is loading", retry_after_s=_RETRY_AFTER_S)
+        return self._scorer
+
+    async def load(self, load_policy: Callable[[], Policy]) -> None:
+        """Load the policy beside the event loop, so that health checks are answered meanwhile."""
+        policy = await asyncio.to_thread(load_policy)
+        self._scorer = Scorer(policy, self.recipes, self.settings.limits, self.metrics)
+
+    def close(self) -> None:
+        self._is_closing = True
+        if self._scorer is not None:
+            self._scorer.close()
+
+
+def state_of(request: Request) -> State:
+    """The state of the application that serves a request (a FastAPI dependency)."""
+    return cast("State", request.app.state.shopr1)
