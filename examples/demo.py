@@ -6,44 +6,60 @@ scores `sessions.jsonl` with the client library, and stops the server again.
 
 import argparse
 import contextlib
-import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from shopr1_client import Client
+from shopr1_client import Client, ShopR1Error
 from shopr1_client.wire import Group, Reward, ScoreRequest, Status
 from shopr1_rewards import load_recipe
 
 SESSIONS = Path(__file__).with_name("sessions.jsonl")
 READY_TIMEOUT_S = 180.0
 RULES = load_recipe("shop_r1").similarity
-_ADDRESS = re.compile(r"Uvicorn running on (http://\S+)")
+
+
+class ServerStartError(RuntimeError):
+    """The server ended, or took too long, before it could score."""
 
 
 @contextlib.contextmanager
 def running_server() -> Iterator[str]:
-    """The URL of a server of our own, which ends with the block."""
-    command = [sys.executable, "-m", "shopr1_service", "serve", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    """The URL of a server of our own, ready to score; it ends with the block."""
+    port = free_port()
+    command = [sys.executable, "-m", "shopr1_service", "serve", "--port", str(port)]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            yield _wait_for_address(process)
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(url, process)
+            yield url
+        except ServerStartError:
+            log.seek(0)
+            sys.stderr.write(log.read())
+            raise
         finally:
             process.terminate()
 
 
-def _wait_for_address(process: "subprocess.Popen[str]") -> str:
-    assert process.stderr is not None
-    log = []
-    for line in process.stderr:
-        log.append(line)
-        if match := _ADDRESS.search(line):
-            return match.group(1)
-    raise RuntimeError("the server did not start:\n" + "".join(log))
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    give_up_at = time.monotonic() + READY_TIMEOUT_S
+    with Client(url) as client:
+        while process.poll() is None and time.monotonic() < give_up_at:
+            with contextlib.suppress(ShopR1Error):
+                return client.wait_until_ready(timeout_s=1.0)
+    raise ServerStartError("the server did not become ready")
 
 
 def action_text(action: dict[str, str] | None) -> str:
@@ -104,7 +120,6 @@ def main() -> int:
             console.print("Starting a server on the embedded policy …")
             url = stack.enter_context(running_server())
         client = stack.enter_context(Client(url))
-        client.wait_until_ready(READY_TIMEOUT_S)
         start_s = time.perf_counter()
         response = client.score(ScoreRequest(groups=groups))
         duration_s = time.perf_counter() - start_s

@@ -6,6 +6,7 @@ and remote code execute whatever their author put in them.
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
@@ -74,6 +76,9 @@ def load_policy(settings: Settings) -> LoadedPolicy:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     logger.info("loading %s on %s in %s", source.name, device, dtype)
+    if not sys.stderr.isatty():
+        # In a log file every step of a bar is a line.
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer, model = _load(source, device, dtype, settings.revision)
         return build_policy(model, tokenizer, settings, name=source.name)
