@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from shopr1_client import Client, ShopR1Error
 from shopr1_client.wire import Group, Reward, ScoreRequest, Status
 from shopr1_rewards import load_recipe

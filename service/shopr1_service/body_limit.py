@@ -1,9 +1,9 @@
 """Refuses requests whose announced body is larger than the limit, before any of it is read."""
 
-from shopr1_client.errors import TooLargeError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shopr1_client.errors import TooLargeError
 from shopr1_service.problems import problem_response
 from shopr1_service.request_id import request_id_of
 

@@ -13,9 +13,9 @@ import orjson
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from shopr1_client import Client, ShopR1Error
 from shopr1_rewards import RecipeError, load_recipe
-
 from shopr1_service import report
 from shopr1_service.errors import ServiceError, SettingsError
 from shopr1_service.rollout_file import (

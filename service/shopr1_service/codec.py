@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
-from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 _MAX_WINDOW = 8

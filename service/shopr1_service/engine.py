@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from shopr1_client.wire import Reason
 from shopr1_rewards.recipe import Position, SelfCertaintyRecipe, Vocabulary
 from shopr1_rewards.self_certainty import Head, divergences
-from torch import Tensor
-
 from shopr1_service.forward import Forward, Suffix
 
 logger = logging.getLogger(__name__)

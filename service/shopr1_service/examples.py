@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi.openapi.models import Example
+
 from shopr1_rewards import load_recipe
 
 _RECIPE = load_recipe("shop_r1")

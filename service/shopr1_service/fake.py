@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 from shopr1_client.wire import Message, PolicyInfo, Reason
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-
 from shopr1_service.codec import Tokens
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from shopr1_rewards.self_certainty import Head
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shopr1_rewards.self_certainty import Head
 from shopr1_service.errors import PolicyError
 
 logger = logging.getLogger(__name__)

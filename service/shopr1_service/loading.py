@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from shopr1_client.wire import PolicyInfo
-from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_rewards.self_certainty import Head
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +22,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from shopr1_client.wire import PolicyInfo
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_rewards.self_certainty import Head
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
 from shopr1_service.errors import PolicyError

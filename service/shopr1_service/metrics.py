@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
 from shopr1_client.wire import PolicyInfo, Reward
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]

@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+
 from shopr1_client.errors import PROBLEM_MEDIA_TYPE, ProblemError
 from shopr1_client.wire import Problem
 

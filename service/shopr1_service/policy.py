@@ -5,7 +5,6 @@ from typing import Protocol
 
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-
 from shopr1_service.codec import Codec
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from shopr1_client.errors import FieldError, InvalidRequestError, TooLargeError
 from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds
 from shopr1_rewards import Action, GroundTruthError, Judgement, Recipe, judge, read_ground_truth
-
 from shopr1_service.codec import Codec, CodecError, Tokens
 from shopr1_service.engine import MeasuredCompletion, TokenGroup
 

@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
 from shopr1_client.errors import (
     PROBLEM_MEDIA_TYPE,
     FieldError,
@@ -20,8 +22,6 @@ from shopr1_client.errors import (
     TooLargeError,
 )
 from shopr1_client.wire import is_union_tag
-from starlette.exceptions import HTTPException
-
 from shopr1_service.preparation import refuse_if_any
 from shopr1_service.request_id import REQUEST_ID_HEADER, request_id_of
 

@@ -1,45 +1,27 @@
 """Tables for people: what was earned, by the human's action type."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.table import Table
+
 from shopr1_client.wire import Components, Group, Reward
 
-_COMPONENTS = tuple(Components.model_fields)
-
-
-@dataclass
-class _Row:
-    rewards: list[Reward] = field(default_factory=list)
-
-    def cells(self) -> list[str]:
-        scored = [reward for reward in self.rewards if reward.reward is not None]
-        terms = [_mean(getattr(r.components, name) for r in scored) for name in _COMPONENTS]
-        reward = _mean(r.reward for r in scored if r.reward is not None)
-        exact = _mean(float(r.details.exact_match) for r in self.rewards)
-        return [str(len(self.rewards)), str(len(self.rewards) - len(scored)), *terms, reward, exact]
-
-
-def _mean(values: Iterable[float]) -> str:
-    values = list(values)
-    return f"{sum(values) / len(values):.4f}" if values else "-"
+_ALL = "all"
 
 
 def summary(groups: Sequence[Group], rewards: Sequence[Sequence[Reward]]) -> Table:
-    """Means of the weighted terms over the scored rollouts, by the human's action type."""
-    rows: dict[str, _Row] = {}
+    """Counts, and means of the weighted terms over the scored rollouts, a column per action type."""
+    columns: dict[str, list[Reward]] = {}
     for group, group_rewards in zip(groups, rewards, strict=True):
-        rows.setdefault(_true_type(group), _Row()).rewards.extend(group_rewards)
-    table = Table("action type", title="Mean reward and its terms")
-    for name in ("rollouts", "unscorable", *_COMPONENTS, "reward", "exact match"):
+        columns.setdefault(_true_type(group), []).extend(group_rewards)
+    columns = dict(sorted(columns.items()))
+    columns[_ALL] = [reward for column in columns.values() for reward in column]
+    table = Table("human's action", title="Mean of each weighted term")
+    for name in columns:
         table.add_column(name, justify="right")
-    for name, row in sorted(rows.items()):
-        table.add_row(name, *row.cells())
-    if len(rows) > 1:
-        table.add_section()
-        table.add_row("all", *_Row([reward for row in rows.values() for reward in row.rewards]).cells())
+    for label, cell in _ROWS.items():
+        table.add_row(label, *(cell(column) for column in columns.values()))
     return table
 
 
@@ -47,3 +29,23 @@ def _true_type(group: Group) -> str:
     truth = group.ground_truth
     fields = json.loads(truth) if isinstance(truth, str) else truth
     return str(fields["type"])
+
+
+def _mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.4f}" if known else "-"
+
+
+def _term(name: str) -> Callable[[Sequence[Reward]], str]:
+    return lambda rewards: _mean(
+        getattr(reward.components, name) for reward in rewards if reward.reward is not None
+    )
+
+
+_ROWS: dict[str, Callable[[Sequence[Reward]], str]] = {
+    "rollouts": lambda rewards: str(len(rewards)),
+    "unscorable": lambda rewards: str(sum(reward.reward is None for reward in rewards)),
+    **{name: _term(name) for name in Components.model_fields},
+    "reward": lambda rewards: _mean(reward.reward for reward in rewards),
+    "exact match": lambda rewards: _mean(float(reward.details.exact_match) for reward in rewards),
+}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.wire import (
     Group,
@@ -24,7 +25,6 @@ from shopr1_client.wire import (
     ScoreResponse,
     is_union_tag,
 )
-
 from shopr1_service.errors import RolloutFileError
 
 GROUPS_PER_REQUEST = 8

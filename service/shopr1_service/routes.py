@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Request, Response
 from pydantic import BaseModel
+
 from shopr1_client.errors import (
     InternalError,
     InvalidRequestError,
@@ -16,7 +17,6 @@ from shopr1_client.errors import (
 )
 from shopr1_client.wire import Health, Info, RecipeRef, ScoreRequest, ScoreResponse
 from shopr1_rewards import Recipe
-
 from shopr1_service import __version__, examples
 from shopr1_service.metrics import CONTENT_TYPE_LATEST
 from shopr1_service.openapi import METRICS_CONTENT, example_content, problem_responses

@@ -24,7 +24,6 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_rewards import Recipe
-
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy

@@ -1,6 +1,7 @@
 """Running the application under uvicorn."""
 
 import logging
+import signal
 
 import uvicorn
 
@@ -34,5 +35,7 @@ def serve(settings: Settings) -> int:
             timeout_graceful_shutdown=settings.shutdown_grace_s,
         )
     )
+    # uvicorn raises the signal that stopped it once more when it is done; a clean end is exit code 0.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
     server.run()
     return 1 if failures else 0

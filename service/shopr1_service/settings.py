@@ -18,8 +18,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
-from shopr1_client.wire import Limits
 
+from shopr1_client.wire import Limits
 from shopr1_service.errors import SettingsError
 
 ENV_PREFIX = "SHOPR1_"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import cast
 
 from fastapi import Request
-from shopr1_client.errors import NotReadyError
 
+from shopr1_client.errors import NotReadyError
 from shopr1_service.metrics import Metrics
 from shopr1_service.policy import Policy
 from shopr1_service.recipe_book import RecipeBook
