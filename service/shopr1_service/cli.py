@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from shopr1_service.rollout_file import (
     read_output,
     score_lines,
 )
-from shopr1_service.settings import CONFIG_VARIABLE, Settings, load_settings
+from shopr1_service.settings import Settings, load_settings
 
 app = typer.Typer(
     help="The Shop-R1 reward service.",
@@ -130,15 +129,13 @@ def openapi() -> None:
 
 
 def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) -> Settings:  # noqa: ANN401
-    if config is not None:
-        os.environ[CONFIG_VARIABLE] = str(config)
     given = {name: value for name, value in named.items() if value is not None}
     for option in options or ():
         name, separator, value = option.partition("=")
         if not separator:
             raise SettingsError(f"--set {option!r}: must be KEY=VALUE")
         given[name] = value
-    return load_settings(given)
+    return load_settings(given, config)
 
 
 @contextlib.contextmanager

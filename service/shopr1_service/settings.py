@@ -6,6 +6,7 @@ key and value named.
 """
 
 import os
+import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -89,25 +90,33 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Command line, environment, TOML file; no `.env` files that happen to lie around."""
-        config = os.environ.get(CONFIG_VARIABLE)
-        toml = [TomlConfigSettingsSource(settings_cls, Path(config))] if config else []
-        return (init_settings, env_settings, *toml)
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
 
 
-def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
+def load_settings(options: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
     """The settings, with the command line's `options` on top.
+
+    Args:
+        config: a TOML file; default: the one that `SHOPR1_CONFIG` names, if it is set.
 
     Raises:
         SettingsError: an unknown key or a malformed value, anywhere.
     """
     _refuse_unknown_variables()
-    _refuse_missing_config()
+    if config is None and CONFIG_VARIABLE in os.environ:
+        config = Path(os.environ[CONFIG_VARIABLE])
+    if config is not None and not config.is_file():
+        raise SettingsError(f"no such file of settings: {str(config)!r}")
+
+    class Configured(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
     try:
-        return Settings(**(options or {}))
+        return Configured(**(options or {}))
     except ValidationError as error:
         raise SettingsError("; ".join(_flaw(details) for details in error.errors())) from error
-    except ValueError as error:  # not TOML
-        raise SettingsError(f"{os.environ.get(CONFIG_VARIABLE)}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{config}: not TOML: {error}") from error
 
 
 def _flaw(details: Mapping[str, Any]) -> str:
@@ -122,9 +131,3 @@ def _refuse_unknown_variables() -> None:
     for name, value in os.environ.items():
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             raise SettingsError(f"unknown environment variable {name} (value {value!r})")
-
-
-def _refuse_missing_config() -> None:
-    config = os.environ.get(CONFIG_VARIABLE)
-    if config is not None and not Path(config).is_file():
-        raise SettingsError(f"{CONFIG_VARIABLE}: no such file {config!r}")
