@@ -55,7 +55,7 @@ def read_prediction(
     prediction = PredictedAction(
         action=Action(envelope.action_type, attributes),
         is_known_type=action_type is not None,
-        missing_attributes=tuple(name for name in names if not attributes.get(name)),
+        missing_attributes=tuple(name for name in names if not attributes.get(name)) if action_type else (),
         extra_keys=envelope.extra_keys
         + tuple(f"action.{key}" for key in envelope.fields if key not in attributes),
     )

@@ -12,20 +12,21 @@ import hashlib
 import json
 import tomllib
 from enum import StrEnum
-from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from shopr1_rewards.errors import RecipeError
 from shopr1_rewards.similarity import Tokenizer
 
-Weight = Annotated[float, Field(allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+# Strict: a quoted number or a boolean in a recipe is a mistake, not a weight.
+Weight = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 class Reading(StrEnum):
@@ -119,15 +120,24 @@ class SelfCertaintyRecipe(_Part):
     divergence: Divergence = Divergence.KL_U_P
     span: SpanChoice = SpanChoice.RATIONALE
     position: Position = Position.PREDICT
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Temperature = 1.0
     vocabulary: Vocabulary = Vocabulary.HEAD
+
+
+# Tags of unions appear in pydantic's error locations; the brackets tell them from keys of the file.
+_NUMBER, _DARS = "<number>", "<dars>"
+
+ValueWeight = Annotated[
+    Annotated[Weight, Tag(_NUMBER)] | Annotated[Literal["dars"], Tag(_DARS)],
+    Discriminator(lambda value: _DARS if isinstance(value, str) else _NUMBER),
+]
 
 
 class AttributeRecipe(_Part):
     """What an attribute earns: `presence` when it is not empty, `value · R(x)` when it is alike."""
 
     presence: Weight = 0.0
-    value: Weight | Literal["dars"] = 0.0
+    value: ValueWeight = 0.0
     """`"dars"` for the long value, whose weight is the action space's `dars`."""
 
 
@@ -154,7 +164,7 @@ class ActionSpace(_Part):
     def value_weight(self, attribute: AttributeRecipe) -> float:
         return self.dars if attribute.value == "dars" else attribute.value
 
-    @cached_property
+    @property
     def attribute_names(self) -> tuple[str, ...]:
         """Every attribute of any type, in the order of the recipe."""
         names = (name for action_type in self.types.values() for name in action_type.attributes)
@@ -171,7 +181,7 @@ class Recipe(_Part):
     self_certainty: SelfCertaintyRecipe
     action_space: ActionSpace
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """`sha256:` of the recipe's canonical JSON, defaults filled in, without `source`."""
         content = self.model_dump(mode="json", exclude={"source"})
@@ -193,14 +203,19 @@ def load_recipe(name_or_path: str) -> Recipe:
     """
     if name_or_path in recipe_names():
         return parse_recipe((_shipped() / f"{name_or_path}.toml").read_text("utf-8"), name_or_path)
-    path = Path(name_or_path)
+    return parse_recipe(_read(name_or_path), name_or_path)
+
+
+def _read(name_or_path: str) -> str:
     try:
-        return parse_recipe(path.read_text("utf-8"), name_or_path)
+        return Path(name_or_path).read_text("utf-8")
     except FileNotFoundError:
         known = ", ".join(recipe_names())
         raise RecipeError(f"no recipe {name_or_path!r}: neither a file nor one of {known}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{name_or_path}: {error}") from error
+    except (OSError, ValueError) as error:  # not readable; not a possible name of a file
+        raise RecipeError(f"{name_or_path!r}: {error}") from error
 
 
 def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
@@ -219,10 +234,11 @@ def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
 
 
 def _flaw(details: ErrorDetails) -> str:
-    # The tags of unions ("float", "literal['dars']") are no keys of the file.
-    key = ".".join(str(part) for part in details["loc"] if part not in ("float", "literal['dars']"))
+    key = ".".join(str(part) for part in details["loc"] if part not in (_NUMBER, _DARS))
     if details["type"] == "extra_forbidden":
         return f"unknown key {key!r}"
+    if details["type"] == "missing":
+        return f"missing key {key!r}"
     return f"{key}: {details['msg']} (got {details['input']!r})"
 
 

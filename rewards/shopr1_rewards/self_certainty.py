@@ -13,13 +13,12 @@ logits' precision (fp32 at least) to five numbers per token, and these are merge
     m = max z,   n = number of logits,
     s = Σ exp(z − m),   a = Σ exp(z − m)·(z − m),   q = Σ (z − m)
 
-    KL(U‖p) = ln s − q/n − ln n          KL(p‖U) = ln n − ln s + a/s
+    KL(U‖p) = ln(s/n) − q/n          KL(p‖U) = a/s − ln(s/n)
 
 Sums are kept relative to m, not to 0: logits around ±10⁴ lose nothing, and a uniform distribution gives
 exactly 0. Dimensions: T tokens, H hidden size, V vocabulary, C columns of a chunk.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -114,10 +113,9 @@ class _State:
         )
 
     def divergences(self) -> Divergences:
-        ln_num_logits = math.log(self.num_logits)
-        ln_exp_sum_T = self.exp_sum_T.log()
-        kl_u_p_T = ln_exp_sum_T - self.sum_T / self.num_logits - ln_num_logits
-        kl_p_u_T = ln_num_logits - ln_exp_sum_T + self.exp_weighted_sum_T / self.exp_sum_T
+        ln_mean_exp_T = (self.exp_sum_T / self.num_logits).log()
+        kl_u_p_T = ln_mean_exp_T - self.sum_T / self.num_logits
+        kl_p_u_T = self.exp_weighted_sum_T / self.exp_sum_T - ln_mean_exp_T
         # Both are divergences, hence ≥ 0; rounding may leave −1e-16. clamp keeps NaN.
         return Divergences(kl_u_p_T.clamp_min(0).cpu(), kl_p_u_T.clamp_min(0).cpu(), self.num_logits)
 

@@ -1,6 +1,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any, NamedTuple
 
 import pytest
@@ -43,6 +44,16 @@ def objects(depth: int) -> str:
     return '{"a":' * (depth - 1) + "{}" + "}" * (depth - 1)
 
 
+PLACES: dict[str, Callable[[str], str]] = {
+    "rationale": with_rationale,
+    "action": with_action,
+    "type": with_type,
+    "extra": with_extra,
+    "nested": lambda written: with_extra(f'[{{"a": {written}}}]'),
+    "alone": str,
+}
+
+
 # --- refused: by name -------------------------------------------------------------------------------
 
 REFUSED: dict[FormatError, dict[str, str]] = {
@@ -60,6 +71,9 @@ REFUSED: dict[FormatError, dict[str, str]] = {
         "number as key": "{1: 2}",
         "no colon": ANSWER.replace(":", "", 1),
         "no comma": ANSWER.replace(",", "", 1),
+        "semicolon for a comma": ANSWER.replace(",", ";", 1),
+        "semicolon for a comma, inner": with_type('"click"; "name": "a"'),
+        "equals sign for a colon": ANSWER.replace(":", "=", 1),
         "no value": with_extra(""),
         "python literal": with_extra("None"),
         "unknown escape": with_rationale(r'"\x41"'),
@@ -93,6 +107,7 @@ REFUSED: dict[FormatError, dict[str, str]] = {
         "after": f"{ANSWER} Done.",
         "comma after": f"{ANSWER},",
         "brace after": ANSWER + "}",
+        "deep nesting after": ANSWER + "[" * 100,
         "second answer": ANSWER + ANSWER,
         "value before": f"null {ANSWER}",
         "list before": f"[] {ANSWER}",
@@ -120,14 +135,7 @@ REFUSED: dict[FormatError, dict[str, str]] = {
     FormatError.NON_FINITE_NUMBER: {
         f"{name}, {where}": place(name)
         for name in ("NaN", "Infinity", "-Infinity")
-        for where, place in {
-            "rationale": with_rationale,
-            "action": with_action,
-            "type": with_type,
-            "extra": with_extra,
-            "nested": lambda name: with_extra(f'[{{"a": {name}}}]'),
-            "alone": str,
-        }.items()
+        for where, place in PLACES.items()
     },
     FormatError.TOO_DEEP: {
         # The outer object is the first level.
@@ -250,6 +258,7 @@ def test_every_cut_answer_is_invalid(end: int) -> None:
 @pytest.mark.parametrize("control", [chr(code) for code in range(0x20)], ids=lambda c: f"U+{ord(c):04X}")
 def test_raw_control_characters_are_refused_in_keys_and_values(control: str) -> None:
     assert verdict(parse_strict(with_rationale(f'"a{control}b"'))) is FormatError.INVALID_JSON
+    assert verdict(parse_strict(with_extra(f'1, "a{control}b": 1'))) is FormatError.INVALID_JSON
     assert verdict(parse_strict(with_extra(f'{{"a{control}b": 1}}'))) is FormatError.INVALID_JSON
 
 
@@ -314,6 +323,13 @@ def test_envelope_keeps_what_it_read() -> None:
     )
 
 
+def test_results_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        accepted(parse_strict(ANSWER)).rationale = ""  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        refused(parse_strict("")).message = ""  # type: ignore[misc]
+
+
 @PARSERS
 @pytest.mark.parametrize(
     "end",
@@ -357,10 +373,10 @@ DEEP = {
 }
 
 
-def call_with_frames_left[T](frames: int, call: Callable[[], T]) -> T:
+def call_with_frames_left(frames: int, call: Callable[[], object]) -> object:
     """Call from so deep a stack that only `frames` more fit below the recursion limit."""
 
-    def descend(frames_to_go: int) -> T:
+    def descend(frames_to_go: int) -> object:
         return call() if frames_to_go <= 0 else descend(frames_to_go - 1)
 
     frame, depth = sys._getframe(), 0
@@ -402,7 +418,9 @@ def test_exhausted_stack_is_an_error_and_no_verdict(text: str, parse: Parser) ->
         ("[", "]"),
         ('} ] " ', ""),
         ("", ANSWER.replace("why", "later")),
+        ("{", ""),
         ("{" * 10 + " ", ""),
+        ("", "[" * 100),
         (with_extra("NaN") + " ", ""),
         (with_rationale("null") + " ", ""),
         (with_rationale(r'"\ud800"') + " ", ""),
@@ -457,7 +475,8 @@ HOSTILE = {
     '{"a":NaN, far from closed': '{"a":NaN,' * 50_000,
     "[{": "[{" * 100_000,
     "open string": '{"rationale": "' + "a" * 500_000,
-    "spaces": "{" + " " * 500_000,
+    "spaces": "{" + " " * 500_000 + "x",
+    "spaces at the end": "{" + " " * 500_000,
     "end tokens": "{" + "<|im_end|> " * 50_000,
     "million digits": '{"a": ' + "1" * 1_000_000,
 }
@@ -581,10 +600,14 @@ def is_valid(text: str) -> bool:
     )
 
 
-SNIPPETS = st.sampled_from(
-    [*'{}[]",:\\ \n\t\x00-+.0e', "NaN", "-Infinity", "null", "1e999", "\\ud800", "\\u00e9", "\ud800"]
-    + ['"rationale":', '"action":{', '"type":"x",', '"x":1,', ',"x":"', "{}", "[[]]", "```"]
-) | st.characters(exclude_categories=())
+SNIPPETS = st.characters(exclude_categories=()) | st.sampled_from(
+    [
+        *'{}[]",:\\ \n\t\x00-+.0e',
+        *("NaN", "-Infinity", "null", "1e999", "{}", "[[]]", "```"),
+        *("\\ud800", "\\u00e9", "\ud800"),
+        *('"rationale":', '"action":{', '"type":"x",', '"x":1,', ',"x":"'),
+    ]
+)
 
 
 @st.composite

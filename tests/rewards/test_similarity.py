@@ -1,0 +1,219 @@
+import unicodedata
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from shopr1_rewards import Tokenizer, rouge_l_f1, tokenize
+from tests.rewards.helpers import slow_f1, untimed
+
+REFERENCE = RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def reference_f1(predicted: str, truth: str) -> float:
+    """Google's package. It takes the truth first."""
+    return float(REFERENCE.score(truth, predicted)["rougeL"].fmeasure)
+
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=40)
+WORDS = st.sampled_from(["nav", "bar", "search", "Search", "input", "1", "0", "x2"])
+SEPARATORS = st.sampled_from([".", "_", " ", "-", "+", "..", "\t"])
+NAMES = st.lists(st.tuples(WORDS, SEPARATORS), max_size=12).map(lambda pairs: "".join(map("".join, pairs)))
+TEXT = st.text(max_size=30) | NAMES
+TOKENIZERS = pytest.mark.parametrize("tokenizer", list(Tokenizer))
+
+# --- against Google's package -----------------------------------------------------------------------
+
+
+@untimed
+@given(ASCII | NAMES, ASCII | NAMES)
+@example("", "")
+@example("a\x00b\x7fc\x1f", "A B C")
+@example("nav_bar.search_button", "nav_bar.search_input")
+def test_unicode_equals_rouge_score_on_ascii(predicted: str, truth: str) -> None:
+    expected = pytest.approx(reference_f1(predicted, truth), abs=1e-12)
+    assert rouge_l_f1(predicted, truth) == expected
+
+
+@untimed
+@given(TEXT, TEXT)
+@example("İstanbul", "istanbul")  # lower() makes an "i" and a dot of the first letter
+@example("5 \u212a", "5 K")  # the Kelvin sign's lower case is an ASCII "k"
+def test_rouge_score_equals_rouge_score_on_any_text(predicted: str, truth: str) -> None:
+    expected = pytest.approx(reference_f1(predicted, truth), abs=1e-12)
+    assert rouge_l_f1(predicted, truth, Tokenizer.ROUGE_SCORE) == expected
+
+
+# --- against a slow LCS -----------------------------------------------------------------------------
+
+TOKENS = st.lists(st.sampled_from("abcdé"), max_size=30)
+
+
+@untimed
+@given(TOKENS, TOKENS, st.integers(1, 6))
+def test_f1_equals_that_of_a_slow_lcs(left: list[str], right: list[str], repeat: int) -> None:
+    # Repeated, so that lists are longer than a machine word of bits, on which the fast LCS works.
+    left, right = left * repeat, right * repeat
+    expected = float(slow_f1(left, right))
+    assert rouge_l_f1(" ".join(left), " ".join(right), Tokenizer.WHITESPACE) == expected
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "f1"),
+    [
+        ("nav_bar.search_button", "nav_bar.search_input", 0.75),  # LCS 3 of 4 and 4: 6/8
+        ("refinements.customer_reviews", "add_to_cart.buy_now", 0.0),  # nothing in common: 0/8
+        ("disney gift", "disney gift card", 0.8),  # LCS 2 of 2 and 3: 4/5
+        ("a b c d", "d c b a", 0.25),  # in order, only one: 2/8
+        ("a a a", "a", 0.5),  # repetition does not pay: 2/4
+        ("a x b y c", "a b c", 0.75),  # gaps are allowed: 6/8
+        ("Search-Input", "search input", 1.0),
+        ("平安扣", "平安扣", 1.0),
+        ("玉佩 silver", "平安扣 silver", 2 / 7),  # 玉 佩 silver / 平 安 扣 silver: LCS 1 of 3 and 4
+        ("平安", "平安扣", 0.8),  # 4/5
+        ("", "", 0.0),
+        ("", "tea", 0.0),
+        ("tea", "", 0.0),
+        ("…", "…", 0.0),  # no token, no similarity
+        ("👍", "👍", 0.0),
+    ],
+)
+def test_hand_computed(predicted: str, truth: str, f1: float) -> None:
+    assert rouge_l_f1(predicted, truth) == f1
+
+
+# --- what makes a similarity ------------------------------------------------------------------------
+
+
+@TOKENIZERS
+@untimed
+@given(left=TEXT, right=TEXT)
+def test_bounds_and_symmetry(tokenizer: Tokenizer, left: str, right: str) -> None:
+    similarity = rouge_l_f1(left, right, tokenizer)
+    assert 0.0 <= similarity <= 1.0
+    assert similarity == rouge_l_f1(right, left, tokenizer)
+    assert (similarity == 1.0) == (tokenize(left, tokenizer) == tokenize(right, tokenizer) != [])
+
+
+@TOKENIZERS
+@untimed
+@given(text=TEXT)
+def test_identity(tokenizer: Tokenizer, text: str) -> None:
+    assert rouge_l_f1(text, text, tokenizer) == bool(tokenize(text, tokenizer))
+
+
+# --- tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        pytest.param("nav_bar.Search-INPUT", ["nav", "bar", "search", "input"], id="name"),
+        pytest.param('1/4" TRS', ["1", "4", "trs"], id="measure"),
+        pytest.param("café", ["café"], id="accent"),
+        pytest.param("cafe\u0301", ["café"], id="accent, decomposed"),
+        pytest.param("x\u0301 y", ["x\u0301", "y"], id="accent without a composed form"),
+        pytest.param("\u0301a .\u0301b", ["a", "b"], id="accent on nothing"),
+        pytest.param("STRASSE Straße", ["strasse", "strasse"], id="sharp s"),
+        pytest.param("ΣΟΦΟΣ σοφος σοφοσ", ["σοφοσ"] * 3, id="final sigma"),
+        pytest.param("чай Чёрный", ["чай", "чёрный"], id="Cyrillic"),
+        pytest.param("حقيبة يد", ["حقيبة", "يد"], id="Arabic"),
+        pytest.param("한국 인삼", ["한국", "인삼"], id="Hangul"),
+        pytest.param(unicodedata.normalize("NFD", "한국"), ["한국"], id="Hangul, decomposed"),
+        pytest.param("नमस्ते दुनिया", ["नमस्ते", "दुनिया"], id="Devanagari keeps its marks"),
+        pytest.param("ที่นี่", ["ที่", "นี่"], id="Thai by character, with its marks"),
+        pytest.param("お茶カップ", [*"お茶カップ"], id="Kana and Han"),
+        pytest.param("ガ", ["ガ"], id="half-width Kana with its voicing mark"),
+        pytest.param("カ\u3099", ["ガ"], id="Kana, decomposed"),
+        pytest.param("𠮷野家", [*"𠮷野家"], id="Han beyond the BMP"),
+        pytest.param("人々ー", [*"人々ー"], id="iteration and length marks"),
+        pytest.param("watch表带silver", ["watch", "表", "带", "silver"], id="scripts side by side"),
+        pytest.param("ＵＳＢ－Ｃ　２ｍ", ["usb", "c", "2m"], id="full-width"),
+        pytest.param("ﬁne", ["fine"], id="ligature"),
+        pytest.param("360\u200b\u200b AIO", ["360", "aio"], id="zero-width spaces"),
+        pytest.param("ka\u00adffee\ufeff", ["kaffee"], id="soft hyphen, byte order mark"),
+        pytest.param("می\u200cخواهم", ["میخواهم"], id="zero-width non-joiner"),
+        pytest.param("❤\ufe0f tea", ["tea"], id="emoji with a variation selector"),
+        pytest.param("x² ½", ["x2", "1", "2"], id="compatibility digits"),
+        pytest.param("", [], id="empty"),
+        pytest.param("…—👍\u200b", [], id="no word"),
+    ],
+)
+def test_unicode_tokens(text: str, tokens: list[str]) -> None:
+    assert tokenize(text) == tokens
+
+
+# Letters and digits from both ends of each block.
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("กฮ๙", id="Thai"),
+        pytest.param("ກ໙", id="Lao"),
+        pytest.param("ༀཀཬ", id="Tibetan"),
+        pytest.param("ကဿ႙", id="Myanmar"),
+        pytest.param("កឳ៹", id="Khmer"),
+        pytest.param("々ぁん", id="Hiragana"),
+        pytest.param("ァヺー", id="Katakana"),
+        pytest.param("ㇰㇿ", id="Katakana, Ainu letters"),
+        pytest.param("\u3400\u4dbf\u4e00\u9fff", id="Han"),
+        pytest.param("\U00020000\U0002a6df\U0002b740\U00030000\U0003134a", id="Han, extensions"),
+    ],
+)
+def test_scripts_without_spaces_are_cut_by_character(text: str) -> None:
+    assert tokenize(text) == list(text)
+
+
+@pytest.mark.parametrize("text", ["ƀʯ", "කෆ", "აჰ", "ሀፚ", "ꀀꒌ", "𐀀𐀁"])
+def test_scripts_with_spaces_are_cut_by_word(text: str) -> None:
+    assert tokenize(text) == [text]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "tokens"),
+    [
+        (Tokenizer.ROUGE_SCORE, "Nav_bar café 平安扣 2", ["nav", "bar", "caf", "2"]),
+        (Tokenizer.WHITESPACE, " Nav_bar.x,  tea\n平安扣 ", ["Nav_bar.x,", "tea", "平安扣"]),
+        (Tokenizer.WHITESPACE, " \n", []),
+        (Tokenizer.EXACT, " Nav bar ", [" Nav bar "]),
+        (Tokenizer.EXACT, " ", [" "]),
+        (Tokenizer.EXACT, "", []),
+    ],
+)
+def test_other_tokens(tokenizer: Tokenizer, text: str, tokens: list[str]) -> None:
+    assert tokenize(text, tokenizer) == tokens
+
+
+@untimed
+@given(TEXT, TEXT)
+def test_exact_is_equality(left: str, right: str) -> None:
+    assert rouge_l_f1(left, right, Tokenizer.EXACT) == (left == right != "")
+
+
+@untimed
+@given(ASCII | NAMES)
+def test_zero_width_spaces_and_width_do_not_matter(text: str) -> None:
+    full_width = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+    assert tokenize("\u200b".join(text)) == tokenize(full_width) == tokenize(text)
+
+
+@untimed
+@given(TEXT)
+def test_composition_does_not_matter(text: str) -> None:
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    assert tokenize(forms[0]) == tokenize(forms[1]) == tokenize(text)
+
+
+@untimed
+@given(TEXT, TEXT)
+def test_tokens_of_parts(left: str, right: str) -> None:
+    assert tokenize(f"{left} \n{right}") == tokenize(left) + tokenize(right)
+
+
+@untimed
+@given(TEXT)
+def test_tokens_are_made_of_letters_marks_and_numbers(text: str) -> None:
+    tokens = tokenize(text)
+    assert all(tokens)
+    assert {unicodedata.category(char)[0] for char in "".join(tokens)} <= set("LMN")
+    assert not any(unicodedata.category(token[0])[0] == "M" for token in tokens)
