@@ -1,11 +1,12 @@
 """A small synchronous client."""
 
+import json
 import time
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from shopr1_client.errors import NotReadyError, ProblemError, TransportError, from_problem
 from shopr1_client.wire import Info, ScoreRequest, ScoreResponse
@@ -30,7 +31,8 @@ class Client:
 
     def score(self, request: ScoreRequest) -> ScoreResponse:
         """Score groups of rollouts."""
-        content = request.model_dump_json(exclude_none=True)
+        # json escapes half surrogate pairs, which a policy may have written; pydantic refuses them.
+        content = json.dumps(request.model_dump(mode="python", exclude_none=True))
         return self._call(ScoreResponse, "POST", "/score", content=content)
 
     def info(self) -> Info:
@@ -66,7 +68,11 @@ class Client:
         self.close()
 
     def _call(self, model: type[_Model], method: str, path: str, **kwargs: Any) -> _Model:  # noqa: ANN401
-        return model.model_validate_json(self._request(method, path, **kwargs).content)
+        response = self._request(method, path, **kwargs)
+        try:
+            return model.model_validate_json(response.content)
+        except ValidationError as error:
+            raise TransportError(f"{method} {path}: not an answer of this service: {error}") from error
 
     def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:  # noqa: ANN401
         if "content" in kwargs:
@@ -82,10 +88,11 @@ class Client:
 
 def _problem(response: httpx.Response) -> ProblemError:
     retry_after = response.headers.get("Retry-After", "")
-    retry_after_s = float(retry_after) if retry_after.isdigit() else None
+    is_seconds = retry_after.isascii() and retry_after.isdigit()
+    retry_after_s = float(retry_after) if is_seconds else None
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         return ProblemError(

@@ -1,7 +1,7 @@
 """Every error that the service answers with, shared by server, client and OpenAPI document.
 
     ShopR1Error
-    ├── TransportError             no answer: refused, reset, timed out
+    ├── TransportError             no answer of the service: refused, reset, timed out, somebody else's
     └── ProblemError               an answer, application/problem+json (RFC 9457)
         ├── MalformedBodyError     400  malformed_body    the body is not JSON
         ├── NotFoundError          404  not_found         no such path or recipe
@@ -36,7 +36,7 @@ class ShopR1Error(Exception):
 
 
 class TransportError(ShopR1Error):
-    """No answer came: the connection was refused, reset or timed out."""
+    """No answer of the service came: refused, reset, timed out, or somebody else answered."""
 
 
 class ProblemError(ShopR1Error):

@@ -7,7 +7,8 @@ tokenised and is computed once. A lone rollout is a group of one.
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag
+from pydantic_core import PydanticCustomError
 
 
 class _Request(BaseModel):
@@ -19,6 +20,24 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+def _check_unicode(text: str) -> str:
+    # Python's JSON decoder lets half surrogate pairs through; nothing behind it can write them out again.
+    if not is_unicode(text):
+        raise PydanticCustomError("unicode", "half a surrogate pair: not valid Unicode text")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be encoded: Python's may hold half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+UnicodeText = Annotated[str, AfterValidator(_check_unicode)]
+
 TokenId = Annotated[StrictInt, Field(ge=0)]
 
 
@@ -29,7 +48,7 @@ class TokenIds(_Request):
 
 
 class Text(_Request):
-    """The same as a bare string."""
+    """The same as a bare string. What a policy wrote may be no valid text: that is a format error."""
 
     text: str
 
@@ -37,17 +56,23 @@ class Text(_Request):
 class Message(_Request):
     """One message of a chat."""
 
-    role: str
-    content: str
+    role: UnicodeText
+    content: UnicodeText
 
 
 # Tags of unions appear in pydantic's error locations; the brackets tell them from keys of the request.
-_STRING, _MESSAGES, _TEXT, _TOKEN_IDS, _OBJECT = "<string>", "<messages>", "<text>", "<token_ids>", "<object>"
+_STRING, _MESSAGES, _TEXT, _TOKEN_IDS, _OBJECT = _TAGS = (
+    "<string>",
+    "<messages>",
+    "<text>",
+    "<token_ids>",
+    "<object>",
+)
 
 
 def is_union_tag(part: str | int) -> bool:
     """Whether a part of a pydantic error location names a member of a union and not a key."""
-    return isinstance(part, str) and part.startswith("<")
+    return part in _TAGS
 
 
 def _prompt_kind(value: object) -> str | None:
@@ -85,7 +110,7 @@ def _truth_kind(value: object) -> str | None:
 
 
 Prompt = Annotated[
-    Annotated[str, Tag(_STRING)]
+    Annotated[UnicodeText, Tag(_STRING)]
     | Annotated[list[Message], Tag(_MESSAGES)]
     | Annotated[TokenIds, Tag(_TOKEN_IDS)],
     Discriminator(
@@ -124,7 +149,7 @@ class Include(StrEnum):
 class Group(_Request):
     """One prompt, the human's action, and the completions that a policy sampled."""
 
-    id: Annotated[str | None, Field(description="Echoed in the answer.")] = None
+    id: Annotated[UnicodeText | None, Field(description="Echoed in the answer.")] = None
     prompt: Annotated[
         Prompt,
         Field(

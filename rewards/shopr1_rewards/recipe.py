@@ -23,8 +23,8 @@ from pydantic_core import ErrorDetails
 from shopr1_rewards.errors import RecipeError
 from shopr1_rewards.similarity import Tokenizer
 
-# Strict: a quoted number or a boolean in a recipe is a mistake, not a weight.
-Weight = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+# Strict: a quoted number or a boolean in a recipe is a mistake, not a weight. Bounded: rewards stay finite.
+Weight = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shopr1_client import Client, ShopR1Error
@@ -57,7 +58,7 @@ def main() -> None:
     try:
         app()
     except (ServiceError, RecipeError, ShopR1Error) as error:
-        _errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

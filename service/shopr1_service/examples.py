@@ -124,3 +124,13 @@ INFO: dict[str, Any] = {
 RECIPES: list[dict[str, Any]] = [_RECIPE_REF]
 
 RECIPE: dict[str, Any] = _RECIPE.model_dump(mode="json")
+
+ANSWERS: dict[str, Any] = {
+    "score": SCORE_RESPONSE,
+    "info": INFO,
+    "listRecipes": RECIPES,
+    "getRecipe": RECIPE,
+    "live": {"status": "live"},
+    "ready": {"status": "ready"},
+}
+"""By operation id."""

@@ -8,6 +8,7 @@ Dimensions: T tokens, H hidden size, V vocabulary rows, C rows of a chunk.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -134,9 +135,14 @@ def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
         return False
     blocks = torch.split(hidden_T_H, head.max_tokens)
     logits_T_V = torch.cat([torch.cat(list(head.logit_chunks(b, head.num_rows)), dim=1) for b in blocks])
-    tolerance = _TOLERANCE[expected_T_V.dtype] * max(1.0, float(expected_T_V.abs().max()))
-    difference = (logits_T_V - expected_T_V).abs().max()
-    return bool(difference <= tolerance)  # False for NaN
+    # A model may mask rows with −∞, which compare by place; no other logit may be but finite.
+    finite_T_V = expected_T_V.isfinite()
+    is_sound = bool((finite_T_V | (expected_T_V == -math.inf)).all()) and bool(finite_T_V.any())
+    if not is_sound or not torch.equal(logits_T_V.isfinite(), finite_T_V):
+        return False
+    logits, expected = logits_T_V[finite_T_V], expected_T_V[finite_T_V]
+    tolerance = _TOLERANCE[expected.dtype] * max(1.0, float(expected.abs().max()))
+    return bool((logits - expected).abs().max() <= tolerance)
 
 
 def _linear_head(model: PreTrainedModel) -> LinearHead | None:

@@ -8,6 +8,7 @@ from fastapi.openapi.utils import get_openapi
 
 from shopr1_client.errors import PROBLEM_MEDIA_TYPE, ProblemError
 from shopr1_client.wire import Problem
+from shopr1_service import examples
 
 TAGS = [
     {"name": "score", "description": "The reward."},
@@ -27,11 +28,6 @@ METRICS_CONTENT: dict[str, Any] = {
 }
 
 _SCHEMA_REF = "#/components/schemas/{model}"
-
-
-def example_content(example: object) -> dict[str, Any]:
-    """A 200 response of FastAPI's `responses` with an example."""
-    return {"description": "OK", "content": {"application/json": {"example": example}}}
 
 
 def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
@@ -56,7 +52,12 @@ def build_document(app: FastAPI) -> dict[str, Any]:
     )
     document["servers"] = [{"url": "http://127.0.0.1:8000", "description": "The default of `shopr1 serve`."}]
     document["components"]["schemas"] |= _problem_schemas()
-    _drop_default_validation_errors(document)
+    for path in document["paths"].values():
+        for operation in path.values():
+            _drop_default_validation_error(operation)
+            _add_example(operation)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
     return document
 
 
@@ -66,15 +67,17 @@ def _problem_schemas() -> dict[str, Any]:
     return {"Problem": schema, **nested}
 
 
-def _drop_default_validation_errors(document: dict[str, Any]) -> None:
+def _drop_default_validation_error(operation: dict[str, Any]) -> None:
     """FastAPI documents its own 422 wherever there is a parameter; ours is a problem, where there is one."""
-    for path in document["paths"].values():
-        for operation in path.values():
-            default = operation["responses"].get("422", {}).get("content", {})
-            if "application/json" in default:
-                del operation["responses"]["422"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
+    if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+        del operation["responses"]["422"]
+
+
+def _add_example(operation: dict[str, Any]) -> None:
+    # Not through FastAPI's `responses`: it would leave out what is null.
+    example = examples.ANSWERS.get(operation["operationId"])
+    if example is not None:
+        operation["responses"]["200"]["content"]["application/json"]["example"] = example
 
 
 def to_yaml(document: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shopr1_client.errors import FieldError, InvalidRequestError, TooLargeError
-from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds
+from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds, is_unicode
 from shopr1_rewards import Action, GroundTruthError, Judgement, Recipe, judge, read_ground_truth
 from shopr1_service.codec import Codec, CodecError, Tokens
 from shopr1_service.engine import MeasuredCompletion, TokenGroup
@@ -75,10 +75,6 @@ class _Preparation:
         """The prompt's ids. Bad prompts are refused even where no completion makes use of them."""
         if isinstance(prompt, TokenIds):
             return self._checked(prompt, path)
-        texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-        if not all(map(_is_unicode, texts)):
-            self._refuse(path, "half a surrogate pair: not valid Unicode text")
-            return ()
         if isinstance(prompt, str):
             return self.codec.encode_text(prompt).ids if is_needed else ()
         try:
@@ -104,7 +100,7 @@ class _Preparation:
         if isinstance(given, Tokens):
             return given
         # Text is tokenised only where its tokens matter; one with a format error may not even be Unicode.
-        is_needed = is_needed or (self.wants_ids and _is_unicode(given))
+        is_needed = is_needed or (self.wants_ids and is_unicode(given))
         return self.codec.encode_text(given) if is_needed else _NO_TOKENS
 
     def _checked(self, given: TokenIds, path: str) -> Sequence[int]:
@@ -160,11 +156,3 @@ def _check_counts(request: ScoreRequest, limits: Limits) -> None:
                 f"groups[{i}] has {len(group.completions)} completions, "
                 f"max_completions_per_group = {limits.max_completions_per_group}"
             )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

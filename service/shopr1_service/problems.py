@@ -80,15 +80,16 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    request_id = request_id_of(request.scope)
+    logger.error("%s %s failed, request %s", request.method, request.url.path, request_id, exc_info=error)
     detail = "The service failed on this request. Its log has the details under the request id."
-    return problem_response(InternalError(detail), request_id_of(request.scope))
+    return problem_response(InternalError(detail), request_id)
 
 
 def _invalid(details: Sequence[Any]) -> ProblemError:
     if details and details[0]["type"] == "json_invalid":
-        position = details[0]["loc"][-1]
-        return MalformedBodyError(f"{details[0]['ctx']['error']} at byte {position}")
+        what = details[0]["ctx"]["error"].removesuffix(" at")  # as some of the decoder's messages end
+        return MalformedBodyError(f"{what} at character {details[0]['loc'][-1]}")
     errors: list[FieldError] = [{"location": _path(d["loc"]), "message": d["msg"]} for d in details]
     try:
         refuse_if_any(errors)

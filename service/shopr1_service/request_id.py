@@ -15,7 +15,8 @@ REQUEST_ID_HEADER = "X-Request-ID"
 _SCOPE_KEY = "shopr1.request_id"
 # What is echoed goes into logs: nothing that could forge a line.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_UNKNOWN_ROUTE = "unknown"
+_UNKNOWN = "unknown"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:
@@ -49,7 +50,8 @@ class RequestRecorder:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            # The route's template, not the path: paths of strangers would be labels without end.
-            route = getattr(scope.get("route"), "path", _UNKNOWN_ROUTE)
+            # The route's template, not the path: what strangers make up would be labels without end.
+            route = getattr(scope.get("route"), "path", _UNKNOWN)
+            method = scope["method"] if scope["method"] in _METHODS else _UNKNOWN
             duration_s = time.perf_counter() - start_s
-            self._metrics.record_request(scope["method"], route, status, duration_s)
+            self._metrics.record_request(method, route, status, duration_s)

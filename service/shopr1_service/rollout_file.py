@@ -119,6 +119,8 @@ def score_lines(
     Raises:
         RolloutFileError: the service refuses a line, or scores with another recipe or policy than before.
     """
+    if former:  # an empty request tells recipe and policy before anything is computed
+        _check_same(former, score(ScoreRequest(recipe=recipe, groups=[])))
     for start in range(0, len(lines), GROUPS_PER_REQUEST):
         batch = lines[start : start + GROUPS_PER_REQUEST]
         request = ScoreRequest(recipe=recipe, groups=[line.group for line in batch])
@@ -126,10 +128,8 @@ def score_lines(
             response = score(request)
         except InvalidRequestError as error:
             raise RolloutFileError(_name_line(error, batch)) from error
-        if former and (former.recipe, former.policy) != (response.recipe, response.policy):
-            message = "the output was begun with recipe {} and policy {}; now they are {} and {}"
-            parts = (former.recipe, former.policy, response.recipe, response.policy)
-            raise RolloutFileError(message.format(*(part.model_dump_json() for part in parts)))
+        if former:
+            _check_same(former, response)
         for line, group in zip(batch, response.groups, strict=True):
             scored = ScoredLine(
                 line=line.number,
@@ -140,7 +140,15 @@ def score_lines(
             )
             output.write(scored.model_dump_json() + "\n")
             output.flush()
+            former = scored
             yield scored
+
+
+def _check_same(former: ScoredLine, response: ScoreResponse) -> None:
+    if (former.recipe, former.policy) != (response.recipe, response.policy):
+        message = "the output was begun with recipe {} and policy {}; now they are {} and {}"
+        parts = (former.recipe, former.policy, response.recipe, response.policy)
+        raise RolloutFileError(message.format(*(part.model_dump_json() for part in parts)))
 
 
 def _name_line(error: InvalidRequestError, batch: Sequence[InputLine]) -> str:

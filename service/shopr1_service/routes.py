@@ -1,6 +1,6 @@
 """The HTTP routes. Each hands over to the scoring core and says nothing of its own."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Request, Response
 from pydantic import BaseModel
@@ -12,14 +12,13 @@ from shopr1_client.errors import (
     NotFoundError,
     NotReadyError,
     PolicyVersionError,
-    ProblemError,
     TooLargeError,
 )
 from shopr1_client.wire import Health, Info, RecipeRef, ScoreRequest, ScoreResponse
 from shopr1_rewards import Recipe
 from shopr1_service import __version__, examples
 from shopr1_service.metrics import CONTENT_TYPE_LATEST
-from shopr1_service.openapi import METRICS_CONTENT, example_content, problem_responses
+from shopr1_service.openapi import METRICS_CONTENT, problem_responses
 from shopr1_service.recipe_book import reference
 from shopr1_service.request_id import request_id_of
 from shopr1_service.state import State, state_of
@@ -29,22 +28,18 @@ router = APIRouter()
 AppState = Annotated[State, Depends(state_of)]
 
 
-def _responses(example: Any, *problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:  # noqa: ANN401
-    return {200: example_content(example), **problem_responses(*problems, InternalError)}
-
-
 @router.post(
     "/score",
     response_model=ScoreResponse,
     operation_id="score",
     tags=["score"],
     summary="Score groups of rollouts",
-    responses=_responses(
-        examples.SCORE_RESPONSE,
+    responses=problem_responses(
         MalformedBodyError,
         PolicyVersionError,
         TooLargeError,
         InvalidRequestError,
+        InternalError,
         NotReadyError,
     ),
 )
@@ -68,7 +63,7 @@ async def score(
     operation_id="info",
     tags=["service"],
     summary="Policy, limits and recipes",
-    responses=_responses(examples.INFO, NotReadyError),
+    responses=problem_responses(InternalError, NotReadyError),
 )
 async def info(state: AppState) -> Response:
     """What is loaded, how it computes, and what a request may hold."""
@@ -88,7 +83,7 @@ async def info(state: AppState) -> Response:
     operation_id="listRecipes",
     tags=["recipes"],
     summary="Names and digests of the recipes",
-    responses=_responses(examples.RECIPES),
+    responses=problem_responses(InternalError),
 )
 async def list_recipes(state: AppState) -> list[RecipeRef]:
     """The recipes that a request may name."""
@@ -101,7 +96,7 @@ async def list_recipes(state: AppState) -> list[RecipeRef]:
     operation_id="getRecipe",
     tags=["recipes"],
     summary="A recipe with all its numbers",
-    responses=_responses(examples.RECIPE, NotFoundError),
+    responses=problem_responses(NotFoundError, InternalError),
 )
 async def get_recipe(name: str, state: AppState) -> Response:
     """Every number and choice of a recipe, defaults filled in."""
@@ -117,7 +112,7 @@ async def get_recipe(name: str, state: AppState) -> Response:
     operation_id="live",
     tags=["health"],
     summary="Is the process alive?",
-    responses=_responses({"status": "live"}),
+    responses=problem_responses(InternalError),
 )
 async def live() -> Health:
     """Answers as long as the event loop runs, also while the policy loads."""
@@ -130,7 +125,7 @@ async def live() -> Health:
     operation_id="ready",
     tags=["health"],
     summary="Can it score?",
-    responses=_responses({"status": "ready"}, NotReadyError),
+    responses=problem_responses(InternalError, NotReadyError),
 )
 async def ready(state: AppState) -> Health:
     """200 once the policy is loaded and has passed its checks, which are real forwards; else 503."""

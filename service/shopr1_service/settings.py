@@ -103,8 +103,8 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
         SettingsError: an unknown key or a malformed value, anywhere.
     """
     _refuse_unknown_variables()
-    if config is None and CONFIG_VARIABLE in os.environ:
-        config = Path(os.environ[CONFIG_VARIABLE])
+    _refuse_private_options(options or {})
+    config = config or _config_from_environment()
     if config is not None and not config.is_file():
         raise SettingsError(f"no such file of settings: {str(config)!r}")
 
@@ -115,7 +115,7 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
         return Configured(**(options or {}))
     except ValidationError as error:
         raise SettingsError("; ".join(_flaw(details) for details in error.errors())) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{config}: not TOML: {error}") from error
 
 
@@ -124,6 +124,18 @@ def _flaw(details: Mapping[str, Any]) -> str:
     if details["type"] == "extra_forbidden":
         return f"unknown setting {key!r} (value {details['input']!r})"
     return f"{key}: {details['msg']} (got {details['input']!r})"
+
+
+def _config_from_environment() -> Path | None:
+    values = [value for name, value in os.environ.items() if name.upper() == CONFIG_VARIABLE]
+    return Path(values[0]) if values else None
+
+
+def _refuse_private_options(options: Mapping[str, Any]) -> None:
+    # Settings() refuses these itself, but for some keyword arguments of its own, such as `_env_prefix`.
+    for name, value in options.items():
+        if name.startswith("_"):
+            raise SettingsError(f"unknown setting {name!r} (value {value!r})")
 
 
 def _refuse_unknown_variables() -> None:
