@@ -159,7 +159,7 @@ class ActionSpace(_Part):
     """The actions there are."""
 
     dars: Weight
-    types: Annotated[dict[str, ActionTypeRecipe], Field(min_length=1)]
+    types: Annotated[dict[Annotated[str, Field(min_length=1)], ActionTypeRecipe], Field(min_length=1)]
 
     def value_weight(self, attribute: AttributeRecipe) -> float:
         return self.dars if attribute.value == "dars" else attribute.value

@@ -17,8 +17,10 @@ The work is in two halves, because only the second needs a model: `judge` applie
 says whether and where self-certainty is wanted; `Judgement.components` puts the two together.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 
 from shopr1_rewards.actions import Action, PredictedAction, read_prediction
 from shopr1_rewards.completion import parse_strict, parse_tolerant, strip_end
@@ -42,7 +44,7 @@ class Components:
     def reward(self) -> float | None:
         """The sum of the terms in the order above, or None if one is missing."""
         terms = [getattr(self, field.name) for field in fields(self)]
-        return None if None in terms else sum(terms)
+        return None if None in terms else _add(terms)
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,17 @@ def _similarities(predicted: Action, truth: Action, rules: SimilarityRecipe) -> 
 
 def _attribute_reward(predicted: Action, space: ActionSpace) -> float:
     attributes = space.types[predicted.type].attributes
-    return sum((a.presence for name, a in attributes.items() if predicted.attributes.get(name)), 0.0)
+    return _add(a.presence for name, a in attributes.items() if predicted.attributes.get(name))
 
 
 def _value_reward(action_type: str, similarity: Mapping[str, float], recipe: Recipe) -> float:
     space = recipe.action_space
-    return sum(
-        (
-            space.value_weight(attribute) * recipe.similarity.thresholded(similarity[name])
-            for name, attribute in space.types[action_type].attributes.items()
-        ),
-        0.0,
+    return _add(
+        space.value_weight(attribute) * recipe.similarity.thresholded(similarity[name])
+        for name, attribute in space.types[action_type].attributes.items()
     )
+
+
+def _add(terms: Iterable[float]) -> float:
+    """Plain addition from left to right: since Python 3.12 `sum` compensates, and would round otherwise."""
+    return reduce(operator.add, terms, 0.0)

@@ -19,6 +19,7 @@ Sums are kept relative to m, not to 0: logits around ±10⁴ lose nothing, and a
 exactly 0. Dimensions: T tokens, H hidden size, V vocabulary, C columns of a chunk.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,7 +50,7 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class Divergences:
-    """Per-token values in nats, fp64, on the CPU. Not finite where a logit was not finite."""
+    """Per-token values in nats, fp64, on the CPU. Not finite where a logit was not finite or overflowed."""
 
     kl_u_p_T: Tensor
     kl_p_u_T: Tensor
@@ -77,12 +78,15 @@ class _State:
     num_logits: int
 
     @classmethod
-    def of(cls, logits_T_C: Tensor) -> "_State":
+    def of(cls, logits_T_C: Tensor, temperature: float) -> "_State":
         max_T = logits_T_C.amax(dim=1)
+        # Divided once the maximum is off: the quotients of large logits would be rounded.
         shifted_T_C = logits_T_C - max_T[:, None]
+        if temperature != 1.0:
+            shifted_T_C = shifted_T_C / temperature
         exp_T_C = shifted_T_C.exp()
         return cls(
-            max_T=max_T.double(),
+            max_T=max_T.double() / temperature,
             exp_sum_T=exp_T_C.sum(dim=1, dtype=torch.float64),
             exp_weighted_sum_T=(exp_T_C * shifted_T_C).sum(dim=1, dtype=torch.float64),
             sum_T=shifted_T_C.sum(dim=1, dtype=torch.float64),
@@ -135,10 +139,10 @@ def divergences(
         Values of shape [T]; NaN or infinite exactly where a logit was.
 
     Raises:
-        ValueError: a temperature that is not positive, or a V that the head does not have.
+        ValueError: a temperature that is not positive and finite, or a V that the head does not have.
     """
     num_vocab = head.num_rows if num_vocab is None else num_vocab
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if not 0 < num_vocab <= head.num_rows:
         raise ValueError(f"num_vocab must be in 1 … {head.num_rows}, not {num_vocab}")
@@ -158,10 +162,8 @@ def divergences(
 def _block_divergences(hidden_T_H: Tensor, head: Head, temperature: float, num_vocab: int) -> Divergences:
     state: _State | None = None
     for logits_T_C in head.logit_chunks(hidden_T_H, num_vocab):
-        if temperature != 1.0:
-            logits_T_C = logits_T_C / temperature
-        chunk = _State.of(logits_T_C)
+        chunk = _State.of(logits_T_C, temperature)
         state = chunk if state is None else state.merge(chunk)
-    if state is None:
-        raise ValueError("the head gave no logits")
+    if state is None or state.num_logits != num_vocab:
+        raise ValueError(f"the head did not give {num_vocab} logits")
     return state.divergences()

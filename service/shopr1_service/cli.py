@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shopr1_client import Client, ShopR1Error
 from shopr1_rewards import RecipeError, load_recipe
 from shopr1_service import report
-from shopr1_service.errors import ServiceError, SettingsError
+from shopr1_service.errors import RolloutFileError, ServiceError, SettingsError
 from shopr1_service.rollout_file import (
     InputLine,
     ScoreCall,
@@ -170,7 +170,11 @@ def _open(output: Path | None) -> Iterator[Any]:
     if output is None:
         yield sys.stdout
         return
-    with output.open("a", encoding="utf-8") as file:
+    try:
+        file = output.open("a", encoding="utf-8")
+    except OSError as error:
+        raise RolloutFileError(f"{output}: {error.strerror}") from error
+    with file:
         yield file
 
 

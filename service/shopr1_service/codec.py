@@ -110,8 +110,8 @@ class PolicyCodec:
     def _windowed_offsets(self, ids: list[int]) -> Tokens | None:
         """Offsets in time linear in the tokens: decode only until the bytes at hand are whole characters.
 
-        A window starts one token early, because some decoders treat the first token apart. The texts of the
-        windows are joined; the caller compares them with the text decoded at once.
+        A window starts with the tokens of the one before, because some decoders treat the first token apart.
+        The texts of the windows are joined; the caller compares them with the text decoded at once.
         """
         text, offsets = "", list[tuple[int, int]]()
         context = 0  # first id of the window; ids[context:done] have been placed already
@@ -127,7 +127,7 @@ class PolicyCodec:
             placed = _place(window, len(before), [*prefixes, window])
             offsets += [(len(text) + a - len(before), len(text) + b - len(before)) for a, b in placed]
             text += window[len(before) :]
-            context, done = end - 1, end
+            context, done = done, end
         return Tokens(text, ids, offsets)
 
     def _prefix_offsets(self, ids: list[int], text: str) -> Tokens:
@@ -137,18 +137,47 @@ class PolicyCodec:
 
 
 def _place(text: str, start: int, prefixes: Sequence[str]) -> list[tuple[int, int]]:
-    """The characters of `text` that each further token overlaps, given what each prefix decodes to.
+    """The characters of `text` that each token behind `start` overlaps, given what its prefixes decode to.
 
-    A prefix agrees with the text up to the last whole character. What it has beyond that is a beginning of
-    the next one.
+    Bytes that are no whole character yet decode to replacement characters at the prefix's end. Their tokens
+    wait until it is known what they have become: a character, or replacement characters for good.
     """
-    offsets = []
+    offsets: list[tuple[int, int]] = []
+    waiting: list[int] = []  # how far the prefix of each token that waits reaches beyond `start`
     for prefix in prefixes:
-        whole = max(start, _common_length(prefix, text))
-        is_partial = whole < len(text) and len(prefix) > whole
-        offsets.append((start, whole + 1 if is_partial else whole))
+        whole = max(start, _common_length(prefix.rstrip(_REPLACEMENT), text))
+        first = start
+        if waiting and whole > start:
+            _settle(offsets, waiting, text, start)
+            # The token that completes a character belongs to it; one behind replacement characters does not.
+            first = _end_of_character(text, start) if text[start] == _REPLACEMENT else start
+            waiting = []
+        offsets.append((first, max(first, whole)))
         start = whole
+        if len(prefix) > whole:
+            waiting.append(max(len(prefix) - whole, *waiting, 0))
+    _settle(offsets, waiting, text, start)
     return offsets
+
+
+def _settle(offsets: list[tuple[int, int]], waiting: Sequence[int], text: str, start: int) -> None:
+    """Give the last tokens, which have waited, the character at `start` or their replacement characters."""
+    num_characters = _end_of_character(text, start) - start
+    before = 0
+    for i, reach in enumerate(waiting, len(offsets) - len(waiting)):
+        last = min(reach, num_characters)
+        first = max(0, min(before, last - 1)) if text.startswith(_REPLACEMENT, start) else 0
+        own_start, own_end = offsets[i]
+        offsets[i] = (own_start if own_start < start else start + first, max(own_end, start + last))
+        before = reach
+
+
+def _end_of_character(text: str, start: int) -> int:
+    """Behind the character at `start`; behind all of them where it is a run of replacement characters."""
+    end = min(start + 1, len(text))
+    while text.startswith(_REPLACEMENT, start) and text.startswith(_REPLACEMENT, end):
+        end += 1
+    return end
 
 
 def _common_length(left: str, right: str) -> int:

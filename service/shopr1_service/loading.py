@@ -82,8 +82,11 @@ def load_policy(settings: Settings) -> LoadedPolicy:
     try:
         tokenizer, model = _load(source, device, dtype, settings.revision)
         return build_policy(model, tokenizer, settings, name=source.name)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise PolicyError(f"cannot load policy {source.name!r}: {error}") from error
+    except PolicyError:
+        raise
+    except Exception as error:  # a damaged checkpoint raises whatever its reader stumbles over
+        reason = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
 
 
 def find_source(policy: str | None) -> Source:
@@ -122,8 +125,11 @@ def build_policy(
     """A policy of a model in memory: chooses head and forward by what they give on random tokens."""
     model.train(False)
     num_ids = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
-    max_sequence_tokens = settings.max_sequence_tokens or _max_sequence_tokens(model, tokenizer)
-    random_ids = _random_ids(model, num_ids, max_sequence_tokens)
+    longest = _longest_sequence(model, tokenizer)
+    max_sequence_tokens = settings.max_sequence_tokens or longest
+    if max_sequence_tokens is None:
+        raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
+    random_ids = _random_ids(model, num_ids, longest)
     head = choose_head(model, torch.tensor([random_ids[:_NUM_CHECK_TOKENS]], device=model.device))
     forward = choose_forward(model, random_ids)
     engine = Engine(
@@ -170,7 +176,14 @@ def _load(
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, output_loading_info=True, **options
+    )
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    if loading["missing_keys"]:  # transformers makes up random numbers for them
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise PolicyError(f"cannot load policy {source.name!r}: it has no weights for {missing} …")
     torch.nn.Module.to(model, device)
     return tokenizer, model
 
@@ -191,18 +204,16 @@ def _dtype(choice: DType, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bfloat16 else torch.float32
 
 
-def _max_sequence_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def _longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = limit or tokenizer.model_max_length
-    if limit > _UNLIMITED:
-        raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
-    return int(limit)
+    return int(limit) if limit < _UNLIMITED else None
 
 
-def _random_ids(model: PreTrainedModel, num_ids: int, max_sequence_tokens: int) -> list[int]:
+def _random_ids(model: PreTrainedModel, num_ids: int, longest: int | None) -> list[int]:
     """Tokens for the checks: longer than any sliding window, unless the policy takes no such sequence."""
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
-    num_tokens = min(window + _NUM_CHECK_TOKENS, max_sequence_tokens)
+    num_tokens = min(window + _NUM_CHECK_TOKENS, longest or _UNLIMITED)
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
     return ids

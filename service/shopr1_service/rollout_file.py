@@ -86,14 +86,14 @@ def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
     scored = [_scored_line(path, i, raw) for i, raw in enumerate(whole.splitlines(), 1)]
     if len(scored) > len(lines):
         raise RolloutFileError(f"{path}: has {len(scored)} lines, the input {len(lines)}")
     for i, (done, line) in enumerate(zip(scored, lines, strict=False), 1):
         if done.input_sha256 != line.sha256:
             raise RolloutFileError(f"{path}:{i}: was scored from another input line than {line.number}")
+    if len(whole) < len(content):
+        path.write_bytes(whole)
     return scored
 
 

@@ -5,14 +5,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from hypothesis import HealthCheck, settings
-
 from shopr1_rewards import Action, Envelope, FormatError, FormatFailure, Recipe, load_recipe, parse_strict
 
 SHOP_R1: Recipe = load_recipe("shop_r1")
-
-untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""For property tests: a busy machine must not fail them."""
 
 
 def answer(action: Mapping[str, Any], rationale: str = "r", **extra: Any) -> str:

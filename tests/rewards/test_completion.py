@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shopr1_rewards import Envelope, FormatError, FormatFailure, parse_strict, parse_tolerant
 from shopr1_rewards.completion import MAX_CANDIDATES, strip_end
 from shopr1_rewards.strict_json import MAX_DEPTH
-from tests.rewards.helpers import accepted, refused, untimed, verdict
+from tests.rewards.helpers import accepted, refused, verdict
 
 ANSWER = '{"rationale": "why", "action": {"type": "terminate"}}'
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "")
@@ -528,7 +528,6 @@ def answers(draw: st.DrawFn, text: st.SearchStrategy[str]) -> Written:
     return Written(draw(space) + written + draw(space), members["rationale"])
 
 
-@untimed
 @given(answers(TEXT))
 def test_span_holds_the_rationale(written: Written) -> None:
     envelope = accepted(parse_strict(written.text))
@@ -536,7 +535,16 @@ def test_span_holds_the_rationale(written: Written) -> None:
     assert envelope.rationale == written.rationale
 
 
-SHORT_ESCAPES = {'"': r"\"", "\\": r"\\", "/": r"\/", "\b": r"\b", "\f": r"\f", "\n": r"\n", "\t": r"\t"}
+SHORT_ESCAPES = {
+    '"': r"\"",
+    "\\": r"\\",
+    "/": r"\/",
+    "\b": r"\b",
+    "\f": r"\f",
+    "\n": r"\n",
+    "\r": r"\r",
+    "\t": r"\t",
+}
 
 
 def as_units(char: str) -> str:
@@ -552,8 +560,13 @@ def written_char(char: str, how: str) -> str:
     return as_units(char).upper().replace("U", "u") if how == "upper" else as_units(char)
 
 
-@untimed
-@given(st.lists(st.tuples(st.characters(), st.sampled_from(["raw", "short", "lower", "upper"]))))
+@given(
+    st.lists(
+        st.tuples(
+            st.characters(exclude_categories=["Cs"]), st.sampled_from(["raw", "short", "lower", "upper"])
+        )
+    )
+)
 def test_span_holds_the_rationale_however_its_characters_are_escaped(chars: list[tuple[str, str]]) -> None:
     content = "".join(written_char(*char) for char in chars)
     text = with_rationale(f'"{content}"')
@@ -628,7 +641,6 @@ def mutated(draw: st.DrawFn) -> str:
     return text
 
 
-@untimed
 @given(mutated() | ANY_TEXT)
 @example(ANSWER)
 @example("{" * 50 + "}" * 50)
@@ -636,14 +648,12 @@ def test_strict_accepts_what_a_slow_oracle_accepts(text: str) -> None:
     assert isinstance(parse_strict(text), Envelope) == is_valid(text)
 
 
-@untimed
 @given(mutated() | ANY_TEXT)
 def test_tolerant_reads_what_strict_reads(text: str) -> None:
     strict, tolerant = parse_strict(text), parse_tolerant(text)
     assert tolerant == strict or isinstance(strict, FormatFailure)
 
 
-@untimed
 @given(answers(TEXT), ANY_TEXT.filter(lambda text: "{" not in text), ANY_TEXT)
 def test_tolerant_reads_past_any_text_without_a_brace(written: Written, before: str, after: str) -> None:
     envelope = accepted(parse_tolerant(before + written.text + after))
@@ -652,7 +662,6 @@ def test_tolerant_reads_past_any_text_without_a_brace(written: Written, before: 
     assert (envelope.rationale, envelope.fields) == (alone.rationale, alone.fields)
 
 
-@untimed
 @given(answers(TEXT), st.lists(st.sampled_from([*END_TOKENS, " ", "\n"])))
 def test_any_end_is_stripped(written: Written, end: list[str]) -> None:
     assert parse_strict(written.text + "".join(end), END_TOKENS) == parse_strict(written.text)

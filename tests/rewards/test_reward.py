@@ -15,7 +15,6 @@ from tests.rewards.helpers import (
     click,
     slow_f1,
     type_and_submit,
-    untimed,
 )
 
 
@@ -241,7 +240,6 @@ def test_results_are_frozen() -> None:
 FLOATS = st.floats(-1e6, 1e6)
 
 
-@untimed
 @given(FLOATS, FLOATS, FLOATS, FLOATS, FLOATS)
 def test_reward_is_the_sum_from_left_to_right(a: float, b: float, c: float, d: float, e: float) -> None:
     assert Components(a, b, c, d, e).reward == a + b + c + d + e
@@ -299,7 +297,6 @@ def pairs(draw: st.DrawFn) -> tuple[dict[str, str], dict[str, str]]:
     return predicted, truth
 
 
-@untimed
 @given(pairs())
 def test_rewards_are_those_of_table_1(pair: tuple[dict[str, str], dict[str, str]]) -> None:
     predicted, truth = pair
@@ -311,7 +308,6 @@ def test_rewards_are_those_of_table_1(pair: tuple[dict[str, str], dict[str, str]
     assert components.reward == expected[0] + expected[1] + expected[2] + expected[3] + 0.13
 
 
-@untimed
 @given(st.text() | st.builds(answer, st.dictionaries(st.sampled_from(["type", "name"]), st.text())))
 def test_judge_never_raises(completion: str) -> None:
     judgement = judge(completion, click("buy_now"), SHOP_R1)

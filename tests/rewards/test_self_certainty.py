@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from shopr1_rewards.recipe import Divergence
 from shopr1_rewards.self_certainty import Divergences, divergences
-from tests.rewards.helpers import untimed
 
 DIVERGENCES = pytest.mark.parametrize("divergence", list(Divergence))
 
@@ -104,7 +103,6 @@ SHAPES = {
 }
 
 
-@untimed
 @given(seed=SEEDS, scale=st.sampled_from([0.01, 1.0, 10.0, 100.0]), offset=OFFSETS, **SHAPES)
 @example(seed=0, scale=3.0, offset=0.0, T=3, V=13, chunk=4, max_tokens=2)
 def test_equals_the_naive_formula(
@@ -116,7 +114,6 @@ def test_equals_the_naive_formula(
     assert_close(values(result), torch.stack(naive(logits_T_V)), rtol=1e-11, atol=1e-11)
 
 
-@untimed
 @given(seed=SEEDS, scale=st.sampled_from([0.01, 1.0, 10.0, 100.0]), offset=OFFSETS, **SHAPES)
 def test_fp32_logits_lose_no_more_than_their_rounding(
     seed: int, scale: float, offset: float, T: int, V: int, chunk: int, max_tokens: int
@@ -138,7 +135,6 @@ def test_chunk_of_a_real_size(offset: float) -> None:
     assert_close(values(result), torch.stack(naive(logits_T_V)), rtol=0, atol=1e-5)
 
 
-@untimed
 @given(seed=SEEDS, offset=OFFSETS, **SHAPES)
 def test_chunks_and_their_order_do_not_matter(
     seed: int, offset: float, T: int, V: int, chunk: int, max_tokens: int
@@ -150,7 +146,6 @@ def test_chunks_and_their_order_do_not_matter(
         assert_close(values(cut), values(whole), rtol=1e-12, atol=1e-12)
 
 
-@untimed
 @given(seed=SEEDS, scale=st.sampled_from([1e-6, 1.0, 50.0, 1e3]), offset=OFFSETS, **SHAPES)
 def test_bounds(seed: int, scale: float, offset: float, T: int, V: int, chunk: int, max_tokens: int) -> None:
     logits_T_V = random_logits(T, V, seed=seed, scale=scale, offset=offset).float()
@@ -164,7 +159,6 @@ def test_bounds(seed: int, scale: float, offset: float, T: int, V: int, chunk: i
 # --- temperature ------------------------------------------------------------------------------------
 
 
-@untimed
 @given(seed=SEEDS, temperature=st.sampled_from([0.1, 0.6, 1.0, 2.5]), **SHAPES)
 def test_temperature_divides_the_logits(
     seed: int, temperature: float, T: int, V: int, chunk: int, max_tokens: int

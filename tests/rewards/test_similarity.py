@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from shopr1_rewards import Tokenizer, rouge_l_f1, tokenize
-from tests.rewards.helpers import slow_f1, untimed
+from tests.rewards.helpers import slow_f1
 
 REFERENCE = RougeScorer(["rougeL"], use_stemmer=False)
 
@@ -26,7 +26,6 @@ TOKENIZERS = pytest.mark.parametrize("tokenizer", list(Tokenizer))
 # --- against Google's package -----------------------------------------------------------------------
 
 
-@untimed
 @given(ASCII | NAMES, ASCII | NAMES)
 @example("", "")
 @example("a\x00b\x7fc\x1f", "A B C")
@@ -36,7 +35,6 @@ def test_unicode_equals_rouge_score_on_ascii(predicted: str, truth: str) -> None
     assert rouge_l_f1(predicted, truth) == expected
 
 
-@untimed
 @given(TEXT, TEXT)
 @example("İstanbul", "istanbul")  # lower() makes an "i" and a dot of the first letter
 @example("5 \u212a", "5 K")  # the Kelvin sign's lower case is an ASCII "k"
@@ -50,7 +48,6 @@ def test_rouge_score_equals_rouge_score_on_any_text(predicted: str, truth: str) 
 TOKENS = st.lists(st.sampled_from("abcdé"), max_size=30)
 
 
-@untimed
 @given(TOKENS, TOKENS, st.integers(1, 6))
 def test_f1_equals_that_of_a_slow_lcs(left: list[str], right: list[str], repeat: int) -> None:
     # Repeated, so that lists are longer than a machine word of bits, on which the fast LCS works.
@@ -87,7 +84,6 @@ def test_hand_computed(predicted: str, truth: str, f1: float) -> None:
 
 
 @TOKENIZERS
-@untimed
 @given(left=TEXT, right=TEXT)
 def test_bounds_and_symmetry(tokenizer: Tokenizer, left: str, right: str) -> None:
     similarity = rouge_l_f1(left, right, tokenizer)
@@ -97,7 +93,6 @@ def test_bounds_and_symmetry(tokenizer: Tokenizer, left: str, right: str) -> Non
 
 
 @TOKENIZERS
-@untimed
 @given(text=TEXT)
 def test_identity(tokenizer: Tokenizer, text: str) -> None:
     assert rouge_l_f1(text, text, tokenizer) == bool(tokenize(text, tokenizer))
@@ -184,33 +179,28 @@ def test_other_tokens(tokenizer: Tokenizer, text: str, tokens: list[str]) -> Non
     assert tokenize(text, tokenizer) == tokens
 
 
-@untimed
 @given(TEXT, TEXT)
 def test_exact_is_equality(left: str, right: str) -> None:
     assert rouge_l_f1(left, right, Tokenizer.EXACT) == (left == right != "")
 
 
-@untimed
 @given(ASCII | NAMES)
 def test_zero_width_spaces_and_width_do_not_matter(text: str) -> None:
     full_width = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
     assert tokenize("\u200b".join(text)) == tokenize(full_width) == tokenize(text)
 
 
-@untimed
 @given(TEXT)
 def test_composition_does_not_matter(text: str) -> None:
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
     assert tokenize(forms[0]) == tokenize(forms[1]) == tokenize(text)
 
 
-@untimed
 @given(TEXT, TEXT)
 def test_tokens_of_parts(left: str, right: str) -> None:
     assert tokenize(f"{left} \n{right}") == tokenize(left) + tokenize(right)
 
 
-@untimed
 @given(TEXT)
 def test_tokens_are_made_of_letters_marks_and_numbers(text: str) -> None:
     tokens = tokenize(text)

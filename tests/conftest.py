@@ -1,0 +1,25 @@
+"""Comes before every test module, so that nothing of the developer's shell or of a model hub gets in."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in [name for name in os.environ if name.upper().startswith("SHOPR1_")]:
+    del os.environ[_name]
+
+settings.register_profile(
+    "tests",
+    max_examples=100,
+    deadline=None,  # a busy machine must not fail a test
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"

@@ -1,0 +1,112 @@
+"""The demo against a running server: what it prints are the numbers, worked out by hand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shopr1_rewards import load_recipe
+from shopr1_service.fake import FakePolicy
+from tests.contract.test_examples import EARNED, NO_RATIONALE
+from tests.service.http import WAIT_S, served
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+def run_demo(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(DEMO), *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        timeout=WAIT_S,
+        check=False,
+    )
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of all rows of all tables, what was folded put together again."""
+    found: list[list[str]] = []
+    for line in printed.splitlines():
+        if line.startswith(("├", "┡")):
+            found.append([])
+        elif line.startswith("│"):
+            cells = [cell.strip() for cell in line.split("│")[1:-1]]
+            found[-1] = [*map("".join, zip(found[-1], cells, strict=True))] if found[-1] else cells
+    return found
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if value else "0"
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    with served(FakePolicy(26.0)) as url:
+        ended = run_demo("--url", url)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    return ended.stdout
+
+
+def test_every_number_of_every_row(printed: str) -> None:
+    expected = []
+    for name, rollouts in EARNED.items():
+        for i, earned in enumerate(rollouts):
+            # 0.005 · 26 where the answer is valid and has a rationale
+            certainty = 0.13 if earned[0] and (name, i) != NO_RATIONALE else 0.0
+            expected.append([number(value) for value in (*earned, certainty, sum(earned) + certainty)])
+    assert [row[1:7] for row in rows(printed)] == expected
+
+
+def test_a_table_per_session(printed: str) -> None:
+    titles = [line for line in printed.splitlines() if ": the human did " in line]
+    assert [title.partition(":")[0] for title in titles] == list(EARNED)
+    header = "predicted format type attribute value certainty reward why"
+    assert [" ".join(re.findall(r"\w+", line)) for line in printed.splitlines() if line.startswith("┃")] == [
+        header
+    ] * len(EARNED)
+
+
+@pytest.mark.parametrize(
+    ("row", "predicted", "why"),
+    [
+        (0, "type_and_submit(name='nav_bar.search_input'", "exact match"),
+        (1, "set of 6", "text alike 0.800"),
+        (2, "search_button", "name alike 0.750, does not pass"),
+        (4, "click(name='home.sale')", "wrong type"),
+        (5, "type_and_submit(name='nav_bar.search_input')", "text missing"),
+        (6, "-", "invalid_json"),
+        (10, "click(name='')", "name missing"),
+        (12, "-", "extra_text"),
+        (13, "-", "duplicate_key"),
+        (17, "scroll(", "unknown type"),
+        (18, "terminate()", "exact match"),
+        (19, "-", "wrong_type"),
+    ],
+)
+def test_why(printed: str, row: int, predicted: str, why: str) -> None:
+    cells = rows(printed)[row]
+    # Folding takes the spaces at the ends of lines.
+    assert predicted.replace(" ", "") in cells[0].replace(" ", "")
+    assert why.replace(" ", "") in cells[7].replace(" ", "")
+
+
+def test_the_sum_of_it(printed: str) -> None:
+    text = " ".join(printed.split())
+    digest = load_recipe("shop_r1").digest[:19]
+    assert re.search(
+        rf"Scored 20 rollouts over 3 prompts in [\d.]+ s with fake, recipe shop_r1 \({digest}", text
+    )
+
+
+def test_a_rollout_without_a_reward_is_a_failure() -> None:
+    # The longest of the three prompts does not fit, the others do.
+    with served(FakePolicy(26.0, max_sequence_tokens=2350)) as url:
+        ended = run_demo("--url", url)
+    assert ended.returncode == 1
+    last = [row[1:7] for row in rows(ended.stdout)][14]
+    assert last == ["0.5000", "0.3000", "0", "0", "null", "null"]

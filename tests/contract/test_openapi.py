@@ -1,0 +1,243 @@
+"""`openapi.yaml` is the application's document, and both examples and real answers are of its schemas."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from openapi_schema_validator import OAS31Validator
+from openapi_spec_validator import validate
+
+from shopr1_client.errors import PROBLEM_MEDIA_TYPE, PROBLEMS
+from shopr1_client.wire import ScoreRequest
+from shopr1_service.app import create_app
+from shopr1_service.examples import SCORE_REQUEST, SCORE_RESPONSE
+from shopr1_service.fake import FakePolicy
+from shopr1_service.openapi import to_yaml
+from shopr1_service.settings import Settings
+from tests.service.http import answer, group, post, running
+
+pytestmark = pytest.mark.anyio
+
+FILE = Path(__file__).parents[2] / "openapi.yaml"
+DOCUMENT: dict[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
+PROBLEM_OF_STATUS = {str(problem.status): problem for problem in PROBLEMS}
+
+OPERATIONS = {
+    "POST /score": "score",
+    "GET /info": "info",
+    "GET /recipes": "listRecipes",
+    "GET /recipes/{name}": "getRecipe",
+    "GET /health/live": "live",
+    "GET /health/ready": "ready",
+    "GET /metrics": "metrics",
+}
+
+
+def operations() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in DOCUMENT["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method.upper()} {path}", operation
+
+
+def contents() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every body of the document: what it is, its media type, and what is said of it."""
+    for name, operation in operations():
+        for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
+            yield name, media_type, content
+        for status, response in operation["responses"].items():
+            for media_type, content in response["content"].items():
+                yield f"{name} {status}", media_type, content
+
+
+def examples() -> Iterator[tuple[str, dict[str, Any], Any]]:
+    for name, _, content in contents():
+        for label, named in content.get("examples", {}).items():
+            yield f"{name} {label}", content["schema"], named["value"]
+        if "example" in content:
+            yield name, content["schema"], content["example"]
+
+
+def errors(schema: dict[str, Any], value: Any) -> list[str]:
+    """What is wrong with a value by a schema of the document."""
+    validator = OAS31Validator({**schema, "components": DOCUMENT["components"]})
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
+
+
+each_operation = pytest.mark.parametrize(
+    "operation", [pytest.param(operation, id=name) for name, operation in operations()]
+)
+each_example = pytest.mark.parametrize(
+    ("schema", "value"), [pytest.param(schema, value, id=name) for name, schema, value in examples()]
+)
+
+
+# --- the document -----------------------------------------------------------------------------------
+
+
+def test_the_file_is_the_document_of_the_application() -> None:
+    document = create_app(Settings(), FakePolicy).openapi()
+    assert document == DOCUMENT
+    assert to_yaml(document) == FILE.read_text("utf-8"), "run `make openapi`"
+
+
+def test_settings_do_not_change_it() -> None:
+    settings = Settings(port=1, max_groups=2, max_body_bytes=3, policy="x", log_level="debug")
+    assert create_app(settings, FakePolicy).openapi() == DOCUMENT
+
+
+async def test_it_is_served() -> None:
+    async with running() as client:
+        assert (await client.get("/openapi.json")).json() == DOCUMENT
+
+
+def test_it_is_openapi() -> None:
+    validate(DOCUMENT)
+
+
+def test_operations() -> None:
+    assert {name: operation["operationId"] for name, operation in operations()} == OPERATIONS
+
+
+@each_operation
+def test_an_operation_is_described(operation: dict[str, Any]) -> None:
+    assert operation["summary"]
+    assert operation["description"]
+    assert operation["tags"]
+    assert set(operation["tags"]) <= {tag["name"] for tag in DOCUMENT["tags"]}
+
+
+def test_every_body_has_an_example_and_a_schema() -> None:
+    bodies = list(contents())
+    assert len(bodies) > 20
+    for name, _, content in bodies:
+        assert content["schema"], name
+        assert "example" in content or content.get("examples"), name
+
+
+@each_operation
+def test_problems_have_the_status_of_their_class(operation: dict[str, Any]) -> None:
+    problems = {status: r for status, r in operation["responses"].items() if status != "200"}
+    assert "500" in problems
+    for status, response in problems.items():
+        expected = PROBLEM_OF_STATUS[status]
+        example = response["content"][PROBLEM_MEDIA_TYPE]["example"]
+        assert (example["status"], example["code"]) == (int(status), expected.code)
+        assert example["title"] == response["description"] == expected.title
+        assert ("Retry-After" in response.get("headers", {})) is (status == "503")
+
+
+def test_every_problem_of_scoring_is_documented() -> None:
+    documented = set(DOCUMENT["paths"]["/score"]["post"]["responses"])
+    # Another path or method is no answer of this one.
+    assert documented == {"200", *PROBLEM_OF_STATUS} - {"404", "405"}
+
+
+def test_no_schema_is_left_over() -> None:
+    text = json.dumps(DOCUMENT)
+    unused = [name for name in DOCUMENT["components"]["schemas"] if f'schemas/{name}"' not in text]
+    assert unused == []
+
+
+# --- its examples -----------------------------------------------------------------------------------
+
+
+@each_example
+def test_an_example_is_of_its_schema(schema: dict[str, Any], value: Any) -> None:
+    assert errors(schema, value) == []
+
+
+def test_schemas_tell_wrong_from_right() -> None:
+    """Or the test above would say nothing."""
+    schema = {"$ref": "#/components/schemas/ScoreResponse"}
+    assert errors(schema, SCORE_RESPONSE) == []
+    wrong = deepcopy(SCORE_RESPONSE)
+    wrong["groups"][0]["rewards"][0]["status"] = "maybe"
+    del wrong["request_id"]
+    assert len(errors(schema, wrong)) == 2
+
+
+def request_examples() -> list[Any]:
+    content = DOCUMENT["paths"]["/score"]["post"]["requestBody"]["content"]["application/json"]
+    return [pytest.param(named["value"], id=name) for name, named in content["examples"].items()]
+
+
+@pytest.mark.parametrize("request_", request_examples())
+async def test_an_example_request_is_scored(request_: Any) -> None:
+    assert ScoreRequest.model_validate(request_).groups
+    async with running() as client:
+        response = await post(client, request_)
+    assert response.status_code == 200
+    assert errors({"$ref": "#/components/schemas/ScoreResponse"}, response.json()) == []
+
+
+async def test_the_example_answer_is_the_answer_to_the_example_request() -> None:
+    async with running(FakePolicy(26.0)) as client:
+        answered = (await post(client, SCORE_REQUEST)).json()
+    of_the_run = ("request_id", "policy")
+    assert {k: v for k, v in answered.items() if k not in of_the_run} == {
+        k: v for k, v in SCORE_RESPONSE.items() if k not in of_the_run
+    }
+
+
+def test_the_documented_answer_is_the_tested_one() -> None:
+    responses = DOCUMENT["paths"]["/score"]["post"]["responses"]
+    assert responses["200"]["content"]["application/json"]["example"] == SCORE_RESPONSE
+
+
+# --- real answers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+async def service() -> AsyncIterator[httpx.AsyncClient]:
+    async with running(FakePolicy(max_sequence_tokens=30), max_groups=5) as client:
+        yield client
+
+
+def documented(path: str, method: str, response: httpx.Response) -> dict[str, Any]:
+    """The schema that the document gives for this answer."""
+    content = DOCUMENT["paths"][path][method]["responses"][str(response.status_code)]["content"]
+    schema: dict[str, Any] = content[response.headers["Content-Type"].partition(";")[0]]["schema"]
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("path", "documented_path"),
+    [
+        ("/info", "/info"),
+        ("/recipes", "/recipes"),
+        ("/recipes/shop_r1", "/recipes/{name}"),
+        ("/recipes/nope", "/recipes/{name}"),
+        ("/health/live", "/health/live"),
+        ("/health/ready", "/health/ready"),
+    ],
+)
+async def test_answers_are_documented(service: httpx.AsyncClient, path: str, documented_path: str) -> None:
+    response = await service.get(path)
+    assert errors(documented(documented_path, "get", response), response.json()) == []
+
+
+async def test_metrics_are_documented(service: httpx.AsyncClient) -> None:
+    response = await service.get("/metrics")
+    assert errors(documented("/metrics", "get", response), response.text) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, {"groups": [group(answer(), "no", answer(rationale="x" * 40)), group()]}),
+        (200, {"groups": [group(answer(), "no", id="é")], "include": ["tokens", "token_ids"]}),
+        (400, b"{"),
+        (409, {"groups": [], "policy_version": "1"}),
+        (413, {"groups": [group()] * 6}),
+        (422, {"groups": [group(truth={}), {}]}),
+    ],
+)
+async def test_answers_of_scoring_are_documented(service: httpx.AsyncClient, status: int, body: Any) -> None:
+    response = await post(service, body)
+    assert response.status_code == status
+    assert errors(documented("/score", "post", response), response.json()) == []

@@ -1,0 +1,206 @@
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from shopr1_service.forward import CachedPrefixForward, Forward, IndependentForward, Suffix, choose_forward
+from shopr1_service.head import trunk_of
+from tests.service.models import model_of, one_thread, random_ids, tiny_model
+
+CHECK_IDS = random_ids(32, seed=9)  # the windows here are of 8 tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@torch.no_grad()
+def slow_hidden(model: PreTrainedModel, prompt_ids: Sequence[int], suffix: Suffix) -> Tensor:
+    """From the model's own list of hidden states, in fp64; the last of them is the trunk's output."""
+    model = copy.deepcopy(model).double()
+    ids = torch.tensor([[*prompt_ids, *suffix.ids]])
+    hidden_T_H = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+    return torch.stack([hidden_T_H[len(prompt_ids) + position] for position in suffix.positions])
+
+
+def check(forward: Forward, model: PreTrainedModel, prompt_ids: list[int], suffixes: list[Suffix]) -> None:
+    actual = forward.hidden_states(prompt_ids, suffixes)
+    for hidden_S_H, suffix in zip(actual, suffixes, strict=True):
+        expected_S_H = slow_hidden(model, prompt_ids, suffix)
+        assert_close(hidden_S_H.double(), expected_S_H, rtol=0, atol=1e-4)
+
+
+# --- both ways give the model's hidden states -------------------------------------------------------
+
+FORWARDS = pytest.mark.parametrize("way", [IndependentForward, CachedPrefixForward])
+
+SUFFIXES = [
+    Suffix([], [-1]),
+    Suffix(random_ids(1, seed=1), [0]),
+    Suffix(random_ids(1, seed=1), [-1, 0]),
+    Suffix(random_ids(2, seed=2), [1]),
+    Suffix(random_ids(9, seed=3), [0, 3, 4, 8]),
+    Suffix(random_ids(9, seed=3), [0, 3, 4, 8]),
+    Suffix(random_ids(20, seed=4), list(range(-1, 20))),
+]
+
+
+@FORWARDS
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "falcon_h1"])
+@pytest.mark.parametrize("num_prompt_tokens", [1, 2, 7, 8, 9, 30])
+def test_hidden_states(
+    way: type[IndependentForward | CachedPrefixForward], family: str, num_prompt_tokens: int
+) -> None:
+    model = model_of(family)
+    check(way(model), model, random_ids(num_prompt_tokens, seed=num_prompt_tokens), SUFFIXES)
+
+
+@FORWARDS
+def test_empty_prompt(way: type[IndependentForward | CachedPrefixForward]) -> None:
+    model = tiny_model()
+    check(way(model), model, [], [Suffix(random_ids(5, seed=1), [0, 4]), Suffix([7], [0])])
+
+
+@FORWARDS
+def test_nothing_asked_for(way: type[IndependentForward | CachedPrefixForward]) -> None:
+    assert way(tiny_model()).hidden_states(random_ids(5), []) == []
+
+
+@FORWARDS
+@pytest.mark.parametrize("family", ["llama", "mistral", "falcon_h1"])
+def test_suffixes_do_not_touch_each_other(
+    way: type[IndependentForward | CachedPrefixForward], family: str
+) -> None:
+    # Were the prompt's cache written to, the second suffix would follow upon the first.
+    forward = way(model_of(family))
+    prompt_ids = random_ids(12, seed=5)
+    alone = [forward.hidden_states(prompt_ids, [suffix])[0] for suffix in SUFFIXES[3:6]]
+    for order in permutations(range(3)):
+        together = forward.hidden_states(prompt_ids, [SUFFIXES[3:6][i] for i in order])
+        assert all(torch.equal(hidden, alone[i]) for hidden, i in zip(together, order, strict=True))
+
+
+def test_hidden_states_need_no_gradient() -> None:
+    model = tiny_model()
+    for way in (IndependentForward, CachedPrefixForward):
+        [hidden_S_H] = way(model).hidden_states(random_ids(5), [Suffix(random_ids(3), [-1, 2])])
+        assert not hidden_S_H.requires_grad
+
+
+# --- the choice -------------------------------------------------------------------------------------
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, change: Any) -> PreTrainedModel:
+    """The model with `change(forward, kwargs)` in place of its trunk's forward."""
+    trunk = trunk_of(model)
+    original = trunk.forward
+    monkeypatch.setattr(trunk, "forward", lambda **kwargs: change(original, kwargs))
+    return model
+
+
+def is_suffix(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("past_key_values") is not None
+
+
+def ignore_the_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(**{**kwargs, "past_key_values": None})
+
+
+def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    if is_suffix(kwargs):
+        raise NotImplementedError("no cache")
+    return forward(**kwargs)
+
+
+def make_no_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    output = forward(**kwargs)
+    output.past_key_values = None
+    return output
+
+
+def wrong_with_a_cache(is_wrong: Any) -> Any:
+    def change(forward: Any, kwargs: dict[str, Any]) -> Any:
+        output = forward(**kwargs)
+        if is_suffix(kwargs) and is_wrong(kwargs["input_ids"].shape[1]):
+            output.last_hidden_state = output.last_hidden_state * 1.01
+        return output
+
+    return change
+
+
+def nan_with_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    output = forward(**kwargs)
+    if is_suffix(kwargs):
+        output.last_hidden_state = output.last_hidden_state * torch.nan
+    return output
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_cached_prefix_is_chosen_where_it_is_right(family: str) -> None:
+    assert choose_forward(model_of(family), CHECK_IDS).name == "cached_prefix"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(ignore_the_cache, id="ignores_the_cache_silently"),
+        pytest.param(refuse_a_cache, id="refuses_a_cache"),
+        pytest.param(make_no_cache, id="makes_no_cache"),
+        pytest.param(nan_with_a_cache, id="nan_with_a_cache"),
+        pytest.param(wrong_with_a_cache(lambda _num_tokens: True), id="one_percent_off"),
+    ],
+)
+def test_independent_is_chosen_where_sharing_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: Any
+) -> None:
+    model = patched(monkeypatch, tiny_model(), change)
+    with caplog.at_level(logging.WARNING, "shopr1_service.forward"):
+        forward = choose_forward(model, CHECK_IDS)
+    assert forward.name == "independent"
+    [record] = caplog.records
+    assert "LlamaModel" in record.message or "LlamaForCausalLM" in record.message
+
+
+def test_one_token_alone_is_never_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Recurrent models have code of their own for a step of one token, nemotron_h's is off for some tokens.
+    model = tiny_model()
+    expected = IndependentForward(model).hidden_states(CHECK_IDS, [Suffix([7], [-1, 0])])
+    forward = choose_forward(
+        patched(monkeypatch, model, wrong_with_a_cache(lambda num_tokens: num_tokens == 1)), CHECK_IDS
+    )
+    assert forward.name == "cached_prefix"
+    assert_close(forward.hidden_states(CHECK_IDS, [Suffix([7], [-1, 0])]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_is_cut_to_a_window_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Right for any prompt of up to 8 tokens, wrong beyond: the check must be longer.
+    def forget_the_start(forward: Any, kwargs: dict[str, Any]) -> Any:
+        if is_suffix(kwargs):
+            for layer in kwargs["past_key_values"].layers:
+                layer.keys, layer.values = layer.keys[:, :, -8:], layer.values[:, :, -8:]
+        return forward(**kwargs)
+
+    model = patched(monkeypatch, tiny_model(), forget_the_start)
+    assert choose_forward(model, CHECK_IDS[:14]).name == "cached_prefix"  # 8 of the prompt, 6 behind it
+    assert choose_forward(model, CHECK_IDS).name == "independent"
+
+
+def test_rope_that_changes_with_the_length() -> None:
+    # Phi-3's long RoPE turns all keys otherwise once the sequence is longer than 16 tokens (4096 in life);
+    # a cache keeps the prompt's keys as they were turned before.
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    forward = choose_forward(model, CHECK_IDS)
+    for num_prompt_tokens in (4, 10, 20):
+        suffix = Suffix(random_ids(20, seed=1), [-1, 0, 19])
+        check(forward, model, random_ids(num_prompt_tokens, seed=2), [suffix])

@@ -1,0 +1,247 @@
+"""Where settings come from, what overrides what, and what is refused."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from shopr1_service.errors import SettingsError
+from shopr1_service.settings import DType, Settings, load_settings
+
+
+def use_config(monkeypatch: pytest.MonkeyPatch, path: Path, toml: str | bytes) -> Path:
+    path.write_bytes(toml if isinstance(toml, bytes) else toml.encode())
+    monkeypatch.setenv("SHOPR1_CONFIG", str(path))
+    return path
+
+
+def test_defaults() -> None:
+    assert load_settings().model_dump() == {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "policy": None,
+        "revision": None,
+        "policy_version": "0",
+        "device": "auto",
+        "dtype": DType.AUTO,
+        "max_sequence_tokens": None,
+        "recipe": "shop_r1",
+        "max_body_bytes": 67_108_864,
+        "max_groups": 1024,
+        "max_completions_per_group": 256,
+        "max_request_tokens": 4_194_304,
+        "log_level": "info",
+        "shutdown_grace_s": 30,
+    }
+
+
+@pytest.mark.parametrize(
+    ("toml", "environment", "options", "expected"),
+    [
+        ("", None, {}, 8000),
+        ("port = 1", None, {}, 1),
+        ("", "2", {}, 2),
+        ("port = 1", "2", {}, 2),
+        ("", None, {"port": 3}, 3),
+        ("port = 1", None, {"port": 3}, 3),
+        ("", "2", {"port": 3}, 3),
+        ("port = 1", "2", {"port": "3"}, 3),
+    ],
+)
+def test_precedence(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    toml: str,
+    environment: str | None,
+    options: dict[str, Any],
+    expected: int,
+) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", toml)
+    if environment is not None:
+        monkeypatch.setenv("SHOPR1_PORT", environment)
+    assert load_settings(options).port == expected
+
+
+def test_sources_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", 'device = "cpu"\nmax_groups = 5\nport = 1\n')
+    monkeypatch.setenv("SHOPR1_MAX_GROUPS", "6")
+    monkeypatch.setenv("SHOPR1_DTYPE", "float32")
+    settings = load_settings({"port": 9})
+    assert (settings.device, settings.max_groups, settings.dtype, settings.port) == ("cpu", 6, "float32", 9)
+    assert settings.recipe == "shop_r1"
+
+
+@pytest.mark.parametrize("name", list(Settings.model_fields))
+def test_every_setting_can_come_from_anywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    special = {"dtype": "float16", "log_level": "debug"}
+    value = special.get(name, "7")
+    toml = use_config(monkeypatch, tmp_path / "shopr1.toml", f'{name} = "{value}"')
+    from_toml = load_settings()
+    toml.write_text("")
+    from_option = load_settings({name: value})
+    monkeypatch.setenv(f"SHOPR1_{name.upper()}", value)
+    from_environment = load_settings()
+    for settings in (from_toml, from_option, from_environment):
+        assert str(getattr(settings, name)) == value
+        assert settings.model_dump() == Settings.model_validate({name: value}).model_dump()
+
+
+def test_limits() -> None:
+    limits = load_settings({"max_body_bytes": 1, "max_groups": 2, "max_completions_per_group": 3}).limits
+    assert limits.model_dump() == {
+        "max_body_bytes": 1,
+        "max_groups": 2,
+        "max_completions_per_group": 3,
+        "max_request_tokens": 4_194_304,
+    }
+
+
+def test_frozen() -> None:
+    settings = load_settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1
+    assert settings.port == 8000
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SHOPR1_PROT", "SHOPR1_", "SHOPR1_MAX_BODY", "shopr1_prot", "Shopr1_Prot"])
+def test_unknown_variable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "9001")
+    with pytest.raises(SettingsError, match=f"{name} .*'9001'"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["SHOPR2_PORT", "PORT", "MY_SHOPR1_PORT", "SHOPR1"])
+def test_other_variables_are_other_peoples(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "9001")
+    assert load_settings().model_dump() == Settings().model_dump()
+
+
+@pytest.mark.parametrize("toml", ["prot = 9001", "[server]\nport = 9001", "[port]\nx = 9001", "_port = 9001"])
+def test_unknown_key_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toml: str) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", toml)
+    key = re.sub(r"\W.*", "", toml.removeprefix("["), flags=re.DOTALL)
+    with pytest.raises(SettingsError, match=f"{key}.*9001"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    "key", ["prot", "", "port ", "config", "_env_prefix", "_case_sensitive", "_secrets_dir"]
+)
+def test_unknown_option(key: str) -> None:
+    with pytest.raises(SettingsError, match=f"{key}.*'9001'"):
+        load_settings({key: "9001"})
+
+
+MALFORMED: list[tuple[str, str]] = [
+    ("port", "http"),
+    ("port", "-1"),
+    ("port", "65536"),
+    ("port", "80.5"),
+    ("port", ""),
+    ("dtype", "float8"),
+    ("max_groups", "0"),
+    ("max_groups", "many"),
+    ("max_body_bytes", "-5"),
+    ("max_sequence_tokens", "0"),
+    ("policy_version", ""),
+    ("log_level", "loud"),
+    ("log_level", "INFO"),
+    ("shutdown_grace_s", "0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), MALFORMED)
+def test_malformed_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str) -> None:
+    message = f"^{name}: .*{re.escape(repr(value))}"
+    with pytest.raises(SettingsError, match=message):
+        load_settings({name: value})
+    with monkeypatch.context() as patch:
+        patch.setenv(f"SHOPR1_{name.upper()}", value)
+        with pytest.raises(SettingsError, match=message):
+            load_settings()
+    use_config(monkeypatch, tmp_path / "shopr1.toml", f'{name} = "{value}"')
+    with pytest.raises(SettingsError, match=message):
+        load_settings()
+
+
+@pytest.mark.parametrize("toml", ["port = [1]", "port = {a = 1}", "host = 5", "policy = true"])
+def test_malformed_type_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toml: str) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", toml)
+    with pytest.raises(SettingsError, match=toml.split()[0]):
+        load_settings()
+
+
+def test_all_flaws_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOPR1_DTYPE", "float8")
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"port": "http", "prot": "1"})
+    for part in ("dtype", "float8", "port", "http", "prot"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["missing.toml", "."])
+@pytest.mark.parametrize("is_option", [False, True])
+def test_config_file_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, is_option: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not is_option:
+        monkeypatch.setenv("SHOPR1_CONFIG", path)
+    with pytest.raises(SettingsError, match=f"no such file.*{re.escape(repr(path))}"):
+        load_settings(config=Path(path) if is_option else None)
+
+
+def test_the_config_option_is_stronger_than_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_config(monkeypatch, tmp_path / "variable.toml", "port = 1\nmax_groups = 1")
+    option = tmp_path / "option.toml"
+    option.write_text("port = 2")
+    settings = load_settings({"device": "cpu"}, option)
+    assert (settings.port, settings.max_groups, settings.device) == (2, 1024, "cpu")
+
+
+@pytest.mark.parametrize("content", [b"port", b"port = ", b"{}", b"port = 1\nport = 2", b"\xff\xfe", b"\x00"])
+def test_config_file_is_not_toml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
+    path = use_config(monkeypatch, tmp_path / "shopr1.toml", content)
+    with pytest.raises(SettingsError, match=f"^{re.escape(str(path))}: not TOML: "):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["shopr1_config", "Shopr1_Config"])
+def test_the_config_variable_in_another_case(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """Settings are found in any case; a config file must not be ignored in silence."""
+    path = use_config(monkeypatch, tmp_path / "shopr1.toml", "port = 1")
+    monkeypatch.delenv("SHOPR1_CONFIG")
+    monkeypatch.setenv(name, str(path))
+    try:
+        port = load_settings().port
+    except SettingsError:
+        return
+    assert port == 1
+
+
+def test_no_stray_file_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".env", "shopr1.toml", "config.toml"):
+        (tmp_path / name).write_text("SHOPR1_PORT=1\nport=1\n")
+    assert load_settings().port == 8000
+
+
+def test_loading_leaves_the_environment_alone(tmp_path: Path) -> None:
+    config = tmp_path / "shopr1.toml"
+    config.write_text("port = 5")
+    before = dict(os.environ)
+    assert load_settings({"max_groups": 6}, config).port == 5
+    assert dict(os.environ) == before
+    assert load_settings().port == 8000
