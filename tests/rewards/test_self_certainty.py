@@ -276,7 +276,7 @@ class Mute:
 
 
 def test_head_must_give_logits() -> None:
-    with pytest.raises(ValueError, match="the head gave no logits"):
+    with pytest.raises(ValueError, match="the head did not give 30 logits"):
         divergences(torch.zeros(1, 2), Mute())
 
 
