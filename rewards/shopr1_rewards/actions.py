@@ -1,6 +1,7 @@
 """Actions: what the policy predicted and what the human did, read against a recipe's action space."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,13 +69,15 @@ def _text_fields(envelope: Envelope) -> list[str]:
 
 def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailure | None:
     if rules.unknown_action_type is OnFlaw.REJECT and not prediction.is_known_type:
-        message = f"action.type {prediction.action.type!r} is not in the action space"
+        message = f"action.type {reprlib.repr(prediction.action.type)} is not in the action space"
         return FormatFailure(FormatError.UNKNOWN_ACTION_TYPE, message)
     if rules.missing_attribute is OnFlaw.REJECT and prediction.missing_attributes:
         message = f"action.{prediction.missing_attributes[0]} is missing or empty"
         return FormatFailure(FormatError.MISSING_ATTRIBUTE, message)
     if rules.extra_key is OnFlaw.REJECT and prediction.extra_keys:
-        return FormatFailure(FormatError.EXTRA_KEY, f"key {prediction.extra_keys[0]!r} is not allowed")
+        return FormatFailure(
+            FormatError.EXTRA_KEY, f"key {reprlib.repr(prediction.extra_keys[0])} is not allowed"
+        )
     return None
 
 
@@ -91,7 +94,7 @@ def read_ground_truth(value: str | Mapping[str, Any], space: ActionSpace) -> Act
     type_name = _require_text(fields, "type")
     if type_name not in space.types:
         known = ", ".join(space.types)
-        raise GroundTruthError(f"type {type_name!r} is not in the action space ({known})", "type")
+        raise GroundTruthError(f"type {reprlib.repr(type_name)} is not in the action space ({known})", "type")
     names = space.types[type_name].attributes
     return Action(
         type_name, {name: _require_text(fields, name, f" of a {type_name!r} action") for name in names}
@@ -115,7 +118,7 @@ def _require_text(fields: Mapping[str, Any], key: str, of: str = "") -> str:
         raise GroundTruthError(f"{key!r}{of} is missing", key)
     value = fields[key]
     if not isinstance(value, str):
-        raise GroundTruthError(f"{key!r}{of} must be a string, not {value!r}", key)
+        raise GroundTruthError(f"{key!r}{of} must be a string, not {reprlib.repr(value)}", key)
     try:
         check_text(value)
     except InvalidFormatError as exception:

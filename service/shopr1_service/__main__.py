@@ -1,5 +1,18 @@
-"""`python -m shopr1_service` is `shopr1`."""
+"""The `shopr1` command, also as `python -m shopr1_service`."""
 
-from shopr1_service.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line, or say what to install where a trainer's bare install has no service."""
+    try:
+        from shopr1_service.cli import main as run
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"shopr1 needs the service's packages ({error.name} is missing): pip install 'shopr1[service]'"
+        )
+    run()
+
+
+if __name__ == "__main__":
+    main()

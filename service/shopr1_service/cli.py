@@ -126,7 +126,7 @@ def openapi() -> None:
     from shopr1_service.fake import FakePolicy
     from shopr1_service.openapi import to_yaml
 
-    typer.echo(to_yaml(create_app(Settings(), FakePolicy).openapi()), nl=False)
+    typer.echo(to_yaml(create_app(load_settings(), FakePolicy).openapi()), nl=False)
 
 
 def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) -> Settings:  # noqa: ANN401

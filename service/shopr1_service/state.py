@@ -1,9 +1,11 @@
 """What the application holds while it runs."""
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from fastapi import Request
 
@@ -44,13 +46,38 @@ class State:
 
     async def load(self, load_policy: Callable[[], Policy]) -> None:
         """Load the policy beside the event loop, so that health checks are answered meanwhile."""
-        policy = await asyncio.to_thread(load_policy)
+        policy = await _in_daemon_thread(load_policy)
         self._scorer = Scorer(policy, self.recipes, self.settings.limits, self.metrics)
 
     def close(self) -> None:
         self._is_closing = True
         if self._scorer is not None:
             self._scorer.close()
+
+
+async def _in_daemon_thread(load_policy: Callable[[], Policy]) -> Policy:
+    """A daemon, because a load takes minutes and a service that is told to end should not wait for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Policy] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def report(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, set_outcome, outcome)
+
+    def run() -> None:
+        try:
+            policy = load_policy()
+        except BaseException as error:  # handed over, whatever it is
+            report(future.set_exception, error)
+        else:
+            report(future.set_result, policy)
+
+    threading.Thread(target=run, name="load-policy", daemon=True).start()
+    return await future
 
 
 def state_of(request: Request) -> State:

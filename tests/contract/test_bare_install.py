@@ -118,7 +118,7 @@ def test_the_wheel_holds_every_file_of_them(wheel: Path) -> None:
 def test_the_wheel_has_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "shopr1 = shopr1_service.cli:main" in archive.read(entry_points).decode()
+        assert "shopr1 = shopr1_service.__main__:main" in archive.read(entry_points).decode()
 
 
 # --- a bare environment -----------------------------------------------------------------------------
@@ -181,3 +181,11 @@ def test_the_base_install_is_small(bare_python: Path) -> None:
     listing = "from importlib.metadata import distributions as all\nfor d in all(): print(d.metadata['Name'])"
     installed = {name.lower().replace("_", "-") for name in run_bare(bare_python, "-c", listing)}
     assert {"shopr1", "httpx", "pydantic", "rapidfuzz"} <= installed <= ALLOWED
+
+
+def test_the_command_says_what_to_install(bare_python: Path) -> None:
+    command = [str(bare_python.with_name("shopr1")), "serve"]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode == 1
+    assert "pip install 'shopr1[service]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
