@@ -314,7 +314,9 @@ class PolicyInfo(_Answer):
     num_tokenizer_tokens: Annotated[int, Field(description="V of `vocabulary = tokenizer`.")]
     max_sequence_tokens: int
     head: Annotated[str, Field(description="How logits are made from hidden states: `linear` or `module`.")]
-    forward: Annotated[str, Field(description="How prompts are shared: `cached_prefix` or `independent`.")]
+    forward: Annotated[
+        str, Field(description="How prompts are shared: `shared_prefix`, `cached_prefix` or `independent`.")
+    ]
 
 
 class Info(_Answer):

@@ -9,6 +9,7 @@ found by decoding. Both ways give a completion that decodes to itself the same o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -124,7 +125,7 @@ class PolicyCodec:
             if not window.startswith(before):
                 return None
             prefixes = [self._decode(ids[context:k]) for k in range(done + 1, end)]
-            placed = _place(window, len(before), [*prefixes, window])
+            placed = _place(window, before, [*prefixes, window], self._pieces(ids[done:end]))
             offsets += [(len(text) + a - len(before), len(text) + b - len(before)) for a, b in placed]
             text += window[len(before) :]
             context, done = done, end
@@ -133,59 +134,38 @@ class PolicyCodec:
     def _prefix_offsets(self, ids: list[int], text: str) -> Tokens:
         """Offsets from decoding every prefix: right for any decoder, quadratic in the tokens."""
         prefixes = [self._decode(ids[:end]) for end in range(1, len(ids) + 1)]
-        return Tokens(text, ids, _place(text, 0, prefixes))
+        return Tokens(text, ids, _place(text, "", prefixes, self._pieces(ids)))
+
+    def _pieces(self, ids: list[int]) -> list[str]:
+        return [self._decode([token_id]) for token_id in ids]
 
 
-def _place(text: str, start: int, prefixes: Sequence[str]) -> list[tuple[int, int]]:
-    """The characters of `text` that each token behind `start` overlaps, given what its prefixes decode to.
+def _place(text: str, before: str, prefixes: Sequence[str], pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """The characters of `text` that each further token overlaps.
 
-    Bytes that are no whole character yet decode to replacement characters at the prefix's end. Their tokens
-    wait until it is known what they have become: a character, or replacement characters for good.
+    Args:
+        before: what the tokens before them decode to.
+        prefixes: what all tokens up to and with each of them decode to; the last one is `text`.
+        pieces: what each of them decodes to alone.
+
+    Bytes that are no whole character yet decode to replacement characters, which vanish when the character is
+    whole. What a token adds for good is how far the shortest prefix from it on reaches.
     """
+    reaches = list(accumulate((len(prefix) for prefix in reversed(prefixes)), min))[::-1]
     offsets: list[tuple[int, int]] = []
-    waiting: list[int] = []  # how far the prefix of each token that waits reaches beyond `start`
-    for prefix in prefixes:
-        whole = max(start, _common_length(prefix.rstrip(_REPLACEMENT), text))
-        first = start
-        if waiting and whole > start:
-            _settle(offsets, waiting, text, start)
-            # The token that completes a character belongs to it; one behind replacement characters does not.
-            first = _end_of_character(text, start) if text[start] == _REPLACEMENT else start
-            waiting = []
-        offsets.append((first, max(first, whole)))
-        start = whole
-        if len(prefix) > whole:
-            waiting.append(max(len(prefix) - whole, *waiting, 0))
-    _settle(offsets, waiting, text, start)
+    start, former = len(before), before
+    for prefix, piece, end in zip(prefixes, pieces, reaches, strict=True):
+        first = start - 1 if _is_joined(text, start, end, former, prefix, piece) else start
+        first = max(first, offsets[-1][0]) if offsets else first
+        offsets.append((first, max(first, end)))
+        start, former = max(start, end), prefix
     return offsets
 
 
-def _settle(offsets: list[tuple[int, int]], waiting: Sequence[int], text: str, start: int) -> None:
-    """Give the last tokens, which have waited, the character at `start` or their replacement characters."""
-    num_characters = _end_of_character(text, start) - start
-    before = 0
-    for i, reach in enumerate(waiting, len(offsets) - len(waiting)):
-        last = min(reach, num_characters)
-        first = max(0, min(before, last - 1)) if text.startswith(_REPLACEMENT, start) else 0
-        own_start, own_end = offsets[i]
-        offsets[i] = (own_start if own_start < start else start + first, max(own_end, start + last))
-        before = reach
-
-
-def _end_of_character(text: str, start: int) -> int:
-    """Behind the character at `start`; behind all of them where it is a run of replacement characters."""
-    end = min(start + 1, len(text))
-    while text.startswith(_REPLACEMENT, start) and text.startswith(_REPLACEMENT, end):
-        end += 1
-    return end
-
-
-def _common_length(left: str, right: str) -> int:
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # the longest equal beginning, by bisection: slices compare fast
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _is_joined(text: str, start: int, end: int, former: str, prefix: str, piece: str) -> bool:
+    """Whether a token has bytes of the character before `start`, which another token has begun."""
+    if not start or _REPLACEMENT not in (former[-1:], prefix[-1:]):
+        return False
+    completes_it = former[start - 1 : start] != text[start - 1]
+    adds_less_than_itself = former.endswith(_REPLACEMENT) and len(prefix) < len(former) + len(piece)
+    return end <= start or completes_it or adds_less_than_itself

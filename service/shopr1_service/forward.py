@@ -1,7 +1,8 @@
 """The forward of a group: one prompt, the beginnings of several completions, hidden states out.
 
-Two ways, chosen at load by a self-check:
+Three ways, of which a self-check at load chooses the first that is right:
 
+    SharedPrefixForward   the prompt once, kept across requests, read in place (`shared_forward.py`)
     CachedPrefixForward   the prompt once; each completion on a copy of its key-value cache
     IndependentForward    each completion with the whole prompt: slow, and right for every architecture
 
@@ -45,13 +46,12 @@ class Suffix:
 
 
 class Forward(Protocol):
-    """Hidden states of a group.
+    """Hidden states of a group."""
 
-    Attributes:
-        name: as `/info` shows it.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """As `/info` shows it."""
+        ...
 
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         """For each suffix the hidden states at its positions, [S, H]."""
@@ -93,17 +93,20 @@ class CachedPrefixForward:
             return self._independent.hidden_states(prompt_ids, suffixes)
         output = self._trunk(input_ids=_row(prompt_ids, self._device), use_cache=True)
         last_1_H = output.last_hidden_state[0, -1:]
-        return [self._hidden(output.past_key_values, last_1_H, suffix) for suffix in suffixes]
+        # Recurrent architectures have other code for one token alone, which is not always right.
+        return [
+            self._independent.hidden_states(prompt_ids, [suffix])[0]
+            if len(suffix.ids) == 1
+            else self._hidden(output.past_key_values, last_1_H, suffix)
+            for suffix in suffixes
+        ]
 
     def _hidden(self, prefix_cache: Any, last_1_H: Tensor, suffix: Suffix) -> Tensor:  # noqa: ANN401
         hidden_T_H = last_1_H
         if suffix.ids:
-            # Recurrent architectures have other code for one token alone, which is not always right. A token
-            # behind it changes nothing before it.
-            ids = suffix.ids if len(suffix.ids) > 1 else [*suffix.ids, *suffix.ids]
             # The copy is written to by the forward; the prompt's cache must stay as it is.
             output = self._trunk(
-                input_ids=_row(ids, self._device),
+                input_ids=_row(suffix.ids, self._device),
                 past_key_values=copy.deepcopy(prefix_cache),
                 use_cache=True,
             )
@@ -111,24 +114,39 @@ class CachedPrefixForward:
         return hidden_T_H[[position + 1 for position in suffix.positions]]
 
 
-def choose_forward(model: PreTrainedModel, random_ids: Sequence[int]) -> Forward:
-    """The fastest way that agrees with independent forwards on these tokens."""
+def choose_forward(
+    model: PreTrainedModel, random_ids: Sequence[int], candidates: Sequence[Forward]
+) -> Forward:
+    """The first of the candidates that agrees with independent forwards on these tokens; else these."""
     reference = IndependentForward(model)
     if len(random_ids) <= _NUM_SUFFIX_TOKENS or _rope_depends_on_length(model):
         return reference
-    candidate = CachedPrefixForward(model)
-    prompt_ids, rest = random_ids[:-_NUM_SUFFIX_TOKENS], random_ids[-_NUM_SUFFIX_TOKENS:]
-    suffixes = [Suffix(rest, [-1, 0, 5]), Suffix([], [-1]), Suffix(rest[:1], [0]), Suffix(rest[4:], [0, 1])]
-    expected = reference.hidden_states(prompt_ids, suffixes)
-    try:
-        actual = candidate.hidden_states(prompt_ids, suffixes)
-    except Exception:  # an architecture may refuse a cache in any way it likes
-        logger.warning("%s cannot share a prompt's cache", type(model).__name__, exc_info=True)
-        return reference
-    if all(map(_agree, actual, expected)):
-        return candidate
-    logger.warning("%s computes something else on a shared prompt", type(model).__name__)
+    for candidate in candidates:
+        try:
+            if _gives_the_same(candidate, reference, random_ids):
+                return candidate
+            logger.info("%s computes something else by %s", type(model).__name__, candidate.name)
+        except Exception as error:  # an architecture may refuse in any way it likes
+            logger.info("%s cannot do %s: %r", type(model).__name__, candidate.name, error)
+    logger.warning("%s cannot share a prompt: each completion is run with all of it", type(model).__name__)
     return reference
+
+
+def _gives_the_same(candidate: Forward, reference: Forward, random_ids: Sequence[int]) -> bool:
+    prompt_ids, rest = random_ids[:-_NUM_SUFFIX_TOKENS], random_ids[-_NUM_SUFFIX_TOKENS:]
+    apart = [Suffix(rest, [-1, 0, 5]), Suffix([], [-1]), Suffix(rest[:1], [0]), Suffix(rest[4:], [0, 1])]
+    alike = [Suffix([*rest[:3], token_id], [2, 3]) for token_id in rest]
+    # The second time the prompt may be known, the third time it is the beginning of another.
+    groups = [(prompt_ids, apart), (prompt_ids, alike), ([*prompt_ids, *rest[:2]], alike)]
+    return all(
+        _agree(actual, expected)
+        for prompt, suffixes in groups
+        for actual, expected in zip(
+            candidate.hidden_states(prompt, suffixes),
+            reference.hidden_states(prompt, suffixes),
+            strict=True,
+        )
+    )
 
 
 def _rope_depends_on_length(model: PreTrainedModel) -> bool:

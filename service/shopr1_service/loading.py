@@ -28,9 +28,11 @@ from shopr1_rewards.self_certainty import Head
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
 from shopr1_service.errors import PolicyError
-from shopr1_service.forward import Forward, choose_forward
+from shopr1_service.forward import CachedPrefixForward, Forward, choose_forward
 from shopr1_service.head import LinearHead, choose_head
+from shopr1_service.prefix import PrefixCache
 from shopr1_service.settings import DType, Settings
+from shopr1_service.shared_forward import SharedPrefixForward
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +133,10 @@ def build_policy(
         raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
     random_ids = _random_ids(model, num_ids, longest)
     head = choose_head(model, torch.tensor([random_ids[:_NUM_CHECK_TOKENS]], device=model.device))
-    forward = choose_forward(model, random_ids)
+    cache = PrefixCache(settings.prefix_cache_bytes)
+    candidates: list[Forward] = [SharedPrefixForward(model, cache), CachedPrefixForward(model)]
+    forward = choose_forward(model, random_ids, candidates)
+    cache.clear()
     engine = Engine(
         forward, head, max_sequence_tokens=max_sequence_tokens, num_tokenizer_tokens=len(tokenizer)
     )

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: what the policy's config says."""
 
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
+    """Keys and values of prompts kept across requests; 0 keeps none."""
+
     recipe: str = "shop_r1"
     """Default recipe: a shipped one by name, or a TOML file."""
 

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -173,7 +173,7 @@ class Family:
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     head: str = "linear"
-    forward: str = "cached_prefix"
+    forward: str = "shared_prefix"
 
 
 _GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -186,8 +186,15 @@ _MAMBA2_SIZES = {
 }
 _MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
+# Attention with a window, a softcap, sinks or a position bias; recurrent layers; no attention interface.
+_NOT_PLAIN = {
+    *("bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gemma3", "gpt_neo", "gpt_oss"),
+    *("gptj", "granitemoehybrid", "lfm2", "mistral", "mpt", "nemotron_h", "phi3", "qwen2", "qwen3_next"),
+}
+
 FAMILIES = {
     "llama": Family("llama"),
+    "qwen2_full": Family("qwen2"),  # as Qwen2.5 is: no window
     "llama_tied": Family("llama", {"tie_word_embeddings": True}),
     "llama_unpadded": Family("llama", {"vocab_size": NUM_TOKENS}),
     "llama_narrow_head": Family("llama", {"vocab_size": NUM_TOKENS - 20}),  # fewer rows than tokens
@@ -335,6 +342,7 @@ FAMILIES = {
         },
     ),
 }
+FAMILIES |= {name: replace(FAMILIES[name], forward="cached_prefix") for name in _NOT_PLAIN}
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizer
@@ -14,6 +14,7 @@ from shopr1_service.codec import CodecError, PolicyCodec, Tokens
 from shopr1_service.loading import find_source
 from tests.service.models import (
     NUM_ROWS,
+    NUM_TOKENS,
     byte_fallback,
     byte_level,
     byte_level_json,
@@ -157,18 +158,49 @@ def check_decoded(name: str, ids: list[int]) -> None:
 
 
 @BOTH
+@settings(max_examples=500)
 @given(ids=any_ids)
 def test_any_ids_can_be_decoded(name: str, ids: list[int]) -> None:
     check_decoded(name, ids)
 
 
 @BOTH
+@settings(max_examples=500)
 @given(text=broken_bytes)
 @example(text="茶🍵é".encode())
 @example(text="茶🍵é".encode()[1:-1])
 @example(text=b"\xe8" * 12 + "茶".encode())  # longer than any window
 def test_any_bytes_can_be_decoded(name: str, text: bytes) -> None:
     check_decoded(name, spelling(name, *(bytes([byte]) for byte in text)))
+
+
+def characters_of(data: bytes) -> list[tuple[int, int]]:
+    """The bytes of each character that `data` decodes to; broken ones become one U+FFFD each."""
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    while position < len(data):
+        try:
+            valid, num_broken = data[position:].decode(), 0
+        except UnicodeDecodeError as error:
+            valid, num_broken = data[position : position + error.start].decode(), error.end - error.start
+        for num_bytes in [*(len(char.encode()) for char in valid), *[num_broken] * (num_broken > 0)]:
+            ranges.append((position, position + num_bytes))
+            position += num_bytes
+    return ranges
+
+
+@settings(max_examples=500)
+@given(st.lists(st.integers(0, NUM_TOKENS - 1), max_size=10))
+@example(spelling("byte_level", b"t", b"\x80", b"\xc2", b"\x80", b"t"))
+@example(spelling("byte_level", b"t", b"\xe8", b"\x8c", b"\xe8", b"\x8c", b"t"))
+def test_a_broken_character_belongs_to_the_tokens_that_have_its_bytes(ids: list[int]) -> None:
+    spelt = token_bytes(TOKENIZERS["byte_level"], ids)
+    tokens = CODECS["byte_level"].decode(ids)
+    starts = [len(b"".join(spelt[:i])) for i in range(len(spelt))]
+    assert owners(tokens) == [
+        [i for i, piece in enumerate(spelt) if starts[i] < end and start < starts[i] + len(piece)]
+        for start, end in characters_of(b"".join(spelt))
+    ]
 
 
 @given(texts)

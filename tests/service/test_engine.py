@@ -130,6 +130,21 @@ def test_longest_prompt(model: PreTrainedModel, num_prompt_tokens: int) -> None:
 
 
 @FORWARDS
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("measured", [[0], [1], [0, 1, 4]])
+def test_as_many_tokens_as_the_model_has_positions(way: Way, kind: str, measured: list[int]) -> None:
+    # gpt2 and opt look positions up in a table: one token too many is an error.
+    sizes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
+    model = tiny_model(kind, max_position_embeddings=LIMIT, **sizes)
+    prompt_ids = random_ids(LIMIT - measured[-1], seed=7)
+    completion = MeasuredCompletion(random_ids(5, seed=8), measured)
+    [result] = measure(engine_of(model, way), completion, prompt_ids=prompt_ids)
+    expected = Reference(model).values(prompt_ids, completion.ids[: measured[-1]], measured, rules())
+    assert isinstance(result, Certainty), result
+    assert result.values == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+@FORWARDS
 def test_nothing_precedes_the_first_token(model: PreTrainedModel, way: Way) -> None:
     engine = engine_of(model, way)
     ids = random_ids(5, seed=6)

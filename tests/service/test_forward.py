@@ -121,6 +121,11 @@ def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
     return forward(**kwargs)
 
 
+def choose(model: PreTrainedModel, ids: Sequence[int]) -> Forward:
+    """Without the forward that needs no cache of the model's."""
+    return choose_forward(model, ids, [CachedPrefixForward(model)])
+
+
 def make_no_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
     output = forward(**kwargs)
     output.past_key_values = None
@@ -146,7 +151,7 @@ def nan_with_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_cached_prefix_is_chosen_where_it_is_right(family: str) -> None:
-    assert choose_forward(model_of(family), CHECK_IDS).name == "cached_prefix"
+    assert choose(model_of(family), CHECK_IDS).name == "cached_prefix"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_independent_is_chosen_where_sharing_is_wrong(
 ) -> None:
     model = patched(monkeypatch, tiny_model(), change)
     with caplog.at_level(logging.WARNING, "shopr1_service.forward"):
-        forward = choose_forward(model, CHECK_IDS)
+        forward = choose(model, CHECK_IDS)
     assert forward.name == "independent"
     [record] = caplog.records
     assert "LlamaModel" in record.message or "LlamaForCausalLM" in record.message
@@ -174,7 +179,7 @@ def test_one_token_alone_is_never_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     # Recurrent models have code of their own for a step of one token, nemotron_h's is off for some tokens.
     model = tiny_model()
     expected = IndependentForward(model).hidden_states(CHECK_IDS, [Suffix([7], [-1, 0])])
-    forward = choose_forward(
+    forward = choose(
         patched(monkeypatch, model, wrong_with_a_cache(lambda num_tokens: num_tokens == 1)), CHECK_IDS
     )
     assert forward.name == "cached_prefix"
@@ -190,8 +195,8 @@ def test_a_cache_that_is_cut_to_a_window_is_noticed(monkeypatch: pytest.MonkeyPa
         return forward(**kwargs)
 
     model = patched(monkeypatch, tiny_model(), forget_the_start)
-    assert choose_forward(model, CHECK_IDS[:14]).name == "cached_prefix"  # 8 of the prompt, 6 behind it
-    assert choose_forward(model, CHECK_IDS).name == "independent"
+    assert choose(model, CHECK_IDS[:12]).name == "cached_prefix"  # prompts of 6 and 8 tokens
+    assert choose(model, CHECK_IDS).name == "independent"
 
 
 def test_rope_that_changes_with_the_length() -> None:
@@ -200,7 +205,7 @@ def test_rope_that_changes_with_the_length() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope["original_max_position_embeddings"] = 16
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
-    forward = choose_forward(model, CHECK_IDS)
+    forward = choose(model, CHECK_IDS)
     for num_prompt_tokens in (4, 10, 20):
         suffix = Suffix(random_ids(20, seed=1), [-1, 0, 19])
         check(forward, model, random_ids(num_prompt_tokens, seed=2), [suffix])

@@ -10,11 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from shopr1_rewards.recipe import Divergence
 from shopr1_rewards.self_certainty import Head, divergences
 from shopr1_service import head as head_module
 from shopr1_service.errors import PolicyError
 from shopr1_service.head import LinearHead, ModuleHead, choose_head, trunk_of
-from tests.service.models import NUM_ROWS, NUM_TOKENS, head_of, model_of, one_thread, random_ids, tiny_model
+from tests.service.models import (
+    NUM_ROWS,
+    NUM_TOKENS,
+    head_of,
+    model_of,
+    naive,
+    one_thread,
+    random_ids,
+    tiny_model,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -250,6 +260,11 @@ def test_rows_that_the_model_masks_stay_masked(monkeypatch: pytest.MonkeyPatch, 
     head = choose_head(model, IDS)
     assert isinstance(head, ModuleHead)
     assert torch.equal(logits_of(head, hidden_T_H), expected_T_V)
+    # They leave nothing to measure over all rows, and the tokenizer's rows untouched.
+    expected = naive(expected_T_V[:, :NUM_TOKENS].double(), Divergence.KL_U_P)
+    of_tokenizer = divergences(hidden_T_H, head, num_vocab=NUM_TOKENS).kl_u_p_T
+    assert of_tokenizer.tolist() == pytest.approx(expected, abs=1e-4)
+    assert (divergences(hidden_T_H, head).kl_u_p_T > 1e30).all()
 
 
 def test_model_without_a_trunk_is_an_error() -> None:

@@ -17,7 +17,7 @@ from shopr1_client.wire import Message, PolicyInfo
 from shopr1_service import loading
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.errors import PolicyError
-from shopr1_service.forward import choose_forward
+from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.loading import (
     EMBEDDED_INSTALL,
     EMBEDDED_PACKAGE,
@@ -163,11 +163,18 @@ def test_directory_gives_what_the_model_in_memory_gives(saved: Path) -> None:
         num_tokenizer_tokens=NUM_TOKENS,
         max_sequence_tokens=512,
         head="linear",
-        forward="cached_prefix",
+        forward="shared_prefix",
     )
     assert policy.codec.num_ids == NUM_ROWS
     assert policy.codec.encode_text("便宜").text == "便宜"
     assert policy.certainties(GROUP, rules()) == policy_of(tiny_model()).certainties(GROUP, rules())
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    assert load(tmp_path).certainties(GROUP, rules()) == policy_of(model).certainties(GROUP, rules())
 
 
 @pytest.mark.parametrize(
@@ -371,9 +378,9 @@ def test_short_limit_is_no_obstacle_to_loading(limit: int) -> None:
 def test_check_is_longer_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def spy(model: PreTrainedModel, random_ids: list[int]) -> Any:
+    def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Any:
         seen.append(len(random_ids))
-        return choose_forward(model, random_ids)
+        return choose_forward(model, random_ids, candidates)
 
     monkeypatch.setattr(loading, "choose_forward", spy)
     policy_of(tiny_model("mistral", sliding_window=40))
@@ -426,7 +433,7 @@ def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None
     info = policy.info
     assert (info.model, info.architecture) == ("SmolLM2-135M-Instruct", "LlamaForCausalLM")
     assert (info.num_head_rows, info.num_tokenizer_tokens, info.max_sequence_tokens) == (49152, 49152, 8192)
-    assert (info.dtype, info.head, info.forward) == ("float32", "linear", "cached_prefix")
+    assert (info.dtype, info.head, info.forward) == ("float32", "linear", "shared_prefix")
     assert policy.codec.end_tokens == ("<|im_end|>",)
     prompt_ids = policy.codec.encode_chat([Message(role="user", content="Is green tea cheap?")])
     tokens = policy.codec.encode_text('{"rationale": "便宜 tea"}')
