@@ -76,8 +76,10 @@ class Engine:
         suffixes = [_suffix(completion, shift) for completion in group.completions]
         obstacles = [self._obstacle(len(group.prompt_ids), suffix) for suffix in suffixes]
         feasible = [suffix for suffix, obstacle in zip(suffixes, obstacles, strict=True) if obstacle is None]
-        measured = iter(self._measure(group.prompt_ids, feasible, rules))
-        return [next(measured) if obstacle is None else obstacle for obstacle in obstacles]
+        distinct = list(dict.fromkeys(feasible))  # identical completions are computed once
+        measured = self._measure(group.prompt_ids, distinct, rules)
+        by_suffix = dict(zip(distinct, measured, strict=True))
+        return [obstacle or by_suffix[suffix] for suffix, obstacle in zip(suffixes, obstacles, strict=True)]
 
     def _obstacle(self, num_prompt_tokens: int, suffix: Suffix) -> Unmeasurable | None:
         if suffix.positions[0] + num_prompt_tokens < 0:
@@ -113,8 +115,8 @@ class Engine:
 
 def _suffix(completion: MeasuredCompletion, shift: int) -> Suffix:
     """What must be fed so that each measured token's distribution is known, and not a token more."""
-    positions = [index + shift for index in completion.measured]
-    return Suffix(ids=completion.ids[: positions[-1] + 1], positions=positions)
+    positions = tuple(index + shift for index in completion.measured)
+    return Suffix(ids=tuple(completion.ids[: positions[-1] + 1]), positions=positions)
 
 
 def _certainty(values_T: Tensor) -> Certainty | Unmeasurable:

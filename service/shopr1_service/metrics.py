@@ -24,7 +24,7 @@ class Phase(StrEnum):
     QUEUE = "queue"
     """Waiting for the engine, per group."""
     ENGINE = "engine"
-    """Forward and head, per group."""
+    """Forward and head, per batch of groups that were measured together."""
 
 
 class Metrics:
@@ -47,7 +47,7 @@ class Metrics:
         )
         self._phase_seconds = Histogram(
             "shopr1_phase_duration_seconds",
-            "Time of the phases of scoring: prepare per request, queue and engine per group.",
+            "Time of the phases: prepare per request, queue per group, engine per batch of groups.",
             ("phase",),
             buckets=_SECONDS_BUCKETS,
             registry=self.registry,

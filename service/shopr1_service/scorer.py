@@ -5,7 +5,6 @@ The one way from a request to an answer; every route and the command line go thr
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,11 +23,12 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_rewards import Recipe
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.engine import Certainty, Unmeasurable
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
 from shopr1_service.recipe_book import RecipeBook, reference
+from shopr1_service.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ Measurement = Certainty | Unmeasurable | None
 
 
 class Scorer:
-    """Scores requests with one policy. One engine thread; preparing runs beside it."""
+    """Scores requests with one policy. Preparing runs beside the engine's thread."""
 
     def __init__(self, policy: Policy, recipes: RecipeBook, limits: Limits, metrics: Metrics) -> None:
         self.policy = policy
@@ -47,7 +47,7 @@ class Scorer:
         self._limits = limits
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
-        self._engine = ThreadPoolExecutor(1, "engine")
+        self._scheduler = Scheduler(policy, metrics)
         metrics.record_policy(policy.info)
 
     async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
@@ -74,7 +74,7 @@ class Scorer:
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        self._engine.shutdown(wait=False, cancel_futures=True)
+        self._scheduler.close()
 
     def _recipe(self, name: str | None) -> Recipe:
         recipe = self._recipes.get(name)
@@ -97,7 +97,8 @@ class Scorer:
     async def _score_group(
         self, group: PreparedGroup, recipe: Recipe, include: Sequence[Include]
     ) -> GroupScore:
-        measurements = iter(await self._measure(group.token_group(), recipe))
+        measured = await self._scheduler.measure(group.token_group(), recipe.self_certainty)
+        measurements = iter(measured)
         rewards = [
             _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)
             for rollout in group.rollouts
@@ -106,19 +107,6 @@ class Scorer:
             self._metrics.record_reward(recipe.name, reward)
         prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
         return GroupScore(id=group.id, rewards=rewards, prompt_token_ids=prompt_ids)
-
-    async def _measure(self, group: TokenGroup, recipe: Recipe) -> Sequence[Certainty | Unmeasurable]:
-        if not group.completions:
-            return []
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._engine, self._run_engine, group, recipe, time.perf_counter())
-
-    def _run_engine(
-        self, group: TokenGroup, recipe: Recipe, submitted_s: float
-    ) -> Sequence[Certainty | Unmeasurable]:
-        self._metrics.record_phase(Phase.QUEUE, time.perf_counter() - submitted_s)
-        with self._metrics.phase(Phase.ENGINE):
-            return self.policy.certainties(group, recipe.self_certainty)
 
 
 def _reward(

@@ -8,7 +8,7 @@
 Needs a model whose attention is plain (`shared_attention.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from shopr1_service.forward import Suffix
 from shopr1_service.head import trunk_of
 from shopr1_service.prefix import Chunk, PrefixCache
 from shopr1_service.shared_attention import Layout, Segment, SharedPrefixAttention
+
+MAX_PASS_TOKENS = 8192
+"""Tokens of one pass. Enough to fill any device; bounds what activations take of its memory."""
 
 
 class SharedPrefixForward:
@@ -40,7 +43,8 @@ class SharedPrefixForward:
         last_1_H = self._last_hidden(chunks)
         num_shared = sum(map(len, chunks)) - len(prompt_ids)
         rests = [suffix.ids[num_shared:] for suffix in suffixes]
-        rows = iter(self._run([Segment(ids, chunks) for ids in rests if ids]))
+        segments = [Segment(ids, chunks) for ids in rests if ids]
+        rows = iter([row for batch in _batches(segments) for row in self._run(batch)])
         states = []
         for suffix, ids in zip(suffixes, rests, strict=True):
             hidden_T_H = torch.cat([last_1_H, next(rows)]) if ids else last_1_H
@@ -59,8 +63,11 @@ class SharedPrefixForward:
             chunks[-1] = chunks[-1].view(0, len(chunks[-1]) - 1)
             chunks = [chunk for chunk in chunks if len(chunk)]  # attention kernels die of empty ones
             return [*chunks, self._new_chunk(known_ids[num_known - 1 :], chunks)]
-        chunk = self._new_chunk(known_ids[num_known:], chunks)
-        return [*chunks, *self._keep(chunk, known_ids, num_prompt_tokens)]
+        for start in range(num_known, len(known_ids), MAX_PASS_TOKENS):
+            end = min(start + MAX_PASS_TOKENS, len(known_ids))
+            chunk = self._new_chunk(known_ids[start:end], chunks)
+            chunks = [*chunks, *self._keep(chunk, known_ids[:end], num_prompt_tokens)]
+        return chunks
 
     def _keep(self, chunk: Chunk, known_ids: tuple[int, ...], num_prompt_tokens: int) -> list[Chunk]:
         """Put a new chunk into the cache, cut where the prompt ends: the next prompt may go on from there."""
@@ -81,8 +88,6 @@ class SharedPrefixForward:
 
     def _run(self, segments: Sequence[Segment]) -> list[Tensor]:
         """Hidden states of each segment, [T, H]."""
-        if not segments:
-            return []
         ids = [token_id for segment in segments for token_id in segment.ids]
         hidden_T_H = self._pass(Layout.of(segments, self._device, records=False), ids)
         return list(torch.split(hidden_T_H, [len(segment.ids) for segment in segments]))
@@ -101,6 +106,20 @@ class SharedPrefixForward:
             return last_1_H
         # An empty prompt: nothing asks for what comes before the first token.
         return torch.full((1, self._hidden_size), torch.nan, dtype=self._dtype, device=self._device)
+
+
+def _batches(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Segments in order, in batches of at most MAX_PASS_TOKENS; a longer segment goes alone."""
+    batch: list[Segment] = []
+    num_tokens = 0
+    for segment in segments:
+        if batch and num_tokens + len(segment.ids) > MAX_PASS_TOKENS:
+            yield batch
+            batch, num_tokens = [], 0
+        batch.append(segment)
+        num_tokens += len(segment.ids)
+    if batch:
+        yield batch
 
 
 def _common_lead(suffixes: Sequence[Suffix]) -> Sequence[int]:

@@ -101,7 +101,8 @@ async def test_methods_of_strangers_are_no_labels_without_end() -> None:
 async def test_phases() -> None:
     async with running() as client:
         # The engine is asked for groups that have something to measure.
-        await score(client, group(answer()), group(answer(), answer()), group("nonsense"), group())
+        groups = [group(answer()), group(answer(), answer(), prompt="another"), group("nonsense"), group()]
+        await score(client, *groups)
         counts = {
             phase: await metric(client, "shopr1_phase_duration_seconds_count", phase=phase)
             for phase in ("prepare", "queue", "engine")

@@ -28,6 +28,7 @@ def test_defaults() -> None:
         "device": "auto",
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
+        "prefix_cache_bytes": 2 * 2**30,
         "recipe": "shop_r1",
         "max_body_bytes": 67_108_864,
         "max_groups": 1024,
