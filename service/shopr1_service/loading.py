@@ -75,20 +75,25 @@ def load_policy(settings: Settings) -> LoadedPolicy:
         PolicyError: not found, not loadable, or not a model whose certainty can be measured.
     """
     source = find_source(settings.policy)
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    logger.info("loading %s on %s in %s", source.name, device, dtype)
-    if not sys.stderr.isatty():
-        # In a log file every step of a bar is a line.
-        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer, model = _load(source, device, dtype, settings.revision)
+        tokenizer, model = load_model(source, settings)
         return build_policy(model, tokenizer, settings, name=source.name)
     except PolicyError:
         raise
     except Exception as error:  # a damaged checkpoint raises whatever its reader stumbles over
         reason = f"{type(error).__name__}: {error}"
         raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
+
+
+def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model, on the device and in the dtype of the settings."""
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    logger.info("loading %s on %s in %s", source.name, device, dtype)
+    if not sys.stderr.isatty():
+        # In a log file every step of a bar is a line.
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+    return _load(source, device, dtype, settings.revision)
 
 
 def find_source(policy: str | None) -> Source:
