@@ -109,7 +109,7 @@ INFO: dict[str, Any] = {
         "num_tokenizer_tokens": 49152,
         "max_sequence_tokens": 8192,
         "head": "linear",
-        "forward": "cached_prefix",
+        "forward": "shared_prefix",
     },
     "limits": {
         "max_body_bytes": 67108864,

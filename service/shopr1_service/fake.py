@@ -10,6 +10,7 @@ from shopr1_client.wire import Message, PolicyInfo, Reason
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Tokens
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
+from shopr1_service.prefix import CacheStats
 
 _NUM_CODE_POINTS = 0x110000
 
@@ -61,6 +62,7 @@ class FakePolicy:
             head="fake",
             forward="fake",
         )
+        self.cache_stats = CacheStats()
         self._base_nats = base_nats
         self._step_nats = step_nats
         self._before_scoring = before_scoring

@@ -30,7 +30,7 @@ from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
 from shopr1_service.errors import PolicyError
 from shopr1_service.forward import CachedPrefixForward, Forward, choose_forward
 from shopr1_service.head import LinearHead, choose_head
-from shopr1_service.prefix import PrefixCache
+from shopr1_service.prefix import CacheStats, PrefixCache
 from shopr1_service.settings import DType, Settings
 from shopr1_service.shared_forward import SharedPrefixForward
 
@@ -57,9 +57,10 @@ class Source:
 class LoadedPolicy:
     """A language model with its tokenizer, head and forward."""
 
-    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine) -> None:
+    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine, cache_stats: CacheStats) -> None:
         self.info = info
         self.codec = codec
+        self.cache_stats = cache_stats
         self._engine = engine
 
     def certainties(
@@ -142,12 +143,15 @@ def build_policy(
     candidates: list[Forward] = [SharedPrefixForward(model, cache), CachedPrefixForward(model)]
     forward = choose_forward(model, random_ids, candidates)
     cache.clear()
+    cache.stats = CacheStats()
     engine = Engine(
         forward, head, max_sequence_tokens=max_sequence_tokens, num_tokenizer_tokens=len(tokenizer)
     )
     info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)
     logger.info("%s is ready: %s", name, info.model_dump_json())
-    return LoadedPolicy(info, PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)), engine)
+    return LoadedPolicy(
+        info, PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)), engine, cache.stats
+    )
 
 
 def _info(

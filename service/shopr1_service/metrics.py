@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from shopr1_client.wire import PolicyInfo, Reward
+from shopr1_service.prefix import CacheStats
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
 
@@ -73,6 +75,21 @@ class Metrics:
         self._measured_tokens = Counter(
             "shopr1_measured_tokens", "Tokens whose certainty was measured.", registry=self.registry
         )
+        self._cache_tokens = Counter(
+            "shopr1_prefix_cache_tokens",
+            "Prompt tokens by whether their keys and values were kept from before.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self._cache_evictions = Counter(
+            "shopr1_prefix_cache_evicted_chunks",
+            "Pieces of prompts dropped to make room.",
+            registry=self.registry,
+        )
+        self._cache_bytes = Gauge(
+            "shopr1_prefix_cache_bytes", "Keys and values of prompts that are kept.", registry=self.registry
+        )
+        self._former_cache = CacheStats()
         self._policy = Gauge(
             "shopr1_policy_info",
             "The loaded policy; always 1.",
@@ -111,6 +128,14 @@ class Metrics:
     def record_policy(self, info: PolicyInfo) -> None:
         self._policy.clear()
         self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
+
+    def record_cache(self, stats: CacheStats) -> None:
+        """Take over what a prefix cache has counted since the last time."""
+        former, self._former_cache = self._former_cache, replace(stats)
+        self._cache_tokens.labels("hit").inc(stats.num_hit_tokens - former.num_hit_tokens)
+        self._cache_tokens.labels("miss").inc(stats.num_missed_tokens - former.num_missed_tokens)
+        self._cache_evictions.inc(stats.num_evicted_chunks - former.num_evicted_chunks)
+        self._cache_bytes.set(stats.num_bytes)
 
     def render(self) -> bytes:
         """The registry in the text format that Prometheus scrapes."""

@@ -7,6 +7,7 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Codec
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.prefix import CacheStats
 
 
 class Policy(Protocol):
@@ -23,6 +24,11 @@ class Policy(Protocol):
     @property
     def codec(self) -> Codec:
         """Its tokenizer."""
+        ...
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """What its prefix cache has done since it was loaded."""
         ...
 
     def certainties(

@@ -105,6 +105,7 @@ class Scheduler:
             with self._metrics.phase(Phase.ENGINE):
                 group = TokenGroup(batch[0].group.prompt_ids, completions)
                 measured = iter(self._policy.certainties(group, batch[0].rules))
+            self._metrics.record_cache(self._policy.cache_stats)
         except Exception as error:  # handed to every request that waits for it
             for job in batch:
                 job.future.set_exception(error)

@@ -7,6 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shopr1_service.fake import FakePolicy
+from shopr1_service.metrics import Metrics
+from shopr1_service.prefix import CacheStats
 from tests.service.http import CLICK, answer, group, metric, post, running, score, write_recipe
 
 pytestmark = pytest.mark.anyio
@@ -146,3 +148,20 @@ async def test_names_and_form() -> None:
             "shopr1_measured_tokens",
             "shopr1_policy_info",
         }
+
+
+async def test_the_prefix_cache_is_told() -> None:
+    metrics = Metrics()
+    stats = CacheStats(num_hit_tokens=3, num_missed_tokens=5, num_bytes=70, num_evicted_chunks=1)
+    metrics.record_cache(stats)
+    stats.num_hit_tokens, stats.num_bytes = 10, 50
+    metrics.record_cache(stats)
+    values = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
+    assert values["shopr1_prefix_cache_tokens_total", "hit"] == 10
+    assert values["shopr1_prefix_cache_tokens_total", "miss"] == 5
+    assert values[("shopr1_prefix_cache_evicted_chunks_total",)] == 1
+    assert values[("shopr1_prefix_cache_bytes",)] == 50
