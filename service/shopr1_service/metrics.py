@@ -34,31 +34,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "shopr1_requests",
-            "HTTP requests answered.",
-            ("method", "route", "status"),
-            registry=self.registry,
+        self._former_cache = CacheStats()
+        counter, histogram = self._counter, self._histogram
+        self._requests = counter("requests", "HTTP requests answered.", "method", "route", "status")
+        self._request_seconds = histogram(
+            "request_duration_seconds", "Time from the request's first byte to its answer.", "route"
         )
-        self._request_seconds = Histogram(
-            "shopr1_request_duration_seconds",
-            "Time from the request's first byte to its answer.",
-            ("route",),
-            buckets=_SECONDS_BUCKETS,
-            registry=self.registry,
-        )
-        self._phase_seconds = Histogram(
-            "shopr1_phase_duration_seconds",
+        self._phase_seconds = histogram(
+            "phase_duration_seconds",
             "Time of the phases: prepare per request, queue per group, engine per batch of groups.",
-            ("phase",),
-            buckets=_SECONDS_BUCKETS,
-            registry=self.registry,
+            "phase",
         )
-        self._rollouts = Counter(
-            "shopr1_rollouts",
-            "Rollouts by outcome; reason is empty for scored ones.",
-            ("recipe", "status", "reason"),
-            registry=self.registry,
+        self._rollouts = counter(
+            "rollouts", "Rollouts by outcome; reason is empty for scored ones.", "recipe", "status", "reason"
         )
         self._components = Summary(
             "shopr1_reward_component",
@@ -66,36 +54,31 @@ class Metrics:
             ("recipe", "component"),
             registry=self.registry,
         )
-        self._format_errors = Counter(
-            "shopr1_format_errors",
-            "Completions with invalid format, by what is wrong with them.",
-            ("recipe", "error"),
-            registry=self.registry,
+        self._format_errors = counter(
+            "format_errors", "Completions with invalid format, by what is wrong.", "recipe", "error"
         )
-        self._measured_tokens = Counter(
-            "shopr1_measured_tokens", "Tokens whose certainty was measured.", registry=self.registry
-        )
-        self._cache_tokens = Counter(
-            "shopr1_prefix_cache_tokens",
+        self._measured_tokens = counter("measured_tokens", "Tokens whose certainty was measured.")
+        self._cache_tokens = counter(
+            "prefix_cache_tokens",
             "Prompt tokens by whether their keys and values were kept from before.",
-            ("outcome",),
-            registry=self.registry,
+            "outcome",
         )
-        self._cache_evictions = Counter(
-            "shopr1_prefix_cache_evicted_chunks",
-            "Pieces of prompts dropped to make room.",
-            registry=self.registry,
+        self._cache_evictions = counter(
+            "prefix_cache_evicted_chunks", "Pieces of prompts dropped to make room."
         )
-        self._cache_bytes = Gauge(
-            "shopr1_prefix_cache_bytes", "Keys and values of prompts that are kept.", registry=self.registry
+        self._cache_bytes = self._gauge("prefix_cache_bytes", "Keys and values of prompts that are kept.")
+        self._policy = self._gauge(
+            "policy_info", "The loaded policy; always 1.", "model", "version", "dtype", "head", "forward"
         )
-        self._former_cache = CacheStats()
-        self._policy = Gauge(
-            "shopr1_policy_info",
-            "The loaded policy; always 1.",
-            ("model", "version", "dtype", "head", "forward"),
-            registry=self.registry,
-        )
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"shopr1_{name}", what, labels, registry=self.registry)
+
+    def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
+        return Gauge(f"shopr1_{name}", what, labels, registry=self.registry)
+
+    def _histogram(self, name: str, what: str, *labels: str) -> Histogram:
+        return Histogram(f"shopr1_{name}", what, labels, buckets=_SECONDS_BUCKETS, registry=self.registry)
 
     def record_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()
