@@ -8,7 +8,6 @@ The thread survives whatever a policy raises, and drops work whose request has g
 """
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -20,8 +19,6 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
-
-logger = logging.getLogger(__name__)
 
 Measurements = Sequence[Certainty | Unmeasurable]
 
@@ -104,11 +101,15 @@ class Scheduler:
         try:
             with self._metrics.phase(Phase.ENGINE):
                 group = TokenGroup(batch[0].group.prompt_ids, completions)
-                measured = iter(self._policy.certainties(group, batch[0].rules))
+                measured = list(self._policy.certainties(group, batch[0].rules))
+            if len(measured) != len(completions):
+                raise RuntimeError(f"the policy measured {len(measured)} of {len(completions)} completions")
             self._metrics.record_cache(self._policy.cache_stats)
         except Exception as error:  # handed to every request that waits for it
             for job in batch:
                 job.future.set_exception(error)
             return
         for job in batch:
-            job.future.set_result([next(measured) for _ in job.group.completions])
+            num_own = len(job.group.completions)
+            job.future.set_result(measured[:num_own])
+            measured = measured[num_own:]

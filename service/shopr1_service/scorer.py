@@ -4,7 +4,6 @@ The one way from a request to an answer; every route and the command line go thr
 """
 
 import asyncio
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,8 +28,6 @@ from shopr1_service.policy import Policy
 from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
 from shopr1_service.recipe_book import RecipeBook, reference
 from shopr1_service.scheduler import Scheduler
-
-logger = logging.getLogger(__name__)
 
 _NUM_PREPARE_THREADS = 2
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,8 +14,6 @@ from shopr1_service.policy import Policy
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5.0
 

@@ -148,6 +148,17 @@ async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, schedu
     assert values(second) == [2.0]
 
 
+async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
+    policy: Gated, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.gate.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "certainties", lambda _group, _rules: [Certainty((1.0,))])
+        with pytest.raises(RuntimeError, match="measured 1 of 2 completions"):
+            await scheduler.measure(TokenGroup([1], completions(1, 2)), RULES)
+    assert values(await scheduler.measure(TokenGroup([1], completions(1, 2)), RULES)) == [1.0, 2.0]
+
+
 async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
     assert await scheduler.measure(TokenGroup([1], []), RULES) == []
     assert policy.batches == []
