@@ -149,3 +149,23 @@ def test_two_models_do_not_share_a_layout() -> None:
     for _ in range(2):
         for forward, model in zip(forwards, (first, second), strict=True):
             check(forward, model, prompt, [suffix(1, 2), suffix(3)])
+
+
+def test_a_broken_completion_touches_no_other() -> None:
+    model = tiny_model()
+    broken_id = 99
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    with torch.no_grad():
+        embeddings.weight[broken_id] = torch.nan
+    forward = SharedPrefixForward(model, PrefixCache(10**9))
+    prompt = random_ids(20, seed=1)
+    assert broken_id not in prompt
+    sound = [suffix(1, 2, 3), suffix(4, 5, 6)]
+    first, broken, second = forward.hidden_states(prompt, [sound[0], suffix(1, broken_id, 3), sound[1]])
+    assert not broken.isfinite().all()
+    for actual, expected in zip(
+        (first, second), IndependentForward(model).hidden_states(prompt, sound), strict=True
+    ):
+        assert_close(actual, expected, rtol=0, atol=1e-4)
+    check(forward, model, prompt, sound)  # nor does it stay behind in the cache
