@@ -10,7 +10,7 @@ Dimensions: T tokens, H hidden size, V vocabulary rows, C rows of a chunk.
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,10 +48,27 @@ class LinearHead:
     scale: float = 1.0
     softcap: float | None = None
     max_tokens: int = LINEAR_MAX_TOKENS
+    _means: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
         return self.weight_V_H.shape[0]
+
+    def mean_logits(self, hidden_T_H: Tensor, num_rows: int) -> Tensor | None:
+        if self.softcap is not None:  # tanh is not linear
+            return None
+        if num_rows not in self._means:
+            self._means[num_rows] = self._mean_row(num_rows)
+        row_H, bias = self._means[num_rows]
+        return self.scale * (hidden_T_H.double() @ row_H + bias)
+
+    def _mean_row(self, num_rows: int) -> tuple[Tensor, float]:
+        """Mean of the weight's rows and of the bias, in fp64."""
+        # In parts: a whole vocabulary in fp64 is four times as large as the weight.
+        parts = torch.split(self.weight_V_H[:num_rows], CHUNK_ROWS)
+        sum_H = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0)
+        bias = 0.0 if self.bias_V is None else float(self.bias_V[:num_rows].double().mean())
+        return sum_H / num_rows, bias
 
     def logit_chunks(self, hidden_T_H: Tensor, num_rows: int) -> Iterator[Tensor]:
         for start in range(0, num_rows, CHUNK_ROWS):
@@ -87,6 +104,9 @@ class ModuleHead:
     def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
         self._model = model
         self.num_rows = num_rows
+
+    def mean_logits(self, hidden_T_H: Tensor, num_rows: int) -> Tensor | None:
+        return None  # whatever the model does to its logits, it may not be linear
 
     def logit_chunks(self, hidden_T_H: Tensor, num_rows: int) -> Iterator[Tensor]:
         def replace_hidden(_module: nn.Module, _args: Any, output: Any) -> Any:  # noqa: ANN401
@@ -142,6 +162,9 @@ def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
         return False
     logits, expected = logits_T_V[finite_T_V], expected_T_V[finite_T_V]
     tolerance = _TOLERANCE[expected.dtype] * max(1.0, float(expected.abs().max()))
+    mean_T = head.mean_logits(hidden_T_H, head.num_rows)
+    if mean_T is not None and (mean_T - expected_T_V.double().mean(dim=1)).abs().max() > tolerance:
+        return False
     return bool((logits - expected).abs().max() <= tolerance)
 
 

@@ -158,7 +158,7 @@ def test_no_tensor_holds_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torc
     hidden_T_H = torch.randn(T, H, generator=generator).to(dtype)
     head = LinearHead(weight_V_H, torch.zeros(V), scale=2.0, softcap=30.0)
     with torch.inference_mode(), LargestTensor() as largest:  # type: ignore[no-untyped-call]
-        divergences(hidden_T_H, head, temperature=0.6)
+        divergences(hidden_T_H, head, Divergence.KL_P_U, temperature=0.6)
     # The weight itself, V·H, is only ever seen through views of C rows.
     assert largest.num_elements == T * C
 
@@ -262,9 +262,9 @@ def test_rows_that_the_model_masks_stay_masked(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(logits_of(head, hidden_T_H), expected_T_V)
     # They leave nothing to measure over all rows, and the tokenizer's rows untouched.
     expected = naive(expected_T_V[:, :NUM_TOKENS].double(), Divergence.KL_U_P)
-    of_tokenizer = divergences(hidden_T_H, head, num_vocab=NUM_TOKENS).kl_u_p_T
+    of_tokenizer = divergences(hidden_T_H, head, Divergence.KL_U_P, num_vocab=NUM_TOKENS)
     assert of_tokenizer.tolist() == pytest.approx(expected, abs=1e-4)
-    assert (divergences(hidden_T_H, head).kl_u_p_T > 1e30).all()
+    assert (divergences(hidden_T_H, head, Divergence.KL_U_P) > 1e30).all()
 
 
 def test_model_without_a_trunk_is_an_error() -> None:
