@@ -1,22 +1,23 @@
 """The forward of a group: one prompt, the beginnings of several completions, hidden states out.
 
-Three ways, of which a self-check at load chooses the first that is right:
+Four ways, of which a self-check at load chooses the first that is right:
 
     SharedPrefixForward   the prompt once, kept across requests, read in place (`shared_forward.py`)
-    CachedPrefixForward   the prompt once; each completion on a copy of its key-value cache
+    PackedForward         the prompt once; all completions in one row on its cache (`packed_forward.py`)
+    ExpandedForward       the prompt once; completions in a batch on copies of it (`expanded_forward.py`)
     IndependentForward    each completion with the whole prompt: slow, and right for every architecture
 
-Some architectures ignore a cache they are given, without an error. Hence the check on random tokens, longer
-than any sliding window, against independent forwards.
+Some architectures ignore a cache, a mask or positions they are given, without an error. Hence the check on
+random tokens, longer than any window or chunk of the model, against independent forwards.
 
 Dimensions: S positions asked for, H hidden size.
 """
 
-import copy
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,8 +46,26 @@ class Suffix:
     positions: Sequence[int]
 
 
+@dataclass(frozen=True)
+class PromptGroup:
+    """A prompt and what is to be computed of its completions."""
+
+    prompt_ids: Sequence[int]
+    suffixes: Sequence[Suffix]
+
+
+def common_lead(suffixes: Sequence[Suffix]) -> Sequence[int]:
+    """What all suffixes begin with, up to the first position whose hidden state is wanted."""
+    lead = suffixes[0].ids[: suffixes[0].positions[0] + 1]
+    for suffix in suffixes[1:]:
+        length = min(len(lead), suffix.positions[0] + 1)
+        length = next((i for i in range(length) if suffix.ids[i] != lead[i]), length)
+        lead = lead[:length]
+    return lead
+
+
 class Forward(Protocol):
-    """Hidden states of a group."""
+    """Hidden states of groups."""
 
     @property
     def name(self) -> str:
@@ -57,8 +76,23 @@ class Forward(Protocol):
         """For each suffix the hidden states at its positions, [S, H]."""
         ...
 
+    def batch(self, groups: Sequence[PromptGroup]) -> list[list[Tensor]]:
+        """The same for several groups: together where that is faster."""
+        ...
 
-class IndependentForward:
+
+class GroupwiseForward(ABC):
+    """A forward that takes one group after the other."""
+
+    @abstractmethod
+    def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
+        """See `Forward`."""
+
+    def batch(self, groups: Sequence[PromptGroup]) -> list[list[Tensor]]:
+        return [self.hidden_states(group.prompt_ids, group.suffixes) for group in groups]
+
+
+class IndependentForward(GroupwiseForward):
     """Each completion with its prompt, alone. The reference for every other way."""
 
     name = "independent"
@@ -77,43 +111,6 @@ class IndependentForward:
         return hidden_T_H[[len(prompt_ids) + position for position in suffix.positions]]
 
 
-class CachedPrefixForward:
-    """The prompt once; each completion on a copy of the prompt's cache."""
-
-    name = "cached_prefix"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._trunk = trunk_of(model)
-        self._device = model.device
-        self._independent = IndependentForward(model)
-
-    @torch.inference_mode()
-    def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
-        if not prompt_ids:
-            return self._independent.hidden_states(prompt_ids, suffixes)
-        output = self._trunk(input_ids=_row(prompt_ids, self._device), use_cache=True)
-        last_1_H = output.last_hidden_state[0, -1:]
-        # Recurrent architectures have other code for one token alone, which is not always right.
-        return [
-            self._independent.hidden_states(prompt_ids, [suffix])[0]
-            if len(suffix.ids) == 1
-            else self._hidden(output.past_key_values, last_1_H, suffix)
-            for suffix in suffixes
-        ]
-
-    def _hidden(self, prefix_cache: Any, last_1_H: Tensor, suffix: Suffix) -> Tensor:  # noqa: ANN401
-        hidden_T_H = last_1_H
-        if suffix.ids:
-            # The copy is written to by the forward; the prompt's cache must stay as it is.
-            output = self._trunk(
-                input_ids=_row(suffix.ids, self._device),
-                past_key_values=copy.deepcopy(prefix_cache),
-                use_cache=True,
-            )
-            hidden_T_H = torch.cat([last_1_H, output.last_hidden_state[0]])
-        return hidden_T_H[[position + 1 for position in suffix.positions]]
-
-
 def choose_forward(
     model: PreTrainedModel, random_ids: Sequence[int], candidates: Sequence[Forward]
 ) -> Forward:
@@ -121,9 +118,11 @@ def choose_forward(
     reference = IndependentForward(model)
     if len(random_ids) <= _NUM_SUFFIX_TOKENS or _rope_depends_on_length(model):
         return reference
+    groups, expected = _check_groups(random_ids), None
     for candidate in candidates:
         try:
-            if _gives_the_same(candidate, reference, random_ids):
+            expected = expected or reference.batch(groups)
+            if _gives(candidate, groups, expected):
                 return candidate
             logger.info("%s computes something else by %s", type(model).__name__, candidate.name)
         except Exception as error:  # an architecture may refuse in any way it likes
@@ -132,20 +131,23 @@ def choose_forward(
     return reference
 
 
-def _gives_the_same(candidate: Forward, reference: Forward, random_ids: Sequence[int]) -> bool:
+def _check_groups(random_ids: Sequence[int]) -> list[PromptGroup]:
     prompt_ids, rest = random_ids[:-_NUM_SUFFIX_TOKENS], random_ids[-_NUM_SUFFIX_TOKENS:]
     apart = [Suffix(rest, [-1, 0, 5]), Suffix([], [-1]), Suffix(rest[:1], [0]), Suffix(rest[4:], [0, 1])]
     alike = [Suffix([*rest[:3], token_id], [2, 3]) for token_id in rest]
     # The second time the prompt may be known, the third time it is the beginning of another.
-    groups = [(prompt_ids, apart), (prompt_ids, alike), ([*prompt_ids, *rest[:2]], alike)]
+    prompts = [(prompt_ids, apart), (prompt_ids, alike), ([*prompt_ids, *rest[:2]], alike)]
+    return [PromptGroup(*group) for group in prompts]
+
+
+def _gives(candidate: Forward, groups: Sequence[PromptGroup], expected: Sequence[Sequence[Tensor]]) -> bool:
+    """One after the other, when a prompt may be known from before, and together, when passes are shared."""
+    alone = [states for group in groups for states in candidate.batch([group])]
     return all(
-        _agree(actual, expected)
-        for prompt, suffixes in groups
-        for actual, expected in zip(
-            candidate.hidden_states(prompt, suffixes),
-            reference.hidden_states(prompt, suffixes),
-            strict=True,
-        )
+        _agree(*states)
+        for actual in (alone, candidate.batch(groups))
+        for pair in zip(actual, expected, strict=True)
+        for states in zip(*pair, strict=True)
     )
 
 

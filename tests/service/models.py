@@ -186,10 +186,14 @@ _MAMBA2_SIZES = {
 }
 _MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Attention with a window, a softcap, sinks or a position bias; recurrent layers; no attention interface.
-_NOT_PLAIN = {
-    *("bloom", "cohere2", "deepseek_v3", "falcon", "falcon_h1", "gemma2", "gemma3", "gpt_neo", "gpt_oss"),
-    *("gptj", "granitemoehybrid", "lfm2", "mistral", "mpt", "nemotron_h", "phi3", "qwen2", "qwen3_next"),
+# Attention with a window, a softcap or sinks; keys longer than values; no attention interface.
+_PACKED = {
+    *("cohere2", "deepseek_v3", "falcon", "gemma2", "gemma3", "gpt_oss", "gptj", "mistral", "phi3", "qwen2"),
+}
+# Positions that are not taken from `position_ids`; recurrent layers.
+_EXPANDED = {
+    *("bamba", "bloom", "falcon_h1", "gpt_neo", "granitemoehybrid", "lfm2", "mamba2", "mpt", "nemotron_h"),
+    "qwen3_next",
 }
 
 FAMILIES = {
@@ -259,7 +263,6 @@ FAMILIES = {
     "mamba2": Family(
         "mamba2",
         {"state_size": 8, "num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "chunk_size": 8},
-        forward="independent",
     ),
     "recurrent_gemma": Family(
         "recurrent_gemma",
@@ -287,7 +290,7 @@ FAMILIES = {
         },
         forward="independent",
     ),
-    "bamba": Family("bamba", {"attn_layer_indices": [1], **_MAMBA2_SIZES}, forward="independent"),
+    "bamba": Family("bamba", {"attn_layer_indices": [1], **_MAMBA2_SIZES}),
     "minimax": Family(
         "minimax",
         {
@@ -342,7 +345,8 @@ FAMILIES = {
         },
     ),
 }
-FAMILIES |= {name: replace(FAMILIES[name], forward="cached_prefix") for name in _NOT_PLAIN}
+FAMILIES |= {name: replace(FAMILIES[name], forward="packed") for name in _PACKED}
+FAMILIES |= {name: replace(FAMILIES[name], forward="expanded") for name in _EXPANDED}
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
@@ -377,6 +381,15 @@ def _disturb(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def llama4(**options: Any) -> PreTrainedModel:
+    """A layer that sees the chunk that a token lies in, and one that sees all and knows no positions."""
+    sizes = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
+    layers = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
+    model = tiny_model("llama4_text", **{**sizes, **layers, **options})
+    model.base_model_prefix = "model"  # transformers' own is the name of another part
+    return model
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:

@@ -98,7 +98,7 @@ def check(
     tolerance: float = TOLERANCE,
 ) -> None:
     """Compare every value of a group with the reference."""
-    actual = policy(family).certainties(TokenGroup(prompt_ids, completions), rules)
+    actual = policy(family).certainties([TokenGroup(prompt_ids, completions)], rules)[0]
     for certainty, completion in zip(actual, completions, strict=True):
         expected = reference(family).values(prompt_ids, completion.ids, completion.measured, rules)
         assert isinstance(certainty, Certainty), certainty
@@ -160,7 +160,7 @@ def test_vocabulary_sizes(family: str, num_head_rows: int) -> None:
     assert (info.num_head_rows, info.num_tokenizer_tokens) == (num_head_rows, NUM_TOKENS)
     completion = COMPLETIONS["with gaps"]
     of_head, of_tokenizer = (
-        policy(family).certainties(TokenGroup(PROMPT, [completion]), rules(vocabulary=vocabulary))
+        policy(family).certainties([TokenGroup(PROMPT, [completion])], rules(vocabulary=vocabulary))[0]
         for vocabulary in ("head", "tokenizer")
     )
     assert (of_head == of_tokenizer) == (num_head_rows <= NUM_TOKENS)
@@ -186,7 +186,7 @@ RATIONALES = {
 def score(policy: LoadedPolicy, book: RecipeBook, prompt: Any, completions: Sequence[Any]) -> list[Reward]:
     group = {"prompt": prompt, "ground_truth": {"type": "terminate"}, "completions": completions}
     request = ScoreRequest.model_validate({"groups": [group], "include": ["tokens", "token_ids"]})
-    scorer = Scorer(policy, book, Settings().limits, Metrics())
+    scorer = Scorer(policy, book, Settings(), Metrics())
     try:
         return asyncio.run(scorer.score(request, "id")).groups[0].rewards
     finally:

@@ -1,7 +1,7 @@
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import pytest
@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from shopr1_service.forward import CachedPrefixForward, Forward, IndependentForward, Suffix, choose_forward
+from shopr1_service.expanded_forward import ExpandedForward
+from shopr1_service.forward import Forward, IndependentForward, Suffix, choose_forward
 from shopr1_service.head import trunk_of
-from tests.service.models import model_of, one_thread, random_ids, tiny_model
+from shopr1_service.packed_forward import PackedForward
+from tests.service.models import FAMILIES, model_of, one_thread, random_ids, tiny_model
 
 CHECK_IDS = random_ids(32, seed=9)  # the windows here are of 8 tokens
 
@@ -39,9 +41,10 @@ def check(forward: Forward, model: PreTrainedModel, prompt_ids: list[int], suffi
         assert_close(hidden_S_H.double(), expected_S_H, rtol=0, atol=1e-4)
 
 
-# --- both ways give the model's hidden states -------------------------------------------------------
+# --- every way gives the model's hidden states ------------------------------------------------------
 
-FORWARDS = pytest.mark.parametrize("way", [IndependentForward, CachedPrefixForward])
+Way = type[IndependentForward | PackedForward | ExpandedForward]
+FORWARDS = pytest.mark.parametrize("way", [IndependentForward, PackedForward, ExpandedForward])
 
 SUFFIXES = [
     Suffix([], [-1]),
@@ -54,46 +57,55 @@ SUFFIXES = [
 ]
 
 
-@FORWARDS
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "falcon_h1"])
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        *product(
+            (IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")
+        ),
+        *product((IndependentForward, ExpandedForward), ("bamba", "falcon_h1", "mamba2", "mpt")),
+    ],
+)
 @pytest.mark.parametrize("num_prompt_tokens", [1, 2, 7, 8, 9, 30])
-def test_hidden_states(
-    way: type[IndependentForward | CachedPrefixForward], family: str, num_prompt_tokens: int
-) -> None:
+def test_hidden_states(way: Way, family: str, num_prompt_tokens: int) -> None:
     model = model_of(family)
     check(way(model), model, random_ids(num_prompt_tokens, seed=num_prompt_tokens), SUFFIXES)
 
 
 @FORWARDS
-def test_empty_prompt(way: type[IndependentForward | CachedPrefixForward]) -> None:
+def test_empty_prompt(way: Way) -> None:
     model = tiny_model()
     check(way(model), model, [], [Suffix(random_ids(5, seed=1), [0, 4]), Suffix([7], [0])])
 
 
 @FORWARDS
-def test_nothing_asked_for(way: type[IndependentForward | CachedPrefixForward]) -> None:
+def test_nothing_asked_for(way: Way) -> None:
     assert way(tiny_model()).hidden_states(random_ids(5), []) == []
 
 
-@FORWARDS
-@pytest.mark.parametrize("family", ["llama", "mistral", "falcon_h1"])
-def test_suffixes_do_not_touch_each_other(
-    way: type[IndependentForward | CachedPrefixForward], family: str
-) -> None:
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        *product((IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral")),
+        *product((IndependentForward, ExpandedForward), ("falcon_h1",)),
+    ],
+)
+def test_suffixes_do_not_touch_each_other(way: Way, family: str) -> None:
     # Were the prompt's cache written to, the second suffix would follow upon the first.
     forward = way(model_of(family))
     prompt_ids = random_ids(12, seed=5)
     alone = [forward.hidden_states(prompt_ids, [suffix])[0] for suffix in SUFFIXES[3:6]]
     for order in permutations(range(3)):
         together = forward.hidden_states(prompt_ids, [SUFFIXES[3:6][i] for i in order])
-        assert all(torch.equal(hidden, alone[i]) for hidden, i in zip(together, order, strict=True))
+        for hidden_S_H, i in zip(together, order, strict=True):
+            assert_close(hidden_S_H, alone[i], rtol=0, atol=1e-5)
 
 
-def test_hidden_states_need_no_gradient() -> None:
+@FORWARDS
+def test_hidden_states_need_no_gradient(way: Way) -> None:
     model = tiny_model()
-    for way in (IndependentForward, CachedPrefixForward):
-        [hidden_S_H] = way(model).hidden_states(random_ids(5), [Suffix(random_ids(3), [-1, 2])])
-        assert not hidden_S_H.requires_grad
+    [hidden_S_H] = way(model).hidden_states(random_ids(5), [Suffix(random_ids(3), [-1, 2])])
+    assert not hidden_S_H.requires_grad
 
 
 # --- the choice -------------------------------------------------------------------------------------
@@ -115,15 +127,27 @@ def ignore_the_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
     return forward(**{**kwargs, "past_key_values": None})
 
 
+def ignore_the_mask(forward: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(**{**kwargs, "attention_mask": None})
+
+
+def ignore_the_positions(forward: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(**{**kwargs, "position_ids": None})
+
+
 def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
     if is_suffix(kwargs):
         raise NotImplementedError("no cache")
     return forward(**kwargs)
 
 
-def choose(model: PreTrainedModel, ids: Sequence[int]) -> Forward:
+def choose(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    ways: Sequence[type[PackedForward | ExpandedForward]] = (PackedForward, ExpandedForward),
+) -> Forward:
     """Without the forward that needs no cache of the model's."""
-    return choose_forward(model, ids, [CachedPrefixForward(model)])
+    return choose_forward(model, ids, [way(model) for way in ways])
 
 
 def make_no_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
@@ -149,54 +173,101 @@ def nan_with_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
     return output
 
 
+BOTH = [PackedForward, ExpandedForward]
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_cached_prefix_is_chosen_where_it_is_right(family: str) -> None:
-    assert choose(model_of(family), CHECK_IDS).name == "cached_prefix"
+@pytest.mark.parametrize("way", BOTH)
+def test_the_first_that_is_right_is_chosen(way: type[PackedForward | ExpandedForward], family: str) -> None:
+    model = model_of(family)
+    assert choose(model, CHECK_IDS).name == "packed"
+    assert choose(model, CHECK_IDS, [way]).name == way.name
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("ways", "change"),
     [
-        pytest.param(ignore_the_cache, id="ignores_the_cache_silently"),
-        pytest.param(refuse_a_cache, id="refuses_a_cache"),
-        pytest.param(make_no_cache, id="makes_no_cache"),
-        pytest.param(nan_with_a_cache, id="nan_with_a_cache"),
-        pytest.param(wrong_with_a_cache(lambda _num_tokens: True), id="one_percent_off"),
+        pytest.param(BOTH, ignore_the_cache, id="ignores_the_cache_silently"),
+        pytest.param(BOTH, refuse_a_cache, id="refuses_a_cache"),
+        pytest.param([PackedForward], ignore_the_mask, id="ignores_the_mask_silently"),
+        pytest.param([PackedForward], ignore_the_positions, id="ignores_the_positions_silently"),
+        pytest.param([ExpandedForward], make_no_cache, id="makes_no_cache"),
+        pytest.param(BOTH, nan_with_a_cache, id="nan_with_a_cache"),
+        pytest.param(BOTH, wrong_with_a_cache(lambda _num_tokens: True), id="one_percent_off"),
     ],
 )
 def test_independent_is_chosen_where_sharing_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: Any
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ways: Sequence[type[PackedForward | ExpandedForward]],
+    change: Any,
 ) -> None:
     model = patched(monkeypatch, tiny_model(), change)
     with caplog.at_level(logging.WARNING, "shopr1_service.forward"):
-        forward = choose(model, CHECK_IDS)
+        forward = choose(model, CHECK_IDS, ways)
     assert forward.name == "independent"
     [record] = caplog.records
     assert "LlamaModel" in record.message or "LlamaForCausalLM" in record.message
 
 
+# What these do with a cache of the prompt is wrong without an error, in one layout or in both.
+TREACHEROUS = ["mpt", "gpt_neo", "recurrent_gemma", "mamba", "mamba2", "rwkv", "jamba", "minimax", "bloom"]
+HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen3_next"]
+
+
+@pytest.mark.parametrize("family", TREACHEROUS + HYBRIDS)
+def test_what_is_chosen_is_right(family: str) -> None:
+    model = model_of(family)
+    forward = choose(model, CHECK_IDS)
+    assert forward.name == FAMILIES[family].forward
+    for num_prompt_tokens in (1, 9, 30):
+        prompt_ids = random_ids(num_prompt_tokens, seed=1)
+        expected = IndependentForward(model).hidden_states(prompt_ids, SUFFIXES)
+        for actual_S_H, expected_S_H in zip(
+            forward.hidden_states(prompt_ids, SUFFIXES), expected, strict=True
+        ):
+            assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        *product([PackedForward], ["mpt", "gpt_neo"]),
+        *product([ExpandedForward], ["mamba", "jamba", "minimax"]),
+    ],
+)
+def test_silent_errors_are_recognised(way: type[PackedForward | ExpandedForward], family: str) -> None:
+    model = model_of(family)
+    suffixes = [Suffix(random_ids(6, seed=1), [5]), Suffix(random_ids(6, seed=2), [5])]
+    actual = way(model).hidden_states(CHECK_IDS, suffixes)  # no exception
+    expected = IndependentForward(model).hidden_states(CHECK_IDS, suffixes)
+    assert max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) > 0.1
+    assert choose(model, CHECK_IDS, [way]).name == "independent"
+
+
 def test_one_token_alone_is_never_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     # Recurrent models have code of their own for a step of one token, nemotron_h's is off for some tokens.
     model = tiny_model()
-    expected = IndependentForward(model).hidden_states(CHECK_IDS, [Suffix([7], [-1, 0])])
-    forward = choose(
-        patched(monkeypatch, model, wrong_with_a_cache(lambda num_tokens: num_tokens == 1)), CHECK_IDS
-    )
-    assert forward.name == "cached_prefix"
-    assert_close(forward.hidden_states(CHECK_IDS, [Suffix([7], [-1, 0])]), expected, rtol=0, atol=1e-5)
+    suffixes = [Suffix([7], [-1, 0]), Suffix([8], [0])]
+    expected = IndependentForward(model).hidden_states(CHECK_IDS, suffixes)
+    change = wrong_with_a_cache(lambda num_tokens: num_tokens == 1)
+    forward = choose(patched(monkeypatch, model, change), CHECK_IDS, [ExpandedForward])
+    assert forward.name == "expanded"
+    assert_close(forward.hidden_states(CHECK_IDS, suffixes), expected, rtol=0, atol=1e-5)
 
 
 def test_a_cache_that_is_cut_to_a_window_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Right for any prompt of up to 8 tokens, wrong beyond: the check must be longer.
+    # Right for any prompt of up to 11 tokens, wrong beyond: the check must be longer.
     def forget_the_start(forward: Any, kwargs: dict[str, Any]) -> Any:
         if is_suffix(kwargs):
             for layer in kwargs["past_key_values"].layers:
-                layer.keys, layer.values = layer.keys[:, :, -8:], layer.values[:, :, -8:]
+                layer.keys, layer.values = layer.keys[:, :, -11:], layer.values[:, :, -11:]
         return forward(**kwargs)
 
     model = patched(monkeypatch, tiny_model(), forget_the_start)
-    assert choose(model, CHECK_IDS[:12]).name == "cached_prefix"  # prompts of 6 and 8 tokens
-    assert choose(model, CHECK_IDS).name == "independent"
+    # Prompts of 6 and 8 tokens, with up to 3 that all completions begin with.
+    assert choose(model, CHECK_IDS[:12], [ExpandedForward]).name == "expanded"
+    assert choose(model, CHECK_IDS, [ExpandedForward]).name == "independent"
 
 
 def test_rope_that_changes_with_the_length() -> None:
