@@ -9,8 +9,10 @@
         ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
         ├── TooLargeError          413  too_large         more than a limit allows
         ├── InvalidRequestError    422  invalid_request   names each bad field; nothing was scored
+        ├── OverloadedError        429  overloaded        too much waits already; try again later
         ├── InternalError          500  internal          a bug in the service
-        └── NotReadyError          503  not_ready         loading or shutting down; try again
+        ├── NotReadyError          503  not_ready         loading or shutting down; try again
+        └── DeadlineExceededError  504  deadline_exceeded not scored within the request's time
 
 `code` is the contract. The status is a view of it, and each stands once: in the class.
 
@@ -120,6 +122,12 @@ class InvalidRequestError(ProblemError):
     code, status, title = "invalid_request", 422, "Invalid request"
 
 
+class OverloadedError(ProblemError):
+    """More than `max_queue_tokens` wait already. Nothing was scored; `Retry-After` says when to try again."""
+
+    code, status, title = "overloaded", 429, "Overloaded"
+
+
 class InternalError(ProblemError):
     """A bug in the service. The details are in its log under the request id."""
 
@@ -127,9 +135,15 @@ class InternalError(ProblemError):
 
 
 class NotReadyError(ProblemError):
-    """The policy is loading or the service is shutting down."""
+    """The policy is loading, or the service is shutting down."""
 
     code, status, title = "not_ready", 503, "Not ready"
+
+
+class DeadlineExceededError(ProblemError):
+    """The request was not scored within its time; what still waited of it is dropped."""
+
+    code, status, title = "deadline_exceeded", 504, "Deadline exceeded"
 
 
 PROBLEMS: tuple[type[ProblemError], ...] = (
@@ -139,8 +153,10 @@ PROBLEMS: tuple[type[ProblemError], ...] = (
     PolicyVersionError,
     TooLargeError,
     InvalidRequestError,
+    OverloadedError,
     InternalError,
     NotReadyError,
+    DeadlineExceededError,
 )
 _BY_CODE = {problem.code: problem for problem in PROBLEMS}
 

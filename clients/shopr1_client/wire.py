@@ -198,6 +198,8 @@ class Reason(StrEnum):
     """The policy answered with NaN or infinite logits."""
     NO_CONTEXT = "no_context"
     """The first token has nothing before it that could predict it: the prompt is empty."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The device's memory did not suffice, also not in smaller parts."""
     ENGINE_FAILURE = "engine_failure"
     """The forward failed; the service's log says how."""
 
@@ -315,7 +317,8 @@ class PolicyInfo(_Answer):
     max_sequence_tokens: int
     head: Annotated[str, Field(description="How logits are made from hidden states: `linear` or `module`.")]
     forward: Annotated[
-        str, Field(description="How prompts are shared: `shared_prefix`, `cached_prefix` or `independent`.")
+        str,
+        Field(description="How prompts are shared: `shared_prefix`, `packed`, `expanded` or `independent`."),
     ]
 
 

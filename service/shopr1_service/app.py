@@ -28,19 +28,20 @@ its rationale, and a hierarchical action reward (type → attribute → value) s
 def create_app(
     settings: Settings,
     load_policy: Callable[[], Policy],
-    on_load_failure: Callable[[BaseException], None] = lambda error: None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> FastAPI:
     """The ASGI application.
 
     Args:
         load_policy: called once at start, in a thread; until it returns, the service is live but not ready.
-        on_load_failure: called when it raises. The service cannot score then and should end.
+        on_failure: called when it raises, or when the device fails for good. The service cannot score then
+            and should end.
     """
     state = State(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(state.load(load_policy))
+        loading = asyncio.create_task(state.load(load_policy, on_failure))
         loading.add_done_callback(_report_failure)
         yield
         loading.cancel()
@@ -49,7 +50,7 @@ def create_app(
     def _report_failure(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the policy cannot be loaded: %s", error)
-            on_load_failure(error)
+            on_failure(error)
 
     app = FastAPI(
         title="Shop-R1 reward service",

@@ -160,7 +160,7 @@ def _score_call(
     settings = _settings(config, options, policy=policy, recipe=recipe)
     recipes = RecipeBook(settings.recipe)
     with _errors.status("Loading the policy …"):
-        scorer = Scorer(load_policy(settings), recipes, settings.limits, Metrics())
+        scorer = Scorer(load_policy(settings), recipes, settings, Metrics())
     with asyncio.Runner() as runner, contextlib.closing(scorer):
         yield lambda request: runner.run(scorer.score(request, uuid.uuid4().hex))
 

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from shopr1_client.wire import Reason
 from shopr1_rewards.recipe import Position, SelfCertaintyRecipe, Vocabulary
 from shopr1_rewards.self_certainty import Head, divergences
-from shopr1_service.forward import Forward, Suffix
+from shopr1_service.forward import Forward, PromptGroup, Suffix
+from shopr1_service.prefix import CacheStats
 
 logger = logging.getLogger(__name__)
 
@@ -56,30 +57,73 @@ class Unmeasurable:
     message: str
 
 
+Measured = list[Certainty | Unmeasurable]
+"""Of one group, in the order of its completions."""
+
+
+class FatalEngineError(Exception):
+    """The device is gone, as after an illegal memory access: the process must end."""
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done since it was made."""
+
+    cache: CacheStats = field(default_factory=CacheStats)
+    num_out_of_memory: int = 0
+
+
 class Engine:
-    """Measures groups with a model's forward and head."""
+    """Measures groups with a model's forward and head.
+
+    Args:
+        release_memory: frees what can be freed; called before a second try.
+    """
 
     def __init__(
-        self, forward: Forward, head: Head, *, max_sequence_tokens: int, num_tokenizer_tokens: int
+        self,
+        forward: Forward,
+        head: Head,
+        *,
+        max_sequence_tokens: int,
+        num_tokenizer_tokens: int,
+        release_memory: Callable[[], None] = lambda: None,
+        stats: EngineStats | None = None,
     ) -> None:
+        self.stats = stats or EngineStats()
         self._forward = forward
         self._head = head
         self._max_sequence_tokens = max_sequence_tokens
+        self._release_memory = release_memory
         self._num_vocab = {
             Vocabulary.HEAD: head.num_rows,
             Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
         }
 
-    def certainties(self, group: TokenGroup, rules: SelfCertaintyRecipe) -> list[Certainty | Unmeasurable]:
-        """Measure a group's completions, in order. A failed one does not touch the others' values."""
+    def certainties(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        """Measure the completions of several groups together. A failed one does not touch the others' values.
+
+        Raises:
+            FatalEngineError: nothing can be measured any more.
+        """
         shift = 0 if rules.position is Position.SHIFTED else -1
-        suffixes = [_suffix(completion, shift) for completion in group.completions]
-        obstacles = [self._obstacle(len(group.prompt_ids), suffix) for suffix in suffixes]
-        feasible = [suffix for suffix, obstacle in zip(suffixes, obstacles, strict=True) if obstacle is None]
-        distinct = list(dict.fromkeys(feasible))  # identical completions are computed once
-        measured = self._measure(group.prompt_ids, distinct, rules)
-        by_suffix = dict(zip(distinct, measured, strict=True))
-        return [obstacle or by_suffix[suffix] for suffix, obstacle in zip(suffixes, obstacles, strict=True)]
+        suffixes = [[_suffix(completion, shift) for completion in group.completions] for group in groups]
+        obstacles = [
+            [self._obstacle(len(group.prompt_ids), suffix) for suffix in own]
+            for group, own in zip(groups, suffixes, strict=True)
+        ]
+        # Identical completions are computed once.
+        feasible = [
+            dict.fromkeys(suffix for suffix, obstacle in zip(own, blocked, strict=True) if obstacle is None)
+            for own, blocked in zip(suffixes, obstacles, strict=True)
+        ]
+        batch = [PromptGroup(group.prompt_ids, list(f)) for group, f in zip(groups, feasible, strict=True)]
+        measured = iter(self._measure([group for group in batch if group.suffixes], rules))
+        by_suffix = [dict(zip(f, next(measured), strict=True)) if f else {} for f in feasible]
+        return [
+            [obstacle or known[suffix] for suffix, obstacle in zip(own, blocked, strict=True)]
+            for own, blocked, known in zip(suffixes, obstacles, by_suffix, strict=True)
+        ]
 
     def _obstacle(self, num_prompt_tokens: int, suffix: Suffix) -> Unmeasurable | None:
         if suffix.positions[0] + num_prompt_tokens < 0:
@@ -90,27 +134,72 @@ class Engine:
             return Unmeasurable(Reason.SEQUENCE_TOO_LONG, message)
         return None
 
-    def _measure(
-        self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix], rules: SelfCertaintyRecipe
-    ) -> list[Certainty | Unmeasurable]:
-        if not suffixes:
+    def _measure(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        """Try all together, then, if that fails, once more in smaller parts."""
+        if not batch:
             return []
         try:
-            hidden = self._forward.hidden_states(prompt_ids, suffixes)
-            return self._reduce(hidden, rules)
+            return self._attempt(batch, rules)
         except Exception as error:  # a failed group is data; the next one must still be served
-            logger.exception("a forward of %d prompt tokens failed", len(prompt_ids))
-            return [Unmeasurable(Reason.ENGINE_FAILURE, type(error).__name__)] * len(suffixes)
+            parts = self._parts_to_retry(batch, error)
+            if not parts:
+                return [_failed(group, error) for group in batch]
+        # The error is gone by now, and with its traceback the tensors that took the memory.
+        self._release_memory()
+        measured = [self._measure_part(part, rules) for part in parts]
+        return measured if len(batch) > 1 else [[each for part in measured for each in part]]
+
+    def _measure_part(self, part: PromptGroup, rules: SelfCertaintyRecipe) -> Measured:
+        try:
+            return self._attempt([part], rules)[0]
+        except Exception as error:
+            self._note(error, [part])
+            return _failed(part, error)
+
+    def _parts_to_retry(self, batch: Sequence[PromptGroup], error: Exception) -> list[PromptGroup]:
+        """Groups, each for itself, or, where memory was short, halves of a group."""
+        self._note(error, batch)
+        if len(batch) > 1:
+            return list(batch)
+        return _halves(batch[0]) if _is_out_of_memory(error) else []
+
+    def _note(self, error: Exception, batch: Sequence[PromptGroup]) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise FatalEngineError(str(error)) from error
+        self.stats.num_out_of_memory += _is_out_of_memory(error)
+        num_tokens = sum(len(group.prompt_ids) for group in batch)
+        logger.error("a forward of %d prompts with %d tokens failed", len(batch), num_tokens, exc_info=error)
 
     @torch.inference_mode()
-    def _reduce(self, hidden: list[Tensor], rules: SelfCertaintyRecipe) -> list[Certainty | Unmeasurable]:
+    def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        hidden = self._forward.batch(batch)
         values_T = divergences(
-            torch.cat(hidden),
+            torch.cat([states for group in hidden for states in group]),
             self._head,
+            rules.divergence,
             temperature=rules.temperature,
             num_vocab=self._num_vocab[rules.vocabulary],
-        ).select(rules.divergence)
-        return [_certainty(part_T) for part_T in torch.split(values_T, [len(rows) for rows in hidden])]
+        )
+        parts = iter(torch.split(values_T, [len(states) for group in hidden for states in group]))
+        return [[_certainty(next(parts)) for _ in group] for group in hidden]
+
+
+def _halves(group: PromptGroup) -> list[PromptGroup]:
+    """A group of one completion is its own half: memory may have become free."""
+    middle = (len(group.suffixes) + 1) // 2
+    halves = (group.suffixes[:middle], group.suffixes[middle:])
+    return [PromptGroup(group.prompt_ids, half) for half in halves if half]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # For a CPU's memory PyTorch has no class.
+    is_cpu = "DefaultCPUAllocator" in str(error)
+    return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _failed(group: PromptGroup, error: Exception) -> Measured:
+    reason = Reason.OUT_OF_MEMORY if _is_out_of_memory(error) else Reason.ENGINE_FAILURE
+    return [Unmeasurable(reason, type(error).__name__)] * len(group.suffixes)
 
 
 def _suffix(completion: MeasuredCompletion, shift: int) -> Suffix:

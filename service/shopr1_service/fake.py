@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from shopr1_client.wire import Message, PolicyInfo, Reason
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Tokens
-from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
-from shopr1_service.prefix import CacheStats
+from shopr1_service.engine import Certainty, EngineStats, MeasuredCompletion, TokenGroup, Unmeasurable
 
 _NUM_CODE_POINTS = 0x110000
 
@@ -38,7 +37,7 @@ class FakePolicy:
         base_nats: certainty of a completion's first token.
         step_nats: how much each further token adds.
         max_sequence_tokens: longest prompt with completion.
-        before_scoring: called before every group, for tests that must hold the engine up.
+        before_scoring: called before every batch, for tests that must hold the engine up.
     """
 
     def __init__(
@@ -62,14 +61,16 @@ class FakePolicy:
             head="fake",
             forward="fake",
         )
-        self.cache_stats = CacheStats()
+        self.stats = EngineStats()
         self._base_nats = base_nats
         self._step_nats = step_nats
         self._before_scoring = before_scoring
 
-    def certainties(self, group: TokenGroup, rules: SelfCertaintyRecipe) -> list[Certainty | Unmeasurable]:
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> list[list[Certainty | Unmeasurable]]:
         self._before_scoring()
-        return [self._certainty(group, completion) for completion in group.completions]
+        return [[self._certainty(group, c) for c in group.completions] for group in groups]
 
     def _certainty(self, group: TokenGroup, completion: MeasuredCompletion) -> Certainty | Unmeasurable:
         num_tokens = len(group.prompt_ids) + completion.measured[-1]

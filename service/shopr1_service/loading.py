@@ -6,6 +6,7 @@ and remote code execute whatever their author put in them.
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
 from shopr1_service.codec import PolicyCodec
-from shopr1_service.engine import Certainty, Engine, TokenGroup, Unmeasurable
+from shopr1_service.device import choose_device, choose_dtype, prefix_cache_bytes
+from shopr1_service.engine import Certainty, Engine, EngineStats, TokenGroup, Unmeasurable
 from shopr1_service.errors import PolicyError
-from shopr1_service.forward import CachedPrefixForward, Forward, choose_forward
+from shopr1_service.expanded_forward import ExpandedForward
+from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.head import LinearHead, choose_head
-from shopr1_service.prefix import CacheStats, PrefixCache
-from shopr1_service.settings import DType, Settings
+from shopr1_service.packed_forward import PackedForward
+from shopr1_service.prefix import PrefixCache
+from shopr1_service.settings import Settings
 from shopr1_service.shared_forward import SharedPrefixForward
+from shopr1_service.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,9 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 _NUM_CHECK_TOKENS = 24
 _CHECK_SEED = 0
+# How far a layer sees, or how many tokens it takes at a time, in the words of all architectures.
+_REACHES = ("sliding_window", "attention_chunk_size", "window_size", "chunk_size", "mamba_chunk_size")
+_WARM_UP_RULES = SelfCertaintyRecipe(alpha=0.005)
 _UNLIMITED = 10**9  # transformers gives tokenizers without a limit 10³⁰
 
 
@@ -57,16 +65,19 @@ class Source:
 class LoadedPolicy:
     """A language model with its tokenizer, head and forward."""
 
-    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine, cache_stats: CacheStats) -> None:
+    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine) -> None:
         self.info = info
         self.codec = codec
-        self.cache_stats = cache_stats
         self._engine = engine
 
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
     def certainties(
-        self, group: TokenGroup, rules: SelfCertaintyRecipe
-    ) -> Sequence[Certainty | Unmeasurable]:
-        return self._engine.certainties(group, rules)
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> Sequence[Sequence[Certainty | Unmeasurable]]:
+        return self._engine.certainties(groups, rules)
 
 
 def load_policy(settings: Settings) -> LoadedPolicy:
@@ -88,8 +99,12 @@ def load_policy(settings: Settings) -> LoadedPolicy:
 
 def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model, on the device and in the dtype of the settings."""
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.deterministic and device.type == "cuda":
+        # cuBLAS sums in an order of its own choice unless it is given fixed work space.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     logger.info("loading %s on %s in %s", source.name, device, dtype)
     if not sys.stderr.isatty():
         # In a log file every step of a bar is a line.
@@ -139,19 +154,46 @@ def build_policy(
         raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
     random_ids = _random_ids(model, num_ids, longest)
     head = choose_head(model, torch.tensor([random_ids[:_NUM_CHECK_TOKENS]], device=model.device))
-    cache = PrefixCache(settings.prefix_cache_bytes)
-    candidates: list[Forward] = [SharedPrefixForward(model, cache), CachedPrefixForward(model)]
+    cache = PrefixCache(_UNLIMITED)
+    candidates: list[Forward] = [
+        SharedPrefixForward(model, cache),
+        PackedForward(model),
+        ExpandedForward(model),
+    ]
     forward = choose_forward(model, random_ids, candidates)
-    cache.clear()
-    cache.stats = CacheStats()
     engine = Engine(
-        forward, head, max_sequence_tokens=max_sequence_tokens, num_tokenizer_tokens=len(tokenizer)
+        forward,
+        head,
+        max_sequence_tokens=max_sequence_tokens,
+        num_tokenizer_tokens=len(tokenizer),
+        release_memory=lambda: _release_memory(cache),
     )
+    cache.max_bytes = _cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
+    cache.reset()
+    engine.stats = EngineStats(cache.stats)
     info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)
     logger.info("%s is ready: %s", name, info.model_dump_json())
-    return LoadedPolicy(
-        info, PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)), engine, cache.stats
-    )
+    return LoadedPolicy(info, PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)), engine)
+
+
+def _cache_bytes(
+    engine: Engine, device: torch.device, random_ids: Sequence[int], settings: Settings, max_tokens: int
+) -> int:
+    if settings.deterministic:
+        # Whether a prompt's beginning was known changes the order of sums, hence the last bits.
+        return 0
+    if device.type == "cuda":
+        warm_up(engine, random_ids, _WARM_UP_RULES, max_tokens=max_tokens)
+    if settings.prefix_cache_bytes is not None:
+        return settings.prefix_cache_bytes
+    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return prefix_cache_bytes(device, settings.memory_share, peak_bytes=peak_bytes)
+
+
+def _release_memory(cache: PrefixCache) -> None:
+    cache.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _info(
@@ -202,22 +244,6 @@ def _load(
     return tokenizer, model
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise PolicyError(f"device {name!r}: {error}") from error
-
-
-def _dtype(choice: DType, device: torch.device) -> torch.dtype:
-    if choice is not DType.AUTO:
-        return getattr(torch, choice.value)  # type: ignore[no-any-return]
-    has_fast_bfloat16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_fast_bfloat16 else torch.float32
-
-
 def _longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = limit or tokenizer.model_max_length
@@ -225,9 +251,13 @@ def _longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _random_ids(model: PreTrainedModel, num_ids: int, longest: int | None) -> list[int]:
-    """Tokens for the checks: longer than any sliding window, unless the policy takes no such sequence."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
-    num_tokens = min(window + _NUM_CHECK_TOKENS, longest or _UNLIMITED)
+    """Tokens for the checks: more than any layer sees at once, unless the policy takes no such sequence.
+
+    So the last of them, which stand for completions, see only a part of those before, which are the prompt.
+    """
+    config = model.config.get_text_config()
+    reach = max(getattr(config, name, None) or 0 for name in _REACHES)
+    num_tokens = min(reach + _NUM_CHECK_TOKENS, longest or _UNLIMITED)
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
     return ids

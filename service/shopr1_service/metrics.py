@@ -1,21 +1,22 @@
 """Prometheus metrics of the service. Base units, one registry per application."""
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from shopr1_client.wire import PolicyInfo, Reward
-from shopr1_service.prefix import CacheStats
+from shopr1_service.engine import EngineStats
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
 
 # 1 ms to 131 s in powers of two, then 5 and 10 minutes: a rule-only group to a long prompt on a CPU.
 _SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
+_GROUPS_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Phase(StrEnum):
@@ -34,7 +35,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._former_cache = CacheStats()
+        self._former = EngineStats()
         counter, histogram = self._counter, self._histogram
         self._requests = counter("requests", "HTTP requests answered.", "method", "route", "status")
         self._request_seconds = histogram(
@@ -67,6 +68,15 @@ class Metrics:
             "prefix_cache_evicted_chunks", "Pieces of prompts dropped to make room."
         )
         self._cache_bytes = self._gauge("prefix_cache_bytes", "Keys and values of prompts that are kept.")
+        self._queue_tokens = self._gauge("queue_tokens", "Tokens that wait for the engine.")
+        self._rejections = counter("rejected_requests", "Requests that were refused, by why.", "reason")
+        self._batch_tokens = counter("engine_tokens", "Tokens that the engine was given.")
+        self._batch_groups = self._histogram(
+            "batch_groups", "Prompts that were measured together.", buckets=_GROUPS_BUCKETS
+        )
+        self._out_of_memory = counter(
+            "out_of_memory", "Forwards that the device's memory did not suffice for."
+        )
         self._policy = self._gauge(
             "policy_info", "The loaded policy; always 1.", "model", "version", "dtype", "head", "forward"
         )
@@ -77,8 +87,10 @@ class Metrics:
     def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
         return Gauge(f"shopr1_{name}", what, labels, registry=self.registry)
 
-    def _histogram(self, name: str, what: str, *labels: str) -> Histogram:
-        return Histogram(f"shopr1_{name}", what, labels, buckets=_SECONDS_BUCKETS, registry=self.registry)
+    def _histogram(
+        self, name: str, what: str, *labels: str, buckets: Sequence[float] = _SECONDS_BUCKETS
+    ) -> Histogram:
+        return Histogram(f"shopr1_{name}", what, labels, buckets=buckets, registry=self.registry)
 
     def record_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()
@@ -112,13 +124,25 @@ class Metrics:
         self._policy.clear()
         self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
 
-    def record_cache(self, stats: CacheStats) -> None:
-        """Take over what a prefix cache has counted since the last time."""
-        former, self._former_cache = self._former_cache, replace(stats)
-        self._cache_tokens.labels("hit").inc(stats.num_hit_tokens - former.num_hit_tokens)
-        self._cache_tokens.labels("miss").inc(stats.num_missed_tokens - former.num_missed_tokens)
-        self._cache_evictions.inc(stats.num_evicted_chunks - former.num_evicted_chunks)
-        self._cache_bytes.set(stats.num_bytes)
+    def record_queue(self, num_tokens: int) -> None:
+        self._queue_tokens.set(num_tokens)
+
+    def record_rejection(self, reason: str) -> None:
+        self._rejections.labels(reason).inc()
+
+    def record_batch(self, num_groups: int, num_tokens: int) -> None:
+        self._batch_groups.observe(num_groups)
+        self._batch_tokens.inc(num_tokens)
+
+    def record_engine(self, stats: EngineStats) -> None:
+        """Take over what an engine has counted since the last time."""
+        former, self._former = self._former, copy.deepcopy(stats)
+        self._out_of_memory.inc(stats.num_out_of_memory - former.num_out_of_memory)
+        cache, former_cache = stats.cache, former.cache
+        self._cache_tokens.labels("hit").inc(cache.num_hit_tokens - former_cache.num_hit_tokens)
+        self._cache_tokens.labels("miss").inc(cache.num_missed_tokens - former_cache.num_missed_tokens)
+        self._cache_evictions.inc(cache.num_evicted_chunks - former_cache.num_evicted_chunks)
+        self._cache_bytes.set(cache.num_bytes)
 
     def render(self) -> bytes:
         """The registry in the text format that Prometheus scrapes."""

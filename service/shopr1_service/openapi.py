@@ -6,7 +6,7 @@ import yaml
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from shopr1_client.errors import PROBLEM_MEDIA_TYPE, ProblemError
+from shopr1_client.errors import PROBLEM_MEDIA_TYPE, NotReadyError, OverloadedError, ProblemError
 from shopr1_client.wire import Problem
 from shopr1_service import examples
 
@@ -39,7 +39,7 @@ def _problem_response(problem: type[ProblemError]) -> dict[str, Any]:
     example = problem("What happened, for people.", request_id="4f3c").to_problem()
     content: dict[str, Any] = {"schema": {"$ref": _SCHEMA_REF.format(model="Problem")}, "example": example}
     response: dict[str, Any] = {"description": problem.title, "content": {PROBLEM_MEDIA_TYPE: content}}
-    if problem.status == 503:
+    if problem in (NotReadyError, OverloadedError):
         seconds = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
         response["headers"] = {"Retry-After": seconds}
     return response

@@ -6,8 +6,7 @@ from typing import Protocol
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Codec
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
-from shopr1_service.prefix import CacheStats
+from shopr1_service.engine import Certainty, EngineStats, TokenGroup, Unmeasurable
 
 
 class Policy(Protocol):
@@ -27,12 +26,16 @@ class Policy(Protocol):
         ...
 
     @property
-    def cache_stats(self) -> CacheStats:
-        """What its prefix cache has done since it was loaded."""
+    def stats(self) -> EngineStats:
+        """What it has done since it was loaded."""
         ...
 
     def certainties(
-        self, group: TokenGroup, rules: SelfCertaintyRecipe
-    ) -> Sequence[Certainty | Unmeasurable]:
-        """Measure a group's completions, in order. Never raises on what a group holds."""
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> Sequence[Sequence[Certainty | Unmeasurable]]:
+        """Measure the completions of several groups, in order. Never raises on what a group holds.
+
+        Raises:
+            FatalEngineError: the device is gone; nothing can be measured any more.
+        """
         ...

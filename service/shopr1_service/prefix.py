@@ -78,13 +78,13 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.stats = CacheStats()
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._clock = 0
         self._root = _Node(Chunk((), (), (), None), None)
 
     @property
     def is_enabled(self) -> bool:
-        return self._max_bytes > 0
+        return self.max_bytes > 0
 
     def match(self, ids: Sequence[int]) -> list[Chunk]:
         """Chunks that spell the longest known beginning of `ids`; the last may be a view of a longer one."""
@@ -113,6 +113,11 @@ class PrefixCache:
         self.stats.num_bytes += chunk.num_bytes
         self._evict()
 
+    def reset(self) -> None:
+        """As if it were new: empty, with nothing counted."""
+        self.clear()
+        self.stats = CacheStats()
+
     def clear(self) -> None:
         """Forget everything, as after a change of the policy."""
         self._root.children.clear()
@@ -122,7 +127,7 @@ class PrefixCache:
         """Nodes along `ids`, each with how many of its tokens agree; only the last may agree in part."""
         node, position = self._root, 0
         while position < len(ids) and (child := node.children.get(ids[position])) is not None:
-            num_tokens = _common_length(child.chunk.ids, ids, position)
+            num_tokens = common_length(child.chunk.ids, ids, position)
             yield child, num_tokens
             if num_tokens < len(child.chunk):
                 return
@@ -139,7 +144,7 @@ class PrefixCache:
         return head
 
     def _evict(self) -> None:
-        while self.stats.num_bytes > self._max_bytes:
+        while self.stats.num_bytes > self.max_bytes:
             node = min(self._leaves(), key=lambda leaf: leaf.last_used)
             assert node.parent is not None
             del node.parent.children[node.chunk.ids[0]]
@@ -155,9 +160,10 @@ class PrefixCache:
             stack.extend(node.children.values())
 
 
-def _common_length(chunk_ids: Sequence[int], ids: Sequence[int], start: int) -> int:
-    length = min(len(chunk_ids), len(ids) - start)
+def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) -> int:
+    """How many tokens of `some` are also those of `others` from `start` on."""
+    length = min(len(some), len(others) - start)
     for i in range(length):
-        if chunk_ids[i] != ids[start + i]:
+        if some[i] != others[start + i]:
             return i
     return length

@@ -2,15 +2,17 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Depends, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Request, Response
 from pydantic import BaseModel
 
 from shopr1_client.errors import (
+    DeadlineExceededError,
     InternalError,
     InvalidRequestError,
     MalformedBodyError,
     NotFoundError,
     NotReadyError,
+    OverloadedError,
     PolicyVersionError,
     TooLargeError,
 )
@@ -19,6 +21,7 @@ from shopr1_rewards import Recipe
 from shopr1_service import __version__, examples
 from shopr1_service.metrics import CONTENT_TYPE_LATEST
 from shopr1_service.openapi import METRICS_CONTENT, problem_responses
+from shopr1_service.patience import ClientGoneError, within
 from shopr1_service.recipe_book import reference
 from shopr1_service.request_id import request_id_of
 from shopr1_service.state import State, state_of
@@ -26,6 +29,16 @@ from shopr1_service.state import State, state_of
 router = APIRouter()
 
 AppState = Annotated[State, Depends(state_of)]
+
+TIMEOUT = Header(
+    alias="X-Request-Timeout",
+    gt=0,
+    allow_inf_nan=False,
+    description="Seconds after which the client will not wait any more; the service answers 504 then. "
+    "At most, and by default, the service's `request_timeout_s`.",
+)
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for requests whose client has gone. It stands in metrics only: nobody reads the answer."""
 
 
 @router.post(
@@ -39,22 +52,29 @@ AppState = Annotated[State, Depends(state_of)]
         PolicyVersionError,
         TooLargeError,
         InvalidRequestError,
+        OverloadedError,
         InternalError,
         NotReadyError,
+        DeadlineExceededError,
     ),
 )
 async def score(
     body: Annotated[ScoreRequest, Body(openapi_examples=examples.SCORE_REQUESTS)],
     request: Request,
     state: AppState,
+    timeout_s: Annotated[float | None, TIMEOUT] = None,
 ) -> Response:
     """Rewards of every completion, in the order of the request, each with its weighted terms.
 
     A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
-    answer = await state.scorer.score(body, request_id_of(request.scope))
-    return _json(answer)
+    longest_s = state.settings.request_timeout_s
+    work = state.scorer.score(body, request_id_of(request.scope))
+    try:
+        return _json(await within(work, request, min(timeout_s or longest_s, longest_s)))
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 @router.get(

@@ -1,115 +1,233 @@
-"""The engine's thread and the queue before it.
+"""The engine's thread, and who may wait for it.
 
-Work is taken in the order of its arrival, at once when the engine is idle. Groups that wait and have the
-same prompt and the same rules are measured together: trainers that send one rollout per request send them in
-bursts, and a burst costs little more than one request with all of them.
+A request is admitted as a whole or refused: what waits is bounded in tokens, and a refusal says when to come
+back, from the rate at which tokens were measured of late. What is admitted waits in a `Backlog`; a call that
+is cancelled takes its work out of it. An idle engine begins at once.
 
-The thread survives whatever a policy raises, and drops work whose request has gone.
+The thread survives whatever a policy raises, but for a `FatalEngineError`: then the device is gone, nothing
+more is admitted, and the process should end.
 """
 
 import asyncio
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
+from shopr1_client.errors import NotReadyError, OverloadedError
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.backlog import Backlog, Batch, Job, Measurements
+from shopr1_service.engine import FatalEngineError, TokenGroup
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 
-Measurements = Sequence[Certainty | Unmeasurable]
+logger = logging.getLogger(__name__)
 
-MAX_JOINED_COMPLETIONS = 1024
-"""How many completions are measured together: the first should not wait for all of a long queue."""
+_RATE_MEMORY = 0.9
+_RETRY_AFTER_S = 5.0
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    group: TokenGroup
-    rules: SelfCertaintyRecipe
-    future: Future[Measurements] = field(default_factory=Future)
-    submitted_s: float = field(default_factory=time.perf_counter)
+class TokenRate:
+    """Tokens per second of late: the mean over batches, each weighing 0.9 of the one after it."""
 
-    def joins(self, other: "_Job") -> bool:
-        return self.rules == other.rules and self.group.prompt_ids == other.group.prompt_ids
+    def __init__(self) -> None:
+        self._num_tokens = 0.0
+        self._seconds = 0.0
+
+    def record(self, num_tokens: int, duration_s: float) -> None:
+        self._num_tokens = self._num_tokens * _RATE_MEMORY + num_tokens
+        self._seconds = self._seconds * _RATE_MEMORY + duration_s
+
+    def seconds(self, num_tokens: int) -> float:
+        """How long so many tokens will take; 0 as long as nothing is known."""
+        return num_tokens * self._seconds / self._num_tokens if self._num_tokens else 0.0
 
 
 class Scheduler:
-    """Measures groups, one batch at a time, on a thread of its own."""
+    """Measures groups on a thread of its own.
 
-    def __init__(self, policy: Policy, metrics: Metrics) -> None:
+    Args:
+        max_queue_tokens: how much may wait. What is larger is admitted when nothing else waits.
+        is_deterministic: measure each group alone, so that no other request has an influence on its numbers.
+        on_fatal: called, on the engine's thread, when the device is gone.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        metrics: Metrics,
+        *,
+        max_queue_tokens: int,
+        is_deterministic: bool = False,
+        on_fatal: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
         self._policy = policy
         self._metrics = metrics
-        self._jobs: deque[_Job] = deque()
-        self._changed = threading.Condition()  # guards the two around it
+        self._max_queue_tokens = max_queue_tokens
+        self._on_fatal = on_fatal
+        self._rate = TokenRate()
+        self._backlog = Backlog(joins=not is_deterministic)
+        self._changed = threading.Condition()  # guards the backlog and the two below
         self._is_closed = False
+        self._is_broken = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def measure(self, group: TokenGroup, rules: SelfCertaintyRecipe) -> Measurements:
-        """Measurements of a group's completions, in order. A cancelled call's work is dropped if it waits."""
-        if not group.completions:
-            return []
-        job = _Job(TokenGroup(tuple(group.prompt_ids), group.completions), rules)
+    async def measure(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Measurements]:
+        """Measurements of each group's completions, in order. If cancelled, what still waits is dropped.
+
+        Raises:
+            OverloadedError: there is no room for these groups.
+            NotReadyError: the device is gone.
+        """
+        now_s = time.perf_counter()
+        jobs = [self._job(group, rules, now_s) for group in groups]
+        self._admit([job for job in jobs if job.group.completions])
+        try:
+            return list(await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
+        finally:
+            self._drop(jobs)
+
+    def refuse_if_full(self) -> None:
+        """Raise `OverloadedError` if there is no room for anything: before work is put into a request."""
         with self._changed:
-            if self._is_closed:
-                raise RuntimeError("the scheduler is closed")
-            self._jobs.append(job)
-            self._changed.notify()
-        return await asyncio.wrap_future(job.future)
+            if self._backlog.num_tokens >= self._max_queue_tokens:
+                raise self._overloaded(1)
 
     def close(self) -> None:
         """End the thread after what it is doing; what waits is cancelled."""
         with self._changed:
             self._is_closed = True
-            for job in self._jobs:
-                job.future.cancel()
-            self._jobs.clear()
+            waiting = list(self._backlog)
             self._changed.notify()
+        self._drop(waiting)
+
+    def _job(self, group: TokenGroup, rules: SelfCertaintyRecipe, now_s: float) -> Job:
+        job = Job(TokenGroup(tuple(group.prompt_ids), group.completions), rules, now_s, rank_s=now_s)
+        job.rank_s += self._rate.seconds(job.num_prompt_tokens + job.num_own_tokens)
+        if not group.completions:
+            job.future.set_result([])
+        return job
+
+    def _admit(self, jobs: Sequence[Job]) -> None:
+        with self._changed:
+            if self._is_broken:
+                raise NotReadyError(
+                    "the engine has failed, the service is ending", retry_after_s=_RETRY_AFTER_S
+                )
+            if self._is_closed:
+                raise NotReadyError("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
+            num_tokens = self._backlog.num_added_tokens(jobs)
+            if self._backlog and self._backlog.num_tokens + num_tokens > self._max_queue_tokens:
+                raise self._overloaded(num_tokens)
+            self._backlog.add(jobs)
+            self._record_queue()
+            self._changed.notify()
+
+    def _overloaded(self, num_tokens: int) -> OverloadedError:
+        self._metrics.record_rejection("queue_full")
+        excess = self._backlog.num_tokens + num_tokens - self._max_queue_tokens
+        return OverloadedError(
+            f"{self._backlog.num_tokens} tokens wait, max_queue_tokens = {self._max_queue_tokens}",
+            retry_after_s=max(1.0, self._rate.seconds(excess)),
+        )
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        """Cancel what is not running and not done, and make room for others."""
+        for job in jobs:
+            job.future.cancel()
+        with self._changed:
+            for job in jobs:
+                self._backlog.discard(job)
+            self._record_queue()
+
+    def _record_queue(self) -> None:
+        self._metrics.record_queue(self._backlog.num_tokens)
 
     def _run(self) -> None:
         while batch := self._take():
-            running = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if running:
-                self._measure(running)
+            try:
+                self._measure(batch)
+            except FatalEngineError as error:
+                self._give_up(error)
+                return
 
-    def _take(self) -> list[_Job]:
-        """The oldest job and those that join it; nothing once the scheduler is closed."""
+    def _take(self) -> Batch:
+        """The next batch; nothing once the scheduler is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_closed)
-            batch: list[_Job] = []
-            waiting: deque[_Job] = deque()
-            num_completions = 0
-            for job in self._jobs:
-                fits = num_completions + len(job.group.completions) <= MAX_JOINED_COMPLETIONS
-                if not batch or (fits and job.joins(batch[0])):
-                    batch.append(job)
-                    num_completions += len(job.group.completions)
-                else:
-                    waiting.append(job)
-            self._jobs = waiting
+            self._changed.wait_for(lambda: self._backlog or self._is_closed)
+            if self._is_closed:
+                return []
+            batch = self._backlog.take()
+            self._record_queue()
             return batch
 
-    def _measure(self, batch: Sequence[_Job]) -> None:
-        now_s = time.perf_counter()
-        for job in batch:
-            self._metrics.record_phase(Phase.QUEUE, now_s - job.submitted_s)
-        completions = [completion for job in batch for completion in job.group.completions]
-        try:
-            with self._metrics.phase(Phase.ENGINE):
-                group = TokenGroup(batch[0].group.prompt_ids, completions)
-                measured = list(self._policy.certainties(group, batch[0].rules))
-            if len(measured) != len(completions):
-                raise RuntimeError(f"the policy measured {len(measured)} of {len(completions)} completions")
-            self._metrics.record_cache(self._policy.cache_stats)
-        except Exception as error:  # handed to every request that waits for it
-            for job in batch:
-                job.future.set_exception(error)
+    def _measure(self, batch: Batch) -> None:
+        lanes = [[job for job in lane if job.future.set_running_or_notify_cancel()] for lane in batch]
+        lanes = [lane for lane in lanes if lane]
+        if not lanes:
             return
-        for job in batch:
-            num_own = len(job.group.completions)
-            job.future.set_result(measured[:num_own])
-            measured = measured[num_own:]
+        start_s = time.perf_counter()
+        for lane in lanes:
+            for job in lane:
+                self._metrics.record_phase(Phase.QUEUE, start_s - job.submitted_s)
+        groups = [_joined(lane) for lane in lanes]
+        try:
+            measured = self._certainties(groups, lanes[0][0].rules)
+        except FatalEngineError:
+            _fail(lanes, NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S))
+            raise
+        except Exception as error:  # handed over to every request that waits for it
+            _fail(lanes, error)
+            return
+        self._rate.record(sum(map(_num_tokens, groups)), time.perf_counter() - start_s)
+        for lane, certainties in zip(lanes, measured, strict=True):
+            _deal(lane, certainties)
+
+    def _certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> Sequence[Measurements]:
+        with self._metrics.phase(Phase.ENGINE):
+            measured = self._policy.certainties(groups, rules)
+        expected = [len(group.completions) for group in groups]
+        if (counts := list(map(len, measured))) != expected:
+            raise RuntimeError(f"the policy measured {counts} of {expected} completions")
+        self._metrics.record_batch(len(groups), sum(map(_num_tokens, groups)))
+        self._metrics.record_engine(self._policy.stats)
+        return measured
+
+    def _give_up(self, error: FatalEngineError) -> None:
+        logger.critical("the device is gone, nothing more can be scored", exc_info=error)
+        with self._changed:
+            self._is_broken = True
+            waiting = list(self._backlog)
+        # From here on nobody but this thread settles them: cancelled ones are skipped.
+        _fail(
+            [[job for job in waiting if job.future.set_running_or_notify_cancel()]],
+            NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S),
+        )
+        self._on_fatal(error)
+
+
+def _joined(lane: Sequence[Job]) -> TokenGroup:
+    completions = [completion for job in lane for completion in job.group.completions]
+    return TokenGroup(lane[0].group.prompt_ids, completions)
+
+
+def _num_tokens(group: TokenGroup) -> int:
+    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
+
+
+def _deal(lane: Sequence[Job], certainties: Measurements) -> None:
+    """Give each job the measurements of its own completions."""
+    start = 0
+    for job in lane:
+        end = start + len(job.group.completions)
+        job.future.set_result(certainties[start:end])
+        start = end
+
+
+def _fail(lanes: Batch, error: Exception) -> None:
+    for lane in lanes:
+        for job in lane:
+            job.future.set_exception(error)

@@ -4,7 +4,7 @@ The one way from a request to an answer; every route and the command line go thr
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from shopr1_client.errors import InvalidRequestError, PolicyVersionError
@@ -13,7 +13,6 @@ from shopr1_client.wire import (
     Details,
     GroupScore,
     Include,
-    Limits,
     PolicyRef,
     Reward,
     ScoreRequest,
@@ -22,12 +21,14 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_rewards import Recipe
+from shopr1_service.backlog import Measurements
 from shopr1_service.engine import Certainty, Unmeasurable
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
 from shopr1_service.recipe_book import RecipeBook, reference
 from shopr1_service.scheduler import Scheduler
+from shopr1_service.settings import Settings
 
 _NUM_PREPARE_THREADS = 2
 
@@ -38,29 +39,47 @@ Measurement = Certainty | Unmeasurable | None
 class Scorer:
     """Scores requests with one policy. Preparing runs beside the engine's thread."""
 
-    def __init__(self, policy: Policy, recipes: RecipeBook, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        recipes: RecipeBook,
+        settings: Settings,
+        metrics: Metrics,
+        on_fatal: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
         self.policy = policy
         self._recipes = recipes
-        self._limits = limits
+        self._limits = settings.limits
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
-        self._scheduler = Scheduler(policy, metrics)
+        self._scheduler = Scheduler(
+            policy,
+            metrics,
+            max_queue_tokens=settings.max_queue_tokens,
+            is_deterministic=settings.deterministic,
+            on_fatal=on_fatal,
+        )
         metrics.record_policy(policy.info)
 
     async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
-        """Score every rollout of a request.
+        """Score every rollout of a request. If cancelled, what still waits of it is dropped.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is at fault.
             PolicyVersionError: another version is loaded than the request demands.
+            OverloadedError: too much waits already.
+            NotReadyError: the device is gone, the service is ending.
         """
         recipe = self._recipe(request.recipe)
         self._check_version(request.policy_version)
+        self._scheduler.refuse_if_full()
         loop = asyncio.get_running_loop()
         groups = await loop.run_in_executor(self._preparers, self._prepare, request, recipe)
-        scores = await asyncio.gather(
-            *(self._score_group(group, recipe, request.include) for group in groups)
-        )
+        measured = await self._scheduler.measure([g.token_group() for g in groups], recipe.self_certainty)
+        scores = [
+            self._group_score(group, certainties, recipe, request.include)
+            for group, certainties in zip(groups, measured, strict=True)
+        ]
         return ScoreResponse(
             request_id=request_id,
             recipe=reference(recipe),
@@ -91,10 +110,9 @@ class Scorer:
         with self._metrics.phase(Phase.PREPARE):
             return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
 
-    async def _score_group(
-        self, group: PreparedGroup, recipe: Recipe, include: Sequence[Include]
+    def _group_score(
+        self, group: PreparedGroup, measured: Measurements, recipe: Recipe, include: Sequence[Include]
     ) -> GroupScore:
-        measured = await self._scheduler.measure(group.token_group(), recipe.self_certainty)
         measurements = iter(measured)
         rewards = [
             _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)

@@ -13,7 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code: 0, or 1 if the policy cannot be loaded."""
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        The exit code: 0, or 1 if the policy cannot be loaded or its device fails for good.
+    """
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -24,7 +28,7 @@ def serve(settings: Settings) -> int:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, lambda: load_policy(settings), on_load_failure=stop)
+    app = create_app(settings, lambda: load_policy(settings), on_failure=stop)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -63,8 +63,18 @@ class Settings(BaseSettings):
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: what the policy's config says."""
 
-    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
-    """Keys and values of prompts kept across requests; 0 keeps none."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Keys and values of prompts kept across requests; 0 keeps none. Default: 2 GiB on a CPU, on CUDA what
+    `memory_share` leaves."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """How much of a CUDA device's memory weights, passes and kept prompts may take together."""
+
+    deterministic: bool = False
+    """The same request gives the same bits: each group is measured alone, nothing is kept for the next."""
+    max_queue_tokens: PositiveInt = 2**20
+    """How much may wait for the engine; beyond, requests are refused with 429 and told when to come back."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 540.0
+    """Seconds a request may take; then it gets 504. One may ask for less with `X-Request-Timeout`."""
 
     recipe: str = "shop_r1"
     """Default recipe: a shipped one by name, or a TOML file."""

@@ -41,10 +41,21 @@ class State:
             raise NotReadyError("the policy is loading", retry_after_s=_RETRY_AFTER_S)
         return self._scorer
 
-    async def load(self, load_policy: Callable[[], Policy]) -> None:
-        """Load the policy beside the event loop, so that health checks are answered meanwhile."""
+    async def load(
+        self, load_policy: Callable[[], Policy], on_fatal: Callable[[BaseException], None]
+    ) -> None:
+        """Load the policy beside the event loop, so that health checks are answered meanwhile.
+
+        Args:
+            on_fatal: called when the device is gone; nothing is ready from then on.
+        """
         policy = await _in_daemon_thread(load_policy)
-        self._scorer = Scorer(policy, self.recipes, self.settings.limits, self.metrics)
+
+        def give_up(error: BaseException) -> None:
+            self._is_closing = True
+            on_fatal(error)
+
+        self._scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up)
 
     def close(self) -> None:
         self._is_closing = True

@@ -1,7 +1,7 @@
 """The client: against a service behind a socket, and against servers that are none."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -67,7 +67,9 @@ def test_a_path_in_the_base_url() -> None:
 
 
 class Buggy(FakePolicy):
-    def certainties(self, group: TokenGroup, rules: SelfCertaintyRecipe) -> list[Certainty | Unmeasurable]:
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> list[list[Certainty | Unmeasurable]]:
         raise ZeroDivisionError
 
 

@@ -30,8 +30,10 @@ CODES = {
     "policy_version": 409,
     "too_large": 413,
     "invalid_request": 422,
+    "overloaded": 429,
     "internal": 500,
     "not_ready": 503,
+    "deadline_exceeded": 504,
 }
 
 each_problem = pytest.mark.parametrize("problem_class", PROBLEMS, ids=lambda problem: problem.code)

@@ -68,7 +68,7 @@ def test_the_engine_knows_no_http_and_no_rules() -> None:
         file = PACKAGES["shopr1_service"] / f"{name}.py"
         assert not third_party(file) & {"fastapi", "starlette", "uvicorn", "httpx"}
         imported = re.findall(r"^from shopr1_service\.(\w+) import", file.read_text("utf-8"), re.MULTILINE)
-        assert set(imported) <= {"errors", "forward", "head"}
+        assert set(imported) <= {"errors", "forward", "head", "prefix"}
 
 
 @pytest.mark.parametrize("folder", ["rewards", "service", "clients"])

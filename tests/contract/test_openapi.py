@@ -128,7 +128,7 @@ def test_problems_have_the_status_of_their_class(operation: dict[str, Any]) -> N
         example = response["content"][PROBLEM_MEDIA_TYPE]["example"]
         assert (example["status"], example["code"]) == (int(status), expected.code)
         assert example["title"] == response["description"] == expected.title
-        assert ("Retry-After" in response.get("headers", {})) is (status == "503")
+        assert ("Retry-After" in response.get("headers", {})) is (status in ("429", "503"))
 
 
 def test_every_problem_of_scoring_is_documented() -> None:

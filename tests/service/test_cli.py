@@ -485,8 +485,8 @@ def test_open_requests_are_answered_before_the_end() -> None:
     with serve_fake() as serving:
 
         def ask() -> None:
-            # Of two prompts, or the engine might take both at once.
-            body = {"groups": [group(answer()), group(answer(), prompt="another")]}
+            # Too long for the engine to take both at once.
+            body = {"groups": [group(answer(), prompt=prompt * 3000) for prompt in "ab"]}
             answers.append(httpx.post(f"{serving.url}/score", json=body, timeout=WAIT_S))
 
         asking = threading.Thread(target=ask)

@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 from shopr1_client.wire import Reason
 from shopr1_rewards.self_certainty import Head
 from shopr1_service.engine import Certainty, Engine, MeasuredCompletion, TokenGroup, Unmeasurable
-from shopr1_service.forward import CachedPrefixForward, Forward, IndependentForward
+from shopr1_service.expanded_forward import ExpandedForward
+from shopr1_service.forward import Forward, IndependentForward
 from shopr1_service.head import LinearHead, ModuleHead, choose_head, trunk_of
+from shopr1_service.packed_forward import PackedForward
 from tests.service.models import (
     NUM_ROWS,
     NUM_TOKENS,
@@ -42,11 +44,11 @@ def model() -> PreTrainedModel:
     return tiny_model()
 
 
-FORWARDS = pytest.mark.parametrize("way", [IndependentForward, CachedPrefixForward])
-Way = type[IndependentForward | CachedPrefixForward]
+FORWARDS = pytest.mark.parametrize("way", [IndependentForward, PackedForward, ExpandedForward])
+Way = type[IndependentForward | PackedForward | ExpandedForward]
 
 
-def engine_of(model: PreTrainedModel, way: Way = CachedPrefixForward, head: Head | None = None) -> Engine:
+def engine_of(model: PreTrainedModel, way: Way = PackedForward, head: Head | None = None) -> Engine:
     return Engine(
         way(model),
         head or choose_head(model, torch.tensor([PROMPT])),
@@ -61,7 +63,7 @@ def measure(
     prompt_ids: Sequence[int] = PROMPT,
     **options: Any,
 ) -> list[Certainty | Unmeasurable]:
-    return engine.certainties(TokenGroup(prompt_ids, completions), rules(**options))
+    return engine.certainties([TokenGroup(prompt_ids, completions)], rules(**options))[0]
 
 
 def reasons(results: Sequence[Certainty | Unmeasurable]) -> list[Reason | None]:
@@ -131,7 +133,7 @@ def test_longest_prompt(model: PreTrainedModel, num_prompt_tokens: int) -> None:
 
 @FORWARDS
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("measured", [[0], [1], [0, 1, 4]])
+@pytest.mark.parametrize("measured", [[0], [1], [0, 1], [0, 1, 4]])
 def test_as_many_tokens_as_the_model_has_positions(way: Way, kind: str, measured: list[int]) -> None:
     # gpt2 and opt look positions up in a table: one token too many is an error.
     sizes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
@@ -201,7 +203,7 @@ def test_nan_of_one_rollout_does_not_touch_the_others(model: PreTrainedModel, wa
     bad = Reason.NON_FINITE_LOGITS
     assert reasons(before) == [None] * 5
     assert reasons(results) == [bad, None, None, bad, None]
-    assert [results[i] for i in (1, 2, 4)] == [before[i] for i in (1, 2, 4)]
+    assert_same([results[i] for i in (1, 2, 4)], *[before[i] for i in (1, 2, 4)])
     message = "the policy's logits are not finite"
     assert results[0] == results[3] == Unmeasurable(bad, message)
 
@@ -223,7 +225,7 @@ def test_exception_fails_the_group_and_not_the_engine(
     monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, way: Way, part: str
 ) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> Any:
-        raise MemoryError("no more")
+        raise ArithmeticError("no more")
 
     engine = engine_of(model, way, ModuleHead(model, NUM_ROWS))
     expected = measure(engine, *OTHERS)
@@ -233,7 +235,7 @@ def test_exception_fails_the_group_and_not_the_engine(
         results = measure(engine, OTHERS[0], too_long, OTHERS[1])
     failed, no_room = Reason.ENGINE_FAILURE, Reason.SEQUENCE_TOO_LONG
     assert reasons(results) == [failed, no_room, failed]
-    assert results[0] == Unmeasurable(failed, "MemoryError")
+    assert results[0] == Unmeasurable(failed, "ArithmeticError")
     assert measure(engine, *OTHERS) == expected
 
 
@@ -252,10 +254,12 @@ def test_id_that_the_model_lacks_fails_the_group(model: PreTrainedModel) -> None
     ("way", "position", "num_fed"),
     [
         # 20 of the prompt; completions are fed up to the token before the last measured one, 4 and 7 …
-        (CachedPrefixForward, "predict", 20 + 4 + 7),
+        (PackedForward, "predict", 20 + 4 + 7),
+        (ExpandedForward, "predict", 20 + 7 + 7),  # padded to the longest
         (IndependentForward, "predict", 20 + 4 + 20 + 7),
         # … or with it.
-        (CachedPrefixForward, "shifted", 20 + 5 + 8),
+        (PackedForward, "shifted", 20 + 5 + 8),
+        (ExpandedForward, "shifted", 20 + 8 + 8),
         (IndependentForward, "shifted", 20 + 5 + 20 + 8),
     ],
 )
@@ -285,6 +289,9 @@ def test_nothing_to_measure_runs_nothing(num_too_long: int) -> None:
         name = "none"
 
         def hidden_states(self, *_args: Any) -> list[torch.Tensor]:
+            pytest.fail("nothing is to be computed")
+
+        def batch(self, *_args: Any) -> list[list[torch.Tensor]]:
             pytest.fail("nothing is to be computed")
 
     forward: Forward = NoForward()

@@ -18,6 +18,7 @@ from shopr1_service import loading
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.forward import Forward, choose_forward
+from shopr1_service.head import trunk_of
 from shopr1_service.loading import (
     EMBEDDED_INSTALL,
     EMBEDDED_PACKAGE,
@@ -27,13 +28,16 @@ from shopr1_service.loading import (
     find_source,
     load_policy,
 )
+from shopr1_service.packed_forward import PackedForward
 from shopr1_service.settings import DType, Settings
 from tests.service.models import (
+    FAMILIES,
     NUM_ROWS,
     NUM_TOKENS,
     Reference,
     byte_level,
     head_of,
+    llama4,
     naive,
     one_thread,
     policy_of,
@@ -167,14 +171,14 @@ def test_directory_gives_what_the_model_in_memory_gives(saved: Path) -> None:
     )
     assert policy.codec.num_ids == NUM_ROWS
     assert policy.codec.encode_text("便宜").text == "便宜"
-    assert policy.certainties(GROUP, rules()) == policy_of(tiny_model()).certainties(GROUP, rules())
+    assert policy.certainties([GROUP], rules()) == policy_of(tiny_model()).certainties([GROUP], rules())
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     byte_level().save_pretrained(tmp_path)
-    assert load(tmp_path).certainties(GROUP, rules()) == policy_of(model).certainties(GROUP, rules())
+    assert load(tmp_path).certainties([GROUP], rules()) == policy_of(model).certainties([GROUP], rules())
 
 
 @pytest.mark.parametrize(
@@ -193,8 +197,8 @@ def test_dtype(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     policy = load(saved, dtype=dtype)
     assert policy.info.dtype == expected
-    [certainty] = policy.certainties(GROUP, rules())
-    [reference] = policy_of(tiny_model()).certainties(GROUP, rules())
+    [[certainty]] = policy.certainties([GROUP], rules())
+    [[reference]] = policy_of(tiny_model()).certainties([GROUP], rules())
     assert isinstance(certainty, Certainty)
     assert isinstance(reference, Certainty)
     assert certainty.values == pytest.approx(reference.values, abs=0.05)
@@ -371,22 +375,67 @@ def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
 def test_short_limit_is_no_obstacle_to_loading(limit: int) -> None:
     policy = policy_of(tiny_model(), max_sequence_tokens=limit)
     assert policy.info.max_sequence_tokens == limit
-    [certainty] = policy.certainties(TokenGroup([5], [MeasuredCompletion([6], [0])]), rules())
+    [[certainty]] = policy.certainties([TokenGroup([5], [MeasuredCompletion([6], [0])])], rules())
     assert isinstance(certainty, Certainty)
 
 
-def test_check_is_longer_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of all checks from here on."""
+    seen: list[list[int]] = []
 
-    def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Any:
-        seen.append(len(random_ids))
+    def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Forward:
+        seen.append(random_ids)
         return choose_forward(model, random_ids, candidates)
 
     monkeypatch.setattr(loading, "choose_forward", spy)
+    return seen
+
+
+def test_check_is_longer_than_the_window(checks: list[list[int]]) -> None:
     policy_of(tiny_model("mistral", sliding_window=40))
     policy_of(tiny_model("mistral", sliding_window=40), max_sequence_tokens=50)
     policy_of(tiny_model("llama"))
-    assert seen == [64, 64, 24]  # a limit that is set shortens requests, not the check
+    assert [len(ids) for ids in checks] == [64, 64, 24]  # a set limit shortens requests, not the check
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("gpt_neo", "window_size"), ("mamba2", "chunk_size"), ("bamba", "mamba_chunk_size")],
+)
+def test_check_is_longer_than_what_other_architectures_see(
+    checks: list[list[int]], family: str, name: str
+) -> None:
+    model = tiny_model(FAMILIES[family].kind, **{**FAMILIES[family].options, name: 40})
+    assert policy_of(model).info.forward == FAMILIES[family].forward
+    assert [len(ids) for ids in checks] == [64]
+
+
+@pytest.mark.parametrize("size", [8, 18, 40])
+@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
+def test_check_notices_that_a_window_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, checks: list[list[int]], kind: str, size: int
+) -> None:
+    # 18 tokens behind a multiple of the size begin the completions: once the prompt ends where a chunk does.
+    model = (
+        tiny_model(
+            "qwen2", use_sliding_window=True, sliding_window=size, layer_types=[kind, "full_attention"]
+        )
+        if kind == "sliding_attention"
+        else llama4(attention_chunk_size=size, attn_temperature_tuning=False)
+    )
+    policy_of(model)
+    trunk = trunk_of(model)
+    forward = trunk.forward
+
+    def ignore_the_window(**options: Any) -> Any:
+        if isinstance(masks := options.get("attention_mask"), dict):
+            options["attention_mask"] = dict.fromkeys(masks, masks["full_attention"])
+        return forward(**options)
+
+    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "packed"
+    monkeypatch.setattr(trunk, "forward", ignore_the_window)
+    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "independent"
 
 
 def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
@@ -403,7 +452,7 @@ def test_dropout_is_off() -> None:
     reference = Reference(model)
     model.train()
     policy = build_policy(model, byte_level(), Settings(), name="tiny")
-    [certainty] = policy.certainties(GROUP, rules())
+    [[certainty]] = policy.certainties([GROUP], rules())
     completion = GROUP.completions[0]
     expected = reference.values(GROUP.prompt_ids, completion.ids, completion.measured, rules())
     assert isinstance(certainty, Certainty)
@@ -439,7 +488,7 @@ def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None
     tokens = policy.codec.encode_text('{"rationale": "便宜 tea"}')
     measured = range(len(tokens.ids))
     group = TokenGroup(prompt_ids, [MeasuredCompletion(tokens.ids, measured)])
-    [certainty] = policy.certainties(group, rules())
+    [[certainty]] = policy.certainties([group], rules())
     with torch.no_grad():
         logits_T_V = model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()
     expected = naive(logits_T_V[len(prompt_ids) - 1 : -1], rules().divergence)

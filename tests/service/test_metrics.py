@@ -6,6 +6,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from shopr1_service.engine import EngineStats
 from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.prefix import CacheStats
@@ -109,7 +110,11 @@ async def test_phases() -> None:
             phase: await metric(client, "shopr1_phase_duration_seconds_count", phase=phase)
             for phase in ("prepare", "queue", "engine")
         }
-    assert counts == {"prepare": 1, "queue": 2, "engine": 2}
+        batches = [await metric(client, f"shopr1_batch_groups_{what}") for what in ("count", "sum")]
+        tokens = await metric(client, "shopr1_engine_tokens_total")
+    assert counts == {"prepare": 1, "queue": 2, "engine": 1}
+    assert batches == [1, 2]  # both were short enough to go together
+    assert tokens == len("page") + len("another") + 3 * len(answer())
 
 
 async def test_recipes_are_told_apart(tmp_path: Path) -> None:
@@ -150,12 +155,13 @@ async def test_names_and_form() -> None:
         }
 
 
-async def test_the_prefix_cache_is_told() -> None:
+async def test_what_the_engine_counts_is_taken_over() -> None:
     metrics = Metrics()
-    stats = CacheStats(num_hit_tokens=3, num_missed_tokens=5, num_bytes=70, num_evicted_chunks=1)
-    metrics.record_cache(stats)
-    stats.num_hit_tokens, stats.num_bytes = 10, 50
-    metrics.record_cache(stats)
+    cache = CacheStats(num_hit_tokens=3, num_missed_tokens=5, num_bytes=70, num_evicted_chunks=1)
+    stats = EngineStats(cache, num_out_of_memory=2)
+    metrics.record_engine(stats)
+    cache.num_hit_tokens, cache.num_bytes, stats.num_out_of_memory = 10, 50, 5
+    metrics.record_engine(stats)
     values = {
         (sample.name, *sample.labels.values()): sample.value
         for family in metrics.registry.collect()
@@ -165,3 +171,4 @@ async def test_the_prefix_cache_is_told() -> None:
     assert values["shopr1_prefix_cache_tokens_total", "miss"] == 5
     assert values[("shopr1_prefix_cache_evicted_chunks_total",)] == 1
     assert values[("shopr1_prefix_cache_bytes",)] == 50
+    assert values[("shopr1_out_of_memory_total",)] == 5

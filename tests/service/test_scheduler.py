@@ -1,4 +1,4 @@
-"""The queue before the engine: order, joining, dropping, surviving."""
+"""The engine's thread: joining, dropping, refusing, surviving, and giving up."""
 
 import asyncio
 import threading
@@ -6,35 +6,52 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from shopr1_client.errors import NotReadyError, OverloadedError
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
+from shopr1_service.backlog import Measurements
+from shopr1_service.engine import (
+    Certainty,
+    FatalEngineError,
+    MeasuredCompletion,
+    TokenGroup,
+    Unmeasurable,
+)
 from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
-from shopr1_service.scheduler import MAX_JOINED_COMPLETIONS, Scheduler
+from shopr1_service.scheduler import Scheduler, TokenRate
 
 pytestmark = pytest.mark.anyio
 
 RULES = load_recipe("shop_r1").self_certainty
 WAIT_S = 30.0
+MAX_QUEUE_TOKENS = 100
+
+Task = asyncio.Task[list[Measurements]]
 
 
 class Gated(FakePolicy):
-    """Notes what it is given; its first batch waits until the gate opens. Token 13 makes it fail."""
+    """Notes what it is given; its first batch waits until the gate opens. Token 13 makes it fail, token 666
+    for good."""
 
     def __init__(self) -> None:
         super().__init__(base_nats=0.0, step_nats=1.0)
         self.gate = threading.Event()
         self.has_begun = threading.Event()
-        self.batches: list[tuple[list[int], int]] = []
+        self.batches: list[list[tuple[list[int], int]]] = []
 
-    def certainties(self, group: TokenGroup, rules: SelfCertaintyRecipe) -> list[Certainty | Unmeasurable]:
-        self.batches.append((list(group.prompt_ids), len(group.completions)))
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> list[list[Certainty | Unmeasurable]]:
+        self.batches.append([(list(group.prompt_ids), len(group.completions)) for group in groups])
         self.has_begun.set()
         assert self.gate.wait(WAIT_S)
-        if 13 in group.prompt_ids:
+        tokens = {token_id for group in groups for token_id in group.prompt_ids}
+        if 13 in tokens:
             raise ZeroDivisionError("13")
-        return super().certainties(group, rules)
+        if 666 in tokens:
+            raise FatalEngineError("an illegal memory access")
+        return super().certainties(groups, rules)
 
 
 def completions(*measured: int) -> list[MeasuredCompletion]:
@@ -42,8 +59,8 @@ def completions(*measured: int) -> list[MeasuredCompletion]:
     return [MeasuredCompletion(range(index + 1), [index]) for index in measured]
 
 
-def values(measured: Sequence[Certainty | Unmeasurable]) -> list[float]:
-    return [item.mean for item in measured if isinstance(item, Certainty)]
+def values(measured: Sequence[Measurements]) -> list[list[float]]:
+    return [[item.mean for item in group if isinstance(item, Certainty)] for group in measured]
 
 
 @pytest.fixture
@@ -52,32 +69,47 @@ def policy() -> Gated:
 
 
 @pytest.fixture
-async def scheduler(policy: Gated) -> AsyncIterator[Scheduler]:
-    scheduler = Scheduler(policy, Metrics())
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def failures() -> list[BaseException]:
+    return []
+
+
+@pytest.fixture
+async def scheduler(
+    policy: Gated, metrics: Metrics, failures: list[BaseException]
+) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, on_fatal=failures.append)
     yield scheduler
     policy.gate.set()
     scheduler.close()
 
 
-async def hold_up(scheduler: Scheduler, policy: Gated) -> "asyncio.Task[Sequence[Certainty | Unmeasurable]]":
+async def hold_up(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
     """Give the engine work that keeps it until the gate opens."""
-    task = asyncio.create_task(scheduler.measure(TokenGroup([0], completions(0)), RULES))
+    task = asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(0))], RULES))
     await asyncio.to_thread(policy.has_begun.wait, WAIT_S)
     return task
 
 
-async def submit(
-    scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES
-) -> "list[asyncio.Task[Sequence[Certainty | Unmeasurable]]]":
-    tasks = [asyncio.create_task(scheduler.measure(group, rules)) for group in groups]
+async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES) -> list[Task]:
+    """A request for each group."""
+    tasks = [asyncio.create_task(scheduler.measure([group], rules)) for group in groups]
     await asyncio.sleep(0)  # lets each task run up to its wait, in order
     return tasks
 
 
+def gauge(metrics: Metrics, name: str) -> float | None:
+    return metrics.registry.get_sample_value(name)
+
+
 async def test_an_idle_engine_begins_at_once(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    assert values(await scheduler.measure(TokenGroup([1], completions(3, 5)), RULES)) == [3.0, 5.0]
-    assert policy.batches == [([1], 2)]
+    assert values(await scheduler.measure([TokenGroup([1], completions(3, 5))], RULES)) == [[3.0, 5.0]]
+    assert policy.batches == [[([1], 2)]]
 
 
 async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler: Scheduler) -> None:
@@ -91,76 +123,150 @@ async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler
     )
     policy.gate.set()
     # Each gets its own, in its own order …
-    assert [values(await task) for task in tasks] == [[1.0], [2.0], [3.0, 4.0], [5.0]]
-    # … and the oldest prompt comes first, with all that joined it.
-    assert [(ids, num) for ids, num in policy.batches[1:]] == [([1], 4), ([2], 1)]
+    assert [values(await task) for task in tasks] == [[[1.0]], [[2.0]], [[3.0, 4.0]], [[5.0]]]
+    # … and the oldest prompt comes first, with all that joined it. The other is short enough to go along.
+    assert policy.batches[1:] == [[([1], 4), ([2], 1)]]
 
 
-async def test_other_rules_do_not_join(policy: Gated, scheduler: Scheduler) -> None:
-    await hold_up(scheduler, policy)
-    others = RULES.model_copy(update={"temperature": 0.6})
-    tasks = await submit(scheduler, TokenGroup([1], completions(1)))
-    tasks += await submit(scheduler, TokenGroup([1], completions(2)), rules=others)
+async def test_the_groups_of_a_request_go_together(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    await asyncio.gather(*tasks)
-    assert policy.batches[1:] == [([1], 1), ([1], 1)]
+    groups = [TokenGroup([1], completions(1)), TokenGroup([2], []), TokenGroup([3], completions(3, 4))]
+    assert values(await scheduler.measure(groups, RULES)) == [[1.0], [], [3.0, 4.0]]
+    assert policy.batches == [[([1], 1), ([3], 2)]]
 
 
-async def test_a_batch_is_bounded(policy: Gated, scheduler: Scheduler) -> None:
+async def test_deterministic_groups_go_alone(policy: Gated, metrics: Metrics) -> None:
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
     await hold_up(scheduler, policy)
-    many = completions(*range(MAX_JOINED_COMPLETIONS - 1))
-    groups = [TokenGroup([1], some) for some in (many, completions(0), completions(0))]
+    groups = [
+        TokenGroup([1], completions(1)),
+        TokenGroup([1], completions(2)),
+        TokenGroup([2], completions(3)),
+    ]
     tasks = await submit(scheduler, *groups)
     policy.gate.set()
-    await asyncio.gather(*tasks)
-    assert [num for _, num in policy.batches[1:]] == [MAX_JOINED_COMPLETIONS, 1]
+    assert [values(await task) for task in tasks] == [[[1.0]], [[2.0]], [[3.0]]]
+    assert policy.batches[1:] == [[([1], 1)], [([1], 1)], [([2], 1)]]
+    scheduler.close()
 
 
-async def test_a_group_beyond_the_bound_is_measured_alone(policy: Gated, scheduler: Scheduler) -> None:
+async def test_short_groups_overtake_a_long_one_only_so_long(
+    policy: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group's rank is its arrival plus the time it takes, here a second a token."""
+    now_s = 100.0
+    monkeypatch.setattr("shopr1_service.scheduler.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("shopr1_service.backlog.MAX_BATCH_TOKENS", 0)
+    monkeypatch.setattr(TokenRate, "seconds", lambda _self, num_tokens: float(num_tokens))
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=10**6)
+    await hold_up(scheduler, policy)
+    tasks = await submit(scheduler, TokenGroup([1] * 50, completions(0)))  # due at 151
+    for number, at_s in enumerate((101.0, 130.0, 148.0, 200.0), start=2):
+        now_s = at_s
+        tasks += await submit(scheduler, TokenGroup([number], completions(0)))  # due 2 s later
     policy.gate.set()
-    many = completions(*range(MAX_JOINED_COMPLETIONS + 1))
-    assert len(await scheduler.measure(TokenGroup([1], many), RULES)) == len(many)
+    await asyncio.gather(*tasks)
+    assert [batch[0][0][0] for batch in policy.batches[1:]] == [2, 3, 4, 1, 5]
+    scheduler.close()
 
 
-async def test_dropped_requests_cost_nothing(policy: Gated, scheduler: Scheduler) -> None:
+async def test_dropped_requests_cost_nothing(policy: Gated, scheduler: Scheduler, metrics: Metrics) -> None:
     await hold_up(scheduler, policy)
     gone, there = await submit(scheduler, TokenGroup([1], completions(1)), TokenGroup([2], completions(2)))
+    assert gauge(metrics, "shopr1_queue_tokens") == 3 + 4
     gone.cancel()
-    await asyncio.sleep(0)
+    await asyncio.wait([gone])
+    assert gauge(metrics, "shopr1_queue_tokens") == 4
     policy.gate.set()
-    assert values(await there) == [2.0]
-    assert policy.batches[1:] == [([2], 1)]
+    assert values(await there) == [[2.0]]
+    assert policy.batches[1:] == [[([2], 1)]]
+    assert gauge(metrics, "shopr1_queue_tokens") == 0
+
+
+async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
+    policy: Gated, scheduler: Scheduler, metrics: Metrics
+) -> None:
+    await hold_up(scheduler, policy)
+    [waiting] = await submit(scheduler, TokenGroup([1] * 59, completions(0)))  # 60 of 100
+    one, other = TokenGroup([2] * 19, completions(0)), TokenGroup([3] * 20, completions(0))
+    with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
+        await scheduler.measure([one, other], RULES)
+    assert caught.value.retry_after_s == 1.0  # nothing is known yet of how fast the engine is
+    assert gauge(metrics, "shopr1_queue_tokens") == 60
+    assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
+    # What fits is still welcome, and the prompt that waits already is no burden.
+    more = await submit(scheduler, one, TokenGroup([1] * 59, completions(*[0] * 20)))
+    scheduler_is_full = pytest.raises(OverloadedError, match="100 tokens wait")
+    with scheduler_is_full:
+        scheduler.refuse_if_full()
+    policy.gate.set()
+    await asyncio.gather(waiting, *more)
+    scheduler.refuse_if_full()
+
+
+async def test_what_is_larger_than_the_queue_is_admitted_to_an_empty_one(
+    policy: Gated, scheduler: Scheduler
+) -> None:
+    policy.gate.set()
+    large = TokenGroup([1] * (MAX_QUEUE_TOKENS + 1), completions(0))
+    assert values(await scheduler.measure([large], RULES)) == [[0.0]]
 
 
 async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, scheduler: Scheduler) -> None:
     await hold_up(scheduler, policy)
-    tasks = await submit(
-        scheduler,
-        TokenGroup([13], completions(1)),
-        TokenGroup([2], completions(2)),
-        TokenGroup([13], completions(3)),
-    )
+    other_rules = RULES.model_copy(update={"temperature": 0.6})
+    tasks = await submit(scheduler, TokenGroup([13], completions(1)), TokenGroup([13], completions(3)))
+    tasks += await submit(scheduler, TokenGroup([2], completions(2)), rules=other_rules)
     policy.gate.set()
-    first, second, third = await asyncio.gather(*tasks, return_exceptions=True)
+    first, third, second = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(first, ZeroDivisionError)
     assert isinstance(third, ZeroDivisionError)
     assert not isinstance(second, BaseException)
-    assert values(second) == [2.0]
+    assert values(second) == [[2.0]]
+
+
+async def test_a_failure_drops_what_else_waits_of_the_request(policy: Gated, metrics: Metrics) -> None:
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
+    policy.gate.set()
+    with pytest.raises(ZeroDivisionError):
+        await scheduler.measure(
+            [TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], RULES
+        )
+    assert gauge(metrics, "shopr1_queue_tokens") == 0
+    scheduler.close()
 
 
 async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
     policy: Gated, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy.gate.set()
+    group = TokenGroup([1], completions(1, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "certainties", lambda _group, _rules: [Certainty((1.0,))])
-        with pytest.raises(RuntimeError, match="measured 1 of 2 completions"):
-            await scheduler.measure(TokenGroup([1], completions(1, 2)), RULES)
-    assert values(await scheduler.measure(TokenGroup([1], completions(1, 2)), RULES)) == [1.0, 2.0]
+        patch.setattr(policy, "certainties", lambda _groups, _rules: [[Certainty((1.0,))]])
+        with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
+            await scheduler.measure([group], RULES)
+    assert values(await scheduler.measure([group], RULES)) == [[1.0, 2.0]]
+
+
+async def test_when_the_device_is_gone_everybody_is_told(
+    policy: Gated, scheduler: Scheduler, failures: list[BaseException]
+) -> None:
+    running = await hold_up(scheduler, policy, token_id=666)
+    [waiting, gone] = await submit(scheduler, *(TokenGroup([i], completions(1)) for i in (1, 2)))
+    gone.cancel()
+    policy.gate.set()
+    for task in (running, waiting):
+        with pytest.raises(NotReadyError, match="the engine has failed") as caught:
+            await task
+        assert caught.value.retry_after_s is not None
+    with pytest.raises(NotReadyError, match="the engine has failed"):
+        await scheduler.measure([TokenGroup([1], completions(1))], RULES)
+    assert [str(failure) for failure in failures] == ["an illegal memory access"]
+    assert len(policy.batches) == 1
 
 
 async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
-    assert await scheduler.measure(TokenGroup([1], []), RULES) == []
+    assert await scheduler.measure([TokenGroup([1], [])], RULES) == [[]]
     assert policy.batches == []
 
 
@@ -169,8 +275,18 @@ async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, 
     [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
     scheduler.close()
     policy.gate.set()
-    assert values(await running) == [0.0]
+    assert values(await running) == [[0.0]]
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    with pytest.raises(RuntimeError, match="closed"):
-        await scheduler.measure(TokenGroup([1], completions(1)), RULES)
+    with pytest.raises(NotReadyError, match="shutting down"):
+        await scheduler.measure([TokenGroup([1], completions(1))], RULES)
+
+
+def test_the_rate_remembers_late_batches_best() -> None:
+    rate = TokenRate()
+    assert rate.seconds(1000) == 0.0
+    rate.record(100, 1.0)
+    assert rate.seconds(1000) == pytest.approx(10.0)
+    rate.record(300, 1.0)
+    # (0.9 · 100 + 300) tokens in (0.9 · 1 + 1) s
+    assert rate.seconds(1000) == pytest.approx(1000 * 1.9 / 390)

@@ -305,8 +305,10 @@ class Failing(FakePolicy):
         super().__init__()
         self._failure = Unmeasurable(reason, "because")
 
-    def certainties(self, group: TokenGroup, rules: SelfCertaintyRecipe) -> list[Certainty | Unmeasurable]:
-        return [self._failure, *super().certainties(group, rules)[1:]]
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> list[list[Certainty | Unmeasurable]]:
+        return [[self._failure, *measured[1:]] for measured in super().certainties(groups, rules)]
 
 
 @pytest.mark.parametrize("reason", Reason)

@@ -28,7 +28,11 @@ def test_defaults() -> None:
         "device": "auto",
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
-        "prefix_cache_bytes": 2 * 2**30,
+        "prefix_cache_bytes": None,
+        "memory_share": 0.9,
+        "deterministic": False,
+        "max_queue_tokens": 1_048_576,
+        "request_timeout_s": 540.0,
         "recipe": "shop_r1",
         "max_body_bytes": 67_108_864,
         "max_groups": 1024,
@@ -79,7 +83,13 @@ def test_sources_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_every_setting_can_come_from_anywhere(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    special = {"dtype": "float16", "log_level": "debug"}
+    special = {
+        "dtype": "float16",
+        "log_level": "debug",
+        "deterministic": "True",
+        "memory_share": "0.7",
+        "request_timeout_s": "7.5",
+    }
     value = special.get(name, "7")
     toml = use_config(monkeypatch, tmp_path / "shopr1.toml", f'{name} = "{value}"')
     from_toml = load_settings()

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from shopr1_service import shared_forward
-from shopr1_service.forward import IndependentForward, Suffix
+from shopr1_service.forward import IndependentForward, PromptGroup, Suffix
 from shopr1_service.prefix import PrefixCache
 from shopr1_service.shared_attention import UnsupportedAttentionError
 from shopr1_service.shared_forward import SharedPrefixForward
@@ -48,6 +48,11 @@ def check(
         assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
 
 
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Keys and values in fp32."""
+    return 2 * 4 * sum(p.shape[0] for n, p in model.named_parameters() if n.endswith("k_proj.weight"))
+
+
 SUFFIXES = st.lists(
     st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.booleans()).map(
         lambda drawn: suffix(*drawn[0]) if drawn[1] else Suffix(tuple(drawn[0]), (-1, len(drawn[0]) - 1))
@@ -69,16 +74,71 @@ def test_any_requests_in_any_order(
 ) -> None:
     """Prompts that begin alike, leads that are cut, evictions, small passes: always the same numbers."""
     model = model_of("llama")
-    bytes_per_token = (
-        2 * 4 * sum(p.shape[0] for n, p in model.named_parameters() if n.endswith("k_proj.weight"))
-    )
-    forward = SharedPrefixForward(model, PrefixCache(max_tokens * bytes_per_token))
+    forward = SharedPrefixForward(model, PrefixCache(max_tokens * bytes_per_token(model)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
         for prompt, suffixes in groups:
             usable = [s for s in suffixes if prompt or s.positions[0] >= 0]
             if usable:
                 check(forward, model, prompt, usable)
+
+
+@given(
+    batches=st.lists(GROUPS, min_size=1, max_size=3),
+    max_tokens=st.sampled_from([0, 4, 12, 10**6]),
+    max_pass_tokens=st.sampled_from([1, 3, 8, 8192]),
+    min_shared_tokens=st.sampled_from([1, 3, 64]),
+)
+@settings(max_examples=60)
+def test_any_groups_together(
+    batches: list[list[tuple[list[int], list[Suffix]]]],
+    max_tokens: int,
+    max_pass_tokens: int,
+    min_shared_tokens: int,
+) -> None:
+    """Groups that share passes, begin alike, or are the same: each gets the numbers it would get alone."""
+    model = model_of("llama")
+    forward = SharedPrefixForward(model, PrefixCache(max_tokens * bytes_per_token(model)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
+        patch.setattr(shared_forward, "MIN_SHARED_TOKENS", min_shared_tokens)
+        for drawn in batches:
+            groups = [PromptGroup(p, [s for s in ss if p or s.positions[0] >= 0]) for p, ss in drawn]
+            groups = [group for group in groups if group.suffixes]
+            for actual, expected in zip(
+                forward.batch(groups), IndependentForward(model).batch(groups), strict=True
+            ):
+                for actual_S_H, expected_S_H in zip(actual, expected, strict=True):
+                    assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
+
+
+def test_short_groups_share_their_passes() -> None:
+    model = tiny_model()
+    counting = Counting(model)
+    forward = SharedPrefixForward(model, PrefixCache(10**9))
+    groups = [PromptGroup(random_ids(10 + i, seed=i), [suffix(1, 2), suffix(3, 4, 5)]) for i in range(3)]
+    forward.batch(groups)
+    # 10, 11, 12 and thrice the lead; then 1 + 2 tokens of each behind it.
+    assert counting.take() == [33 + 9, 9]
+    forward.batch(groups)
+    assert counting.take() == [9]
+
+
+def test_prompts_that_begin_alike_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_forward, "MIN_SHARED_TOKENS", 20)
+    model = tiny_model()
+    counting = Counting(model)
+    system = random_ids(30, seed=1)
+    prompts = [[*system, *random_ids(5 + i, seed=10 + i)] for i in range(3)]
+    steps = [*prompts, [*prompts[0], *random_ids(25, seed=20)]]
+    groups = [PromptGroup(prompt, [suffix(1, 2)]) for prompt in steps]
+    forward = SharedPrefixForward(model, PrefixCache(10**9))
+    forward.batch(groups)
+    # The first with all it has; then what the others have of their own; then the completions.
+    assert counting.take() == [30 + 5 + 3, (6 + 3) + (7 + 3) + (25 + 3), 4]
+    # Without a cache there is nothing to wait for.
+    SharedPrefixForward(model, PrefixCache(0)).batch(groups)
+    assert counting.take() == [38 + 39 + 40 + 63, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,50 @@
+"""How a server ends when its device is gone."""
+
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from shopr1_client import Client
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service import server
+from shopr1_service.engine import Certainty, FatalEngineError, TokenGroup, Unmeasurable
+from shopr1_service.fake import FakePolicy
+from shopr1_service.settings import Settings
+from tests.service.http import WAIT_S, answer, group, problem
+
+
+class Dying(FakePolicy):
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> list[list[Certainty | Unmeasurable]]:
+        raise FatalEngineError("CUDA error: an illegal memory access was encountered")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_a_device_that_is_gone_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "load_policy", lambda _settings: Dying())
+    settings = Settings(port=free_port())
+    url = f"http://127.0.0.1:{settings.port}"
+
+    def ask() -> httpx.Response:
+        with Client(url) as client:
+            client.wait_until_ready(WAIT_S)
+        return httpx.post(f"{url}/score", json={"groups": [group(answer())]}, timeout=WAIT_S)
+
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(ask)
+        # Nobody signals it: it returns by itself, with a code that makes a supervisor start it anew.
+        assert server.serve(settings) == 1
+        answered = asked.result()
+    assert "the engine has failed" in problem(answered, 503, "not_ready")["detail"]
+    assert int(answered.headers["Retry-After"]) >= 1
+    assert "an illegal memory access" in caplog.text
