@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import sys
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,7 +77,14 @@ def serve(
     settings = _settings(config, options, policy=policy, recipe=recipe, host=host, port=port)
     from shopr1_service.server import serve as run  # imports torch
 
-    raise typer.Exit(run(settings))
+    code = run(settings)
+    if any(thread.daemon for thread in threading.enumerate()):
+        # A load or a forward that nobody waits for. It cannot be stopped, and an interpreter that ends under
+        # a thread inside of torch is aborted.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 @app.command()

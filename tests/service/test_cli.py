@@ -405,12 +405,16 @@ def test_serve_refuses_an_unknown_setting() -> None:
 
 SERVE_FAKE = """\
 import sys
+import torch
 from shopr1_service import cli, server
 from shopr1_service.fake import FakePolicy
 
 def hold():
     print("scoring", flush=True)
-    sys.stdin.readline()
+    if sys.stdin.readline() == "never\\n":
+        matrix = torch.eye(500)
+        while True:
+            matrix = matrix @ matrix
 
 server.load_policy = lambda settings: FakePolicy(before_scoring=hold)
 sys.argv = ["shopr1", "serve", "--port", "0", "--set", "max_groups=5"]
@@ -445,9 +449,9 @@ class Serving:
     def wait_until_scoring(self) -> None:
         assert self._pipe(self.process.stdout).readline() == "scoring\n"
 
-    def go_on(self) -> None:
+    def go_on(self, how: str = "") -> None:
         stdin = self._pipe(self.process.stdin)
-        stdin.write("\n")
+        stdin.write(f"{how}\n")
         stdin.flush()
 
     def end(self) -> int:
@@ -501,3 +505,15 @@ def test_open_requests_are_answered_before_the_end() -> None:
     [response] = answers
     assert response.status_code == 200
     assert [scored["rewards"][0]["reward"] for scored in response.json()["groups"]] == [0.93, 0.93]
+
+
+def test_a_forward_that_nobody_waits_for_does_not_hold_up_the_end() -> None:
+    with serve_fake() as serving:
+        serving.go_on("never")
+        headers = {"X-Request-Timeout": "0.5"}
+        late = httpx.post(f"{serving.url}/score", json={"groups": [group(answer())]}, headers=headers)
+        assert late.status_code == 504
+        serving.wait_until_scoring()
+        serving.process.send_signal(signal.SIGTERM)
+        # The engine's thread is inside of torch, and cannot be told to stop.
+        assert serving.end() == 0, "".join(serving.log)
