@@ -22,10 +22,14 @@ from shopr1_client.errors import (
     TooLargeError,
 )
 from shopr1_client.wire import is_union_tag
+from shopr1_service.patience import ClientGoneError
 from shopr1_service.preparation import refuse_if_any
 from shopr1_service.request_id import REQUEST_ID_HEADER, request_id_of
 
 logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for requests whose client has gone. It stands in metrics only: nobody reads the answer."""
 
 _BY_STATUS: dict[int, type[ProblemError]] = {
     problem.status: problem
@@ -42,6 +46,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -77,6 +82,10 @@ async def _on_http(request: Request, error: Exception) -> Response:
     # FastAPI hides why a body could not be decoded behind a general sentence.
     detail = _DECODING.get(type(error.__cause__), str(error.detail))
     return problem_response(problem_class(detail), request_id_of(request.scope), dict(error.headers or {}))
+
+
+async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

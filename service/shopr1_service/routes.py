@@ -19,11 +19,10 @@ from shopr1_client.errors import (
 from shopr1_client.wire import Health, Info, RecipeRef, ScoreRequest, ScoreResponse
 from shopr1_rewards import Recipe
 from shopr1_service import __version__, examples
+from shopr1_service.answer import answer
 from shopr1_service.metrics import CONTENT_TYPE_LATEST
 from shopr1_service.openapi import METRICS_CONTENT, problem_responses
-from shopr1_service.patience import ClientGoneError, within
 from shopr1_service.recipe_book import reference
-from shopr1_service.request_id import request_id_of
 from shopr1_service.state import State, state_of
 
 router = APIRouter()
@@ -37,8 +36,6 @@ TIMEOUT = Header(
     description="Seconds after which the client will not wait any more; the service answers 504 then. "
     "At most, and by default, the service's `request_timeout_s`.",
 )
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for requests whose client has gone. It stands in metrics only: nobody reads the answer."""
 
 
 @router.post(
@@ -69,12 +66,7 @@ async def score(
     A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
-    longest_s = state.settings.request_timeout_s
-    work = state.scorer.score(body, request_id_of(request.scope))
-    try:
-        return _json(await within(work, request, min(timeout_s or longest_s, longest_s)))
-    except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return _json(await answer(body, request, state, timeout_s))
 
 
 @router.get(
