@@ -1,59 +1,58 @@
-"""A small synchronous client."""
+"""The synchronous client."""
 
-import json
-import time
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from shopr1_client.errors import NotReadyError, ProblemError, TransportError, from_problem
-from shopr1_client.wire import Info, ScoreRequest, ScoreResponse
-
-DEFAULT_TIMEOUT_S = 600.0
-"""A long prompt on a busy engine takes minutes; a training run should not die of it."""
-_POLL_INTERVAL_S = 0.2
+from shopr1_client import exchange, parts
+from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
+from shopr1_client.parts import Part
+from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class Client:
-    """Calls a service at `base_url`.
+class Client(BaseClient):
+    """Synchronous; may be used from several threads. For arguments see `BaseClient`.
 
     Raises (every method):
         TransportError: no answer.
         ProblemError: the subclass that the service's problem code stands for.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+    def __init__(self, base_url: str | Sequence[str], **options: Any) -> None:  # noqa: ANN401
+        super().__init__(base_url, **options)
+        self._http = httpx.Client(**self._http_options)
 
-    def score(self, request: ScoreRequest) -> ScoreResponse:
-        """Score groups of rollouts."""
-        # json escapes half surrogate pairs, which a policy may have written; pydantic refuses them.
-        content = json.dumps(request.model_dump(mode="python", exclude_none=True))
-        return self._call(ScoreResponse, "POST", "/score", content=content)
+    def score(self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None) -> ScoreResponse:
+        """Score groups of rollouts, however many."""
+        try:
+            return self._score(request, on_progress)
+        except TooLargeError:
+            if not self._learn(self._infos()):
+                raise
+            return self._score(request, on_progress)
 
     def info(self) -> Info:
         """The service's policy, limits and recipes."""
-        return self._call(Info, "GET", "/info")
+        return self._try(Info, "GET", "/info", self._urls)
 
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Return once the service can score.
+        """Return once every server can score.
 
         Raises:
             ProblemError, TransportError: the last obstacle, when `timeout_s` have passed.
         """
-        give_up_at = time.monotonic() + timeout_s
-        while True:
-            try:
-                self._request("GET", "/health/ready")
-                return
-            except (NotReadyError, TransportError):
-                if time.monotonic() >= give_up_at:
-                    raise
-            time.sleep(_POLL_INTERVAL_S)
+        for url in self._urls:
+            for attempt in self._polls(timeout_s):
+                with attempt:
+                    self._send(Health, "GET", f"{url}/health/ready")
 
     def close(self) -> None:
         """Close the connections."""
@@ -67,35 +66,48 @@ class Client:
     ) -> None:
         self.close()
 
-    def _call(self, model: type[_Model], method: str, path: str, **kwargs: Any) -> _Model:  # noqa: ANN401
-        response = self._request(method, path, **kwargs)
-        try:
-            return model.model_validate_json(response.content)
-        except ValidationError as error:
-            raise TransportError(f"{method} {path}: not an answer of this service: {error}") from error
+    def _infos(self) -> list[Info]:
+        """Of the servers that are there."""
+        infos = []
+        for url in self._urls:
+            with contextlib.suppress(ShopR1Error):
+                infos.append(self._send(Info, "GET", f"{url}/info"))
+        return infos
 
-    def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:  # noqa: ANN401
-        if "content" in kwargs:
-            kwargs["headers"] = {"Content-Type": "application/json"}
+    def _score(self, request: ScoreRequest, on_progress: OnProgress) -> ScoreResponse:
+        own = self._split(request)
+        if len(own) == 1:
+            answers = [self._score_part(own[0], on_progress)]
+        else:
+            with ThreadPoolExecutor(self._max_concurrency) as pool:
+                futures = [pool.submit(self._score_part, part, on_progress) for part in own]
+                wait(futures, return_when=FIRST_EXCEPTION)
+                pool.shutdown(wait=False, cancel_futures=True)
+                failed = [f for f in futures if f.done() and not f.cancelled() and f.exception()]
+                answers = [future.result() for future in failed or futures]
+        return parts.merge(request, own, answers)
+
+    def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
         try:
-            response = self._http.request(method, path, **kwargs)
+            answer = self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
+        except ProblemError as error:
+            raise parts.relocated(error, part) from None
+        parts.check(part, answer)
+        on_progress(part.num_rollouts)
+        return answer
+
+    def _try(
+        self, model: type[_Model], method: str, path: str, urls: Sequence[str], body: bytes | None = None
+    ) -> _Model:
+        retries, servers = self._tries(urls)
+        for attempt in retries:
+            with attempt:
+                return self._send(model, method, next(servers) + path, body)
+        raise AssertionError("the last attempt raises")
+
+    def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
+        try:
+            response = self._http.request(method, url, content=body)
         except httpx.TransportError as error:
-            raise TransportError(f"{method} {path}: {error!r}") from error
-        if response.is_success:
-            return response
-        raise _problem(response)
-
-
-def _problem(response: httpx.Response) -> ProblemError:
-    retry_after = response.headers.get("Retry-After", "")
-    is_seconds = retry_after.isascii() and retry_after.isdigit()
-    retry_after_s = float(retry_after) if is_seconds else None
-    try:
-        body = response.json()
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        return ProblemError(
-            f"HTTP {response.status_code}: {response.text[:200]}", retry_after_s=retry_after_s
-        )
-    return from_problem(body, retry_after_s)
+            raise exchange.failure(f"{method} {url}", error) from error
+        return exchange.read(model, response)

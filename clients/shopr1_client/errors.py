@@ -47,12 +47,13 @@ class ProblemError(ShopR1Error):
     Attributes:
         detail: what happened, for people.
         errors: the bad fields, where the request is at fault.
+        status: the answer's HTTP status.
         retry_after_s: seconds to wait before another try, where one makes sense.
         request_id: the request's id in the service's logs.
     """
 
     code: ClassVar[str] = "unknown"
-    status: ClassVar[int] = 500
+    status: int = 500
     title: ClassVar[str] = "Unknown problem"
 
     def __init__(
@@ -161,12 +162,17 @@ PROBLEMS: tuple[type[ProblemError], ...] = (
 _BY_CODE = {problem.code: problem for problem in PROBLEMS}
 
 
-def from_problem(body: Mapping[str, Any], retry_after_s: float | None = None) -> ProblemError:
+def from_problem(
+    body: Mapping[str, Any], status: int | None = None, retry_after_s: float | None = None
+) -> ProblemError:
     """The error that an answer stands for; a plain `ProblemError` where the code is not known here."""
     problem_class = _BY_CODE.get(str(body.get("code")), ProblemError)
-    return problem_class(
+    error = problem_class(
         str(body.get("detail", body)),
         errors=body.get("errors") or (),
         retry_after_s=retry_after_s,
         request_id=body.get("request_id"),
     )
+    if status is not None:
+        error.status = status
+    return error

@@ -268,6 +268,7 @@ class GroupScore(_Answer):
     """The rewards of a group, in the order of its completions."""
 
     id: str | None
+    policy_version: Annotated[str, Field(description="Of the weights that scored this group.")]
     rewards: list[Reward]
     prompt_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
 

@@ -63,6 +63,7 @@ SCORE_RESPONSE: dict[str, Any] = {
     "groups": [
         {
             "id": "session-7/step-3",
+            "policy_version": "0",
             "rewards": [
                 {
                     "reward": 1.13,

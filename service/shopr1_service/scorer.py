@@ -121,7 +121,10 @@ class Scorer:
         for reward in rewards:
             self._metrics.record_reward(recipe.name, reward)
         prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
-        return GroupScore(id=group.id, rewards=rewards, prompt_token_ids=prompt_ids)
+        version = self.policy.info.version
+        return GroupScore(
+            id=group.id, policy_version=version, rewards=rewards, prompt_token_ids=prompt_ids
+        )
 
 
 def _reward(

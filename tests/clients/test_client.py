@@ -28,8 +28,11 @@ from shopr1_service.settings import Settings
 from tests.service.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
 
 
-def request(*completions: str | Text | TokenIds, truth: Any = TERMINATE, **more: Any) -> ScoreRequest:
-    return ScoreRequest(groups=[Group(prompt="p", ground_truth=truth, completions=list(completions))], **more)
+def request(
+    *completions: str | Text | TokenIds, truth: Any = TERMINATE, prompt: str = "p", **more: Any
+) -> ScoreRequest:
+    group = Group(prompt=prompt, ground_truth=truth, completions=list(completions))
+    return ScoreRequest(groups=[group], **more)
 
 
 # --- a service --------------------------------------------------------------------------------------
@@ -79,12 +82,12 @@ class Buggy(FakePolicy):
         (request(recipe="nope"), InvalidRequestError),
         (request(truth={"type": "click"}), InvalidRequestError),
         (request(policy_version="9"), PolicyVersionError),
-        (request("", "", "", ""), TooLargeError),
+        (request(answer(), prompt="p" * 101), TooLargeError),
         (request(answer()), InternalError),
     ],
 )
 def test_problems_of_a_request(bad: ScoreRequest, expected: type[ProblemError]) -> None:
-    service = served(Buggy(), max_completions_per_group=3)
+    service = served(Buggy(), max_request_tokens=100)
     with service as url, Client(url) as client, pytest.raises(expected) as caught:
         client.score(bad)
     assert type(caught.value) is expected
@@ -132,7 +135,7 @@ def loading() -> Iterator[tuple[str, Loader]]:
 
 
 def test_not_ready() -> None:
-    with loading() as (url, _), Client(url) as client:
+    with loading() as (url, _), Client(url, retry_for_s=0) as client:
         for call in (client.info, lambda: client.score(request())):
             with pytest.raises(NotReadyError) as caught:
                 call()
@@ -145,7 +148,7 @@ def test_waiting_gives_up_with_the_obstacle() -> None:
 
 
 def test_waiting_ends_when_the_policy_is_loaded() -> None:
-    with loading() as (url, load), Client(url) as client:
+    with loading() as (url, load), Client(url, retry_for_s=0) as client:
         waiter = threading.Thread(target=client.wait_until_ready, args=(WAIT_S,))
         waiter.start()
         with pytest.raises(NotReadyError):
@@ -178,17 +181,19 @@ def free_url() -> str:
 
 @pytest.mark.parametrize("url", [free_url(), "http://127.0.0.1:1", "no-scheme", "ftp://127.0.0.1"])
 def test_no_answer_is_a_transport_error(url: str) -> None:
-    with Client(url, timeout_s=WAIT_S) as client:
+    with Client(url, retry_for_s=0) as client:
         for call in (client.info, lambda: client.score(request()), lambda: client.wait_until_ready(0.0)):
             with pytest.raises(TransportError) as caught:
                 call()
             assert caught.value.__cause__ is not None
-    assert str(caught.value).startswith("GET /health/ready: ")
+    assert str(caught.value).startswith(f"GET {url}/health/ready: ")
 
 
 def test_a_reset_is_a_transport_error() -> None:
-    with answering(None, b"") as url, Client(url) as client, pytest.raises(TransportError, match="GET /info"):
+    hanging_up = answering(None, b"")
+    with hanging_up as url, Client(url, retry_for_s=0) as client, pytest.raises(TransportError) as caught:
         client.info()
+    assert str(caught.value).startswith(f"GET {url}/info: ")
 
 
 def test_a_timeout_is_a_transport_error() -> None:
@@ -197,7 +202,7 @@ def test_a_timeout_is_a_transport_error() -> None:
     def hold() -> None:
         assert may_go_on.wait(WAIT_S)
 
-    with served(FakePolicy(before_scoring=hold)) as url, Client(url, timeout_s=0.1) as client:
+    with served(FakePolicy(before_scoring=hold)) as url, Client(url, timeout_s=0.1, retry_for_s=0) as client:
         try:
             with pytest.raises(TransportError, match="Timeout"):
                 client.score(request(answer()))
@@ -238,7 +243,7 @@ def answering(status: int | None, body: bytes, headers: dict[str, str] | None = 
 
 def caught(call: Callable[[Client], Any], status: int, body: bytes, **headers: str) -> ProblemError:
     server = answering(status, body, headers)
-    with server as url, Client(url) as client, pytest.raises(ProblemError) as error:
+    with server as url, Client(url, retry_for_s=0) as client, pytest.raises(ProblemError) as error:
         call(client)
     return error.value
 

@@ -71,7 +71,10 @@ class Service:
 
     def __call__(self, request: ScoreRequest) -> ScoreResponse:
         self.requests.append(request)
-        groups = [GroupScore(id=g.id, rewards=[REWARD] * len(g.completions)) for g in request.groups]
+        groups = [
+            GroupScore(policy_version="0", id=g.id, rewards=[REWARD] * len(g.completions))
+            for g in request.groups
+        ]
         return ScoreResponse(request_id="r", recipe=self._recipe, policy=self._policy, groups=groups)
 
 

@@ -1,0 +1,136 @@
+"""The asynchronous client."""
+
+import asyncio
+import contextlib
+import copy
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from shopr1_client import exchange, parts
+from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
+from shopr1_client.parts import Part
+from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class AsyncClient(BaseClient):
+    """Asynchronous. For arguments see `BaseClient`.
+
+    Within `async with` connections are kept. Outside of it each call has its own: trainers that make an event
+    loop for every batch can hold a client all the same.
+
+    Raises (every method):
+        TransportError: no answer.
+        ProblemError: the subclass that the service's problem code stands for.
+    """
+
+    _http: httpx.AsyncClient | None = None
+
+    async def score(
+        self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None
+    ) -> ScoreResponse:
+        """Score groups of rollouts, however many."""
+        async with self._connected() as client:
+            try:
+                return await client._score(request, on_progress)
+            except TooLargeError:
+                if not client._learn(await client._infos()):
+                    raise
+                self._limits = client._limits
+                return await client._score(request, on_progress)
+
+    async def info(self) -> Info:
+        """The service's policy, limits and recipes."""
+        async with self._connected() as client:
+            return await client._try(Info, "GET", "/info", self._urls)
+
+    async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Return once every server can score.
+
+        Raises:
+            ProblemError, TransportError: the last obstacle, when `timeout_s` have passed.
+        """
+        async with self._connected() as client:
+            for url in self._urls:
+                async for attempt in self._polls(timeout_s):
+                    with attempt:
+                        await client._send(Health, "GET", f"{url}/health/ready")
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
+
+    async def __aenter__(self) -> Self:
+        self._http = httpx.AsyncClient(**self._http_options)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator["AsyncClient"]:
+        if self._http is not None:
+            yield self
+        else:
+            async with copy.copy(self) as own:
+                yield own
+
+    async def _infos(self) -> list[Info]:
+        """Of the servers that are there."""
+        infos = []
+        for url in self._urls:
+            with contextlib.suppress(ShopR1Error):
+                infos.append(await self._send(Info, "GET", f"{url}/info"))
+        return infos
+
+    async def _score(self, request: ScoreRequest, on_progress: OnProgress) -> ScoreResponse:
+        own = self._split(request)
+        free = asyncio.Semaphore(self._max_concurrency)
+
+        async def score_part(part: Part) -> ScoreResponse:
+            async with free:
+                return await self._score_part(part, on_progress)
+
+        tasks = [asyncio.ensure_future(score_part(part)) for part in own]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return parts.merge(request, own, answers)
+
+    async def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
+        try:
+            answer = await self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
+        except ProblemError as error:
+            raise parts.relocated(error, part) from None
+        parts.check(part, answer)
+        on_progress(part.num_rollouts)
+        return answer
+
+    async def _try(
+        self, model: type[_Model], method: str, path: str, urls: Sequence[str], body: bytes | None = None
+    ) -> _Model:
+        retries, servers = self._tries(urls)
+        async for attempt in retries:
+            with attempt:
+                return await self._send(model, method, next(servers) + path, body)
+        raise AssertionError("the last attempt raises")
+
+    async def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
+        assert self._http is not None  # see `_connected`
+        try:
+            response = await self._http.request(method, url, content=body)
+        except httpx.TransportError as error:
+            raise exchange.failure(f"{method} {url}", error) from error
+        return exchange.read(model, response)

@@ -1,0 +1,84 @@
+"""One request and its answer: what the synchronous and the asynchronous client have in common."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from shopr1_client.errors import (
+    DeadlineExceededError,
+    ProblemError,
+    TransportError,
+    from_problem,
+)
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_CONNECT_TIMEOUT_S = 10.0
+_TRANSIENT_STATUSES = frozenset({429, 502, 503, 504})
+"""Of the service, and of gateways before it that cannot reach it."""
+
+
+class WrongUrlError(TransportError):
+    """The URL leads to no such service: its scheme is not HTTP's, or somebody else answered."""
+
+
+def timeout(timeout_s: float) -> httpx.Timeout:
+    # A pool that waits for its own connections is no failure of the server.
+    return httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S), pool=None)
+
+
+def headers(api_key: str | None, timeout_s: float) -> dict[str, str]:
+    """Of every request. The service need not work on what this client will not wait for."""
+    authorization = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return {"X-Request-Timeout": f"{timeout_s:g}", "Content-Type": "application/json", **authorization}
+
+
+def failure(what: str, error: httpx.TransportError) -> TransportError:
+    """The error of a request that got no answer."""
+    error_class = WrongUrlError if isinstance(error, httpx.UnsupportedProtocol) else TransportError
+    return error_class(f"{what}: {error!r}")
+
+
+def read(model: type[_Model], response: httpx.Response) -> _Model:
+    """The answer.
+
+    Raises:
+        ProblemError: the subclass that the answer's problem code stands for.
+        WrongUrlError: it is no answer of this service.
+    """
+    if not response.is_success:
+        raise _problem(response)
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as error:
+        raise WrongUrlError(f"{response.url}: not an answer of this service: {error}") from error
+
+
+def backoff(error: Exception) -> bool | float:
+    """Whether to try again, and in how many seconds, where the service says so (a hook for stamina).
+
+    What the service refuses it will always refuse; that it was too slow is the caller's business.
+    """
+    if isinstance(error, ProblemError):
+        if error.retry_after_s is not None:
+            return error.retry_after_s
+        return error.status in _TRANSIENT_STATUSES and not isinstance(error, DeadlineExceededError)
+    return isinstance(error, TransportError) and not isinstance(error, WrongUrlError)
+
+
+def _problem(response: httpx.Response) -> ProblemError:
+    retry_after_s = _seconds(response.headers)
+    try:
+        body = response.json()
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        body = {"detail": f"HTTP {response.status_code}: {response.text[:200]}"}
+    return from_problem(body, response.status_code, retry_after_s)
+
+
+def _seconds(headers: Mapping[str, str]) -> float | None:
+    retry_after = headers.get("Retry-After", "")
+    return float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None

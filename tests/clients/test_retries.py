@@ -1,0 +1,262 @@
+"""Retries, failover and large requests, of both clients, against services behind real sockets."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import uvicorn
+
+from shopr1_client import AsyncClient, Client, ProblemError, TransportError
+from shopr1_client.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    NotReadyError,
+    OverloadedError,
+    PolicyVersionError,
+)
+from shopr1_client.exchange import WrongUrlError, backoff
+from shopr1_client.wire import Group, ScoreRequest, ScoreResponse
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.app import create_app
+from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.fake import FakePolicy
+from shopr1_service.settings import Settings
+from tests.service.http import TERMINATE, WAIT_S, answer, served
+
+Score = Callable[..., ScoreResponse]
+
+
+def with_client(urls: str | Sequence[str], request: ScoreRequest, **options: Any) -> ScoreResponse:
+    with Client(urls, **options) as client:
+        return client.score(request)
+
+
+def with_async_client(urls: str | Sequence[str], request: ScoreRequest, **options: Any) -> ScoreResponse:
+    async def run() -> ScoreResponse:
+        async with AsyncClient(urls, **options) as client:
+            return await client.score(request)
+
+    return asyncio.run(run())
+
+
+both = pytest.mark.parametrize("score", [with_client, with_async_client], ids=["sync", "async"])
+
+
+def request_of(*prompts: str, num_completions: int = 1) -> ScoreRequest:
+    completions: list[Any] = [answer(rationale="x" * (i + 1)) for i in range(num_completions)]
+    return ScoreRequest(
+        groups=[
+            Group(id=str(i), prompt=prompt, ground_truth=TERMINATE, completions=completions)
+            for i, prompt in enumerate(prompts)
+        ]
+    )
+
+
+def rewards(response: ScoreResponse) -> list[list[float | None]]:
+    return [[reward.reward for reward in group.rewards] for group in response.groups]
+
+
+# --- what is tried again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OverloadedError("full", retry_after_s=7.0), 7.0),
+        (OverloadedError("full"), True),
+        (NotReadyError("loading", retry_after_s=5.0), 5.0),
+        (PolicyVersionError("comes soon", retry_after_s=2.0), 2.0),
+        (PolicyVersionError("another"), False),
+        (InvalidRequestError("bad"), False),
+        (InternalError("bug"), False),
+        (DeadlineExceededError("too slow"), False),
+        (TransportError("reset"), True),
+        (WrongUrlError("not a service"), False),
+        (ValueError("a bug of the client"), False),
+    ],
+)
+def test_what_is_tried_again(error: Exception, expected: bool | float) -> None:
+    assert backoff(error) == expected
+    assert type(backoff(error)) is type(expected)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(500, False), (502, True), (503, True), (504, True)])
+def test_gateways_are_tried_again(status: int, expected: bool) -> None:
+    error = ProblemError("HTTP 50x: <html>")
+    error.status = status
+    assert backoff(error) is expected
+
+
+# --- large requests ---------------------------------------------------------------------------------
+
+
+@both
+def test_a_large_request_is_the_same_as_a_small_one(score: Score) -> None:
+    request = request_of(*(f"prompt {i}" for i in range(100)), num_completions=5)
+    with served(FakePolicy(26.0, 1.0)) as url, served(FakePolicy(26.0, 1.0)) as other:
+        expected = rewards(score(url, request))
+        with served(FakePolicy(26.0, 1.0), max_completions_per_group=2, max_groups=3) as small:
+            assert rewards(score([url, other, small], request)) == expected
+            assert rewards(score(small, request)) == expected
+    # 15 characters before the rationale: certainties 26 + 15, 26 + 15.5 …, and 0.8 for the rest.
+    assert expected[0] == pytest.approx([0.8 + 0.005 * (41 + i / 2) for i in range(5)])
+    assert expected == [expected[0]] * 100
+
+
+@both
+def test_errors_of_a_large_request_name_their_place(score: Score) -> None:
+    request = request_of(*(f"prompt {i}" for i in range(100)))
+    bad = request.groups[77].model_copy(update={"ground_truth": {"type": "click"}})
+    request = request.model_copy(update={"groups": [*request.groups[:77], bad, *request.groups[78:]]})
+    with served() as url, pytest.raises(InvalidRequestError) as caught:
+        score(url, request)
+    assert caught.value.errors[0]["location"] == "groups[77].ground_truth.name"
+
+
+def test_progress() -> None:
+    request = request_of(*(f"prompt {i}" for i in range(70)), num_completions=2)
+    done: list[int] = []
+    with served() as url, Client(url) as client:
+        client.score(request, on_progress=done.append)
+
+        async def run() -> None:
+            async with AsyncClient(url) as client:
+                await client.score(request, on_progress=done.append)
+
+        asyncio.run(run())
+    assert sorted(done) == [12, 12, 64, 64, 64, 64]
+
+
+def test_one_event_loop_after_the_other() -> None:
+    with served() as url:
+        client = AsyncClient(url)
+        for _ in range(3):
+            response = asyncio.run(client.score(request_of("p")))
+            assert rewards(response) == [[0.93]]
+
+
+# --- servers that come and go -----------------------------------------------------------------------
+
+
+class Server:
+    """A service on one port that can be killed, with all that it does, and started again."""
+
+    def __init__(self, policy: FakePolicy) -> None:
+        self._policy = policy
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        app = create_app(Settings(), lambda: self._policy)
+        config = uvicorn.Config(
+            app, port=self._port, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=0
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+
+    def kill(self) -> None:
+        self._server.force_exit = True
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def mortal(policy: FakePolicy) -> Iterator[Server]:
+    server = Server(policy)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+class Counting(FakePolicy):
+    """Calls back when it has been asked for so many batches."""
+
+    def __init__(self, num_batches: int, then: Callable[[], None]) -> None:
+        super().__init__(26.0, 1.0)
+        self._num_left = num_batches
+        self._then = then
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+    ) -> list[list[Certainty | Unmeasurable]]:
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._then()
+        return super().certainties(groups, rules)
+
+
+@both
+def test_a_server_that_is_killed_and_started_again_loses_nothing(score: Score) -> None:
+    request = request_of(*(f"prompt {i} " + "p" * 1000 for i in range(60)), num_completions=4)
+    with served(FakePolicy(26.0, 1.0)) as url:
+        expected = rewards(score(url, request))
+    is_in_the_middle = threading.Event()
+    with mortal(Counting(3, is_in_the_middle.set)) as server:
+
+        def kill_and_restart() -> None:
+            assert is_in_the_middle.wait(WAIT_S)
+            server.kill()
+            server.start()
+
+        killer = threading.Thread(target=kill_and_restart)
+        killer.start()
+        actual = rewards(score(server.url, request, retry_for_s=WAIT_S, max_concurrency=2))
+        killer.join()
+    assert actual == expected
+
+
+@both
+def test_a_server_that_is_gone_is_replaced_by_another(score: Score) -> None:
+    request = request_of(*(f"prompt {i}" for i in range(40)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with served() as url:
+        assert rewards(score([gone, url], request, retry_for_s=WAIT_S)) == [[0.93]] * 40
+        with pytest.raises(TransportError):
+            score([gone, url], request, retry_for_s=0)
+
+
+@both
+def test_permanent_errors_are_not_repeated(score: Score) -> None:
+    calls: list[None] = []
+
+    class Buggy(FakePolicy):
+        def certainties(
+            self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        ) -> list[list[Certainty | Unmeasurable]]:
+            calls.append(None)
+            raise ZeroDivisionError
+
+    with served(Buggy()) as url, pytest.raises(InternalError):
+        score(url, request_of("p"), retry_for_s=WAIT_S)
+    assert len(calls) == 1
+
+
+@both
+def test_the_server_is_told_how_long_the_client_waits(score: Score) -> None:
+    may_go_on = threading.Event()
+
+    def hold() -> None:
+        assert may_go_on.wait(WAIT_S)
+
+    with served(FakePolicy(before_scoring=hold), request_timeout_s=0.05) as url:
+        try:
+            # The server's own limit is shorter here: its answer is final, though the client would wait.
+            with pytest.raises(DeadlineExceededError, match=r"within 0\.05 s"):
+                score(url, request_of("p"), timeout_s=WAIT_S)
+        finally:
+            may_go_on.set()
+
+
+def test_a_client_needs_a_server() -> None:
+    with pytest.raises(ValueError, match="no server"):
+        Client([])
