@@ -9,6 +9,7 @@
         ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
         ├── TooLargeError          413  too_large         more than a limit allows
         ├── InvalidRequestError    422  invalid_request   names each bad field; nothing was scored
+        ├── UnscorableError        422  unscorable        a trainer's protocol has no place for "no reward"
         ├── OverloadedError        429  overloaded        too much waits already; try again later
         ├── InternalError          500  internal          a bug in the service
         ├── NotReadyError          503  not_ready         loading or shutting down; try again
@@ -16,7 +17,8 @@
 
 `code` is the contract. The status is a view of it, and each stands once: in the class.
 
-A rollout that cannot be scored is no error. It is a result with `reward: null` and a reason.
+A rollout that cannot be scored is no error. It is a result with `reward: null` and a reason. Only the
+protocols of trainers that know nothing but numbers make it one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,6 +125,12 @@ class InvalidRequestError(ProblemError):
     code, status, title = "invalid_request", 422, "Invalid request"
 
 
+class UnscorableError(ProblemError):
+    """A trainer's protocol has numbers only, and a rollout has none; `errors` names each and the reason."""
+
+    code, status, title = "unscorable", 422, "A rollout cannot be scored"
+
+
 class OverloadedError(ProblemError):
     """More than `max_queue_tokens` wait already. Nothing was scored; `Retry-After` says when to try again."""
 
@@ -154,6 +162,7 @@ PROBLEMS: tuple[type[ProblemError], ...] = (
     PolicyVersionError,
     TooLargeError,
     InvalidRequestError,
+    UnscorableError,
     OverloadedError,
     InternalError,
     NotReadyError,

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from shopr1_service import __version__
 from shopr1_service.body_limit import BodyLimit
+from shopr1_service.dialects import labels, llama_factory, nemo_gym, openrlhf, slime
 from shopr1_service.openapi import build_document
 from shopr1_service.policy import Policy
 from shopr1_service.problems import install_handlers
@@ -18,6 +19,8 @@ from shopr1_service.settings import Settings
 from shopr1_service.state import State
 
 logger = logging.getLogger(__name__)
+
+_DIALECTS = (openrlhf, slime, llama_factory, nemo_gym, labels)
 
 DESCRIPTION = """\
 The reward of Shop-R1 (arXiv 2507.17842) for any RL trainer: format, the policy's exact self-certainty over
@@ -60,7 +63,8 @@ def create_app(
     )
     app.state.shopr1 = state
     # Counts what is streamed; the middleware refuses what is announced, and does so with a problem.
-    app.include_router(router, max_body_size=settings.max_body_bytes)
+    for each in (router, *(module.router for module in _DIALECTS)):
+        app.include_router(each, max_body_size=settings.max_body_bytes)
     install_handlers(app)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestRecorder, metrics=state.metrics)

@@ -159,6 +159,8 @@ def _score_call(
     """A function that scores a request: a running server's, or this process's own engine."""
     if url is not None:
         with Client(url) as client:
+            # A wrong URL is told at once; a server that goes away later is waited for.
+            client.wait_until_ready(timeout_s=0)
             yield client.score
         return
     from shopr1_service.loading import load_policy  # imports torch

@@ -9,7 +9,7 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from shopr1_client.wire import PolicyInfo, Reward
+from shopr1_client.wire import PolicyInfo, Reason, Reward
 from shopr1_service.engine import EngineStats
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
@@ -55,6 +55,12 @@ class Metrics:
             ("recipe", "component"),
             registry=self.registry,
         )
+        self._fallbacks = counter(
+            "fallback_rewards",
+            "Unscorable rollouts that a trainer was answered with a number all the same.",
+            "dialect",
+            "reason",
+        )
         self._format_errors = counter(
             "format_errors", "Completions with invalid format, by what is wrong.", "recipe", "error"
         )
@@ -70,6 +76,11 @@ class Metrics:
         self._cache_bytes = self._gauge("prefix_cache_bytes", "Keys and values of prompts that are kept.")
         self._queue_tokens = self._gauge("queue_tokens", "Tokens that wait for the engine.")
         self._rejections = counter("rejected_requests", "Requests that were refused, by why.", "reason")
+        self._repeats = counter(
+            "repeated_requests",
+            "Requests that got the answer of a twin: joined it, or it was answered.",
+            "how",
+        )
         self._batch_tokens = counter("engine_tokens", "Tokens that the engine was given.")
         self._batch_groups = self._histogram(
             "batch_groups", "Prompts that were measured together.", buckets=_GROUPS_BUCKETS
@@ -120,6 +131,9 @@ class Metrics:
         if reward.details.self_certainty_nats is not None:
             self._measured_tokens.inc(reward.details.num_rationale_tokens)
 
+    def record_fallback(self, dialect: str, reason: Reason) -> None:
+        self._fallbacks.labels(dialect, reason.value).inc()
+
     def record_policy(self, info: PolicyInfo) -> None:
         self._policy.clear()
         self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
@@ -129,6 +143,9 @@ class Metrics:
 
     def record_rejection(self, reason: str) -> None:
         self._rejections.labels(reason).inc()
+
+    def record_repeat(self, how: str) -> None:
+        self._repeats.labels(how).inc()
 
     def record_batch(self, num_groups: int, num_tokens: int) -> None:
         self._batch_groups.observe(num_groups)

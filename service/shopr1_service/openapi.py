@@ -1,5 +1,6 @@
 """`openapi.yaml`: built from the application, so that it cannot drift from it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -9,9 +10,11 @@ from fastapi.openapi.utils import get_openapi
 from shopr1_client.errors import PROBLEM_MEDIA_TYPE, NotReadyError, OverloadedError, ProblemError
 from shopr1_client.wire import Problem
 from shopr1_service import examples
+from shopr1_service.dialects.examples import ANSWERS as TRAINER_ANSWERS
 
 TAGS = [
     {"name": "score", "description": "The reward."},
+    {"name": "trainers", "description": "The same in the words of trainers that send HTTP themselves."},
     {"name": "recipes", "description": "What the reward is made of."},
     {"name": "service", "description": "What is running."},
     {"name": "health", "description": "For supervisors and load balancers."},
@@ -32,14 +35,23 @@ _SCHEMA_REF = "#/components/schemas/{model}"
 
 def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
     """FastAPI's `responses` for errors, with an example each."""
-    return {problem.status: _problem_response(problem) for problem in problems}
+    statuses = dict.fromkeys(problem.status for problem in problems)
+    return {status: _problem_response([p for p in problems if p.status == status]) for status in statuses}
 
 
-def _problem_response(problem: type[ProblemError]) -> dict[str, Any]:
-    example = problem("What happened, for people.", request_id="4f3c").to_problem()
-    content: dict[str, Any] = {"schema": {"$ref": _SCHEMA_REF.format(model="Problem")}, "example": example}
-    response: dict[str, Any] = {"description": problem.title, "content": {PROBLEM_MEDIA_TYPE: content}}
-    if problem in (NotReadyError, OverloadedError):
+def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
+    """The response for problems that have their status in common."""
+    bodies = {p.code: p("What happened, for people.", request_id="4f3c").to_problem() for p in problems}
+    content: dict[str, Any] = {"schema": {"$ref": _SCHEMA_REF.format(model="Problem")}}
+    if len(bodies) == 1:
+        [content["example"]] = bodies.values()
+    else:
+        content["examples"] = {code: {"value": body} for code, body in bodies.items()}
+    response: dict[str, Any] = {
+        "description": ", or: ".join(problem.title for problem in problems),
+        "content": {PROBLEM_MEDIA_TYPE: content},
+    }
+    if problems[0] in (NotReadyError, OverloadedError):
         seconds = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
         response["headers"] = {"Retry-After": seconds}
     return response
@@ -75,7 +87,7 @@ def _drop_default_validation_error(operation: dict[str, Any]) -> None:
 
 def _add_example(operation: dict[str, Any]) -> None:
     # Not through FastAPI's `responses`: it would leave out what is null.
-    example = examples.ANSWERS.get(operation["operationId"])
+    example = {**examples.ANSWERS, **TRAINER_ANSWERS}.get(operation["operationId"])
     if example is not None:
         operation["responses"]["200"]["content"]["application/json"]["example"] = example
 

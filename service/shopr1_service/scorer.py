@@ -122,9 +122,7 @@ class Scorer:
             self._metrics.record_reward(recipe.name, reward)
         prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
         version = self.policy.info.version
-        return GroupScore(
-            id=group.id, policy_version=version, rewards=rewards, prompt_token_ids=prompt_ids
-        )
+        return GroupScore(id=group.id, policy_version=version, rewards=rewards, prompt_token_ids=prompt_ids)
 
 
 def _reward(

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import (
@@ -27,6 +27,9 @@ ENV_PREFIX = "SHOPR1_"
 CONFIG_VARIABLE = "SHOPR1_CONFIG"
 
 PositiveInt = Annotated[int, Field(gt=0)]
+
+Unscorable = Literal["error"] | Annotated[float, Field(allow_inf_nan=False)]
+"""What a trainer gets for a rollout that cannot be scored: the problem `unscorable`, or this number."""
 
 
 class DType(StrEnum):
@@ -85,6 +88,17 @@ class Settings(BaseSettings):
     max_request_tokens: PositiveInt = 4 * 2**20
     """Prompts and completions of one request together."""
 
+    max_labels: PositiveInt = 1_000_000
+    """Ground truths that `PUT /labels` takes in all, some hundred bytes each."""
+
+    # OpenRLHF, slime and LLaMA-Factory have no way to say that there is no reward. A number goes into their
+    # training like any other; each is counted by `shopr1_fallback_rewards_total`.
+    openrlhf_unscorable: Unscorable = "error"
+    slime_unscorable: Unscorable = "error"
+    llama_factory_unscorable: Unscorable = "error"
+    nemo_gym_unscorable: Literal["mask", "error"] = "mask"
+    """NeMo Gym has one: the rollout is marked as failed and masked. verifiers and Axolotl do not look."""
+
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
     shutdown_grace_s: PositiveInt = 30
     """Seconds that open requests get to finish after SIGTERM."""
@@ -133,7 +147,7 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
 
 
 def _flaw(details: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in details["loc"])
+    key = str(details["loc"][0])  # what follows names members of unions: settings are flat
     if details["type"] == "extra_forbidden":
         return f"unknown setting {key!r} (value {details['input']!r})"
     return f"{key}: {details['msg']} (got {details['input']!r})"

@@ -9,9 +9,11 @@ from typing import Any, cast
 from fastapi import Request
 
 from shopr1_client.errors import NotReadyError
+from shopr1_service.label_table import LabelTable
 from shopr1_service.metrics import Metrics
 from shopr1_service.policy import Policy
 from shopr1_service.recipe_book import RecipeBook
+from shopr1_service.repeats import Repeats
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
 
@@ -19,12 +21,14 @@ _RETRY_AFTER_S = 5.0
 
 
 class State:
-    """Settings, recipes and metrics from the start; the scorer once the policy has been loaded."""
+    """Settings, recipes, metrics and labels from the start; the scorer once the policy has been loaded."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.recipes = RecipeBook(settings.recipe)
         self.metrics = Metrics()
+        self.repeats = Repeats(self.metrics)
+        self.labels = LabelTable(settings.max_labels)
         self._scorer: Scorer | None = None
         self._is_closing = False
 

@@ -30,6 +30,7 @@ CODES = {
     "policy_version": 409,
     "too_large": 413,
     "invalid_request": 422,
+    "unscorable": 422,
     "overloaded": 429,
     "internal": 500,
     "not_ready": 503,

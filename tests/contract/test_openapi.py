@@ -25,7 +25,8 @@ pytestmark = pytest.mark.anyio
 
 FILE = Path(__file__).parents[2] / "openapi.yaml"
 DOCUMENT: dict[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
-PROBLEM_OF_STATUS = {str(problem.status): problem for problem in PROBLEMS}
+PROBLEM_OF_CODE = {problem.code: problem for problem in PROBLEMS}
+STATUSES = {str(problem.status) for problem in PROBLEMS}
 
 OPERATIONS = {
     "POST /score": "score",
@@ -35,7 +36,23 @@ OPERATIONS = {
     "GET /health/live": "live",
     "GET /health/ready": "ready",
     "GET /metrics": "metrics",
+    "POST /dialects/openrlhf/get_reward": "openrlhfGetReward",
+    "POST /dialects/slime/reward": "slimeReward",
+    "POST /dialects/llama_factory/v1/score/evaluation": "llamaFactoryScoreEvaluation",
+    "POST /dialects/nemo_gym/seed_session": "nemoGymSeedSession",
+    "POST /dialects/nemo_gym/verify": "nemoGymVerify",
+    "POST /dialects/nemo_gym/aggregate_metrics": "nemoGymAggregateMetrics",
+    "GET /dialects/nemo_gym/reverify_mode": "nemoGymReverifyMode",
+    "PUT /labels": "putLabels",
+    "GET /labels": "getLabels",
+    "DELETE /labels": "deleteLabels",
 }
+SCORING_FOR_TRAINERS = [
+    "/dialects/openrlhf/get_reward",
+    "/dialects/slime/reward",
+    "/dialects/llama_factory/v1/score/evaluation",
+    "/dialects/nemo_gym/verify",
+]
 
 
 def operations() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -119,22 +136,41 @@ def test_every_body_has_an_example_and_a_schema() -> None:
         assert "example" in content or content.get("examples"), name
 
 
+def problem_examples(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The problems of one status, each with its code as the example's name where there are several."""
+    if "example" in content:
+        return [content["example"]]
+    assert all(named["value"]["code"] == code for code, named in content["examples"].items())
+    return [named["value"] for named in content["examples"].values()]
+
+
 @each_operation
 def test_problems_have_the_status_of_their_class(operation: dict[str, Any]) -> None:
     problems = {status: r for status, r in operation["responses"].items() if status != "200"}
     assert "500" in problems
     for status, response in problems.items():
-        expected = PROBLEM_OF_STATUS[status]
-        example = response["content"][PROBLEM_MEDIA_TYPE]["example"]
-        assert (example["status"], example["code"]) == (int(status), expected.code)
-        assert example["title"] == response["description"] == expected.title
+        bodies = problem_examples(response["content"][PROBLEM_MEDIA_TYPE])
+        for body in bodies:
+            expected = PROBLEM_OF_CODE[body["code"]]
+            assert (body["status"], body["title"]) == (expected.status, expected.title)
+            assert body["status"] == int(status)
+        assert response["description"] == ", or: ".join(body["title"] for body in bodies)
         assert ("Retry-After" in response.get("headers", {})) is (status in ("429", "503"))
 
 
 def test_every_problem_of_scoring_is_documented() -> None:
     documented = set(DOCUMENT["paths"]["/score"]["post"]["responses"])
     # Another path or method is no answer of this one.
-    assert documented == {"200", *PROBLEM_OF_STATUS} - {"404", "405"}
+    assert documented == {"200", *STATUSES} - {"404", "405"}
+
+
+@pytest.mark.parametrize("path", SCORING_FOR_TRAINERS)
+def test_every_problem_of_a_trainers_route_is_documented(path: str) -> None:
+    responses = DOCUMENT["paths"][path]["post"]["responses"]
+    # A trainer demands no policy version.
+    assert set(responses) == {"200", *STATUSES} - {"404", "405", "409"}
+    bodies = problem_examples(responses["422"]["content"][PROBLEM_MEDIA_TYPE])
+    assert [body["code"] for body in bodies] == ["invalid_request", "unscorable"]
 
 
 def test_no_schema_is_left_over() -> None:
@@ -187,6 +223,32 @@ async def test_the_example_answer_is_the_answer_to_the_example_request() -> None
 def test_the_documented_answer_is_the_tested_one() -> None:
     responses = DOCUMENT["paths"]["/score"]["post"]["responses"]
     assert responses["200"]["content"]["application/json"]["example"] == SCORE_RESPONSE
+
+
+# In this order: LLaMA-Factory finds the label that the first one registers.
+OF_TRAINERS = [name for name in OPERATIONS if "/dialects/" in name]
+CALLS = ["PUT /labels", "GET /labels", *OF_TRAINERS, "DELETE /labels"]
+
+
+async def test_the_trainers_examples_are_answered_as_documented() -> None:
+    policy = FakePolicy(26.0)
+    policy.codec.end_tokens = ("<|im_end|>",)
+    async with running(policy) as client:
+        for name in CALLS:
+            method, path = name.split()
+            operation = DOCUMENT["paths"][path][method.lower()]
+            documented = operation["responses"]["200"]["content"]["application/json"]
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            requests = [named["value"] for named in content.get("examples", {}).values()] or [None]
+            answers = [await client.request(method, path, json=body) for body in requests]
+            assert [answer.status_code for answer in answers] == [200] * len(requests), name
+            assert all(errors(documented["schema"], answer.json()) == [] for answer in answers), name
+            # The documented answer is that to the first request; an id is of the run.
+            first, example = answers[0].json(), documented["example"]
+            if path == "/dialects/llama_factory/v1/score/evaluation":
+                assert first.pop("id").startswith("scoreval-")
+                example = {key: value for key, value in example.items() if key != "id"}
+            assert first == example, name
 
 
 # --- real answers -----------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def test_no_server(shopr1: Run, tmp_path: Path) -> None:
     rollouts = write_lines(tmp_path / "in.jsonl", *groups(1))
     ended = shopr1("score", rollouts, "--url", "http://127.0.0.1:1")
     assert (ended.code, ended.out) == (2, "")
-    assert str(ended.error).startswith("POST /score: ConnectError")
+    assert str(ended.error).startswith("GET http://127.0.0.1:1/health/ready: ConnectError")
 
 
 def test_output_that_cannot_be_written(shopr1: Run, url: str, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_defaults() -> None:
         "max_groups": 1024,
         "max_completions_per_group": 256,
         "max_request_tokens": 4_194_304,
+        "max_labels": 1_000_000,
+        "openrlhf_unscorable": "error",
+        "slime_unscorable": "error",
+        "llama_factory_unscorable": "error",
+        "nemo_gym_unscorable": "mask",
         "log_level": "info",
         "shutdown_grace_s": 30,
     }
@@ -89,6 +94,10 @@ def test_every_setting_can_come_from_anywhere(
         "deterministic": "True",
         "memory_share": "0.7",
         "request_timeout_s": "7.5",
+        "openrlhf_unscorable": "-7.5",
+        "slime_unscorable": "7.5",
+        "llama_factory_unscorable": "error",
+        "nemo_gym_unscorable": "error",
     }
     value = special.get(name, "7")
     toml = use_config(monkeypatch, tmp_path / "shopr1.toml", f'{name} = "{value}"')
@@ -166,6 +175,11 @@ MALFORMED: list[tuple[str, str]] = [
     ("log_level", "loud"),
     ("log_level", "INFO"),
     ("shutdown_grace_s", "0"),
+    ("max_labels", "0"),
+    ("openrlhf_unscorable", "zero"),
+    ("slime_unscorable", "nan"),
+    ("llama_factory_unscorable", "-inf"),
+    ("nemo_gym_unscorable", "0"),
 ]
 
 

@@ -1,0 +1,79 @@
+"""Ground truth as it travels in a trainer's label.
+
+    {"type": …}                                      the action itself
+    {"ground_truth": {"type": …}, "recipe": "…"}     with the recipe to score it with
+    "…"                                              either of these as JSON in a string
+
+Native trainers carry one field of a data set to the reward, and most of them a string only.
+"""
+
+import json
+import reprlib
+from typing import Any
+
+from shopr1_rewards import GroundTruthError, Recipe, read_ground_truth
+from shopr1_rewards.format_error import InvalidFormatError
+from shopr1_rewards.strict_json import load
+from shopr1_service.label_table import Label
+from shopr1_service.recipe_book import RecipeBook
+
+_TRUTH = "ground_truth"
+
+
+class LabelError(ValueError):
+    """A label that holds no ground truth.
+
+    Attributes:
+        path: which part of the label is at fault, to be put behind the label's own path.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def is_missing(label: object) -> bool:
+    """Whether a trainer has sent no label: null, or the empty string that OpenRLHF sends instead."""
+    return label is None or label == ""
+
+
+def parse_label(label: object, recipes: RecipeBook) -> Label:
+    """The ground truth in a label, checked against its recipe.
+
+    Raises:
+        LabelError: not one of the forms above, no such recipe, or not an action of the recipe.
+    """
+    truth, name, path = _unwrap(label)
+    if isinstance(label, str):
+        path = ""  # an error stands in a string as a whole
+    recipe = _recipe(name, recipes)
+    if not isinstance(truth, str | dict):
+        raise LabelError("must be an object or a JSON string", path)
+    try:
+        return Label.of(read_ground_truth(truth, recipe.action_space), recipe.name)
+    except GroundTruthError as error:
+        is_object = isinstance(label, dict) and isinstance(truth, dict)
+        raise LabelError(str(error), f"{path}.{error.field}" if error.field and is_object else path) from None
+
+
+def _unwrap(label: object) -> tuple[Any, object, str]:
+    """The ground truth, the recipe's name or None, and where in the label the ground truth stands."""
+    value = _from_json(label) if isinstance(label, str) else label
+    if isinstance(value, dict) and _TRUTH in value:
+        return value[_TRUTH], value.get("recipe"), f".{_TRUTH}"
+    return label, None, ""
+
+
+def _from_json(text: str) -> object:
+    try:
+        return load(text)
+    except (InvalidFormatError, json.JSONDecodeError):
+        return None  # reading it as a ground truth says what is wrong
+
+
+def _recipe(name: object, recipes: RecipeBook) -> Recipe:
+    recipe = recipes.get(name) if name is None or isinstance(name, str) else None
+    if recipe is None:
+        known = ", ".join(recipe.name for recipe in recipes)
+        raise LabelError(f"no recipe {reprlib.repr(name)}; there are: {known}", ".recipe")
+    return recipe

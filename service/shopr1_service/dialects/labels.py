@@ -1,0 +1,124 @@
+"""The label table over HTTP, for trainers that send no label with a rollout."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from shopr1_client.errors import (
+    FieldError,
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    TooLargeError,
+)
+from shopr1_client.wire import GroundTruth
+from shopr1_service.dialects import examples
+from shopr1_service.dialects.ground_truth import LabelError, parse_label
+from shopr1_service.dialects.outcome import TAG, AppState, json_response
+from shopr1_service.dialects.reading import Prompt, TextOrMessages
+from shopr1_service.label_table import Label
+from shopr1_service.openapi import problem_responses
+from shopr1_service.preparation import refuse_if_any
+from shopr1_service.recipe_book import RecipeBook
+from shopr1_service.state import State
+
+router = APIRouter(tags=[TAG])
+
+
+def _check_not_empty(prompt: Prompt) -> Prompt:
+    # Every text begins with the empty one.
+    if not prompt:
+        raise PydanticCustomError("empty_prompt", "must not be empty")
+    return prompt
+
+
+class LabelEntry(BaseModel):
+    """A ground truth for a prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[
+        TextOrMessages,
+        AfterValidator(_check_not_empty),
+        Field(description="As the trainer will send it: the templated text, or messages."),
+    ]
+    ground_truth: Annotated[
+        GroundTruth,
+        Field(description="An action, `{ground_truth, recipe}`, or either as JSON in a string."),
+    ]
+
+
+class Labels(BaseModel):
+    """Ground truths to register."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: list[LabelEntry]
+
+
+class LabelCount(BaseModel):
+    """What the table holds."""
+
+    num_labels: int
+
+
+@router.put(
+    "/labels",
+    response_model=LabelCount,
+    operation_id="putLabels",
+    summary="Register ground truths by prompt",
+    responses=problem_responses(MalformedBodyError, TooLargeError, InvalidRequestError, InternalError),
+)
+async def put_labels(
+    body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState
+) -> Response:
+    """Adds to what is registered; a prompt that is registered already gets the new ground truth.
+
+    Each ground truth is checked against its recipe, and all are registered or none. The table is in memory: a
+    service that was restarted has to be told again.
+    """
+    state.labels.put(_checked(body, state.recipes))
+    return _count(state)
+
+
+@router.get(
+    "/labels",
+    response_model=LabelCount,
+    operation_id="getLabels",
+    summary="How many ground truths are registered",
+    responses=problem_responses(InternalError),
+)
+async def get_labels(state: AppState) -> Response:
+    """How many prompts have a registered ground truth."""
+    return _count(state)
+
+
+@router.delete(
+    "/labels",
+    response_model=LabelCount,
+    operation_id="deleteLabels",
+    summary="Forget all registered ground truths",
+    responses=problem_responses(InternalError),
+)
+async def delete_labels(state: AppState) -> Response:
+    """Empties the table."""
+    state.labels.clear()
+    return _count(state)
+
+
+def _checked(body: Labels, recipes: RecipeBook) -> list[tuple[Prompt, Label]]:
+    labels: list[tuple[Prompt, Label]] = []
+    errors: list[FieldError] = []
+    for i, entry in enumerate(body.labels):
+        try:
+            labels.append((entry.prompt, parse_label(entry.ground_truth, recipes)))
+        except LabelError as error:
+            errors.append({"location": f"labels[{i}].ground_truth{error.path}", "message": str(error)})
+    refuse_if_any(errors)
+    return labels
+
+
+def _count(state: State) -> Response:
+    return json_response({"num_labels": len(state.labels)})

@@ -1,0 +1,80 @@
+"""LLaMA-Factory, `reward_model_type: api`, with the URL of its own server behind `/dialects/llama_factory`.
+
+A rollout is one text, with neither a label nor the place where the prompt ends: both come from the label
+table.
+"""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Body, Request, Response
+from pydantic import BaseModel, Field
+
+from shopr1_client.wire import UnicodeText
+from shopr1_service.dialects import examples
+from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
+from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
+from shopr1_service.request_id import request_id_of
+from shopr1_service.state import State
+
+DIALECT = Dialect("llama_factory", timeout_s=None)
+"""LLaMA-Factory waits for ever: the service's own deadline is the only one."""
+
+router = APIRouter(prefix="/dialects/llama_factory", tags=[TAG])
+
+
+class ScoreEvaluation(TrainerRequest):
+    """Rollouts of one mini-batch."""
+
+    model: Annotated[UnicodeText, Field(description="Echoed.")]
+    messages: Annotated[list[str], Field(description="Prompt and completion, special tokens written out.")]
+
+
+class ScoreEvaluationAnswer(BaseModel):
+    """Scores in the order of the request, as LLaMA-Factory's own server answers."""
+
+    id: str
+    object: Literal["score.evaluation"]
+    model: str
+    scores: list[float]
+
+
+@router.post(
+    "/v1/score/evaluation",
+    response_model=ScoreEvaluationAnswer,
+    operation_id="llamaFactoryScoreEvaluation",
+    summary="LLaMA-Factory's reward API",
+    responses=PROBLEMS,
+)
+async def score_evaluation(
+    body: Annotated[ScoreEvaluation, Body(openapi_examples=examples.LLAMA_FACTORY)],
+    request: Request,
+    state: AppState,
+) -> Response:
+    """Rewards of rollouts, for `reward_model_type: api`.
+
+    The prompt is the longest registered one (`PUT /labels`) that a text begins with; the rest is the
+    completion. A rollout that cannot be scored makes the whole answer a problem, `unscorable`, unless the
+    service's `llama_factory_unscorable` names a number for it.
+    """
+    unscorable = state.settings.llama_factory_unscorable
+    outcomes = await score(_rollouts(body, state), DIALECT, unscorable, request, state)
+    return json_response(
+        {
+            "id": f"scoreval-{request_id_of(request.scope)}",
+            "object": "score.evaluation",
+            "model": body.model,
+            "scores": [outcome.reward for outcome in outcomes],
+        }
+    )
+
+
+def _rollouts(body: ScoreEvaluation, state: State) -> list[Rollout]:
+    reading = Reading(state)
+    for i, text in enumerate(body.messages):
+        path = f"messages[{i}]"
+        found = state.labels.split(text)
+        if found is None:
+            reading.refuse(path, "begins with no registered prompt (PUT /labels)")
+        else:
+            reading.rollouts.append(Rollout(*found, prompt_path=path, completion_path=path, label_path=path))
+    return reading.done()

@@ -1,0 +1,69 @@
+"""slime: `--rm-type remote_rm --rm-url http://host:port/dialects/slime/reward`.
+
+The decoded body of the answer is the reward itself: a number, or with `--reward-key reward` an object.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Query, Request, Response
+from pydantic import Field
+
+from shopr1_service.dialects import examples
+from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
+from shopr1_service.dialects.reading import Reading, TextOrMessages, TrainerRequest
+
+DIALECT = Dialect("slime", timeout_s=110.0)
+"""slime gives up after 120 s, and asks again."""
+
+router = APIRouter(prefix="/dialects/slime", tags=[TAG])
+
+
+class RemoteRm(TrainerRequest):
+    """One rollout."""
+
+    prompt: Annotated[
+        TextOrMessages,
+        Field(description="A string is used as it is; messages go through the policy's chat template."),
+    ]
+    response: str
+    label: Annotated[
+        Any,
+        Field(
+            description="The ground truth: an action, `{ground_truth, recipe}`, or either as JSON in a "
+            'string. Null or `""`: the label registered for the prompt.'
+        ),
+    ] = None
+
+
+@router.post(
+    "/reward",
+    response_model=float | dict[str, float],
+    operation_id="slimeReward",
+    summary="slime's remote reward",
+    responses=PROBLEMS,
+)
+async def reward(
+    body: Annotated[RemoteRm, Body(openapi_examples=examples.SLIME)],
+    request: Request,
+    state: AppState,
+    as_object: Annotated[
+        bool, Query(alias="object", description="Answer `reward` and its terms as a flat object.")
+    ] = False,
+) -> Response:
+    """The reward of a rollout, for `--rm-type remote_rm`.
+
+    A rollout that cannot be scored is a problem, `unscorable`, unless the service's `slime_unscorable` names
+    a number for it.
+    """
+    reading = Reading(state)
+    reading.add(
+        body.prompt,
+        body.response,
+        body.label,
+        prompt_path="prompt",
+        completion_path="response",
+        label_path="label",
+    )
+    unscorable = state.settings.slime_unscorable
+    [outcome] = await score(reading.done(), DIALECT, unscorable, request, state)
+    return json_response({"reward": outcome.reward, **outcome.logs} if as_object else outcome.reward)

@@ -1,0 +1,184 @@
+"""The label table over HTTP, and what a label may look like."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shopr1_service.app import create_app
+from shopr1_service.fake import FakePolicy
+from shopr1_service.settings import Settings
+from tests.service.dialects.trainers import OPENRLHF, SLIME, openrlhf, register, send, slime, told
+from tests.service.http import (
+    CLICK,
+    SEARCH,
+    TERMINATE,
+    answer,
+    client_of,
+    metric,
+    problem,
+    running,
+    write_recipe,
+)
+
+pytestmark = pytest.mark.anyio
+
+NESTED = {"ground_truth": CLICK, "recipe": "shop_r1"}
+# Each of these stands for CLICK.
+FORMS: dict[str, Any] = {
+    "object": CLICK,
+    "string": json.dumps(CLICK),
+    "nested": NESTED,
+    "nested in a string": json.dumps(NESTED),
+    "string in an object": {"ground_truth": json.dumps(CLICK)},
+    "string in a string": json.dumps({"ground_truth": json.dumps(CLICK), "recipe": None}),
+    "with more around it": {**NESTED, "session": "7"},
+    "with more in it": {**CLICK, "url": "https://shop.example"},
+}
+# What is wrong, and where in the label.
+WRONG: dict[str, tuple[Any, str]] = {
+    "number": (7, ""),
+    "truth value": (True, ""),
+    "list": ([CLICK], ""),
+    "word": ("click", ""),
+    "blank": (" ", ""),
+    "list in a string": (json.dumps([CLICK]), ""),
+    "null in a string": ("null", ""),
+    "no type": ({"name": "x"}, ".type"),
+    "unknown type": ({"type": "scroll"}, ".type"),
+    "no name": ({"type": "click"}, ".name"),
+    "no name in a string": ('{"type": "click"}', ""),
+    "a key twice": ('{"type": "terminate", "type": "terminate"}', ""),
+    "half a pair": ({"type": "click", "name": "\ud83d"}, ".name"),
+    "nothing nested": ({"ground_truth": None}, ".ground_truth"),
+    "a number nested": ({"ground_truth": 1}, ".ground_truth"),
+    "a word nested": ({"ground_truth": "click"}, ".ground_truth"),
+    "no name nested": ({"ground_truth": {"type": "click"}}, ".ground_truth.name"),
+    "no name nested in a string": (json.dumps({"ground_truth": {"type": "click"}}), ""),
+    "unknown recipe": ({"ground_truth": CLICK, "recipe": "nope"}, ".recipe"),
+    "a recipe that is no name": ({"ground_truth": CLICK, "recipe": ["shop_r1"]}, ".recipe"),
+}
+
+
+@pytest.fixture(scope="module")
+async def service() -> AsyncIterator[httpx.AsyncClient]:
+    async with running(FakePolicy(26.0)) as client:
+        yield client
+
+
+# --- what a label may look like ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)
+async def test_forms_of_a_label(service: httpx.AsyncClient, label: Any) -> None:
+    assert await told(service, SLIME, slime(response=answer(CLICK), label=label)) == 1001.13
+
+
+@pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)
+async def test_forms_of_a_registered_ground_truth(label: Any) -> None:
+    async with running(FakePolicy(26.0)) as client:
+        assert await register(client, ("page", label)) == 1
+        assert await told(client, SLIME, slime(response=answer(CLICK), label=None)) == 1001.13
+
+
+@pytest.mark.parametrize(("label", "path"), WRONG.values(), ids=WRONG)
+async def test_a_label_that_is_none(service: httpx.AsyncClient, label: Any, path: str) -> None:
+    sent = openrlhf(("page", answer(), TERMINATE), ("page", answer(), label))
+    refused = problem(await send(service, OPENRLHF, sent), 422, "invalid_request")
+    assert [error["location"] for error in refused["errors"]] == [f"labels[1]{path}"]
+    assert refused["errors"][0]["message"]
+
+
+@pytest.mark.parametrize(("label", "path"), WRONG.values(), ids=WRONG)
+async def test_a_ground_truth_that_is_none(service: httpx.AsyncClient, label: Any, path: str) -> None:
+    held = (await service.get("/labels")).json()
+    entries = [{"prompt": "a", "ground_truth": TERMINATE}, {"prompt": "b", "ground_truth": label}]
+    # Not by httpx, which does not send half a surrogate pair as an escape.
+    sent = json.dumps({"labels": entries})
+    response = await service.put("/labels", content=sent, headers={"Content-Type": "application/json"})
+    refused = problem(response, 422, "invalid_request")
+    assert [error["location"] for error in refused["errors"]] == [f"labels[1].ground_truth{path}"]
+    assert (await service.get("/labels")).json() == held
+
+
+async def test_a_label_names_its_recipe(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ("reward = 0.5", "reward = 0.25"))
+    label = {"ground_truth": TERMINATE, "recipe": "shop_r1"}
+    async with running(FakePolicy(26.0), recipe=recipe) as client:
+        await register(client, ("page", label))
+        sent = openrlhf(("page", answer(), label), ("page", answer(), None))
+        named = await told(client, OPENRLHF, sent)
+        default = await told(client, OPENRLHF, openrlhf(("page", answer(), TERMINATE)))
+        counts = [await metric(client, "shopr1_rollouts_total", recipe=name) for name in ("shop_r1", "mine")]
+        mixed = openrlhf(("page", answer(), TERMINATE), ("page", answer(), label))
+        refused = problem(await send(client, OPENRLHF, mixed), 422, "invalid_request")
+    assert named["rewards"] == [0.93, 0.93]
+    assert default["rewards"] == [0.68]
+    assert counts == [2, 1]
+    assert [error["location"] for error in refused["errors"]] == ["labels[1]"]
+    assert "'shop_r1', but 'mine' in labels[0]" in refused["errors"][0]["message"]
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+async def test_put_get_delete() -> None:
+    chat = [{"role": "user", "content": "page"}]
+    async with running() as client:
+        assert (await client.get("/labels")).json() == {"num_labels": 0}
+        assert await register(client, ("page", CLICK), (chat, CLICK), ("page", SEARCH)) == 2
+        assert await register(client, ("page", TERMINATE), ("other", TERMINATE)) == 3
+        assert await register(client) == 3
+        assert (await client.get("/labels")).json() == {"num_labels": 3}
+        assert (await client.delete("/labels")).json() == {"num_labels": 0}
+        assert (await client.get("/labels")).json() == {"num_labels": 0}
+        refused = problem(await send(client, SLIME, slime(label=None)), 422, "invalid_request")
+    assert [error["location"] for error in refused["errors"]] == ["label"]
+
+
+async def test_the_last_of_a_request_counts(service: httpx.AsyncClient) -> None:
+    await register(service, ("twice", CLICK), ("twice", TERMINATE))
+    assert await told(service, SLIME, slime("twice", label=None)) == 0.93
+
+
+async def test_the_table_is_bounded_and_takes_all_or_none() -> None:
+    def entries(*prompts: str) -> Any:
+        return {"labels": [{"prompt": prompt, "ground_truth": TERMINATE} for prompt in prompts]}
+
+    async with running(max_labels=2) as client:
+        await register(client, ("a", CLICK))
+        refused = problem(await client.put("/labels", json=entries("b", "c")), 413, "too_large")
+        assert (await client.get("/labels")).json() == {"num_labels": 1}
+        assert (await client.put("/labels", json=entries("b", "b", "a"))).json() == {"num_labels": 2}
+        assert (await client.put("/labels", json=entries("a", "b"))).json() == {"num_labels": 2}
+    assert "3 labels, max_labels = 2" in refused["detail"]
+
+
+async def test_labels_can_be_registered_while_the_policy_loads() -> None:
+    """A trainer's set-up need not wait."""
+    async with client_of(create_app(Settings(), FakePolicy)) as client:
+        assert await register(client, ("page", TERMINATE)) == 1
+
+
+ENTRY = {"prompt": "page", "ground_truth": TERMINATE}
+WRONG_BODIES: list[tuple[Any, list[str]]] = [
+    ({}, ["labels"]),
+    ({"labels": {}}, ["labels"]),
+    ({"labels": [], "policy": "x"}, ["policy"]),
+    ({"labels": [ENTRY, {}]}, ["labels[1].prompt", "labels[1].ground_truth"]),
+    ({"labels": [ENTRY | {"recipe": "shop_r1"}]}, ["labels[0].recipe"]),
+    ({"labels": [ENTRY | {"prompt": ""}]}, ["labels[0].prompt"]),
+    ({"labels": [ENTRY | {"prompt": []}]}, ["labels[0].prompt"]),
+    ({"labels": [ENTRY | {"prompt": {"token_ids": [1]}}]}, ["labels[0].prompt"]),
+    ({"labels": [ENTRY | {"prompt": [{"role": "user", "content": 1}]}]}, ["labels[0].prompt[0].content"]),
+    ({"labels": [ENTRY | {"ground_truth": ""}]}, ["labels[0].ground_truth"]),
+]
+
+
+@pytest.mark.parametrize(("sent", "locations"), WRONG_BODIES)
+async def test_what_is_wrong_is_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
+    refused = problem(await service.put("/labels", json=sent), 422, "invalid_request")
+    assert [error["location"] for error in refused["errors"]] == locations
