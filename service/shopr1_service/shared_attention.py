@@ -1,22 +1,17 @@
-"""Attention of packed segments, each with a prefix that others share (Hydragen, arXiv 2402.05099).
+"""Attention of packed segments, each with a prefix that others share.
 
 Several segments lie one behind the other in one row of tokens. A token attends to the prefix of its segment,
-which is complete and needs no mask, and causally to its own segment. The two are computed apart and merged
-exactly by their log-sum-exp:
-
-    out = Σ_i exp(lse_i − lse) · out_i,    lse = ln Σ_i exp(lse_i)
-
-So a prefix is read once for all segments that share it, is never copied per segment, and no mask is built.
-For the prefix part, the query heads that share a key-value head are laid side by side as one longer query.
+which is complete and needs no mask, and causally to its own segment. How that is computed best depends on the
+device: `merged_attention.py` or `written_attention.py`.
 
 Registered with transformers' `AttentionInterface`. What a model asks for beyond plain scaled attention
 (sliding window, softcap, sinks, bias) is refused, and another way of sharing is taken.
 
-Dimensions: A query heads, K key-value heads, T tokens of the row, D head size, S segments, R longest segment.
+Dimensions: A query heads, K key-value heads, T tokens of the row, D head size.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,44 +21,22 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from shopr1_service.head import trunk_of
-from shopr1_service.prefix import Chunk
+from shopr1_service.merged_attention import MergedAttention
+from shopr1_service.segment import Segment
+from shopr1_service.written_attention import WrittenAttention
 
 _numbers = itertools.count()
 """Models in one process must not share an attention function: it holds the layout of one pass."""
 
+MIN_WRITTEN_TOKENS = 64
+"""Of a segment, on average, for attention to be written out."""
+
+Kernel = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]
+"""Layer, queries [1, A, T, D], keys and values [1, K, T, D], scale → [1, T, A, D]."""
+
 
 class UnsupportedAttentionError(RuntimeError):
     """The model's attention is more than scaled dot products with a causal mask."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive new tokens and the chunks before them."""
-
-    ids: Sequence[int]
-    prefix: Sequence[Chunk]
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return sum(map(len, self.prefix))
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Segments of about the same length, padded at the end to one rectangle."""
-
-    tokens_S_R: Tensor  # place in the row of each token; padding repeats the segment's last
-    tokens_N: Tensor  # places in the row that the bucket's real tokens have
-    cells_N: Tensor  # where these stand in the flattened rectangle
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Consecutive places in the row that have the same prefix."""
-
-    start: int
-    end: int
-    chunks: Sequence[Chunk]
 
 
 @dataclass
@@ -74,56 +47,24 @@ class Layout:
         recorded: keys and values of the row, [1, K, T, D] by layer, where `records` is set.
     """
 
-    buckets: list[_Bucket]
-    shares: list[_Share]
+    kernel: Kernel
     position_ids_1_T: Tensor
     records: bool
     recorded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, segments: Sequence[Segment], device: torch.device, *, records: bool) -> "Layout":
-        starts = [0]
-        for segment in segments:
-            starts.append(starts[-1] + len(segment.ids))
-        positions = [
-            torch.arange(segment.num_prefix_tokens, segment.num_prefix_tokens + len(segment.ids))
-            for segment in segments
-        ]
-        return cls(
-            buckets=_buckets(segments, starts, device),
-            shares=_shares(segments, starts),
-            position_ids_1_T=torch.cat(positions)[None].to(device),
-            records=records,
-        )
 
+def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The faster one.
 
-def _buckets(segments: Sequence[Segment], starts: Sequence[int], device: torch.device) -> list[_Bucket]:
-    """Group by the power of two above the length: at most half of a rectangle is padding."""
-    members: dict[int, list[int]] = {}
-    for i, segment in enumerate(segments):
-        members.setdefault(len(segment.ids).bit_length(), []).append(i)
-    return [_bucket([(starts[i], len(segments[i].ids)) for i in group], device) for group in members.values()]
-
-
-def _bucket(places: Sequence[tuple[int, int]], device: torch.device) -> _Bucket:
-    starts_S = torch.tensor([start for start, _ in places])
-    lengths_S = torch.tensor([length for _, length in places])
-    steps_R = torch.arange(int(lengths_S.max()))
-    tokens_S_R = starts_S[:, None] + torch.minimum(steps_R[None], lengths_S[:, None] - 1)
-    is_real_S_R = steps_R[None] < lengths_S[:, None]
-    cells_N = is_real_S_R.flatten().nonzero()[:, 0]
-    tokens_N = tokens_S_R.flatten()[cells_N]
-    return _Bucket(tokens_S_R.to(device), tokens_N.to(device), cells_N.to(device))
-
-
-def _shares(segments: Sequence[Segment], starts: Sequence[int]) -> list[_Share]:
-    shares: list[_Share] = []
-    for i, segment in enumerate(segments):
-        if shares and shares[-1].chunks is segment.prefix:
-            shares[-1] = _Share(shares[-1].start, starts[i + 1], segment.prefix)
-        else:
-            shares.append(_Share(starts[i], starts[i + 1], segment.prefix))
-    return [share for share in shares if share.chunks]
+    PyTorch's fused attention for CPUs is slow in bfloat16 where there are no matrix units (AMX). Plain matrix
+    products are faster there, unless the segments are so short that they are small.
+    """
+    has_matrix_units = device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    num_tokens = sum(len(segment.ids) for segment in segments)
+    is_short = num_tokens < MIN_WRITTEN_TOKENS * len(segments)
+    if has_matrix_units or dtype != torch.bfloat16 or is_short:
+        return MergedAttention(segments, device)
+    return WrittenAttention(segments)
 
 
 class SharedPrefixAttention:
@@ -131,9 +72,15 @@ class SharedPrefixAttention:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._config = cast("PreTrainedConfig", trunk_of(model).config)
+        self._device, self._dtype = model.device, model.dtype
         self._name = f"shopr1_shared_prefix_{next(_numbers)}"
         self._layout: Layout | None = None
         AttentionInterface.register(self._name, self)
+
+    def layout(self, segments: Sequence[Segment], *, records: bool) -> Layout:
+        """For one pass over these segments."""
+        position_ids_1_T = _positions(segments)[None].to(self._device)
+        return Layout(choose_kernel(segments, self._device, self._dtype), position_ids_1_T, records)
 
     @contextmanager
     def laid_out(self, layout: Layout) -> Iterator[None]:
@@ -165,10 +112,7 @@ class SharedPrefixAttention:
         if layout.records:
             # Copies: what a model hands over may be a part of something larger.
             layout.recorded[layer] = (_copy(key), _copy(value))
-        out, lse = _own_part(layout, query, key, value, scaling)
-        for share in layout.shares:
-            _add_prefix_part(share, layer, query, out, lse, scaling)
-        return out.to(query.dtype).transpose(1, 2).contiguous(), None
+        return layout.kernel(layer, query, key, value, scaling), None
 
 
 def _refuse_extras(options: dict[str, Any]) -> None:
@@ -177,71 +121,9 @@ def _refuse_extras(options: dict[str, Any]) -> None:
             raise UnsupportedAttentionError(f"attention with {name}")
 
 
-def _own_part(
-    layout: Layout, query: Tensor, key: Tensor, value: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Causal attention within each segment: [1, A, T, D] in fp32 or wider, and its log-sum-exp [1, A, T]."""
-    num_groups = query.shape[1] // key.shape[1]
-    if len(layout.buckets) == 1 and len(layout.buckets[0].tokens_S_R) == 1:
-        return _attend(query, _repeat(key, num_groups), _repeat(value, num_groups), scale, is_causal=True)
-    out_A_T_D = torch.empty_like(query[0], dtype=_wide(query.dtype))
-    lse_A_T = out_A_T_D.new_empty(out_A_T_D.shape[:2])
-    for bucket in layout.buckets:
-        rows = [tensor[0, :, bucket.tokens_S_R].transpose(0, 1) for tensor in (query, key, value)]
-        query_S, key_S, value_S = rows[0], _repeat(rows[1], num_groups), _repeat(rows[2], num_groups)
-        out_S_A_R_D, lse_S_A_R = _attend(query_S, key_S, value_S, scale, is_causal=True)
-        out_A_T_D[:, bucket.tokens_N] = out_S_A_R_D.transpose(0, 1).flatten(1, 2)[:, bucket.cells_N]
-        lse_A_T[:, bucket.tokens_N] = lse_S_A_R.transpose(0, 1).flatten(1, 2)[:, bucket.cells_N]
-    return out_A_T_D[None], lse_A_T[None]
-
-
-def _add_prefix_part(
-    share: _Share, layer: int, query: Tensor, out: Tensor, lse: Tensor, scale: float | None
-) -> None:
-    """Merge attention to a prefix into `out` and `lse`, in place."""
-    place = slice(share.start, share.end)
-    for chunk in share.chunks:
-        key, value = chunk.keys[layer], chunk.values[layer]
-        num_kv_heads = key.shape[1]
-        query_1_K_N_D = query[:, :, place].reshape(1, num_kv_heads, -1, query.shape[-1])
-        out_1_K_N_D, lse_1_K_N = _attend(query_1_K_N_D, key, value, scale, is_causal=False)
-        prefix_out = out_1_K_N_D.reshape(1, query.shape[1], -1, query.shape[-1])
-        prefix_lse = lse_1_K_N.reshape(1, query.shape[1], -1)
-        own_lse = lse[:, :, place]
-        # exp(lse_prefix − lse_both) is a sigmoid of the difference: never overflows.
-        weight = torch.sigmoid(prefix_lse - own_lse)[..., None]
-        out[:, :, place] = torch.lerp(out[:, :, place], prefix_out, weight)
-        lse[:, :, place] = torch.logaddexp(own_lse, prefix_lse)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Fused attention with its log-sum-exp; the output widened for merging."""
-    ops = torch.ops.aten
-    if query.device.type == "cpu":
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, scale=scale
-        )
-    elif query.dtype in (torch.float16, torch.bfloat16):
-        out, lse, *_ = ops._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)
-    else:
-        out, lse, *_ = ops._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, is_causal, scale=scale
-        )
-        lse = lse[..., : query.shape[2]]  # the kernel pads it
-    wide = _wide(query.dtype)
-    return out.to(wide), lse.to(wide)
+def _positions(segments: Sequence[Segment]) -> Tensor:
+    return torch.cat([torch.arange(len(segment.ids)) + segment.num_prefix_tokens for segment in segments])
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _repeat(tensor_S_K_T_D: Tensor, num_groups: int) -> Tensor:
-    """Key-value heads repeated for the query heads that share them."""
-    return tensor_S_K_T_D if num_groups == 1 else tensor_S_K_T_D.repeat_interleave(num_groups, dim=1)

@@ -21,7 +21,8 @@ from shopr1_service.device import token_tensor
 from shopr1_service.forward import PromptGroup, Suffix, common_lead
 from shopr1_service.head import trunk_of
 from shopr1_service.prefix import Chunk, PrefixCache, common_length
-from shopr1_service.shared_attention import Layout, Segment, SharedPrefixAttention
+from shopr1_service.segment import Segment
+from shopr1_service.shared_attention import Layout, SharedPrefixAttention
 
 MAX_PASS_TOKENS = 8192
 """Tokens of one pass. Enough to fill any device; bounds what activations take of its memory."""
@@ -154,7 +155,7 @@ class SharedPrefixForward:
         return parts
 
     def _new_chunks(self, segments: Sequence[Segment]) -> list[Chunk]:
-        layout = Layout.of(segments, self._device, records=True)
+        layout = self._attention.layout(segments, records=True)
         hidden_T_H = self._pass(layout, segments)
         keys, values = zip(*(layout.recorded[layer] for layer in sorted(layout.recorded)), strict=True)
         ids = tuple(token_id for segment in segments for token_id in segment.ids)
@@ -168,7 +169,7 @@ class SharedPrefixForward:
 
     def _run(self, segments: Sequence[Segment]) -> list[Tensor]:
         """Hidden states of each segment, [T, H]."""
-        hidden_T_H = self._pass(Layout.of(segments, self._device, records=False), segments)
+        hidden_T_H = self._pass(self._attention.layout(segments, records=False), segments)
         return list(torch.split(hidden_T_H, [len(segment.ids) for segment in segments]))
 
     def _pass(self, layout: Layout, segments: Sequence[Segment]) -> Tensor:

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from shopr1_service import shared_forward
+from shopr1_service import shared_attention, shared_forward
 from shopr1_service.forward import IndependentForward, PromptGroup, Suffix
 from shopr1_service.prefix import PrefixCache
 from shopr1_service.shared_attention import UnsupportedAttentionError
 from shopr1_service.shared_forward import SharedPrefixForward
+from shopr1_service.written_attention import WrittenAttention
 from tests.service.models import model_of, random_ids, tiny_model
 
 LEAD = [7, 8, 9]
@@ -67,16 +68,19 @@ GROUPS = st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=9), SUFFIXES), 
     groups=GROUPS,
     max_tokens=st.sampled_from([0, 4, 12, 10**6]),
     max_pass_tokens=st.sampled_from([1, 3, 8192]),
+    is_written=st.booleans(),
 )
 @settings(max_examples=60)
 def test_any_requests_in_any_order(
-    groups: list[tuple[list[int], list[Suffix]]], max_tokens: int, max_pass_tokens: int
+    groups: list[tuple[list[int], list[Suffix]]], max_tokens: int, max_pass_tokens: int, is_written: bool
 ) -> None:
     """Prompts that begin alike, leads that are cut, evictions, small passes: always the same numbers."""
     model = model_of("llama")
     forward = SharedPrefixForward(model, PrefixCache(max_tokens * bytes_per_token(model)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
+        if is_written:
+            patch.setattr(shared_attention, "choose_kernel", lambda segments, *_: WrittenAttention(segments))
         for prompt, suffixes in groups:
             usable = [s for s in suffixes if prompt or s.positions[0] >= 0]
             if usable:

@@ -1,0 +1,120 @@
+"""The service behind a socket of this process, and requests to it."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from shopr1_service.app import create_app
+from shopr1_service.engine import TokenGroup
+from shopr1_service.policy import Policy
+from shopr1_service.settings import Settings
+
+REQUEST_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 120.0
+POLL_S = 0.05
+TRUTH = {"type": "click", "name": "results.blue_stoneware_mug.view_product"}
+CHANGES_TO_RULES_ONLY = {'name = "shop_r1"': 'name = "rules_only"', "alpha = 0.005": "alpha = 0.0"}
+
+Body = dict[str, Any]
+
+
+@contextlib.contextmanager
+def served(settings: Settings, policy: Policy) -> Iterator[httpx.Client]:
+    """A client of a service with this policy; both end with the block."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = create_app(settings, lambda: policy)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+                _wait_until_ready(client)
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _wait_until_ready(client: httpx.Client) -> None:
+    give_up_at = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < give_up_at:
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/health/ready").is_success:
+                return
+        time.sleep(POLL_S)
+    raise TimeoutError("the service does not become ready")
+
+
+def score(client: httpx.Client, body: Body) -> list[Any]:
+    """The rewards of all groups of a request. Each rollout must have been scored."""
+    groups = client.post("/score", json=body).raise_for_status().json()["groups"]
+    rewards = [reward for group in groups for reward in group["rewards"]]
+    assert all(reward["status"] == "scored" for reward in rewards)
+    return rewards
+
+
+def score_burst(client: httpx.Client, bodies: Sequence[Body]) -> None:
+    """All requests at once."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        list(pool.map(lambda body: score(client, body), bodies))
+
+
+def request_of(group: TokenGroup) -> Body:
+    """The group in one request."""
+    return _request(group, [list(completion.ids) for completion in group.completions])
+
+
+def lone_requests_of(group: TokenGroup) -> list[Body]:
+    """A request for each completion."""
+    return [_request(group, [list(completion.ids)]) for completion in group.completions]
+
+
+def _request(group: TokenGroup, completions: Sequence[list[int]]) -> Body:
+    return {
+        "groups": [
+            {
+                "prompt": {"token_ids": list(group.prompt_ids)},
+                "ground_truth": {"type": "terminate"},
+                "completions": [{"token_ids": ids} for ids in completions],
+            }
+        ]
+    }
+
+
+def rules_only_request(num_groups: int, num_completions: int, number: int) -> Body:
+    """Whole answers with rationales, half of them with the human's action.
+
+    Args:
+        number: another one is another request, which the service cannot have answered before.
+    """
+    completions = [_answer(i) for i in range(num_completions)]
+    group = {"prompt": f"<main>{number}</main> What next?", "ground_truth": TRUTH, "completions": completions}
+    return {"groups": [group] * num_groups}
+
+
+def _answer(i: int) -> str:
+    rationale = f"We need {i + 2} mugs, all of one kind, and I would like to see the blue ones from close by."
+    name = TRUTH["name"] if i % 2 else "results.white_stoneware_mug.add_to_cart"
+    return json.dumps({"rationale": rationale, "action": {"type": "click", "name": name}})
+
+
+def write_rules_only_recipe(directory: Path) -> Path:
+    """The shipped recipe with a self-certainty that weighs nothing, for which the engine never runs."""
+    text = (resources.files("shopr1_rewards") / "recipes" / "shop_r1.toml").read_text("utf-8")
+    for shipped, changed in CHANGES_TO_RULES_ONLY.items():
+        assert shipped in text
+        text = text.replace(shipped, changed)
+    path = directory / "rules_only.toml"
+    path.write_text(text, "utf-8")
+    return path
