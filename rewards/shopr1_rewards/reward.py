@@ -55,6 +55,7 @@ class Judgement:
         failure: why the format is invalid, or None.
         prediction: the predicted action; None where the format is invalid.
         similarity: ROUGE-L F1 per attribute, before the threshold; only attributes that were compared.
+        is_type_match: whether the predicted type is the human's.
         is_exact_match: whether type and all attributes equal the human's, character for character.
         certainty_span: the characters of the raw completion whose tokens self-certainty is averaged over;
             None where it is not wanted: invalid format, nothing in the span, or `alpha = 0`.
@@ -67,6 +68,7 @@ class Judgement:
     failure: FormatFailure | None
     prediction: PredictedAction | None
     similarity: Mapping[str, float]
+    is_type_match: bool
     is_exact_match: bool
     certainty_span: Span | None
 
@@ -104,13 +106,13 @@ def judge(completion: str, truth: Action, recipe: Recipe, end_tokens: Sequence[s
 
 
 def _invalid(failure: FormatFailure) -> Judgement:
-    return Judgement(0.0, 0.0, 0.0, 0.0, failure, None, {}, False, None)
+    return Judgement(0.0, 0.0, 0.0, 0.0, failure, None, {}, False, False, None)
 
 
 def _valid(prediction: PredictedAction, truth: Action, recipe: Recipe, span: Span | None) -> Judgement:
     predicted, space = prediction.action, recipe.action_space
     if predicted.type != truth.type:
-        return Judgement(recipe.format.reward, 0.0, 0.0, 0.0, None, prediction, {}, False, span)
+        return Judgement(recipe.format.reward, 0.0, 0.0, 0.0, None, prediction, {}, False, False, span)
     similarity = _similarities(predicted, truth, recipe.similarity)
     return Judgement(
         format=recipe.format.reward,
@@ -120,6 +122,7 @@ def _valid(prediction: PredictedAction, truth: Action, recipe: Recipe, span: Spa
         failure=None,
         prediction=prediction,
         similarity=similarity,
+        is_type_match=True,
         is_exact_match=dict(predicted.attributes) == dict(truth.attributes),
         certainty_span=span,
     )

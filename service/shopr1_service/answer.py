@@ -27,7 +27,9 @@ async def answer(
     longest_s = state.settings.request_timeout_s
     request_id = request_id_of(request.scope)
     start = partial(state.scorer.score, body, request_id)
-    if body.include:  # large, and asked for by people, who do not repeat themselves
+    # What is included is large, and asked for by people, who do not repeat themselves. And two parts of a
+    # group may be equal without being the same.
+    if body.include or any(group.group_id is not None for group in body.groups):
         work = start()
     else:
         key = _key(body, state.scorer.policy.info.version)

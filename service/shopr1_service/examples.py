@@ -85,6 +85,7 @@ SCORE_RESPONSE: dict[str, Any] = {
                         "missing_attributes": [],
                         "extra_keys": [],
                         "similarity": {"name": 0.0, "text": None},
+                        "type_match": True,
                         "exact_match": False,
                         "self_certainty_nats": 26.0,
                         "num_rationale_tokens": 37,

@@ -24,14 +24,13 @@ class Label(NamedTuple):
 
     truth: str
     """The action as canonical JSON: equal for equal actions, and smaller than an object."""
-    action_type: str
     recipe: str
 
     @classmethod
     def of(cls, action: Action, recipe: str) -> "Label":
         """The label of an action."""
         truth = json.dumps(action.to_dict(), ensure_ascii=False)
-        return cls(truth, sys.intern(action.type), sys.intern(recipe))
+        return cls(truth, sys.intern(recipe))
 
 
 def prompt_digest(prompt: TextPrompt) -> bytes:

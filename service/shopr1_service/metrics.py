@@ -81,6 +81,10 @@ class Metrics:
             "Requests that got the answer of a twin: joined it, or it was answered.",
             "how",
         )
+        self._gatherings = counter(
+            "gathered_groups", "Groups that came in parts, by whether all parts came in time.", "outcome"
+        )
+        self._waiting_parts = self._gauge("waiting_parts", "Parts of groups that wait for the rest.")
         self._batch_tokens = counter("engine_tokens", "Tokens that the engine was given.")
         self._batch_groups = self._histogram(
             "batch_groups", "Prompts that were measured together.", buckets=_GROUPS_BUCKETS
@@ -146,6 +150,12 @@ class Metrics:
 
     def record_repeat(self, how: str) -> None:
         self._repeats.labels(how).inc()
+
+    def record_waiting_parts(self, num_parts: int) -> None:
+        self._waiting_parts.set(num_parts)
+
+    def record_gathering(self, *, is_complete: bool) -> None:
+        self._gatherings.labels("complete" if is_complete else "incomplete").inc()
 
     def record_batch(self, num_groups: int, num_tokens: int) -> None:
         self._batch_groups.observe(num_groups)

@@ -21,8 +21,10 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_rewards import Recipe
+from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.backlog import Measurements
-from shopr1_service.engine import Certainty, Unmeasurable
+from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.gathering import Gatherings, Membership
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
@@ -59,6 +61,7 @@ class Scorer:
             is_deterministic=settings.deterministic,
             on_fatal=on_fatal,
         )
+        self._gatherings = Gatherings(self._scheduler, metrics, settings.group_wait_s)
         metrics.record_policy(policy.info)
 
     async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
@@ -75,7 +78,8 @@ class Scorer:
         self._scheduler.refuse_if_full()
         loop = asyncio.get_running_loop()
         groups = await loop.run_in_executor(self._preparers, self._prepare, request, recipe)
-        measured = await self._scheduler.measure([g.token_group() for g in groups], recipe.self_certainty)
+        token_groups = [group.token_group() for group in groups]
+        measured = await self._measure(token_groups, _memberships(request), recipe.self_certainty)
         scores = [
             self._group_score(group, certainties, recipe, request.include)
             for group, certainties in zip(groups, measured, strict=True)
@@ -110,6 +114,27 @@ class Scorer:
         with self._metrics.phase(Phase.PREPARE):
             return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
 
+    async def _measure(
+        self,
+        groups: Sequence[TokenGroup],
+        memberships: Sequence[Membership | None],
+        rules: SelfCertaintyRecipe,
+    ) -> list[Measurements]:
+        """Whole groups are admitted together or not at all; parts of groups wait for the rest of theirs."""
+        whole = [group for group, part_of in zip(groups, memberships, strict=True) if part_of is None]
+        parts = [
+            asyncio.ensure_future(self._gatherings.measure(group, part_of, rules))
+            for group, part_of in zip(groups, memberships, strict=True)
+            if part_of is not None
+        ]
+        try:
+            measured = iter(await self._scheduler.measure(whole, rules))
+            gathered = iter(await asyncio.gather(*parts))
+        finally:
+            for part in parts:
+                part.cancel()
+        return [next(measured if part_of is None else gathered) for part_of in memberships]
+
     def _group_score(
         self, group: PreparedGroup, measured: Measurements, recipe: Recipe, include: Sequence[Include]
     ) -> GroupScore:
@@ -123,6 +148,15 @@ class Scorer:
         prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
         version = self.policy.info.version
         return GroupScore(id=group.id, policy_version=version, rewards=rewards, prompt_token_ids=prompt_ids)
+
+
+def _memberships(request: ScoreRequest) -> list[Membership | None]:
+    return [
+        Membership(group.group_id, group.group_size, len(group.completions), f"groups[{i}]")
+        if group.group_id is not None and group.group_size is not None
+        else None
+        for i, group in enumerate(request.groups)
+    ]
 
 
 def _reward(
@@ -165,6 +199,7 @@ def _details(
         missing_attributes=list(prediction.missing_attributes) if prediction else [],
         extra_keys=list(prediction.extra_keys) if prediction else [],
         similarity={name: judgement.similarity.get(name) for name in recipe.action_space.attribute_names},
+        type_match=judgement.is_type_match,
         exact_match=judgement.is_exact_match,
         self_certainty_nats=certainty.mean if certainty else None,
         num_rationale_tokens=len(rollout.measured),

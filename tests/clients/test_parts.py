@@ -62,6 +62,7 @@ def reward_of(completion: Any) -> dict[str, Any]:
             "missing_attributes": [],
             "extra_keys": [],
             "similarity": {},
+            "type_match": False,
             "exact_match": False,
             "self_certainty_nats": None,
             "num_rationale_tokens": 0,

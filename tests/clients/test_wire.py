@@ -109,8 +109,21 @@ def test_a_request_survives_json() -> None:
     body = {
         "recipe": "shop_r1",
         "groups": [
-            group(id="é", prompt=[{"role": "user", "content": "漢"}], completions=["a", {"text": "b"}]),
-            group(id=None, prompt={"token_ids": [1]}, ground_truth="{}", completions=[{"token_ids": [2]}]),
+            group(
+                id="é",
+                prompt=[{"role": "user", "content": "漢"}],
+                completions=["a", {"text": "b"}],
+                group_id=None,
+                group_size=None,
+            ),
+            group(
+                id=None,
+                prompt={"token_ids": [1]},
+                ground_truth="{}",
+                completions=[{"token_ids": [2]}],
+                group_id="ü",
+                group_size=2,
+            ),
         ],
         "policy_version": "7",
         "include": ["tokens"],

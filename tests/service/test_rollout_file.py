@@ -49,6 +49,7 @@ REWARD = Reward(
         missing_attributes=[],
         extra_keys=[],
         similarity={},
+        type_match=False,
         exact_match=False,
         self_certainty_nats=None,
         num_rationale_tokens=0,

@@ -166,7 +166,7 @@ async def test_every_answer_has_the_same_keys() -> None:
         "details": {
             **dict.fromkeys(("format_error", "format_message", "unknown_action_type", "missing_attributes")),
             **dict.fromkeys(("extra_keys", "exact_match", "self_certainty_nats", "num_rationale_tokens")),
-            **dict.fromkeys(("tokens", "completion_token_ids")),
+            **dict.fromkeys(("type_match", "tokens", "completion_token_ids")),
             "similarity": {"name": None, "text": None},
         },
     }

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
+from shopr1_client.logs import LOG_KEYS, PREFIX
 from shopr1_client.wire import UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.outcome import (
-    LOG_KEYS,
-    PREFIX,
     PROBLEMS,
     TAG,
     AppState,

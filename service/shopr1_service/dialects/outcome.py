@@ -19,10 +19,11 @@ from shopr1_client.errors import (
     TooLargeError,
     UnscorableError,
 )
-from shopr1_client.wire import Components, Group, Reward, ScoreRequest
+from shopr1_client.logs import log_values, terms
+from shopr1_client.rollouts import Grouping
+from shopr1_client.wire import Reward, ScoreRequest
 from shopr1_service.answer import answer
 from shopr1_service.dialects.reading import Rollout
-from shopr1_service.label_table import Label, prompt_digest
 from shopr1_service.openapi import problem_responses
 from shopr1_service.preparation import refuse_if_any
 from shopr1_service.state import State, state_of
@@ -41,23 +42,6 @@ PROBLEMS = problem_responses(
 """Of every route that scores."""
 
 AppState = Annotated[State, Depends(state_of)]
-
-PREFIX = "shopr1/"
-"""Before every key that goes into a trainer's log, where others have theirs."""
-LOG_KEYS = tuple(
-    PREFIX + name
-    for name in (
-        *Components.model_fields,
-        "self_certainty_nats",
-        "has_self_certainty",
-        "format_ok",
-        "type_match",
-        "exact_match",
-        "num_rationale_tokens",
-        "unscorable",
-    )
-)
-"""The same for every rollout, scored or not: trainers read a batch by the keys of its first sample."""
 
 _PROMPT_PATH = re.compile(r"groups\[(\d+)\]\.prompt(.*)")
 
@@ -118,49 +102,25 @@ async def score(
     return [
         Outcome(
             reward=unscorable if reward.reward is None else reward.reward,
-            terms=_terms(reward),
-            logs=_logs(reward, rollout.label.action_type),
+            terms=terms(reward),
+            logs=log_values(reward),
             failure=_failure(reward) if reward.reward is None else None,
         )
-        for rollout, reward in zip(rollouts, rewards, strict=True)
+        for reward in rewards
     ]
 
 
 async def _rewards(
     rollouts: Sequence[Rollout], dialect: Dialect, request: Request, state: State
 ) -> list[Reward]:
-    groups = _grouped(rollouts)
-    body = ScoreRequest(
-        recipe=rollouts[0].label.recipe if rollouts else None,
-        groups=[_group([rollouts[i] for i in indices]) for indices in groups],
-    )
+    grouping = Grouping(rollouts)
+    recipe = rollouts[0].label.recipe if rollouts else None
+    body = ScoreRequest(recipe=recipe, groups=grouping.groups)
     try:
-        answered = await answer(body, request, state, dialect.timeout_s)
+        return grouping.in_order(await answer(body, request, state, dialect.timeout_s))
     except InvalidRequestError as error:
-        refuse_if_any(_in_trainers_paths(error, groups, rollouts))
+        refuse_if_any(_in_trainers_paths(error, grouping.indices, rollouts))
         raise
-    rewards = {
-        i: reward
-        for indices, group in zip(groups, answered.groups, strict=True)
-        for i, reward in zip(indices, group.rewards, strict=True)
-    }
-    return [rewards[i] for i in range(len(rollouts))]
-
-
-def _grouped(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """Indices of the rollouts that have prompt and ground truth in common, which are computed once."""
-    groups: dict[tuple[bytes, Label], list[int]] = {}
-    for i, rollout in enumerate(rollouts):
-        groups.setdefault((prompt_digest(rollout.prompt), rollout.label), []).append(i)
-    return list(groups.values())
-
-
-def _group(rollouts: Sequence[Rollout]) -> Group:
-    return Group(
-        prompt=rollouts[0].prompt,
-        ground_truth=rollouts[0].label.truth,
-        completions=[rollout.completion for rollout in rollouts],
-    )
 
 
 def _in_trainers_paths(
@@ -189,26 +149,6 @@ def _raise_if_unscorable(rewards: Sequence[Reward], rollouts: Sequence[Rollout])
 
 def _failure(reward: Reward) -> str:
     return f"{reward.reason}: {reward.message}"
-
-
-def _terms(reward: Reward) -> dict[str, float]:
-    return {name: 0.0 if value is None else value for name, value in reward.components}
-
-
-def _logs(reward: Reward, true_type: str) -> dict[str, float]:
-    details = reward.details
-    nats, predicted = details.self_certainty_nats, details.predicted_action
-    values = (
-        *_terms(reward).values(),
-        0.0 if nats is None else nats,
-        nats is not None,
-        details.format_error is None,
-        predicted is not None and predicted["type"] == true_type,
-        details.exact_match,
-        details.num_rationale_tokens,
-        reward.reward is None,
-    )
-    return {key: float(value) for key, value in zip(LOG_KEYS, values, strict=True)}
 
 
 def json_response(value: Any) -> Response:  # noqa: ANN401  # whatever JSON can hold

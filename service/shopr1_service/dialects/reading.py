@@ -57,6 +57,10 @@ class Rollout:
     completion_path: str
     label_path: str
 
+    @property
+    def ground_truth(self) -> str:
+        return self.label.truth
+
 
 @dataclass
 class Reading:

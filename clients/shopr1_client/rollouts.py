@@ -1,0 +1,89 @@
+"""Lone rollouts, as trainers hold them: into groups, and the groups' rewards back in order."""
+
+import json
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from shopr1_client.wire import (
+    Completion,
+    GroundTruth,
+    Group,
+    Message,
+    Prompt,
+    Reward,
+    ScoreResponse,
+    TokenIds,
+)
+
+
+class RolloutLike(Protocol):
+    """A completion, what it completes, and what the human did."""
+
+    @property
+    def prompt(self) -> str | list[Message] | TokenIds: ...
+    @property
+    def completion(self) -> Any: ...  # noqa: ANN401  # what `wire.Completion` takes
+    @property
+    def ground_truth(self) -> str | dict[str, Any]: ...
+
+
+class Rollout(BaseModel):
+    """A completion, what it completes, and what the human did; checked when it is made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Prompt
+    completion: Completion
+    ground_truth: GroundTruth
+
+
+class Grouping:
+    """Rollouts by prompt and ground truth: a prompt travels and is computed once.
+
+    Attributes:
+        groups: in the order in which they first occur.
+        indices: which rollouts are in each group.
+
+    >>> pairs = "ax", "by", "az"
+    >>> grouping = Grouping([Rollout(prompt=p, completion=c, ground_truth="{}") for p, c in pairs])
+    >>> [group.completions for group in grouping.groups], grouping.indices
+    ([['x', 'z'], ['y']], [[0, 2], [1]])
+    """
+
+    def __init__(self, rollouts: Sequence[RolloutLike]) -> None:
+        members: dict[Hashable, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            members.setdefault((_prompt_key(rollout.prompt), _truth_key(rollout.ground_truth)), []).append(i)
+        self.indices = list(members.values())
+        self.groups = [_group([rollouts[i] for i in indices]) for indices in self.indices]
+
+    def in_order(self, answer: ScoreResponse) -> list[Reward]:
+        """The rewards of all groups in the order of the rollouts."""
+        rewards = {
+            i: reward
+            for indices, group in zip(self.indices, answer.groups, strict=True)
+            for i, reward in zip(indices, group.rewards, strict=True)
+        }
+        return [rewards[i] for i in range(len(rewards))]
+
+
+def _group(rollouts: Sequence[RolloutLike]) -> Group:
+    first = rollouts[0]
+    completions = [rollout.completion for rollout in rollouts]
+    return Group(prompt=first.prompt, ground_truth=first.ground_truth, completions=completions)
+
+
+def _prompt_key(prompt: str | list[Message] | TokenIds) -> Hashable:
+    match prompt:
+        case str():
+            return prompt
+        case TokenIds():
+            return TokenIds, tuple(prompt.token_ids)
+        case _:
+            return Message, tuple((message.role, message.content) for message in prompt)
+
+
+def _truth_key(truth: str | dict[str, Any]) -> str:
+    return truth if isinstance(truth, str) else json.dumps(truth, sort_keys=True)
