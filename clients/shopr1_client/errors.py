@@ -4,6 +4,7 @@
     ├── TransportError             no answer of the service: refused, reset, timed out, somebody else's
     └── ProblemError               an answer, application/problem+json (RFC 9457)
         ├── MalformedBodyError     400  malformed_body    the body is not JSON
+        ├── UnauthenticatedError   401  unauthenticated   no valid API key
         ├── NotFoundError          404  not_found         no such path or recipe
         ├── MethodNotAllowedError  405  method_not_allowed
         ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
@@ -95,6 +96,12 @@ class MalformedBodyError(ProblemError):
     code, status, title = "malformed_body", 400, "The body is not JSON"
 
 
+class UnauthenticatedError(ProblemError):
+    """The service has API keys, and the request came with none of them."""
+
+    code, status, title = "unauthenticated", 401, "No valid API key"
+
+
 class NotFoundError(ProblemError):
     """There is no such path or recipe."""
 
@@ -157,6 +164,7 @@ class DeadlineExceededError(ProblemError):
 
 PROBLEMS: tuple[type[ProblemError], ...] = (
     MalformedBodyError,
+    UnauthenticatedError,
     NotFoundError,
     MethodNotAllowedError,
     PolicyVersionError,

@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from shopr1_service import __version__
+from shopr1_client.errors import UnauthenticatedError
+from shopr1_service import __version__, health
+from shopr1_service.api_keys import ApiKeys, KeyCheck
 from shopr1_service.body_limit import BodyLimit
 from shopr1_service.dialects import labels, llama_factory, nemo_gym, openrlhf, slime
-from shopr1_service.openapi import build_document
+from shopr1_service.openapi import build_document, problem_responses
 from shopr1_service.policy import Policy
 from shopr1_service.problems import install_handlers
 from shopr1_service.request_id import RequestRecorder
@@ -64,9 +66,13 @@ def create_app(
     app.state.shopr1 = state
     # Counts what is streamed; the middleware refuses what is announced, and does so with a problem.
     for each in (router, *(module.router for module in _DIALECTS)):
-        app.include_router(each, max_body_size=settings.max_body_bytes)
+        app.include_router(
+            each, max_body_size=settings.max_body_bytes, responses=problem_responses(UnauthenticatedError)
+        )
+    app.include_router(health.router)
     install_handlers(app)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(KeyCheck, keys=ApiKeys.of(settings))
     app.add_middleware(RequestRecorder, metrics=state.metrics)
     app.openapi = lambda: build_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

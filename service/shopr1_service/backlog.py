@@ -29,10 +29,27 @@ long for the last."""
 
 
 @dataclass(eq=False)
+class Progress:
+    """How far the work of one call is.
+
+    Attributes:
+        num_waiting: groups that wait for the engine; None before they are admitted.
+    """
+
+    num_waiting: int | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether all of it is being measured or done: to stop it now would save nothing."""
+        return self.num_waiting == 0
+
+
+@dataclass(eq=False)
 class Job:
     """A group that somebody waits for.
 
     Attributes:
+        progress: of the call that it belongs to.
         rank_s: when it is due, on the clock of `time.perf_counter`.
     """
 
@@ -40,6 +57,7 @@ class Job:
     rules: SelfCertaintyRecipe
     submitted_s: float
     rank_s: float
+    progress: Progress = field(default_factory=Progress)
     future: Future[Measurements] = field(default_factory=Future)
 
     @cached_property

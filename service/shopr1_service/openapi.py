@@ -20,6 +20,20 @@ TAGS = [
     {"name": "health", "description": "For supervisors and load balancers."},
 ]
 
+SECURITY_SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "One of the service's API keys, where it has any. Health routes need none.",
+    },
+    "query": {
+        "type": "apiKey",
+        "in": "query",
+        "name": "api_key",
+        "description": "For clients that cannot send headers. `/key/<key>` before any path does the same.",
+    },
+}
+
 METRICS_CONTENT: dict[str, Any] = {
     "description": "Metrics in Prometheus text format.",
     "content": {
@@ -64,6 +78,8 @@ def build_document(app: FastAPI) -> dict[str, Any]:
     )
     document["servers"] = [{"url": "http://127.0.0.1:8000", "description": "The default of `shopr1 serve`."}]
     document["components"]["schemas"] |= _problem_schemas()
+    document["components"]["securitySchemes"] = SECURITY_SCHEMES
+    document["security"] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
     for path in document["paths"].values():
         for operation in path.values():
             _drop_default_validation_error(operation)

@@ -4,7 +4,8 @@ A request whose twin is being worked on gets the twin's answer. One whose twin w
 answer. What both have in common is the key: the groups, the recipe, the policy version. Neither errors nor
 answers with a rollout that could not be scored are kept: the next try may succeed.
 
-A twin's work ends when the last who waits for it has gone.
+When the last who waits has gone, work that still waits for the engine is dropped. What the engine has begun
+is finished and kept: whoever gave up too early will ask again.
 """
 
 import asyncio
@@ -14,13 +15,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from shopr1_client.wire import ScoreResponse, Status
+from shopr1_service.backlog import Progress
 from shopr1_service.metrics import Metrics
 
 KEEP_S = 600.0
 """Longer than any trainer goes on repeating one request."""
 MAX_KEPT_ROLLOUTS = 65_536
 
-Start = Callable[[], Awaitable[ScoreResponse]]
+Start = Callable[[Progress], Awaitable[ScoreResponse]]
 
 
 @dataclass
@@ -28,6 +30,7 @@ class _Flight:
     """Work in progress."""
 
     task: "asyncio.Future[ScoreResponse]"
+    progress: Progress
     num_waiting: int = 0
 
 
@@ -58,7 +61,9 @@ class Repeats:
             return kept.answer
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.ensure_future(start()))
+            progress = Progress()
+            flight = _Flight(asyncio.ensure_future(start(progress)), progress)
+            self._flights[key] = flight
             flight.task.add_done_callback(lambda task: self._land(key, flight, task))
         else:
             self._metrics.record_repeat("joined")
@@ -70,7 +75,7 @@ class Repeats:
             return await asyncio.shield(flight.task)
         finally:
             flight.num_waiting -= 1
-            if not flight.num_waiting and not flight.task.done():
+            if not (flight.num_waiting or flight.task.done() or flight.progress.has_begun):
                 # At once: who comes now must not wait for what is being cancelled.
                 self._flights.pop(key, None)
                 flight.task.cancel()

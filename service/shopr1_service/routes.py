@@ -16,7 +16,7 @@ from shopr1_client.errors import (
     PolicyVersionError,
     TooLargeError,
 )
-from shopr1_client.wire import Health, Info, RecipeRef, ScoreRequest, ScoreResponse
+from shopr1_client.wire import Info, RecipeRef, ScoreRequest, ScoreResponse
 from shopr1_rewards import Recipe
 from shopr1_service import __version__, examples
 from shopr1_service.answer import answer
@@ -116,33 +116,6 @@ async def get_recipe(name: str, state: AppState) -> Response:
     if recipe is None:
         raise NotFoundError(f"no recipe {name!r}")
     return _json(recipe)
-
-
-@router.get(
-    "/health/live",
-    response_model=Health,
-    operation_id="live",
-    tags=["health"],
-    summary="Is the process alive?",
-    responses=problem_responses(InternalError),
-)
-async def live() -> Health:
-    """Answers as long as the event loop runs, also while the policy loads."""
-    return Health(status="live")
-
-
-@router.get(
-    "/health/ready",
-    response_model=Health,
-    operation_id="ready",
-    tags=["health"],
-    summary="Can it score?",
-    responses=problem_responses(InternalError, NotReadyError),
-)
-async def ready(state: AppState) -> Health:
-    """200 once the policy is loaded and has passed its checks, which are real forwards; else 503."""
-    _ = state.scorer
-    return Health(status="ready")
 
 
 @router.get(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from shopr1_client.errors import NotReadyError, OverloadedError
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.backlog import Backlog, Batch, Job, Measurements
+from shopr1_service.backlog import Backlog, Batch, Job, Measurements, Progress
 from shopr1_service.engine import FatalEngineError, TokenGroup
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
@@ -73,16 +73,22 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def measure(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Measurements]:
+    async def measure(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, progress: Progress | None = None
+    ) -> list[Measurements]:
         """Measurements of each group's completions, in order. If cancelled, what still waits is dropped.
+
+        Args:
+            progress: kept up to date, for whoever may cancel.
 
         Raises:
             OverloadedError: there is no room for these groups.
             NotReadyError: the device is gone.
         """
         now_s = time.perf_counter()
-        jobs = [self._job(group, rules, now_s) for group in groups]
-        self._admit([job for job in jobs if job.group.completions])
+        progress = progress or Progress()
+        jobs = [self._job(group, rules, now_s, progress) for group in groups]
+        self._admit([job for job in jobs if job.group.completions], progress)
         try:
             return list(await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
         finally:
@@ -102,14 +108,14 @@ class Scheduler:
             self._changed.notify()
         self._drop(waiting)
 
-    def _job(self, group: TokenGroup, rules: SelfCertaintyRecipe, now_s: float) -> Job:
-        job = Job(TokenGroup(tuple(group.prompt_ids), group.completions), rules, now_s, rank_s=now_s)
+    def _job(self, group: TokenGroup, rules: SelfCertaintyRecipe, now_s: float, progress: Progress) -> Job:
+        job = Job(TokenGroup(tuple(group.prompt_ids), group.completions), rules, now_s, now_s, progress)
         job.rank_s += self._rate.seconds(job.num_prompt_tokens + job.num_own_tokens)
         if not group.completions:
             job.future.set_result([])
         return job
 
-    def _admit(self, jobs: Sequence[Job]) -> None:
+    def _admit(self, jobs: Sequence[Job], progress: Progress) -> None:
         with self._changed:
             if self._is_broken:
                 raise NotReadyError(
@@ -120,6 +126,7 @@ class Scheduler:
             num_tokens = self._backlog.num_added_tokens(jobs)
             if self._backlog and self._backlog.num_tokens + num_tokens > self._max_queue_tokens:
                 raise self._overloaded(num_tokens)
+            progress.num_waiting = len(jobs)  # from here on the engine's thread counts it down
             self._backlog.add(jobs)
             self._record_queue()
             self._changed.notify()
@@ -163,7 +170,7 @@ class Scheduler:
             return batch
 
     def _measure(self, batch: Batch) -> None:
-        lanes = [[job for job in lane if job.future.set_running_or_notify_cancel()] for lane in batch]
+        lanes = [[job for job in lane if _begins(job)] for lane in batch]
         lanes = [lane for lane in lanes if lane]
         if not lanes:
             return
@@ -207,6 +214,14 @@ class Scheduler:
             NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S),
         )
         self._on_fatal(error)
+
+
+def _begins(job: Job) -> bool:
+    """Whether somebody still waits for it; from here on it cannot be cancelled."""
+    begins = job.future.set_running_or_notify_cancel()
+    if begins and job.progress.num_waiting is not None:
+        job.progress.num_waiting -= 1
+    return begins
 
 
 def _joined(lane: Sequence[Job]) -> TokenGroup:

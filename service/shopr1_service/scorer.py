@@ -22,7 +22,7 @@ from shopr1_client.wire import (
 )
 from shopr1_rewards import Recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.backlog import Measurements
+from shopr1_service.backlog import Measurements, Progress
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.gathering import Gatherings, Membership
 from shopr1_service.metrics import Metrics, Phase
@@ -64,8 +64,13 @@ class Scorer:
         self._gatherings = Gatherings(self._scheduler, metrics, settings.group_wait_s)
         metrics.record_policy(policy.info)
 
-    async def score(self, request: ScoreRequest, request_id: str) -> ScoreResponse:
+    async def score(
+        self, request: ScoreRequest, request_id: str, progress: Progress | None = None
+    ) -> ScoreResponse:
         """Score every rollout of a request. If cancelled, what still waits of it is dropped.
+
+        Args:
+            progress: see `Scheduler.measure`.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is at fault.
@@ -79,7 +84,7 @@ class Scorer:
         loop = asyncio.get_running_loop()
         groups = await loop.run_in_executor(self._preparers, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
-        measured = await self._measure(token_groups, _memberships(request), recipe.self_certainty)
+        measured = await self._measure(token_groups, _memberships(request), recipe.self_certainty, progress)
         scores = [
             self._group_score(group, certainties, recipe, request.include)
             for group, certainties in zip(groups, measured, strict=True)
@@ -119,6 +124,7 @@ class Scorer:
         groups: Sequence[TokenGroup],
         memberships: Sequence[Membership | None],
         rules: SelfCertaintyRecipe,
+        progress: Progress | None,
     ) -> list[Measurements]:
         """Whole groups are admitted together or not at all; parts of groups wait for the rest of theirs."""
         whole = [group for group, part_of in zip(groups, memberships, strict=True) if part_of is None]
@@ -128,7 +134,7 @@ class Scorer:
             if part_of is not None
         ]
         try:
-            measured = iter(await self._scheduler.measure(whole, rules))
+            measured = iter(await self._scheduler.measure(whole, rules, progress))
             gathered = iter(await asyncio.gather(*parts))
         finally:
             for part in parts:

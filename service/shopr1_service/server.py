@@ -1,6 +1,7 @@
 """Running the application under uvicorn."""
 
 import logging
+import resource
 import signal
 
 import uvicorn
@@ -10,6 +11,9 @@ from shopr1_service.loading import load_policy
 from shopr1_service.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+_SOCKET_BACKLOG = 4096
+"""Trainers open a connection for each rollout of a batch, all at once."""
 
 
 def serve(settings: Settings) -> int:
@@ -22,6 +26,7 @@ def serve(settings: Settings) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logger.info("settings: %s", settings.model_dump_json())
+    _allow_many_connections()
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -36,6 +41,7 @@ def serve(settings: Settings) -> int:
             port=settings.port,
             log_level=settings.log_level,
             access_log=settings.log_level == "debug",  # metrics count requests; a scraper would fill the log
+            backlog=_SOCKET_BACKLOG,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
         )
     )
@@ -43,3 +49,10 @@ def serve(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
     server.run()
     return 1 if failures else 0
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets this process have: shells often give it 1,024 to begin with."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    logger.info("open files, and with them connections: at most %d", hard)

@@ -12,9 +12,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -24,6 +25,8 @@ from shopr1_client.wire import Limits
 from shopr1_service.errors import SettingsError
 
 ENV_PREFIX = "SHOPR1_"
+CLIENT_PREFIX = "SHOPR1_CLIENT_"
+"""Of the trainer shims, which may run on the same machine."""
 CONFIG_VARIABLE = "SHOPR1_CONFIG"
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -53,6 +56,12 @@ class Settings(BaseSettings):
     """Address to listen on. Loopback unless told otherwise."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 lets the system choose."""
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Any of these lets a client in; several, with commas between, so that they can be changed one by one.
+    None, and everybody may ask. See `api_keys.py`."""
+    api_key_file: Path | None = None
+    """A file of further keys, one a line."""
 
     policy: str | None = None
     """Directory, hub id or GGUF file of the policy; default: the embedded SmolLM2-135M-Instruct."""
@@ -105,6 +114,11 @@ class Settings(BaseSettings):
     shutdown_grace_s: PositiveInt = 30
     """Seconds that open requests get to finish after SIGTERM."""
 
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
+
     @property
     def limits(self) -> Limits:
         return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
@@ -151,8 +165,13 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
 def _flaw(details: Mapping[str, Any]) -> str:
     key = str(details["loc"][0])  # what follows names members of unions: settings are flat
     if details["type"] == "extra_forbidden":
-        return f"unknown setting {key!r} (value {details['input']!r})"
-    return f"{key}: {details['msg']} (got {details['input']!r})"
+        return f"unknown setting {key!r} (value {_shown(key, details['input'])})"
+    return f"{key}: {details['msg']} (got {_shown(key, details['input'])})"
+
+
+def _shown(name: str, value: object) -> str:
+    """A value for an error message, unless it may be a secret."""
+    return "…" if "key" in name.lower() else repr(value)
 
 
 def _config_from_environment() -> Path | None:
@@ -170,5 +189,6 @@ def _refuse_private_options(options: Mapping[str, Any]) -> None:
 def _refuse_unknown_variables() -> None:
     known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | {CONFIG_VARIABLE}
     for name, value in os.environ.items():
-        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
-            raise SettingsError(f"unknown environment variable {name} (value {value!r})")
+        is_ours = name.upper().startswith(ENV_PREFIX) and not name.upper().startswith(CLIENT_PREFIX)
+        if is_ours and name.upper() not in known:
+            raise SettingsError(f"unknown environment variable {name} (value {_shown(name, value)})")

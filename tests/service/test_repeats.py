@@ -9,6 +9,7 @@ import pytest
 from shopr1_client.wire import GroupScore, Reward, ScoreResponse, Status
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service import repeats as repeats_module
+from shopr1_service.backlog import Progress
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
@@ -33,12 +34,14 @@ class Work:
         self.may_end = asyncio.Event()
         self.num_started = 0
         self.num_cancelled = 0
+        self.num_waiting = 1
         self._num_rollouts = num_rollouts
         self._error = error
         self._status = status
 
-    async def __call__(self) -> ScoreResponse:
+    async def __call__(self, progress: Progress) -> ScoreResponse:
         self.num_started += 1
+        progress.num_waiting = self.num_waiting
         number = self.num_started
         try:
             await self.may_end.wait()
@@ -96,6 +99,20 @@ async def test_the_work_ends_when_the_last_has_gone_and_begins_anew() -> None:
     assert (work.num_started, work.num_cancelled) == (2, 1)
     work.may_end.set()
     assert (await late).request_id == "2"
+
+
+async def test_what_has_begun_is_finished_for_who_asks_again() -> None:
+    repeats, work = Repeats(Metrics()), Work()
+    work.num_waiting = 0
+    gone = ask(repeats, work)
+    await settle()
+    gone.cancel()
+    await settle()
+    again = ask(repeats, work)
+    await settle()
+    assert (work.num_started, work.num_cancelled) == (1, 0)
+    work.may_end.set()
+    assert (await again).request_id == "1"
 
 
 async def test_errors_reach_all_and_are_not_kept() -> None:

@@ -11,6 +11,15 @@ from pydantic import ValidationError
 from shopr1_service.errors import SettingsError
 from shopr1_service.settings import DType, Settings, load_settings
 
+KEYS = "one-0123456789abc,two-0123456789abc"
+
+
+def shown(value: object) -> str:
+    """A setting's value as it is written in a file."""
+    if isinstance(value, tuple):
+        return ",".join(key.get_secret_value() for key in value)
+    return str(value)
+
 
 def use_config(monkeypatch: pytest.MonkeyPatch, path: Path, toml: str | bytes) -> Path:
     path.write_bytes(toml if isinstance(toml, bytes) else toml.encode())
@@ -22,6 +31,8 @@ def test_defaults() -> None:
     assert load_settings().model_dump() == {
         "host": "127.0.0.1",
         "port": 8000,
+        "api_keys": (),
+        "api_key_file": None,
         "policy": None,
         "revision": None,
         "policy_version": "0",
@@ -90,6 +101,7 @@ def test_every_setting_can_come_from_anywhere(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     special = {
+        "api_keys": KEYS,
         "dtype": "float16",
         "log_level": "debug",
         "deterministic": "True",
@@ -109,7 +121,7 @@ def test_every_setting_can_come_from_anywhere(
     monkeypatch.setenv(f"SHOPR1_{name.upper()}", value)
     from_environment = load_settings()
     for settings in (from_toml, from_option, from_environment):
-        assert str(getattr(settings, name)) == value
+        assert shown(getattr(settings, name)) == value
         assert settings.model_dump() == Settings.model_validate({name: value}).model_dump()
 
 

@@ -1,0 +1,37 @@
+"""Routes for supervisors and load balancers, open to everybody."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from shopr1_client.errors import InternalError, NotReadyError
+from shopr1_client.wire import Health
+from shopr1_service.openapi import problem_responses
+from shopr1_service.state import State, state_of
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+
+@router.get(
+    "/live",
+    response_model=Health,
+    operation_id="live",
+    summary="Is the process alive?",
+    responses=problem_responses(InternalError),
+)
+async def live() -> Health:
+    """Answers as long as the event loop runs, also while the policy loads."""
+    return Health(status="live")
+
+
+@router.get(
+    "/ready",
+    response_model=Health,
+    operation_id="ready",
+    summary="Can it score?",
+    responses=problem_responses(InternalError, NotReadyError),
+)
+async def ready(state: Annotated[State, Depends(state_of)]) -> Health:
+    """200 once the policy is loaded and has passed its checks, which are real forwards; else 503."""
+    _ = state.scorer
+    return Health(status="ready")
