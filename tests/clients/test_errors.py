@@ -25,6 +25,7 @@ BAD_FIELDS: list[FieldError] = [{"location": "groups[1].prompt", "message": "mus
 
 CODES = {
     "malformed_body": 400,
+    "unauthenticated": 401,
     "not_found": 404,
     "method_not_allowed": 405,
     "policy_version": 409,
