@@ -14,6 +14,7 @@ from growth import measure_growth
 from report import Report
 from shopr1_service.device import choose_device
 from subject import Subject, load_subject
+from trainer_burst import trainer_burst
 from vllm_column import vllm_column
 from workloads import PLANS, Plan
 
@@ -28,9 +29,15 @@ def main() -> None:
     if options.growth:
         _growth(subject, plan, options, report)
         report.write(options.output / "growth.csv")
+    elif options.burst:
+        trainer_burst(subject, options.runs, report)
+        report.write(options.output / "burst.csv")
     else:
         _speed(subject, plan, options, report)
         report.write(options.output / "results.csv")
+        if options.vllm:
+            vllm_column(subject, plan.in_process, options.runs, options.vllm, report)
+            report.write(options.output / "results.csv")
 
 
 def _options() -> argparse.Namespace:
@@ -39,6 +46,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="times of which the median is taken")
     parser.add_argument("--large", action="store_true", help="also the longest prompt: minutes on a CPU")
     parser.add_argument("--growth", action="store_true", help="instead: cost by completions and by prompt")
+    parser.add_argument("--burst", action="store_true", help="instead: a batch as trainers send it")
     parser.add_argument("--vllm", metavar="PYTHON", help="also vLLM, in this interpreter, which has it")
     parser.add_argument("--tiny", action="store_true", help="shapes that only show that everything runs")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results")
@@ -68,8 +76,6 @@ def _speed(subject: Subject, plan: Plan, options: argparse.Namespace, report: Re
     for shape in plan.sessions:
         sections.session(subject, shape, report)
     accuracy(subject, report)
-    if options.vllm:
-        vllm_column(subject, plan.in_process, options.runs, options.vllm, report)
 
 
 def _growth(subject: Subject, plan: Plan, options: argparse.Namespace, report: Report) -> None:

@@ -1,0 +1,70 @@
+"""TRL's GRPOTrainer and RLOOTrainer, and Unsloth: `reward_funcs=shop_r1_reward`.
+
+The data set has a column `ground_truth`: the human's action, as an object or as JSON in a string.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from shopr1_client.logs import LOG_KEYS, log_values
+from shopr1_client.rollouts import Rollout
+from shopr1_client.trainers.service import Service, chat
+from shopr1_client.wire import Reward, TokenIds
+
+LogMetric = Callable[[str, float], None]
+
+
+async def shop_r1_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    ground_truth: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,  # noqa: ANN401  # the rest of the data set, and what later releases add
+) -> list[float | None]:
+    """Rewards; None where a rollout cannot be scored, which TRL leaves out of its group."""
+    rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
+    return _told(await Service.find().score(rollouts), log_metric)
+
+
+def shop_r1_reward_sync(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    ground_truth: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns: Any,  # noqa: ANN401
+) -> list[float | None]:
+    """The same for trainers that do not await."""
+    rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
+    return _told(Service.find().score_sync(rollouts), log_metric)
+
+
+def _rollouts(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    truths: Sequence[Any],
+    ids: Sequence[Sequence[int]] | None,
+) -> list[Rollout]:
+    return [
+        Rollout(
+            prompt=prompt if isinstance(prompt, str) else chat(prompt),
+            # What was sampled, not what it looks like: tokenising text again drifts.
+            completion=_text(completions[i]) if ids is None else TokenIds(token_ids=list(ids[i])),
+            ground_truth=truths[i],
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _text(completion: Any) -> str:  # noqa: ANN401  # a string, or the one message of a conversation
+    return completion if isinstance(completion, str) else chat(completion)[-1].content
+
+
+def _told(rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:
+    values = [log_values(reward) for reward in rewards]
+    if log_metric is not None:
+        for key in LOG_KEYS:  # on every rank, whatever was scored there: TRL gathers by name
+            log_metric(key, fmean(value[key] for value in values))
+    return [reward.reward for reward in rewards]
