@@ -22,9 +22,11 @@ PACKAGES = {
 }
 OURS = set(PACKAGES)
 OF_TRAINERS = {
+    Path("trainers/areal_workflow.py"): {"areal"},
     Path("trainers/ms_swift.py"): {"swift"},
     Path("trainers/openrlhf.py"): {"torch"},
     Path("trainers/skyrl.py"): {"skyrl_gym"},
+    Path("trainers/verifiers.py"): {"verifiers"},
     Path("trainers/verl_manager.py"): {"verl"},
 }
 """What stands in their own environments anyway."""

@@ -1,6 +1,7 @@
-"""AReaL: `reward_fn="shopr1_client.trainers.areal.reward_fn"`. Runs in AReaL's worker processes.
+"""AReaL: `reward_fn="shopr1_client.trainers.areal.reward_fn"`, in AReaL's worker processes.
 
-AReaL gives up after 15 s, asks again three times, and then takes 0 for the reward: raise `timeout_seconds`.
+Better is the workflow (`areal_workflow.py`). There are few workers, each scores one rollout after the other,
+and AReaL takes 0 for the reward that has not come out of them within 15 s, in four tries.
 """
 
 from collections.abc import Sequence
@@ -8,11 +9,12 @@ from typing import Any
 
 from shopr1_client.rollouts import Rollout
 from shopr1_client.trainers.service import Service
+from shopr1_client.trainers.verl import plain
 from shopr1_client.wire import TokenIds
 
 
 def reward_fn(
-    prompt: str,  # the ids say the same, exactly
+    prompt: str,
     completions: str,
     prompt_ids: Sequence[int],
     completion_ids: Sequence[int],
@@ -28,9 +30,14 @@ def reward_fn(
         UnscorableError: it cannot be scored, and no number may stand for its reward.
     """
     service = Service.find()
-    rollout = Rollout(
+    rewards = service.score_sync([sampled(prompt_ids, completion_ids, ground_truth)])
+    return service.numbers(rewards)[0]
+
+
+def sampled(prompt_ids: Sequence[int], completion_ids: Sequence[int], ground_truth: Any) -> Rollout:  # noqa: ANN401
+    """By its ids: the texts that AReaL has beside them are decoded."""
+    return Rollout(
         prompt=TokenIds(token_ids=list(prompt_ids)),
         completion=TokenIds(token_ids=list(completion_ids)),
-        ground_truth=ground_truth,
+        ground_truth=plain(ground_truth),
     )
-    return service.numbers(service.score_sync([rollout]))[0]

@@ -10,24 +10,45 @@ from swift.rewards import AsyncORM, orms
 
 from shopr1_client.rollouts import Rollout
 from shopr1_client.trainers.service import Service, chat
+from shopr1_client.wire import Text, TokenIds
+
+Ids = Sequence[int] | Sequence[Sequence[int]]
 
 
 class ShopR1(AsyncORM):  # type: ignore[misc]  # checked where there is no ms-swift
-    """The reward of each completion; None where it cannot be scored, which ms-swift leaves out."""
+    """The reward of each completion."""
 
     async def __call__(
         self,
         completions: Sequence[str],
         messages: Sequence[Sequence[Mapping[str, Any]]],
         ground_truth: Sequence[Any],
+        response_token_ids: Sequence[Ids] | None = None,
         **columns: Any,  # noqa: ANN401  # the rest of the data set, and of the rollout
-    ) -> list[float | None]:
+    ) -> list[float]:
+        """Rewards in the order of the completions, the last message of each conversation.
+
+        Raises:
+            UnscorableError: a rollout cannot be scored, and no number may stand for its reward. ms-swift
+                takes None as well, but counts it as a reward of 0 like any other.
+        """
+        service = Service.find()
+        ids = response_token_ids or [[] for _ in completions]
         rollouts = [
-            # The last message is the completion.
-            Rollout(prompt=chat(conversation[:-1]), completion=completion, ground_truth=truth)
-            for completion, conversation, truth in zip(completions, messages, ground_truth, strict=True)
+            Rollout(
+                prompt=chat(conversation[:-1]),
+                completion=_completion(completions[i], ids[i]),
+                ground_truth=truth,
+            )
+            for i, (conversation, truth) in enumerate(zip(messages, ground_truth, strict=True))
         ]
-        return [reward.reward for reward in await Service.find().score(rollouts)]
+        return service.numbers(await service.score(rollouts))
+
+
+def _completion(text: str, ids: Ids) -> Text | TokenIds:
+    """Ids where they are there: tokenising text again drifts. Those of several turns are lists of lists."""
+    plain = [token_id for token_id in ids if isinstance(token_id, int)]
+    return TokenIds(token_ids=plain) if plain else Text(text=text)
 
 
 orms["shop_r1"] = ShopR1

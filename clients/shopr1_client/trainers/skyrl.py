@@ -6,6 +6,7 @@
 Each row of the data set has `env_class: shop_r1` and `reward_spec: {"ground_truth": …}`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
@@ -13,19 +14,20 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from shopr1_client.logs import log_values
 from shopr1_client.rollouts import Rollout
 from shopr1_client.trainers.service import Service, chat
-from shopr1_client.wire import Message
+from shopr1_client.trainers.verl import plain
+from shopr1_client.wire import Message, Text
 
 
 class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no SkyRL
     """One answer, one reward."""
 
-    def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None) -> None:  # noqa: ANN401
+    def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:  # noqa: ANN401
         super().__init__()
-        self._truth = (extras or {})["reward_spec"]["ground_truth"]
+        self._truth = plain((extras or {})["reward_spec"]["ground_truth"])
         self._prompt: list[Message] = []
         self._logs: dict[str, float] = {}
 
-    def init(self, prompt: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    def init(self, prompt: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], dict[str, Any]]:
         self._prompt = chat(prompt)
         return prompt, {}
 
@@ -36,13 +38,13 @@ class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no
             UnscorableError: the answer cannot be scored, and no number may stand for its reward.
         """
         service = Service.find()
-        rewards = service.score_sync(
-            [Rollout(prompt=self._prompt, completion=action, ground_truth=self._truth)]
-        )
+        rollout = Rollout(prompt=self._prompt, completion=Text(text=action), ground_truth=self._truth)
+        rewards = service.score_sync([rollout])
         self._logs = log_values(rewards[0])
         return BaseTextEnvStepOutput(
             observations=[], reward=service.numbers(rewards)[0], done=True, metadata=self._logs
         )
 
     def get_metrics(self) -> dict[str, Any]:
+        """What SkyRL logs as a mean under `environment/`."""
         return self._logs

@@ -3,7 +3,7 @@
 The data set has a column `ground_truth`: the human's action, as an object or as JSON in a string.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -23,9 +23,10 @@ async def shop_r1_reward(
     log_metric: LogMetric | None = None,
     **columns: Any,  # noqa: ANN401  # the rest of the data set, and what later releases add
 ) -> list[float | None]:
-    """Rewards; None where a rollout cannot be scored, which TRL leaves out of its group."""
+    """Rewards; None, or your number, where a rollout cannot be scored. TRL leaves None out of its group."""
+    service = Service.find()
     rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
-    return _told(await Service.find().score(rollouts), log_metric)
+    return _told(service, await service.score(rollouts), log_metric)
 
 
 def shop_r1_reward_sync(
@@ -37,8 +38,9 @@ def shop_r1_reward_sync(
     **columns: Any,  # noqa: ANN401
 ) -> list[float | None]:
     """The same for trainers that do not await."""
+    service = Service.find()
     rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
-    return _told(Service.find().score_sync(rollouts), log_metric)
+    return _told(service, service.score_sync(rollouts), log_metric)
 
 
 def _rollouts(
@@ -52,7 +54,7 @@ def _rollouts(
             prompt=prompt if isinstance(prompt, str) else chat(prompt),
             # What was sampled, not what it looks like: tokenising text again drifts.
             completion=_text(completions[i]) if ids is None else TokenIds(token_ids=list(ids[i])),
-            ground_truth=truths[i],
+            ground_truth=_truth(truths[i]),
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -62,9 +64,14 @@ def _text(completion: Any) -> str:  # noqa: ANN401  # a string, or the one messa
     return completion if isinstance(completion, str) else chat(completion)[-1].content
 
 
-def _told(rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:
+def _truth(truth: Any) -> Any:  # noqa: ANN401
+    # A column of objects has the keys of all rows, with None where a row has none.
+    return {k: v for k, v in truth.items() if v is not None} if isinstance(truth, Mapping) else truth
+
+
+def _told(service: Service, rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:
     values = [log_values(reward) for reward in rewards]
     if log_metric is not None:
         for key in LOG_KEYS:  # on every rank, whatever was scored there: TRL gathers by name
             log_metric(key, fmean(value[key] for value in values))
-    return [reward.reward for reward in rewards]
+    return [service.unscorable if reward.reward is None else reward.reward for reward in rewards]

@@ -1,6 +1,7 @@
-"""verl: a `custom_reward_function`, and a reward manager that sends token ids, many rollouts at a time.
+"""verl: a `custom_reward_function`, called for one rollout with its text.
 
-`compute_score` is called for one rollout with its text. Options in `reward_kwargs`: see `Service`.
+Better is the reward manager (`verl_manager.py`): it has the prompt and the token ids. Options in
+`reward_kwargs`: see `Service`.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from shopr1_client.logs import log_values
 from shopr1_client.rollouts import Rollout
 from shopr1_client.trainers.service import Service, chat
-from shopr1_client.wire import Reward
+from shopr1_client.wire import Message, Reward
 
 ScoreAndLogs = dict[str, float]
 
@@ -28,18 +29,19 @@ async def compute_score(
     """`score`, and the same numbers under the same keys for every rollout.
 
     Raises:
+        ValueError: `extra_info` has no `raw_prompt`.
         UnscorableError: the rollout cannot be scored, and no number may stand for its reward.
     """
     service = Service.find(url, api_key, recipe, unscorable)
-    prompt = chat((extra_info or {})["raw_prompt"])
-    rollout = Rollout(prompt=prompt, completion=solution_str, ground_truth=plain(ground_truth))
-    return told(service, await service.score([rollout]))[0]
+    rollout = Rollout(
+        prompt=_prompt(extra_info or {}), completion=solution_str, ground_truth=plain(ground_truth)
+    )
+    return told(service, (await service.score([rollout]))[0])
 
 
-def told(service: Service, rewards: list[Reward]) -> list[ScoreAndLogs]:
-    """What verl gets for each rollout."""
-    numbers = service.numbers(rewards)
-    return [{"score": number, **log_values(reward)} for number, reward in zip(numbers, rewards, strict=True)]
+def told(service: Service, reward: Reward) -> ScoreAndLogs:
+    """What verl gets for a rollout."""
+    return {"score": service.numbers([reward])[0], **log_values(reward)}
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401
@@ -48,3 +50,13 @@ def plain(value: Any) -> Any:  # noqa: ANN401
         # Columns of objects have the keys of all rows, with None where a row has none.
         return {key: plain(item) for key, item in value.items() if item is not None}
     return value.item() if hasattr(value, "item") else value
+
+
+def _prompt(extra_info: dict[str, Any]) -> list[Message]:
+    messages = extra_info.get("raw_prompt")
+    if messages is None:  # verl's own trainer tells a reward function no prompt
+        raise ValueError(
+            "extra_info has no raw_prompt: let the data set have the prompt's messages there, "
+            "or take the reward manager, which needs none"
+        )
+    return chat(messages)

@@ -8,7 +8,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from shopr1_client.rollouts import Rollout
 from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.verl import ScoreAndLogs, plain, told
-from shopr1_client.wire import TokenIds
+from shopr1_client.wire import Reward, TokenIds
 
 WINDOW_S = 0.01
 """How long the first rollout of a request waits for others."""
@@ -20,32 +20,37 @@ class ShopR1RewardManager(RewardManagerBase):  # type: ignore[misc]  # checked w
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **router: Any) -> None:  # noqa: ANN401
         super().__init__(config, tokenizer, compute_score)
         self._service = Service.find(**_options(config))
-        self._waiting: list[tuple[Rollout, asyncio.Future[ScoreAndLogs]]] = []
+        self._waiting: list[tuple[Rollout, asyncio.Future[Reward]]] = []
+        self._requests: set[asyncio.Task[None]] = set()  # the loop alone does not keep a task alive
 
     async def run_single(self, data: Any) -> dict[str, Any]:  # noqa: ANN401  # a DataProto
-        future: asyncio.Future[ScoreAndLogs] = asyncio.get_running_loop().create_future()
-        self._waiting.append((_rollout(data[-1]), future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Reward] = loop.create_future()
+        self._waiting.append((_rollout(data[-1:][0]), future))
         if len(self._waiting) == 1:
-            asyncio.get_running_loop().call_later(WINDOW_S, self._send)
-        told_of_it = await future
-        return {"reward_score": told_of_it["score"], "reward_extra_info": told_of_it}
+            loop.call_later(WINDOW_S, self._send)
+        # Each hears of its own reward only: the others of its request are scored all the same.
+        scores: ScoreAndLogs = told(self._service, await future)
+        return {"reward_score": scores["score"], "reward_extra_info": scores}
 
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, []
-        self._task = asyncio.ensure_future(self._score(waiting))
+        request = asyncio.ensure_future(self._score(waiting))
+        self._requests.add(request)
+        request.add_done_callback(self._requests.discard)
 
-    async def _score(self, waiting: list[tuple[Rollout, "asyncio.Future[ScoreAndLogs]"]]) -> None:
+    async def _score(self, waiting: list[tuple[Rollout, "asyncio.Future[Reward]"]]) -> None:
         rollouts, futures = zip(*waiting, strict=True)
         try:
-            results = told(self._service, await self._service.score(rollouts))
+            rewards = await self._service.score(rollouts)
         except Exception as error:  # each who waits has to hear of it
             for future in futures:
                 if not future.done():  # verl may have given up
                     future.set_exception(error)
         else:
-            for future, result in zip(futures, results, strict=True):
+            for future, reward in zip(futures, rewards, strict=True):
                 if not future.done():
-                    future.set_result(result)
+                    future.set_result(reward)
 
 
 def _options(config: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -53,11 +58,16 @@ def _options(config: Any) -> dict[str, Any]:  # noqa: ANN401
     return dict(function.get("reward_kwargs") or {})
 
 
-def _rollout(item: Any) -> Rollout:  # noqa: ANN401  # a DataProtoItem; the prompt is padded on the left
+def _rollout(item: Any) -> Rollout:  # noqa: ANN401  # a DataProtoItem
     prompt_T, response_T, mask_T = (item.batch[name] for name in ("prompts", "responses", "attention_mask"))
-    num_prompt_places = len(prompt_T)
+    columns = item.non_tensor_batch
+    if "prompt_len" in columns:  # while others are generated: padded on the right, the mask of both as one
+        prompt, response = prompt_T[: columns["prompt_len"]], response_T[: columns["response_len"]]
+    else:  # a whole batch: prompts padded on the left, responses on the right
+        mask_prompt, mask_response = mask_T.bool().split([len(prompt_T), len(response_T)])
+        prompt, response = prompt_T[mask_prompt], response_T[mask_response]
     return Rollout(
-        prompt=TokenIds(token_ids=prompt_T[mask_T[:num_prompt_places].bool()].tolist()),
-        completion=TokenIds(token_ids=response_T[mask_T[num_prompt_places:].bool()].tolist()),
-        ground_truth=plain(item.non_tensor_batch["reward_model"]["ground_truth"]),
+        prompt=TokenIds(token_ids=prompt.tolist()),
+        completion=TokenIds(token_ids=response.tolist()),
+        ground_truth=plain(columns["reward_model"]["ground_truth"]),
     )

@@ -1,0 +1,64 @@
+"""verifiers, and prime-rl with it: the reward of a task, or of any taskset whose tasks have a `ground_truth`.
+
+    --env.taskset.task.rewards.shop_r1.fn shopr1_client.trainers.verifiers:shop_r1
+
+puts it into a taskset that is there already. examples/verifiers_env.py is one of its own.
+"""
+
+from typing import Any
+
+import verifiers.v1 as vf
+
+from shopr1_client.logs import log_values
+from shopr1_client.rollouts import Rollout
+from shopr1_client.trainers.service import Service, chat
+from shopr1_client.wire import Message, TokenIds
+
+
+class ShopR1Data(vf.TaskData):  # type: ignore[misc]  # checked where there is no verifiers
+    """A prompt, and the human's action as an object or as JSON in a string."""
+
+    ground_truth: dict[str, Any] | str
+
+
+class ShopR1Task(vf.Task[ShopR1Data]):  # type: ignore[misc]
+    """One answer, one reward."""
+
+    @vf.reward  # type: ignore[untyped-decorator]
+    async def shop_r1(self, trace: vf.Trace) -> float:
+        return await shop_r1(self.data, trace)
+
+
+async def shop_r1(task: vf.TaskData, trace: vf.Trace) -> float:
+    """The reward of a rollout of one turn. The numbers for the log become metrics of the trace.
+
+    Raises:
+        UnscorableError: it cannot be scored, and no number may stand for its reward.
+        ValueError: what the policy saw and wrote cannot be told from the trace.
+    """
+    service = Service.find()
+    rewards = await service.score([_rollout(task, trace)])
+    trace.record_metrics(log_values(rewards[0]))  # also of a rollout that fails here
+    return service.numbers(rewards)[0]
+
+
+def _rollout(task: vf.TaskData, trace: vf.Trace) -> Rollout:
+    if trace.num_turns != 1 or len(trace.branches) != 1:
+        raise ValueError(f"{trace.num_turns} turns in {len(trace.branches)} branches; one turn is scored")
+    branch = trace.branches[0]
+    prompt, completion = _tokens(branch) if branch.token_ids else _texts(branch)
+    return Rollout(prompt=prompt, completion=completion, ground_truth=task.ground_truth)
+
+
+def _tokens(branch: vf.Branch) -> tuple[TokenIds, TokenIds]:
+    """Of the training client: exactly what was sampled."""
+    places = list(zip(branch.token_ids, branch.sampled_mask, strict=True))
+    prompt, completion = ([token for token, sampled in places if sampled is own] for own in (False, True))
+    return TokenIds(token_ids=prompt), TokenIds(token_ids=completion)
+
+
+def _texts(branch: vf.Branch) -> tuple[list[Message], str]:
+    *prompt, answer = branch.messages
+    if answer.reasoning_content or answer.tool_calls:
+        raise ValueError("the answer has reasoning or tool calls: its content is not all that was sampled")
+    return chat(message.model_dump(include={"role", "content"}) for message in prompt), answer.content or ""
