@@ -4,6 +4,7 @@ What stays untested is what needs a GPU: SGLang or vLLM as the engine, and the t
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from areal.api import AsyncRewardWrapper, ModelRequest, ModelResponse
 from areal.api.cli_args import GenerationHyperparameters, InferenceEngineConfig
 from areal.infra import WorkflowExecutor
+from areal.infra.remote_inf_engine import GroupedRolloutWorkflow
 from areal.utils import stats_tracker
 from areal.utils.dynamic_import import import_from_string
 from areal.workflow.rlvr import RLVRWorkflow
@@ -136,6 +138,16 @@ def test_executor_leaves_out_what_cannot_be_scored(tokenizer: Any, live: Live) -
         executor.destroy()
     assert results[1] is None
     assert [results[i]["rewards"].item() for i in (0, 2)] == _approx([good, also_good])
+
+
+@pytest.mark.usefixtures("environment")
+def test_group_is_left_out_whole(tokenizer: Any) -> None:
+    """AReaL normalises slices of the size of a group: without one rollout all behind it would shift."""
+    good = rollouts()[0]
+    too_long = Rollout(good.prompt, "mug " * 20_000, good.ground_truth)
+    group = GroupedRolloutWorkflow(own_workflow(tokenizer), 2, logging.getLogger("group"))
+    with pytest.raises(UnscorableError, match="sequence_too_long"):
+        asyncio.run(group.arun_episode(Engine(tokenizer, [good, too_long]), _row(good)))
 
 
 @HOOKS

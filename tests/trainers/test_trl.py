@@ -44,7 +44,7 @@ from tests.trainers.tokenizer import save_tokenizer
 
 GROUP = 7
 """No session has more completions: a group holds all of them."""
-NUM_LESSONS = 60
+NUM_LESSONS = 120
 PROMPT_IDS = 48
 """How much of a prompt the tiny policy sees. The service gets all of it."""
 FLOAT32 = 1e-6

@@ -130,7 +130,7 @@ def _evaluate(
     taskset: Settings, client: Settings, directory: Path, group: int = GROUP, scoring_s: float | None = None
 ) -> list[Any]:
     """The traces of an evaluation by verifiers, in the order of the tasks."""
-    agent = {"runtime": {"type": "subprocess"}, "harness": {"id": "verifiers_env"}}
+    agent: Settings = {"runtime": {"type": "subprocess"}, "harness": {"id": "verifiers_env"}}
     agent |= {"timeout": {"scoring": scoring_s}}
     config = EvalConfig(
         env={"taskset": taskset, "agent": agent},
