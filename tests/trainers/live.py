@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 API_KEY = "trainers-0123456789abcdef"
 TIMEOUT_S = 600.0
 
+ROUNDING = 1e-7
+"""Absolute. Values depend on what is computed together, by 1e-6 nats (docs/engine.md): 5e-9 of the reward."""
 TOO_LONG = [{"role": "user", "content": "mug " * 20_000}]
 """More than the embedded policy takes: rollouts of this prompt cannot be scored."""
 

@@ -23,13 +23,11 @@ from transformers import AutoTokenizer
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
 from shopr1_client.logs import LOG_KEYS
-from tests.trainers.live import TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.trainers.live import ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.trainers.tokenizer import save_tokenizer
 
 FLOAT32 = 1e-6
 """Relative: AReaL stores rewards in float32."""
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 Make = Callable[[Any], RLVRWorkflow]
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead
 
-from tests.trainers.live import TIMEOUT_S, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.trainers.live import ROUNDING, TIMEOUT_S, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.trainers.serving import serving
 from tests.trainers.tokenizer import save_tokenizer
 
@@ -48,8 +48,6 @@ LOG_DIGITS = 1e-3
 """LLaMA-Factory logs a mean of float32, of up to 1001, with four digits behind the point."""
 FLOAT32 = 1e-6
 """Relative: LLaMA-Factory stores rewards in float32."""
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 

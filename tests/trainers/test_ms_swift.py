@@ -31,13 +31,11 @@ from shopr1_client.rollouts import Rollout as SentRollout
 from shopr1_client.trainers.ms_swift import ShopR1
 from shopr1_client.trainers.service import Service
 from shopr1_client.wire import Text, TokenIds
-from tests.trainers.live import TOO_LONG, Live, Rollout, free_port, rollouts, sessions
+from tests.trainers.live import ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts, sessions
 from tests.trainers.tokenizer import save_tokenizer
 
 FLOAT32 = 1e-6
 """Relative: ms-swift stores rewards in float32."""
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 NUM_GENERATIONS = 6
 """Of every example session: the shortest has no more."""
 

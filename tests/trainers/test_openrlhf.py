@@ -58,6 +58,7 @@ from shopr1_client.base import BaseClient  # noqa: E402
 from shopr1_client.logs import LOG_KEYS  # noqa: E402
 from tests.trainers.live import (  # noqa: E402
     API_KEY,
+    ROUNDING,
     TIMEOUT_S,
     TOO_LONG,
     Live,
@@ -73,8 +74,6 @@ from tests.trainers.tokenizer import save_tokenizer  # noqa: E402
 ROUTE = "/dialects/openrlhf/get_reward"
 FLOAT32 = 1e-6
 """Relative: OpenRLHF stores rewards in float32."""
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 NUM_SAMPLES = 7
 """Completions of the first session: a group."""
 

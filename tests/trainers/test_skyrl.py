@@ -23,11 +23,9 @@ from transformers import AutoTokenizer
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
 from shopr1_client.logs import LOG_KEYS
-from tests.trainers.live import TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.trainers.live import ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.trainers.tokenizer import save_tokenizer
 
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 BATCHED = pytest.mark.parametrize("batched", [False, True], ids=["agent_loop", "batched"])
 
 

@@ -24,7 +24,17 @@ from verifiers.v1.configs.cli.eval import EvalConfig
 from shopr1_client.base import BaseClient
 from shopr1_client.logs import LOG_KEYS, log_values
 from shopr1_client.wire import Reward
-from tests.trainers.live import ROOT, TIMEOUT_S, TOO_LONG, Live, Rollout, free_port, rollouts, sessions
+from tests.trainers.live import (
+    ROOT,
+    ROUNDING,
+    TIMEOUT_S,
+    TOO_LONG,
+    Live,
+    Rollout,
+    free_port,
+    rollouts,
+    sessions,
+)
 from tests.trainers.serving import serving
 from tests.trainers.tokenizer import save_tokenizer
 
@@ -33,8 +43,6 @@ GROUP = 7
 SHIM = "shopr1_client.trainers.verifiers:shop_r1"
 FUNCTION_WEIGHT = 0.5
 
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 NATS = 1e-5
 """The same for numbers in nats."""
 

@@ -28,13 +28,11 @@ from shopr1_client.errors import TransportError, UnscorableError
 from shopr1_client.logs import LOG_KEYS
 from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.verl_manager import ShopR1RewardManager
-from tests.trainers.live import API_KEY, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.trainers.live import API_KEY, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.trainers.scripts import arguments
 from tests.trainers.tokenizer import save_tokenizer
 
 KEYS = ["score", *LOG_KEYS]
-ROUNDING = 1e-7
-"""Values depend on what is computed together, by 1e-6 nats (docs/engine.md): here 5e-9 of the reward."""
 FUNCTION = [
     "reward.custom_reward_function.path=pkg://shopr1_client.trainers.verl",
     "reward.custom_reward_function.name=compute_score",
