@@ -4,6 +4,7 @@ What stays untested is what needs a GPU: SGLang or vLLM as the engine, and the t
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
@@ -142,7 +143,8 @@ def test_executor_leaves_out_what_cannot_be_scored(tokenizer: Any, live: Live) -
 def test_group_is_left_out_whole(tokenizer: Any) -> None:
     """AReaL normalises slices of the size of a group: without one rollout all behind it would shift."""
     good = rollouts()[0]
-    too_long = Rollout(good.prompt, "mug " * 20_000, good.ground_truth)
+    endless = json.dumps({"rationale": "mug " * 20_000, "action": {"type": "terminate"}})
+    too_long = Rollout(good.prompt, endless, good.ground_truth)
     group = GroupedRolloutWorkflow(own_workflow(tokenizer), 2, logging.getLogger("group"))
     with pytest.raises(UnscorableError, match="sequence_too_long"):
         asyncio.run(group.arun_episode(Engine(tokenizer, [good, too_long]), _row(good)))
