@@ -367,7 +367,8 @@ def _rank(rank: int, port: int, policy: str, directory: Path, own: Sequence[Roll
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in launched.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    return train(policy, directory, own)
+    # Of its own: the first writes tables while the second would read them.
+    return train(policy, directory / str(rank), own)
 
 
 def _metrics(log: dict[str, Any]) -> dict[str, Any]:
