@@ -7,8 +7,10 @@ from functools import partial
 from fastapi import Request
 
 from shopr1_client.wire import ScoreRequest, ScoreResponse
+from shopr1_service.observation import Origin
 from shopr1_service.patience import within
 from shopr1_service.request_id import request_id_of
+from shopr1_service.run_label import run_of
 from shopr1_service.state import State
 
 
@@ -25,8 +27,8 @@ async def answer(
         ClientGoneError: nobody waits for the answer any more.
     """
     longest_s = state.settings.request_timeout_s
-    request_id = request_id_of(request.scope)
-    start = partial(state.scorer.score, body, request_id)
+    origin = Origin(request_id_of(request.scope), run_of(request.scope))
+    start = partial(state.scorer.score, body, origin)
     # What is included is large, and asked for by people, who do not repeat themselves. And two parts of a
     # group may be equal without being the same.
     if body.include or any(group.group_id is not None for group in body.groups):
@@ -35,7 +37,7 @@ async def answer(
         key = _key(body, state.scorer.policy.info.version)
         work = state.repeats.answer(key, start)
     given = await within(work, request, min(timeout_s or longest_s, longest_s))
-    return given.model_copy(update={"request_id": request_id})
+    return given.model_copy(update={"request_id": origin.request_id})
 
 
 def _key(body: ScoreRequest, policy_version: str) -> bytes:

@@ -17,6 +17,7 @@ from shopr1_service.policy import Policy
 from shopr1_service.problems import install_handlers
 from shopr1_service.request_id import RequestRecorder
 from shopr1_service.routes import router
+from shopr1_service.run_label import RunLabel
 from shopr1_service.settings import Settings
 from shopr1_service.state import State
 
@@ -72,6 +73,7 @@ def create_app(
     app.include_router(health.router)
     install_handlers(app)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RunLabel)
     app.add_middleware(KeyCheck, keys=ApiKeys.of(settings))
     app.add_middleware(RequestRecorder, metrics=state.metrics)
     app.openapi = lambda: build_document(app)  # type: ignore[method-assign]  # FastAPI's documented way

@@ -165,6 +165,7 @@ def _score_call(
         return
     from shopr1_service.loading import load_policy  # imports torch
     from shopr1_service.metrics import Metrics
+    from shopr1_service.observation import Origin
     from shopr1_service.recipe_book import RecipeBook
     from shopr1_service.scorer import Scorer
 
@@ -173,7 +174,7 @@ def _score_call(
     with _errors.status("Loading the policy …"):
         scorer = Scorer(load_policy(settings), recipes, settings, Metrics())
     with asyncio.Runner() as runner, contextlib.closing(scorer):
-        yield lambda request: runner.run(scorer.score(request, uuid.uuid4().hex))
+        yield lambda request: runner.run(scorer.score(request, Origin(uuid.uuid4().hex)))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from shopr1_client.wire import PolicyInfo, Reason, Reward
 from shopr1_service.engine import EngineStats
+from shopr1_service.observation import ScoredGroup
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
 
@@ -123,7 +124,12 @@ class Metrics:
     def record_phase(self, phase: Phase, duration_s: float) -> None:
         self._phase_seconds.labels(phase.value).observe(duration_s)
 
-    def record_reward(self, recipe: str, reward: Reward) -> None:
+    def observe(self, scored: ScoredGroup) -> None:
+        """Count a scored group (an `Observer`)."""
+        for reward in scored.score.rewards:
+            self._record_reward(scored.recipe.name, reward)
+
+    def _record_reward(self, recipe: str, reward: Reward) -> None:
         reason = reward.reason.value if reward.reason else ""
         self._rollouts.labels(recipe, reward.status.value, reason).inc()
         if reward.details.format_error is not None:

@@ -31,9 +31,10 @@ class PreparedRollout:
 
 @dataclass(frozen=True)
 class PreparedGroup:
-    """A group after the rules."""
+    """A group after the rules. `truth` is what the human did."""
 
     id: str | None
+    truth: Action
     prompt_ids: Sequence[int]
     rollouts: Sequence[PreparedRollout]
 
@@ -51,17 +52,20 @@ class _Preparation:
     recipe: Recipe
     wants_ids: bool
     max_request_tokens: int
+    groups: list[PreparedGroup] = field(default_factory=list)
     errors: list[FieldError] = field(default_factory=list)
     num_tokens: int = 0
 
-    def group(self, group: Group, path: str) -> PreparedGroup:
+    def add(self, group: Group, path: str) -> None:
+        """Prepare a group, or find what is wrong with it."""
         truth = self._truth(group, path)
         given = [self._given(c, f"{path}.completions[{j}]") for j, c in enumerate(group.completions)]
         rollouts = [self._rollout(tokens, truth) for tokens in given] if truth else []
         is_needed = self.wants_ids or any(rollout.measured for rollout in rollouts)
         prompt_ids = self._prompt(group.prompt, f"{path}.prompt", is_needed=is_needed)
         self._count(prompt_ids)
-        return PreparedGroup(group.id, prompt_ids, rollouts)
+        if truth is not None:
+            self.groups.append(PreparedGroup(group.id, truth, prompt_ids, rollouts))
 
     def _truth(self, group: Group, path: str) -> Action | None:
         try:
@@ -134,9 +138,10 @@ def prepare(
     """
     _check_counts(request, limits)
     preparation = _Preparation(codec, recipe, wants_ids, limits.max_request_tokens)
-    groups = [preparation.group(group, f"groups[{i}]") for i, group in enumerate(request.groups)]
+    for i, group in enumerate(request.groups):
+        preparation.add(group, f"groups[{i}]")
     refuse_if_any(preparation.errors)
-    return groups
+    return preparation.groups
 
 
 def refuse_if_any(errors: Sequence[FieldError]) -> None:

@@ -26,6 +26,7 @@ from shopr1_service.backlog import Measurements, Progress
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.gathering import Gatherings, Membership
 from shopr1_service.metrics import Metrics, Phase
+from shopr1_service.observation import Observer, Origin, ScoredGroup, tell
 from shopr1_service.policy import Policy
 from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
 from shopr1_service.recipe_book import RecipeBook, reference
@@ -48,8 +49,10 @@ class Scorer:
         settings: Settings,
         metrics: Metrics,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.policy = policy
+        self._observers = observers
         self._recipes = recipes
         self._limits = settings.limits
         self._metrics = metrics
@@ -65,11 +68,12 @@ class Scorer:
         metrics.record_policy(policy.info)
 
     async def score(
-        self, request: ScoreRequest, request_id: str, progress: Progress | None = None
+        self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
     ) -> ScoreResponse:
         """Score every rollout of a request. If cancelled, what still waits of it is dropped.
 
         Args:
+            origin: who asks.
             progress: see `Scheduler.measure`.
 
         Raises:
@@ -89,8 +93,10 @@ class Scorer:
             self._group_score(group, certainties, recipe, request.include)
             for group, certainties in zip(groups, measured, strict=True)
         ]
+        for sent, prepared, group_score in zip(request.groups, groups, scores, strict=True):
+            tell(self._observers, ScoredGroup(origin, recipe, sent, prepared, group_score))
         return ScoreResponse(
-            request_id=request_id,
+            request_id=origin.request_id,
             recipe=reference(recipe),
             policy=PolicyRef(model=self.policy.info.model, version=self.policy.info.version),
             groups=scores,
@@ -149,8 +155,6 @@ class Scorer:
             _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)
             for rollout in group.rollouts
         ]
-        for reward in rewards:
-            self._metrics.record_reward(recipe.name, reward)
         prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
         version = self.policy.info.version
         return GroupScore(id=group.id, policy_version=version, rewards=rewards, prompt_token_ids=prompt_ids)

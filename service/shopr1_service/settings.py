@@ -45,6 +45,15 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class LogFormat(StrEnum):
+    """What log lines look like."""
+
+    AUTO = "auto"
+    """Text on a terminal, else JSON."""
+    TEXT = "text"
+    JSON = "json"
+
+
 class Settings(BaseSettings):
     """Frozen after start."""
 
@@ -58,10 +67,16 @@ class Settings(BaseSettings):
     """Port to listen on; 0 lets the system choose."""
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Any of these lets a client in; several, with commas between, so that they can be changed one by one.
-    None, and everybody may ask. See `api_keys.py`."""
+    """`[scope[+scope]:]key`, several with commas between, so that they can be changed one by one. None, and
+    everybody may ask. See `api_keys.py`."""
     api_key_file: Path | None = None
-    """A file of further keys, one a line."""
+    """A file of further keys, one a line; read again when it changes."""
+    allow_unauthenticated: bool = False
+    """Listen on an address that others can reach although there are no keys."""
+    tls_cert_file: Path | None = None
+    """Certificate chain, PEM. With it the service speaks HTTPS only."""
+    tls_private_key_file: Path | None = None
+    """Its private key, PEM."""
 
     policy: str | None = None
     """Directory, hub id or GGUF file of the policy; default: the embedded SmolLM2-135M-Instruct."""
@@ -89,6 +104,10 @@ class Settings(BaseSettings):
     """How long the first part of a group that comes in parts (`group_id`) waits for the others."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 540.0
     """Seconds a request may take; then it gets 504. One may ask for less with `X-Request-Timeout`."""
+    receive_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Seconds a request's head may take to arrive, and then its body."""
+    engine_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """A forward that takes longer hangs: the service is not live any more, and ends with exit code 1."""
 
     recipe: str = "shop_r1"
     """Default recipe: a shipped one by name, or a TOML file."""
@@ -110,6 +129,21 @@ class Settings(BaseSettings):
     nemo_gym_unscorable: Literal["mask", "error"] = "mask"
     """NeMo Gym has one: the rollout is marked as failed and masked. verifiers and Axolotl do not look."""
 
+    max_runs: PositiveInt = 32
+    """Training runs (`X-Run-ID`) that metrics tell apart; the one that was silent longest makes room."""
+    log_format: LogFormat = LogFormat.AUTO
+    access_log: bool = True
+    """A line for each request that is answered, but for health checks and metrics."""
+    tracing: bool = False
+    """OpenTelemetry spans, configured by OpenTelemetry's own variables; needs the extra `otel`."""
+    rollout_log: Path | None = None
+    """A directory for JSONL files of every scored rollout."""
+    rollout_log_bytes: PositiveInt = 64 * 2**20
+    """How large a file of it may become."""
+    rollout_log_files: PositiveInt = 16
+    """How many are kept; the oldest is deleted."""
+    rollout_log_text: bool = False
+    """Prompts and completions stand in it too."""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
     shutdown_grace_s: PositiveInt = 30
     """Seconds that open requests get to finish after SIGTERM."""

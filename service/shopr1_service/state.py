@@ -59,7 +59,9 @@ class State:
             self._is_closing = True
             on_fatal(error)
 
-        self._scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up)
+        self._scorer = Scorer(
+            policy, self.recipes, self.settings, self.metrics, give_up, observers=[self.metrics.observe]
+        )
 
     def close(self) -> None:
         self._is_closing = True

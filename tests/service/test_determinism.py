@@ -8,6 +8,7 @@ import torch
 
 from shopr1_client.wire import ScoreRequest
 from shopr1_service.metrics import Metrics
+from shopr1_service.observation import Origin
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
@@ -43,13 +44,13 @@ def score(*, is_deterministic: bool, dtype: torch.dtype) -> tuple[list[str], int
     async def run() -> list[str]:
         scorer = Scorer(policy, RecipeBook("shop_r1"), Settings(**settings), Metrics())
         try:
-            first = await scorer.score(OURS, "id")
+            first = await scorer.score(OURS, Origin("id"))
             for other in OTHERS:
-                await scorer.score(other, "id")
-            later = await scorer.score(OURS, "id")
+                await scorer.score(other, Origin("id"))
+            later = await scorer.score(OURS, Origin("id"))
             # All at once, ours in the middle: what waits may not be joined to it.
             requests = [OTHERS[0], OTHERS[1], OURS, OTHERS[2], OURS]
-            crowded = await asyncio.gather(*(scorer.score(each, "id") for each in requests))
+            crowded = await asyncio.gather(*(scorer.score(each, Origin("id")) for each in requests))
         finally:
             scorer.close()
         return [scored.model_dump_json() for scored in (first, later, crowded[2], crowded[4])]

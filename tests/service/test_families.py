@@ -22,6 +22,7 @@ from shopr1_service import head
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.loading import LoadedPolicy
 from shopr1_service.metrics import Metrics
+from shopr1_service.observation import Origin
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
@@ -188,7 +189,7 @@ def score(policy: LoadedPolicy, book: RecipeBook, prompt: Any, completions: Sequ
     request = ScoreRequest.model_validate({"groups": [group], "include": ["tokens", "token_ids"]})
     scorer = Scorer(policy, book, Settings(), Metrics())
     try:
-        return asyncio.run(scorer.score(request, "id")).groups[0].rewards
+        return asyncio.run(scorer.score(request, Origin("id"))).groups[0].rewards
     finally:
         scorer.close()
 

@@ -1,0 +1,64 @@
+"""Which training run a request belongs to, so that metrics and logs can tell runs apart.
+
+A run's id comes as a header or, from trainers that cannot send headers, in the URL, behind a key if there is
+one:
+
+    X-Run-ID: grpo-7
+    http://host:8000/run/grpo-7/dialects/slime/reward
+    http://host:8000/key/<key>/run/grpo-7/dialects/slime/reward
+"""
+
+import re
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from shopr1_client.errors import InvalidRequestError
+from shopr1_service.problems import problem_response
+from shopr1_service.request_id import request_id_of
+
+RUN_HEADER = "X-Run-ID"
+_SCOPE_KEY = "shopr1.run"
+# It becomes a label in Prometheus and a word in logs.
+_RUN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_IN_PATH = re.compile(rb"/run/([^/?]*)(/.*)")
+
+
+def run_of(scope: MutableMapping[str, Any]) -> str:
+    """The run that the request of this ASGI scope belongs to; empty if it names none."""
+    return str(scope.get(_SCOPE_KEY, ""))
+
+
+class RunLabel:
+    """ASGI middleware: takes the run's id out of the path or the header."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            in_path = _take_from_path(scope)
+            run = in_path if in_path is not None else Headers(scope=scope).get(RUN_HEADER, "")
+            if run and _RUN.fullmatch(run):
+                scope[_SCOPE_KEY] = run
+            elif run or in_path is not None:
+                app = problem_response(_refusal(), request_id_of(scope))
+        await app(scope, receive, send)
+
+
+def _refusal() -> InvalidRequestError:
+    message = "a run's id must be 1 to 64 of A-Z a-z 0-9 . _ -"
+    return InvalidRequestError(message, errors=[{"location": RUN_HEADER, "message": message}])
+
+
+def _take_from_path(scope: MutableMapping[str, Any]) -> str | None:
+    match = _IN_PATH.fullmatch(scope["path"].encode())
+    if match is None:
+        return None
+    scope["path"] = match[2].decode()
+    if raw := _IN_PATH.fullmatch(scope.get("raw_path") or b""):
+        scope["raw_path"] = raw[2]
+    return match[1].decode()
