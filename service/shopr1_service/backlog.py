@@ -20,6 +20,7 @@ from functools import cached_property
 
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
+from shopr1_service.spans import Visit
 
 Measurements = Sequence[Certainty | Unmeasurable]
 
@@ -51,6 +52,7 @@ class Job:
     Attributes:
         progress: of the call that it belongs to.
         rank_s: when it is due, on the clock of `time.perf_counter`.
+        visit: to the engine, once it has begun.
     """
 
     group: TokenGroup
@@ -59,6 +61,7 @@ class Job:
     rank_s: float
     progress: Progress = field(default_factory=Progress)
     future: Future[Measurements] = field(default_factory=Future)
+    visit: Visit | None = None
 
     @cached_property
     def lane(self) -> Hashable:

@@ -416,7 +416,7 @@ def hold():
         while True:
             matrix = matrix @ matrix
 
-server.load_policy = lambda settings: FakePolicy(before_scoring=hold)
+server.load_policy = lambda settings, startup: FakePolicy(before_scoring=hold)
 sys.argv = ["shopr1", "serve", "--port", "0", "--set", "max_groups=5"]
 cli.main()
 """
@@ -480,7 +480,7 @@ def test_serve_until_a_signal(sent: signal.Signals, codes: set[int]) -> None:
             assert client.get("/openapi.json").json()["info"]["title"] == "Shop-R1 reward service"
         serving.process.send_signal(sent)
         assert serving.end() in codes, "".join(serving.log)
-    assert any('"max_groups":5' in line for line in serving.log)
+    assert any('"max_groups": 5' in line for line in serving.log)
     assert not any("Traceback" in line for line in serving.log)
 
 
