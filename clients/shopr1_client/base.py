@@ -42,6 +42,7 @@ class BaseClient:
     Args:
         base_url: of a server, or of several that serve the same policy and recipes.
         api_key: sent as a bearer token.
+        run: the training run's id, 1 to 64 of A-Z a-z 0-9 . _ -; the service's metrics tell runs apart by it.
         timeout_s: how long to wait for one answer; sent along, so that the server does not work in vain.
         retry_for_s: how long to try again while nothing but transient errors come; 0: never.
         max_concurrency: parts of one large request that are under way at a time.
@@ -52,6 +53,7 @@ class BaseClient:
         base_url: str | Sequence[str],
         *,
         api_key: str | None = None,
+        run: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry_for_s: float = DEFAULT_RETRY_FOR_S,
         max_concurrency: int = _MAX_CONCURRENCY,
@@ -64,7 +66,7 @@ class BaseClient:
         self._max_concurrency = max_concurrency
         self._limits = DEFAULT_LIMITS
         self._http_options: dict[str, Any] = {
-            "headers": exchange.headers(api_key, timeout_s),
+            "headers": exchange.headers(api_key, timeout_s, run),
             "timeout": exchange.timeout(timeout_s),
         }
 

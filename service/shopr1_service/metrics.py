@@ -2,22 +2,41 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from shopr1_client.wire import PolicyInfo, Reason, Reward
+from shopr1_client.wire import PolicyInfo, Reason
+from shopr1_service import __version__
 from shopr1_service.engine import EngineStats
+from shopr1_service.moments import Moments
 from shopr1_service.observation import ScoredGroup
+from shopr1_service.training_metrics import TrainingMetrics
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
 
 # 1 ms to 131 s in powers of two, then 5 and 10 minutes: a rule-only group to a long prompt on a CPU.
 _SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
 _GROUPS_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+_QUEUE_FULL = "queue_full"
+"""Why requests are rejected."""
+
+# A series more for each counter and histogram, which Prometheus makes no use of.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Phase(StrEnum):
@@ -32,10 +51,18 @@ class Phase(StrEnum):
 
 
 class Metrics:
-    """All metrics, and what is recorded in them."""
+    """All metrics, and what is recorded in them.
 
-    def __init__(self) -> None:
+    Args:
+        max_runs: training runs that are told apart (`TrainingMetrics`).
+        max_queue_tokens: how much may wait for the engine.
+    """
+
+    def __init__(self, *, max_runs: int = 32, max_queue_tokens: int = 0) -> None:
         self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self._training = TrainingMetrics(self.registry, max_runs)
         self._former = EngineStats()
         counter, histogram = self._counter, self._histogram
         self._requests = counter("requests", "HTTP requests answered.", "method", "route", "status")
@@ -47,25 +74,12 @@ class Metrics:
             "Time of the phases: prepare per request, queue per group, engine per batch of groups.",
             "phase",
         )
-        self._rollouts = counter(
-            "rollouts", "Rollouts by outcome; reason is empty for scored ones.", "recipe", "status", "reason"
-        )
-        self._components = Summary(
-            "shopr1_reward_component",
-            "Weighted terms of the reward: sum and count over scored rollouts.",
-            ("recipe", "component"),
-            registry=self.registry,
-        )
         self._fallbacks = counter(
             "fallback_rewards",
             "Unscorable rollouts that a trainer was answered with a number all the same.",
             "dialect",
             "reason",
         )
-        self._format_errors = counter(
-            "format_errors", "Completions with invalid format, by what is wrong.", "recipe", "error"
-        )
-        self._measured_tokens = counter("measured_tokens", "Tokens whose certainty was measured.")
         self._cache_tokens = counter(
             "prefix_cache_tokens",
             "Prompt tokens by whether their keys and values were kept from before.",
@@ -76,7 +90,11 @@ class Metrics:
         )
         self._cache_bytes = self._gauge("prefix_cache_bytes", "Keys and values of prompts that are kept.")
         self._queue_tokens = self._gauge("queue_tokens", "Tokens that wait for the engine.")
+        self._gauge("max_queue_tokens", "How many may wait; beyond, requests are refused.").set(
+            max_queue_tokens
+        )
         self._rejections = counter("rejected_requests", "Requests that were refused, by why.", "reason")
+        self._rejections.labels(_QUEUE_FULL)  # 0 before the first: rates of it then have a value
         self._repeats = counter(
             "repeated_requests",
             "Requests that got the answer of a twin: joined it, or it was answered.",
@@ -93,9 +111,16 @@ class Metrics:
         self._out_of_memory = counter(
             "out_of_memory", "Forwards that the device's memory did not suffice for."
         )
+        self._rollout_log_dropped = counter(
+            "rollout_log_dropped", "Rollouts that are missing in the rollout log, by why.", "reason"
+        )
         self._policy = self._gauge(
             "policy_info", "The loaded policy; always 1.", "model", "version", "dtype", "head", "forward"
         )
+        self._policy_loaded = Moments(
+            "shopr1_policy_loaded_timestamp_seconds", "When the policy was loaded.", registry=self.registry
+        )
+        self._gauge("build_info", "The service; always 1.", "version").labels(__version__).set(1)
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"shopr1_{name}", what, labels, registry=self.registry)
@@ -107,6 +132,13 @@ class Metrics:
         self, name: str, what: str, *labels: str, buckets: Sequence[float] = _SECONDS_BUCKETS
     ) -> Histogram:
         return Histogram(f"shopr1_{name}", what, labels, buckets=buckets, registry=self.registry)
+
+    def watch(self, is_ready: Callable[[], bool], heartbeat_age_s: Callable[[], float]) -> None:
+        """Show at every scrape what these say."""
+        self._gauge("ready", "Whether it can score: 1, else 0.").set_function(lambda: float(is_ready()))
+        self._gauge("engine_heartbeat_timestamp_seconds", "The engine's last sign of life.").set_function(
+            lambda: time.time() - heartbeat_age_s()
+        )
 
     def record_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()
@@ -126,25 +158,13 @@ class Metrics:
 
     def observe(self, scored: ScoredGroup) -> None:
         """Count a scored group (an `Observer`)."""
-        for reward in scored.score.rewards:
-            self._record_reward(scored.recipe.name, reward)
-
-    def _record_reward(self, recipe: str, reward: Reward) -> None:
-        reason = reward.reason.value if reward.reason else ""
-        self._rollouts.labels(recipe, reward.status.value, reason).inc()
-        if reward.details.format_error is not None:
-            self._format_errors.labels(recipe, reward.details.format_error).inc()
-        if reward.reward is None:
-            return
-        for component, value in reward.components:
-            self._components.labels(recipe, component).observe(value)
-        if reward.details.self_certainty_nats is not None:
-            self._measured_tokens.inc(reward.details.num_rationale_tokens)
+        self._training.observe(scored)
 
     def record_fallback(self, dialect: str, reason: Reason) -> None:
         self._fallbacks.labels(dialect, reason.value).inc()
 
     def record_policy(self, info: PolicyInfo) -> None:
+        self._policy_loaded.mark()
         self._policy.clear()
         self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
 
@@ -162,6 +182,9 @@ class Metrics:
 
     def record_gathering(self, *, is_complete: bool) -> None:
         self._gatherings.labels("complete" if is_complete else "incomplete").inc()
+
+    def record_rollout_log_dropped(self, reason: str, num_rollouts: int) -> None:
+        self._rollout_log_dropped.labels(reason).inc(num_rollouts)
 
     def record_batch(self, num_groups: int, num_tokens: int) -> None:
         self._batch_groups.observe(num_groups)

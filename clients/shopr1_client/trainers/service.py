@@ -24,12 +24,14 @@ class Service:
         recipe: None is the service's default (`SHOPR1_CLIENT_RECIPE`).
         unscorable: what a trainer that knows nothing but numbers gets for a rollout that cannot be scored;
             None is an error (`SHOPR1_CLIENT_UNSCORABLE`).
+        run: by which the service's metrics tell training runs apart (`SHOPR1_CLIENT_RUN`).
     """
 
     urls: tuple[str, ...]
     api_key: str | None = None
     recipe: str | None = None
     unscorable: float | None = None
+    run: str | None = None
 
     @classmethod
     def find(
@@ -38,6 +40,7 @@ class Service:
         api_key: str | None = None,
         recipe: str | None = None,
         unscorable: float | None = None,
+        run: str | None = None,
     ) -> "Service":
         """As given, and for the rest as the environment says."""
         given = os.environ.get("SHOPR1_CLIENT_UNSCORABLE")
@@ -46,18 +49,19 @@ class Service:
             api_key=api_key or os.environ.get("SHOPR1_CLIENT_API_KEY"),
             recipe=recipe or os.environ.get("SHOPR1_CLIENT_RECIPE"),
             unscorable=float(given) if unscorable is None and given else unscorable,
+            run=run or os.environ.get("SHOPR1_CLIENT_RUN"),
         )
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         """Rewards in the order of the rollouts. Nothing is kept between calls: any event loop will do."""
         grouping = Grouping(rollouts)
-        client = AsyncClient(self.urls, api_key=self.api_key)
+        client = AsyncClient(self.urls, api_key=self.api_key, run=self.run)
         return grouping.in_order(await client.score(self._request(grouping)))
 
     def score_sync(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         """The same without an event loop."""
         grouping = Grouping(rollouts)
-        with Client(self.urls, api_key=self.api_key) as client:
+        with Client(self.urls, api_key=self.api_key, run=self.run) as client:
             return grouping.in_order(client.score(self._request(grouping)))
 
     def numbers(self, rewards: Sequence[Reward]) -> list[float]:

@@ -1,0 +1,115 @@
+"""Alert rules, dashboard and their page agree with each other and with what the service exposes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shopr1_service.fake import FakePolicy
+from shopr1_service.settings import Settings
+from shopr1_service.state import State
+from tests.service.http import running
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")
+RULES: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((ROOT / "docker" / "prometheus" / "alerts.yml").read_text("utf-8"))["groups"]
+    for rule in group["rules"]
+]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "shopr1.json"
+PANELS = [panel for panel in json.loads(DASHBOARD.read_text("utf-8"))["panels"] if panel["type"] != "row"]
+
+EXPORTERS_OWN = ("process_", "python_", "up")
+_TOTAL = {"counter": "_total"}
+
+each_alert = pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+each_panel = pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+
+
+def exposed() -> dict[str, str]:
+    """Types of the service's own metrics by name, as Prometheus sees them."""
+    families = State(Settings()).metrics.registry.collect()
+    return {f.name + _TOTAL.get(f.type, ""): f.type for f in families if not f.name.startswith(EXPORTERS_OWN)}
+
+
+def named_in(text: str) -> set[str]:
+    """Metrics in PromQL, without the suffixes of histograms."""
+    names = re.findall(r"(?<![:\w])(?:shopr1|process)_\w+", re.sub(r'"[^"]*"', "", text))
+    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+
+
+def test_the_page_lists_exactly_the_metrics_that_there_are() -> None:
+    listed = dict(re.findall(r"^\| `(shopr1_\w+)` \| (\w+) \|", PAGE, re.MULTILINE))
+    assert listed == exposed()
+
+
+@pytest.mark.anyio
+async def test_a_running_service_exposes_no_others() -> None:
+    async with running(FakePolicy()) as client:
+        text = (await client.get("/metrics")).text
+    types = dict(re.findall(r"^# TYPE (shopr1_\w+) (\w+)$", text, re.MULTILINE))
+    assert types == exposed()
+
+
+@each_alert
+def test_alerts_say_what_is_wrong_and_what_to_do(alert: dict[str, Any]) -> None:
+    assert alert["labels"]["severity"] in {"critical", "warning", "info"}
+    annotations = alert["annotations"]
+    assert annotations.keys() == {"summary", "description", "runbook"}
+    assert annotations["runbook"] == f"docs/metrics.md#{alert['alert'].lower()}"
+    assert f"\n### {alert['alert']}\n" in PAGE
+    if "run:" in alert["expr"]:
+        assert "$labels.run" in annotations["summary"]
+
+
+def test_the_page_describes_no_alert_that_does_not_exist() -> None:
+    described = set(re.findall(r"^### (\w+)$", PAGE, re.MULTILINE))
+    assert described <= {alert["alert"] for alert in ALERTS}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
+def test_rules_ask_for_metrics_that_exist(rule: dict[str, Any]) -> None:
+    recorded = set(re.findall(r"run:\w+:\w+", rule["expr"]))
+    assert recorded <= {each.get("record") for each in RULES}
+    assert named_in(rule["expr"]) <= exposed().keys()
+
+
+@each_panel
+def test_panels_ask_for_metrics_that_exist_and_say_what_sick_looks_like(panel: dict[str, Any]) -> None:
+    assert "Sick" in panel["description"]
+    assert panel["targets"]
+    for target in panel["targets"]:
+        named = {name for name in named_in(target["expr"]) if not name.startswith("process_")}
+        assert named <= exposed().keys()
+
+
+def test_panels_fill_their_rows_and_do_not_overlap() -> None:
+    cells: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text("utf-8"))["panels"]:
+        x, y, width, height = (panel["gridPos"][key] for key in "xywh")
+        own = {(column, row) for column in range(x, x + width) for row in range(y, y + height)}
+        assert not own & cells
+        cells |= own
+    assert len(cells) == 24 * (max(row for _, row in cells) + 1)
+
+
+def test_the_dashboard_is_what_its_script_writes() -> None:
+    script = ROOT / "docker" / "grafana" / "dashboard.py"
+    written = subprocess.run([sys.executable, script], capture_output=True, check=True, text=True)
+    assert DASHBOARD.read_text("utf-8") == written.stdout
+
+
+def test_the_links_of_the_page_lead_somewhere() -> None:
+    for file, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGE):
+        target = ROOT / "docs" / file if file else ROOT / "docs" / "metrics.md"
+        assert target.exists(), file
+        headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+        anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, anchor
