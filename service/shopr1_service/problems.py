@@ -9,6 +9,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from shopr1_client.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -19,6 +20,7 @@ from shopr1_client.errors import (
     MethodNotAllowedError,
     NotFoundError,
     ProblemError,
+    RequestTimeoutError,
     TooLargeError,
 )
 from shopr1_client.wire import is_union_tag
@@ -33,8 +35,15 @@ CLIENT_CLOSED_REQUEST = 499
 
 _BY_STATUS: dict[int, type[ProblemError]] = {
     problem.status: problem
-    for problem in (MalformedBodyError, NotFoundError, MethodNotAllowedError, TooLargeError)
+    for problem in (
+        MalformedBodyError,
+        NotFoundError,
+        MethodNotAllowedError,
+        RequestTimeoutError,
+        TooLargeError,
+    )
 }
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 _DECODING: dict[type, str] = {
     UnicodeDecodeError: "the body is not UTF-8",
     RecursionError: "the body is nested too deeply",
@@ -81,7 +90,20 @@ async def _on_http(request: Request, error: Exception) -> Response:
     problem_class = _BY_STATUS.get(error.status_code, InternalError)
     # FastAPI hides why a body could not be decoded behind a general sentence.
     detail = _DECODING.get(type(error.__cause__), str(error.detail))
-    return problem_response(problem_class(detail), request_id_of(request.scope), dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if problem_class is MethodNotAllowedError:
+        headers["Allow"] = ", ".join(_allowed(request))
+    return problem_response(problem_class(detail), request_id_of(request.scope), headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path. Starlette names those of one route only, and a path may have several."""
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 async def _on_client_gone(_request: Request, _error: Exception) -> Response:

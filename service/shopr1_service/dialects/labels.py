@@ -11,6 +11,7 @@ from shopr1_client.errors import (
     InternalError,
     InvalidRequestError,
     MalformedBodyError,
+    RequestTimeoutError,
     TooLargeError,
 )
 from shopr1_client.wire import GroundTruth
@@ -69,7 +70,9 @@ class LabelCount(BaseModel):
     response_model=LabelCount,
     operation_id="putLabels",
     summary="Register ground truths by prompt",
-    responses=problem_responses(MalformedBodyError, TooLargeError, InvalidRequestError, InternalError),
+    responses=problem_responses(
+        MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
+    ),
 )
 async def put_labels(
     body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState

@@ -11,11 +11,27 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from shopr1_client.errors import InternalError, InvalidRequestError, MalformedBodyError, TooLargeError
+from shopr1_client.errors import (
+    FieldError,
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    RequestTimeoutError,
+    TooLargeError,
+)
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_missing
 from shopr1_service.dialects.nemo_gym_metrics import AggregateMetrics, aggregate
-from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, Outcome, json_response, score
+from shopr1_service.dialects.outcome import (
+    BODY_PROBLEMS,
+    PROBLEMS,
+    TAG,
+    AppState,
+    Dialect,
+    Outcome,
+    json_response,
+    score,
+)
 from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
 from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
 from shopr1_service.openapi import problem_responses
@@ -26,7 +42,9 @@ DIALECT = Dialect("nemo_gym", timeout_s=55.0)
 
 router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG])
 
-_BODY_PROBLEMS = problem_responses(MalformedBodyError, TooLargeError, InvalidRequestError, InternalError)
+_BODY_PROBLEMS = problem_responses(
+    MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
+)
 _LABEL_FIELDS = ("ground_truth", "expected_answer", "label")
 # Of an earlier answer, which comes back when a rollout is verified again.
 _STALE = ("_ng_failure_class", "_ng_failure_judge_error")
@@ -73,7 +91,7 @@ class VerifyResponses(TrainerRequest):
     response_model=dict[str, Any],
     operation_id="nemoGymSeedSession",
     summary="Begin a rollout",
-    responses=_BODY_PROBLEMS,
+    responses=BODY_PROBLEMS,
 )
 async def seed_session(
     body: Annotated[dict[str, Any], Body(openapi_examples=examples.NEMO_GYM_ROW)],
@@ -100,11 +118,11 @@ async def verify(
     `instance_config`. With `nemo_gym_unscorable = "error"` it is a problem, `unscorable`, instead.
     """
     echo: dict[str, Any] = await request.json()
+    _refuse_unless_writable(echo)
     unscorable: float | Literal["error"] = "error" if state.settings.nemo_gym_unscorable == "error" else 0.0
     [outcome] = await score(_rollouts(body, state), DIALECT, unscorable, request, state)
     answer = {key: value for key, value in echo.items() if key not in _STALE} | _verdict(outcome, echo)
-    # Not orjson: the echo holds whatever JSON can, also integers of any size and half surrogate pairs.
-    return Response(json.dumps(answer), media_type="application/json")
+    return _echoing(answer)
 
 
 @router.post(
@@ -112,7 +130,7 @@ async def verify(
     response_model=AggregateMetrics,
     operation_id="nemoGymAggregateMetrics",
     summary="Statistics over rollouts",
-    responses=_BODY_PROBLEMS,
+    responses=BODY_PROBLEMS,
 )
 async def aggregate_metrics(
     body: Annotated[VerifyResponses, Body(openapi_examples=examples.NEMO_GYM_METRICS)],
@@ -121,7 +139,7 @@ async def aggregate_metrics(
 
     Rollouts that could not be scored are left out.
     """
-    return json_response(aggregate(body.verify_responses).model_dump())
+    return _echoing(aggregate(body.verify_responses).model_dump())
 
 
 @router.get(
@@ -134,6 +152,22 @@ async def aggregate_metrics(
 async def reverify_mode() -> Response:
     """`"stateless"`: it can, at any time."""
     return json_response("stateless")
+
+
+def _echoing(value: Any) -> Response:  # noqa: ANN401  # whatever JSON can hold
+    # Not orjson: strangers' JSON holds integers of any size and half surrogate pairs, also in names.
+    return Response(json.dumps(value, allow_nan=False), media_type="application/json")
+
+
+def _refuse_unless_writable(echo: object) -> None:
+    """Python reads what it cannot write again: `NaN`, `1e999`, and what is nested just deep enough."""
+    try:
+        json.dumps(echo, allow_nan=False)
+    except ValueError:
+        flaw: FieldError = {"location": "body", "message": "a number that is NaN or beyond a float's range"}
+        raise InvalidRequestError(f"body: {flaw['message']}", errors=[flaw]) from None
+    except RecursionError:
+        raise MalformedBodyError("the body is nested too deeply") from None
 
 
 def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:

@@ -16,6 +16,7 @@ from shopr1_client.errors import (
     MalformedBodyError,
     NotReadyError,
     OverloadedError,
+    RequestTimeoutError,
     TooLargeError,
     UnscorableError,
 )
@@ -29,8 +30,12 @@ from shopr1_service.preparation import refuse_if_any
 from shopr1_service.state import State, state_of
 
 TAG = "trainers"
+BODY_PROBLEMS = problem_responses(
+    MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
+)
 PROBLEMS = problem_responses(
     MalformedBodyError,
+    RequestTimeoutError,
     TooLargeError,
     InvalidRequestError,
     UnscorableError,
