@@ -5,8 +5,10 @@
     └── ProblemError               an answer, application/problem+json (RFC 9457)
         ├── MalformedBodyError     400  malformed_body    the body is not JSON
         ├── UnauthenticatedError   401  unauthenticated   no valid API key
+        ├── ForbiddenError         403  forbidden         a key for something else
         ├── NotFoundError          404  not_found         no such path or recipe
         ├── MethodNotAllowedError  405  method_not_allowed
+        ├── RequestTimeoutError    408  request_timeout   the body came too slowly
         ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
         ├── TooLargeError          413  too_large         more than a limit allows
         ├── InvalidRequestError    422  invalid_request   names each bad field; nothing was scored
@@ -102,6 +104,12 @@ class UnauthenticatedError(ProblemError):
     code, status, title = "unauthenticated", 401, "No valid API key"
 
 
+class ForbiddenError(ProblemError):
+    """The API key is valid, but its scopes do not allow this."""
+
+    code, status, title = "forbidden", 403, "Not allowed with this API key"
+
+
 class NotFoundError(ProblemError):
     """There is no such path or recipe."""
 
@@ -112,6 +120,12 @@ class MethodNotAllowedError(ProblemError):
     """The path exists, but not for this method."""
 
     code, status, title = "method_not_allowed", 405, "Method not allowed"
+
+
+class RequestTimeoutError(ProblemError):
+    """The request's body did not come within the service's `receive_timeout_s`."""
+
+    code, status, title = "request_timeout", 408, "The body came too slowly"
 
 
 class PolicyVersionError(ProblemError):
@@ -165,8 +179,10 @@ class DeadlineExceededError(ProblemError):
 PROBLEMS: tuple[type[ProblemError], ...] = (
     MalformedBodyError,
     UnauthenticatedError,
+    ForbiddenError,
     NotFoundError,
     MethodNotAllowedError,
+    RequestTimeoutError,
     PolicyVersionError,
     TooLargeError,
     InvalidRequestError,

@@ -16,7 +16,7 @@ from shopr1_client.errors import (
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _CONNECT_TIMEOUT_S = 10.0
-_TRANSIENT_STATUSES = frozenset({429, 502, 503, 504})
+_TRANSIENT_STATUSES = frozenset({408, 429, 502, 503, 504})
 """Of the service, and of gateways before it that cannot reach it."""
 
 
@@ -29,10 +29,15 @@ def timeout(timeout_s: float) -> httpx.Timeout:
     return httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S), pool=None)
 
 
-def headers(api_key: str | None, timeout_s: float) -> dict[str, str]:
+def headers(api_key: str | None, timeout_s: float, run: str | None = None) -> dict[str, str]:
     """Of every request. The service need not work on what this client will not wait for."""
-    authorization = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    return {"X-Request-Timeout": f"{timeout_s:g}", "Content-Type": "application/json", **authorization}
+    given = {
+        "X-Request-Timeout": f"{timeout_s:g}",
+        "Content-Type": "application/json",
+        "Authorization": None if api_key is None else f"Bearer {api_key}",
+        "X-Run-ID": run,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def failure(what: str, error: httpx.TransportError) -> TransportError:

@@ -9,7 +9,7 @@ from fastapi import Request
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.observation import Origin
 from shopr1_service.patience import within
-from shopr1_service.request_id import request_id_of
+from shopr1_service.request_id import record_sizes, request_id_of
 from shopr1_service.run_label import run_of
 from shopr1_service.state import State
 
@@ -26,6 +26,8 @@ async def answer(
         ProblemError: of any class.
         ClientGoneError: nobody waits for the answer any more.
     """
+    num_rollouts = sum(len(group.completions) for group in body.groups)
+    record_sizes(request.scope, num_groups=len(body.groups), num_rollouts=num_rollouts)
     longest_s = state.settings.request_timeout_s
     origin = Origin(request_id_of(request.scope), run_of(request.scope))
     start = partial(state.scorer.score, body, origin)
@@ -34,14 +36,14 @@ async def answer(
     if body.include or any(group.group_id is not None for group in body.groups):
         work = start()
     else:
-        key = _key(body, state.scorer.policy.info.version)
+        key = _key(body, state.scorer.policy.info.version, origin.run)
         work = state.repeats.answer(key, start)
-    given = await within(work, request, min(timeout_s or longest_s, longest_s))
+    given = await within(work, request, min(timeout_s or longest_s, longest_s), state.cutoff)
     return given.model_copy(update={"request_id": origin.request_id})
 
 
-def _key(body: ScoreRequest, policy_version: str) -> bytes:
-    """Equal for requests that must get the same answer, by whatever route they come."""
+def _key(body: ScoreRequest, policy_version: str, run: str) -> bytes:
+    """Equal for requests that must get the same answer and count once, by whatever route they come."""
     # Escapes half surrogate pairs, which pydantic's own JSON refuses.
-    text = json.dumps([policy_version, body.model_dump()])
+    text = json.dumps([policy_version, run, body.model_dump()])
     return hashlib.blake2b(text.encode()).digest()

@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from shopr1_client.errors import UnauthenticatedError
+from shopr1_client.errors import ForbiddenError, InvalidRequestError, UnauthenticatedError
 from shopr1_service import __version__, health
-from shopr1_service.api_keys import ApiKeys, KeyCheck
-from shopr1_service.body_limit import BodyLimit
+from shopr1_service.api_keys import ApiKeys
 from shopr1_service.dialects import labels, llama_factory, nemo_gym, openrlhf, slime
+from shopr1_service.intake import Intake
+from shopr1_service.key_check import KeyCheck
 from shopr1_service.openapi import build_document, problem_responses
 from shopr1_service.policy import Policy
 from shopr1_service.problems import install_handlers
@@ -19,6 +20,8 @@ from shopr1_service.request_id import RequestRecorder
 from shopr1_service.routes import router
 from shopr1_service.run_label import RunLabel
 from shopr1_service.settings import Settings
+from shopr1_service.spans import open_tracer
+from shopr1_service.startup import Startup
 from shopr1_service.state import State
 
 logger = logging.getLogger(__name__)
@@ -35,23 +38,30 @@ def create_app(
     settings: Settings,
     load_policy: Callable[[], Policy],
     on_failure: Callable[[BaseException], None] = lambda error: None,
+    startup: Startup | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
     Args:
         load_policy: called once at start, in a thread; until it returns, the service is live but not ready.
-        on_failure: called when it raises, or when the device fails for good. The service cannot score then
-            and should end.
+        on_failure: called when it raises, or when the engine fails or hangs for good. The service cannot
+            score then and should end.
+        startup: how far loading is, which `load_policy` writes; shown as long as the service is not ready.
     """
-    state = State(settings)
+    state = State(settings, startup)
+    tracer = open_tracer() if settings.tracing else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(state.load(load_policy, on_failure))
         loading.add_done_callback(_report_failure)
+        watching = asyncio.create_task(state.watch(on_failure))
         yield
+        watching.cancel()
         loading.cancel()
         state.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     def _report_failure(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -63,18 +73,25 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would go to whatever host the client named
+        # Its spans hold URLs, and with them keys, and its logs what exceptions say.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.shopr1 = state
     # Counts what is streamed; the middleware refuses what is announced, and does so with a problem.
     for each in (router, *(module.router for module in _DIALECTS)):
         app.include_router(
-            each, max_body_size=settings.max_body_bytes, responses=problem_responses(UnauthenticatedError)
+            each,
+            max_body_size=settings.max_body_bytes,
+            responses=problem_responses(UnauthenticatedError, ForbiddenError, InvalidRequestError),
         )
     app.include_router(health.router)
     install_handlers(app)
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Intake, max_body_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
     app.add_middleware(RunLabel)
     app.add_middleware(KeyCheck, keys=ApiKeys.of(settings))
-    app.add_middleware(RequestRecorder, metrics=state.metrics)
+    app.add_middleware(RequestRecorder, metrics=state.metrics, has_access_log=settings.access_log)
+    if tracer is not None:
+        app.add_middleware(tracer.middleware)
     app.openapi = lambda: build_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app

@@ -10,6 +10,7 @@ from shopr1_client.wire import Message, PolicyInfo, Reason
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Tokens
 from shopr1_service.engine import Certainty, EngineStats, MeasuredCompletion, TokenGroup, Unmeasurable
+from shopr1_service.heartbeat import Heartbeat
 
 _NUM_CODE_POINTS = 0x110000
 
@@ -62,6 +63,7 @@ class FakePolicy:
             forward="fake",
         )
         self.stats = EngineStats()
+        self.heartbeat = Heartbeat()
         self._base_nats = base_nats
         self._step_nats = step_nats
         self._before_scoring = before_scoring

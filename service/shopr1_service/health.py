@@ -17,10 +17,11 @@ router = APIRouter(prefix="/health", tags=["health"])
     response_model=Health,
     operation_id="live",
     summary="Is the process alive?",
-    responses=problem_responses(InternalError),
+    responses=problem_responses(InternalError, NotReadyError),
 )
-async def live() -> Health:
-    """Answers as long as the event loop runs, also while the policy loads."""
+async def live(state: Annotated[State, Depends(state_of)]) -> Health:
+    """200 while the policy loads and as long as the engine gives signs of life; 503 when it hangs."""
+    state.check_alive()
     return Health(status="live")
 
 
@@ -32,6 +33,9 @@ async def live() -> Health:
     responses=problem_responses(InternalError, NotReadyError),
 )
 async def ready(state: Annotated[State, Depends(state_of)]) -> Health:
-    """200 once the policy is loaded and has passed its checks, which are real forwards; else 503."""
+    """200 once the policy is loaded and has passed its checks, which are real forwards.
+
+    Before that, 503 and how far it is; also when the service ends.
+    """
     _ = state.scorer
     return Health(status="ready")

@@ -32,11 +32,13 @@ from shopr1_service.engine import Certainty, Engine, EngineStats, TokenGroup, Un
 from shopr1_service.errors import PolicyError
 from shopr1_service.expanded_forward import ExpandedForward
 from shopr1_service.forward import Forward, choose_forward
-from shopr1_service.head import LinearHead, choose_head
+from shopr1_service.head import LinearHead, choose_head, trunk_of
+from shopr1_service.heartbeat import Heartbeat
 from shopr1_service.packed_forward import PackedForward
 from shopr1_service.prefix import PrefixCache
 from shopr1_service.settings import Settings
 from shopr1_service.shared_forward import SharedPrefixForward
+from shopr1_service.startup import Startup, Step
 from shopr1_service.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -65,8 +67,9 @@ class Source:
 class LoadedPolicy:
     """A language model with its tokenizer, head and forward."""
 
-    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine) -> None:
+    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine, heartbeat: Heartbeat) -> None:
         self.info = info
+        self.heartbeat = heartbeat
         self.codec = codec
         self._engine = engine
 
@@ -80,16 +83,21 @@ class LoadedPolicy:
         return self._engine.certainties(groups, rules)
 
 
-def load_policy(settings: Settings) -> LoadedPolicy:
+def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPolicy:
     """Load, check and warm up the policy that the settings name.
+
+    Args:
+        startup: is told how far it is.
 
     Raises:
         PolicyError: not found, not loadable, or not a model whose certainty can be measured.
     """
+    startup = startup or Startup()
     source = find_source(settings.policy)
     try:
+        startup.enter(Step.READING_WEIGHTS)
         tokenizer, model = load_model(source, settings)
-        return build_policy(model, tokenizer, settings, name=source.name)
+        return build_policy(model, tokenizer, settings, name=source.name, startup=startup)
     except PolicyError:
         raise
     except Exception as error:  # a damaged checkpoint raises whatever its reader stumbles over
@@ -143,9 +151,16 @@ def _embedded() -> Source:
 
 
 def build_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, *, name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    *,
+    name: str,
+    startup: Startup | None = None,
 ) -> LoadedPolicy:
     """A policy of a model in memory: chooses head and forward by what they give on random tokens."""
+    startup = startup or Startup()
+    startup.enter(Step.CHECKING)
     model.train(False)
     num_ids = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
     longest = _longest_sequence(model, tokenizer)
@@ -168,12 +183,16 @@ def build_policy(
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
     )
+    startup.enter(Step.WARMING_UP)
     cache.max_bytes = _cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
     cache.reset()
     engine.stats = EngineStats(cache.stats)
     info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)
     logger.info("%s is ready: %s", name, info.model_dump_json())
-    return LoadedPolicy(info, PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)), engine)
+    heartbeat = Heartbeat()
+    trunk_of(model).register_forward_pre_hook(heartbeat.beat)
+    codec = PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer))
+    return LoadedPolicy(info, codec, engine, heartbeat)
 
 
 def _cache_bytes(

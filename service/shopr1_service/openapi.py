@@ -1,16 +1,25 @@
 """`openapi.yaml`: built from the application, so that it cannot drift from it."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import yaml
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from shopr1_client.errors import PROBLEM_MEDIA_TYPE, NotReadyError, OverloadedError, ProblemError
+from shopr1_client.errors import (
+    PROBLEM_MEDIA_TYPE,
+    DeadlineExceededError,
+    NotReadyError,
+    OverloadedError,
+    ProblemError,
+)
 from shopr1_client.wire import Problem
 from shopr1_service import examples
 from shopr1_service.dialects.examples import ANSWERS as TRAINER_ANSWERS
+from shopr1_service.key_check import OPEN_PATHS
+from shopr1_service.run_label import RUN_HEADER
 
 TAGS = [
     {"name": "score", "description": "The reward."},
@@ -39,9 +48,19 @@ METRICS_CONTENT: dict[str, Any] = {
     "content": {
         "text/plain": {
             "schema": {"type": "string"},
-            "example": 'shopr1_rollouts_total{recipe="shop_r1",status="scored",reason=""} 12.0\n',
+            "example": 'shopr1_rollouts_total{run="grpo",recipe="shop_r1",status="scored",reason=""} 12.0\n',
         }
     },
+}
+
+RUN_PARAMETER: dict[str, Any] = {
+    "name": RUN_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "The training run that the request belongs to: metrics and logs tell runs apart. "
+    "For clients that cannot send headers, `/run/<id>` before any path does the same.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{0,64}$"},
+    "example": "grpo-7",
 }
 
 _SCHEMA_REF = "#/components/schemas/{model}"
@@ -80,10 +99,13 @@ def build_document(app: FastAPI) -> dict[str, Any]:
     document["components"]["schemas"] |= _problem_schemas()
     document["components"]["securitySchemes"] = SECURITY_SCHEMES
     document["security"] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
-    for path in document["paths"].values():
-        for operation in path.values():
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith(OPEN_PATHS):
+                operation["security"] = []
             _drop_default_validation_error(operation)
             _add_example(operation)
+            _add_run(operation)
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
     return document
@@ -106,6 +128,12 @@ def _add_example(operation: dict[str, Any]) -> None:
     example = {**examples.ANSWERS, **TRAINER_ANSWERS}.get(operation["operationId"])
     if example is not None:
         operation["responses"]["200"]["content"]["application/json"]["example"] = example
+
+
+def _add_run(operation: dict[str, Any]) -> None:
+    """Middleware reads the header: no route declares it. Those that can be late are those that score."""
+    if str(DeadlineExceededError.status) in operation["responses"]:
+        operation.setdefault("parameters", []).append(deepcopy(RUN_PARAMETER))
 
 
 def to_yaml(document: dict[str, Any]) -> str:

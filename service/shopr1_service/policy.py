@@ -7,6 +7,7 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Codec
 from shopr1_service.engine import Certainty, EngineStats, TokenGroup, Unmeasurable
+from shopr1_service.heartbeat import Heartbeat
 
 
 class Policy(Protocol):
@@ -23,6 +24,11 @@ class Policy(Protocol):
     @property
     def codec(self) -> Codec:
         """Its tokenizer."""
+        ...
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """Beats at every pass, however many `certainties` takes."""
         ...
 
     @property

@@ -1,8 +1,8 @@
 """The same request again is not computed again: clients repeat what they think is lost.
 
 A request whose twin is being worked on gets the twin's answer. One whose twin was answered of late gets that
-answer. What both have in common is the key: the groups, the recipe, the policy version. Neither errors nor
-answers with a rollout that could not be scored are kept: the next try may succeed.
+answer. What both have in common is the key: the groups, the recipe, the policy version, the run. Neither
+errors nor answers with a rollout that could not be scored are kept: the next try may succeed.
 
 When the last who waits has gone, work that still waits for the engine is dropped. What the engine has begun
 is finished and kept: whoever gave up too early will ask again.

@@ -9,14 +9,16 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shopr1_service.logs import current_request_id, current_run, log_access
 from shopr1_service.metrics import Metrics
 
 REQUEST_ID_HEADER = "X-Request-ID"
 _SCOPE_KEY = "shopr1.request_id"
+_SIZES_KEY = "shopr1.sizes"
 # What is echoed goes into logs: nothing that could forge a line.
 _ACCEPTED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _UNKNOWN = "unknown"
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:
@@ -24,12 +26,27 @@ def request_id_of(scope: MutableMapping[str, Any]) -> str:
     return str(scope.get(_SCOPE_KEY, ""))
 
 
-class RequestRecorder:
-    """ASGI middleware: gives each request its id and counts it by route and status."""
+def record_sizes(scope: MutableMapping[str, Any], **sizes: int) -> None:
+    """Note how much a request wants scored, for the log."""
+    scope[_SIZES_KEY] = sizes
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+
+def sizes_of(scope: MutableMapping[str, Any]) -> dict[str, int]:
+    """What was noted; nothing of requests that score nothing."""
+    return dict(scope.get(_SIZES_KEY, {}))
+
+
+class RequestRecorder:
+    """ASGI middleware: gives each request its id, counts it by route and status, and logs it.
+
+    Args:
+        has_access_log: whether there is a line for each request.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, has_access_log: bool = False) -> None:
         self._app = app
         self._metrics = metrics
+        self._has_access_log = has_access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,6 +55,9 @@ class RequestRecorder:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
         scope[_SCOPE_KEY] = request_id
+        # Never taken back: each request is a task of its own, and a server may log what becomes of it.
+        current_request_id.set(request_id)
+        current_run.set("")
         start_s, status = time.perf_counter(), 500
 
         async def send_with_id(message: Message) -> None:
@@ -52,6 +72,8 @@ class RequestRecorder:
         finally:
             # The route's template, not the path: what strangers make up would be labels without end.
             route = getattr(scope.get("route"), "path", _UNKNOWN)
-            method = scope["method"] if scope["method"] in _METHODS else _UNKNOWN
+            method = scope["method"] if scope["method"] in KNOWN_METHODS else _UNKNOWN
             duration_s = time.perf_counter() - start_s
             self._metrics.record_request(method, route, status, duration_s)
+            if self._has_access_log:
+                log_access(method, route, status, duration_s, sizes_of(scope))

@@ -11,11 +11,13 @@ one:
 import re
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shopr1_client.errors import InvalidRequestError
+from shopr1_service.logs import current_run
 from shopr1_service.problems import problem_response
 from shopr1_service.request_id import request_id_of
 
@@ -23,7 +25,7 @@ RUN_HEADER = "X-Run-ID"
 _SCOPE_KEY = "shopr1.run"
 # It becomes a label in Prometheus and a word in logs.
 _RUN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_IN_PATH = re.compile(rb"/run/([^/?]*)(/.*)")
+_IN_PATH = re.compile(rb"/run/([^/]*)(/.*)", re.DOTALL)
 
 
 def run_of(scope: MutableMapping[str, Any]) -> str:
@@ -44,6 +46,7 @@ class RunLabel:
             run = in_path if in_path is not None else Headers(scope=scope).get(RUN_HEADER, "")
             if run and _RUN.fullmatch(run):
                 scope[_SCOPE_KEY] = run
+                current_run.set(run)
             elif run or in_path is not None:
                 app = problem_response(_refusal(), request_id_of(scope))
         await app(scope, receive, send)
@@ -59,6 +62,5 @@ def _take_from_path(scope: MutableMapping[str, Any]) -> str | None:
     if match is None:
         return None
     scope["path"] = match[2].decode()
-    if raw := _IN_PATH.fullmatch(scope.get("raw_path") or b""):
-        scope["raw_path"] = raw[2]
+    scope["raw_path"] = quote(scope["path"]).encode()
     return match[1].decode()

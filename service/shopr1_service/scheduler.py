@@ -10,16 +10,20 @@ more is admitted, and the process should end.
 
 import asyncio
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from shopr1_client.errors import NotReadyError, OverloadedError
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.backlog import Backlog, Batch, Job, Measurements, Progress
 from shopr1_service.engine import FatalEngineError, TokenGroup
+from shopr1_service.heartbeat import IDLE_BEAT_S
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
+from shopr1_service.spans import Visit, record_visits
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +97,18 @@ class Scheduler:
             return list(await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
         finally:
             self._drop(jobs)
+            record_visits((job.visit for job in jobs if job.group.completions), now_s)
 
     def refuse_if_full(self) -> None:
         """Raise `OverloadedError` if there is no room for anything: before work is put into a request."""
         with self._changed:
             if self._backlog.num_tokens >= self._max_queue_tokens:
                 raise self._overloaded(1)
+
+    def stack(self) -> str:
+        """Where the engine's thread is."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame else "it has ended"
 
     def close(self) -> None:
         """End the thread after what it is doing; what waits is cancelled."""
@@ -162,7 +172,9 @@ class Scheduler:
     def _take(self) -> Batch:
         """The next batch; nothing once the scheduler is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._backlog or self._is_closed)
+            while not (self._backlog or self._is_closed):
+                self._policy.heartbeat.beat()
+                self._changed.wait(IDLE_BEAT_S)
             if self._is_closed:
                 return []
             batch = self._backlog.take()
@@ -174,11 +186,13 @@ class Scheduler:
         lanes = [lane for lane in lanes if lane]
         if not lanes:
             return
-        start_s = time.perf_counter()
+        self._policy.heartbeat.beat()
+        groups = [_joined(lane) for lane in lanes]
+        visit = Visit(len(groups), sum(map(_num_tokens, groups)))
         for lane in lanes:
             for job in lane:
-                self._metrics.record_phase(Phase.QUEUE, start_s - job.submitted_s)
-        groups = [_joined(lane) for lane in lanes]
+                job.visit = visit
+                self._metrics.record_phase(Phase.QUEUE, visit.start_s - job.submitted_s)
         try:
             measured = self._certainties(groups, lanes[0][0].rules)
         except FatalEngineError:
@@ -187,7 +201,7 @@ class Scheduler:
         except Exception as error:  # handed over to every request that waits for it
             _fail(lanes, error)
             return
-        self._rate.record(sum(map(_num_tokens, groups)), time.perf_counter() - start_s)
+        self._rate.record(visit.num_tokens, visit.end())
         for lane, certainties in zip(lanes, measured, strict=True):
             _deal(lane, certainties)
 

@@ -6,6 +6,7 @@ The one way from a request to an answer; every route and the command line go thr
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 from shopr1_client.errors import InvalidRequestError, PolicyVersionError
 from shopr1_client.wire import (
@@ -32,6 +33,7 @@ from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
 from shopr1_service.recipe_book import RecipeBook, reference
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.settings import Settings
+from shopr1_service.spans import span
 
 _NUM_PREPARE_THREADS = 2
 
@@ -86,7 +88,8 @@ class Scorer:
         self._check_version(request.policy_version)
         self._scheduler.refuse_if_full()
         loop = asyncio.get_running_loop()
-        groups = await loop.run_in_executor(self._preparers, self._prepare, request, recipe)
+        in_context = copy_context().run  # whose request it is: for logs and traces
+        groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
         measured = await self._measure(token_groups, _memberships(request), recipe.self_certainty, progress)
         scores = [
@@ -101,6 +104,10 @@ class Scorer:
             policy=PolicyRef(model=self.policy.info.model, version=self.policy.info.version),
             groups=scores,
         )
+
+    def stack(self) -> str:
+        """Where the engine's thread is."""
+        return self._scheduler.stack()
 
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
@@ -122,7 +129,7 @@ class Scorer:
 
     def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
         wants_ids = Include.TOKEN_IDS in request.include
-        with self._metrics.phase(Phase.PREPARE):
+        with self._metrics.phase(Phase.PREPARE), span("prepare"):
             return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
 
     async def _measure(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,26 +12,41 @@ from fastapi import Request
 from shopr1_client.errors import NotReadyError
 from shopr1_service.label_table import LabelTable
 from shopr1_service.metrics import Metrics
+from shopr1_service.patience import RETRY_AFTER_S, Cutoff
 from shopr1_service.policy import Policy
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.repeats import Repeats
+from shopr1_service.rollout_log import open_rollout_log
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
+from shopr1_service.startup import Startup
 
-_RETRY_AFTER_S = 5.0
+logger = logging.getLogger(__name__)
+
+_WATCHES_PER_TIMEOUT = 10
+_NUM_SILENCES = 2
+"""A process that was stopped and goes on, as a container that was paused, must not take that for a hang."""
+
+
+class EngineHangsError(Exception):
+    """The engine gives no sign of life: the process must end."""
 
 
 class State:
     """Settings, recipes, metrics and labels from the start; the scorer once the policy has been loaded."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, startup: Startup | None = None) -> None:
         self.settings = settings
+        self.cutoff = Cutoff()
         self.recipes = RecipeBook(settings.recipe)
-        self.metrics = Metrics()
+        self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
         self.repeats = Repeats(self.metrics)
         self.labels = LabelTable(settings.max_labels)
+        self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None
+        self._startup = startup or Startup()
         self._is_closing = False
+        self.metrics.watch(lambda: self.is_ready, lambda: self.heartbeat_age_s)
 
     @property
     def scorer(self) -> Scorer:
@@ -40,10 +56,26 @@ class State:
             NotReadyError: the policy is loading, or the service is shutting down.
         """
         if self._is_closing:
-            raise NotReadyError("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
+            raise NotReadyError("the service is shutting down", retry_after_s=RETRY_AFTER_S)
         if self._scorer is None:
-            raise NotReadyError("the policy is loading", retry_after_s=_RETRY_AFTER_S)
+            raise NotReadyError(f"the policy is loading: {self._startup}", retry_after_s=RETRY_AFTER_S)
         return self._scorer
+
+    @property
+    def is_ready(self) -> bool:
+        return self._scorer is not None and not self._is_closing
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Time since the engine's last sign of life; 0 as long as there is no engine."""
+        return 0.0 if self._scorer is None else self._scorer.policy.heartbeat.age_s
+
+    def check_alive(self) -> None:
+        """Raise `NotReadyError` if the engine hangs."""
+        if self.heartbeat_age_s > self.settings.engine_timeout_s:
+            raise NotReadyError(
+                f"the engine has given no sign for {self.heartbeat_age_s:.0f} s", retry_after_s=RETRY_AFTER_S
+            )
 
     async def load(
         self, load_policy: Callable[[], Policy], on_fatal: Callable[[BaseException], None]
@@ -56,17 +88,35 @@ class State:
         policy = await _in_daemon_thread(load_policy)
 
         def give_up(error: BaseException) -> None:
-            self._is_closing = True
+            self.drain()
             on_fatal(error)
 
-        self._scorer = Scorer(
-            policy, self.recipes, self.settings, self.metrics, give_up, observers=[self.metrics.observe]
-        )
+        observers = [self.metrics.observe, *([self._rollout_log.observe] if self._rollout_log else [])]
+        self._scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up, observers=observers)
+
+    async def watch(self, on_fatal: Callable[[BaseException], None]) -> None:
+        """Ends what waits, and calls `on_fatal`, when the engine gives no sign for `engine_timeout_s`."""
+        num_silences = 0
+        while num_silences < _NUM_SILENCES:
+            await asyncio.sleep(self.settings.engine_timeout_s / _WATCHES_PER_TIMEOUT)
+            is_silent = self.heartbeat_age_s > self.settings.engine_timeout_s
+            num_silences = num_silences + 1 if is_silent else 0
+        stack = self._scorer.stack() if self._scorer else ""
+        logger.critical("no sign of the engine for %.0f s; it is here:\n%s", self.heartbeat_age_s, stack)
+        self.drain()
+        self.cutoff.come()
+        on_fatal(EngineHangsError(f"no sign for {self.settings.engine_timeout_s:g} s"))
+
+    def drain(self) -> None:
+        """Begin nothing more. What has been begun goes on, until `cutoff`."""
+        self._is_closing = True
 
     def close(self) -> None:
         self._is_closing = True
         if self._scorer is not None:
             self._scorer.close()
+        if self._rollout_log is not None:
+            self._rollout_log.close()
 
 
 async def _in_daemon_thread(load_policy: Callable[[], Policy]) -> Policy:

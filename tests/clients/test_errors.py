@@ -26,6 +26,8 @@ BAD_FIELDS: list[FieldError] = [{"location": "groups[1].prompt", "message": "mus
 CODES = {
     "malformed_body": 400,
     "unauthenticated": 401,
+    "forbidden": 403,
+    "request_timeout": 408,
     "not_found": 404,
     "method_not_allowed": 405,
     "policy_version": 409,

@@ -126,11 +126,16 @@ def problem(response: httpx.Response, status: int, code: str) -> Any:
 # --- behind a socket --------------------------------------------------------------------------------
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, **options: Any) -> Iterator[str]:
     """The URL of a uvicorn server on the loopback interface, in a thread of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="on"))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="on", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

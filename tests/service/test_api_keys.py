@@ -6,10 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from shopr1_service.api_keys import ApiKeys
 from shopr1_service.app import create_app
 from shopr1_service.errors import SettingsError
 from shopr1_service.fake import FakePolicy
+from shopr1_service.key_check import KeyCheck
 from shopr1_service.settings import Settings, load_settings
 from tests.service.dialects.trainers import SLIME, slime
 from tests.service.http import answer, client_of, group, problem, running, served
@@ -113,6 +117,31 @@ def test_a_key_stands_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
     assert not any(KEY in record.getMessage() for record in ours)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        f"/key/{KEY}/score",
+        f"/key/{KEY}/score%0A",
+        f"/%6bey/{KEY}%2Fscore",
+        f"/key/{KEY}/key/{KEY}/score",
+        f"/key/first/key/{KEY}/score?api_key={KEY}",
+        f"/score?api%5Fkey={KEY}&x=1",
+        f"/score?api_key={KEY}&api_key={KEY}",
+    ],
+)
+async def test_nothing_behind_sees_a_key(target: str) -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        seen.append(scope)
+        await Response()(scope, _receive, send)
+
+    transport = httpx.ASGITransport(KeyCheck(app, ApiKeys.of(keyed())))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get(target)).status_code == 200
+    assert KEY not in repr(seen)
+
+
 # --- settings ---------------------------------------------------------------------------------------
 
 
@@ -163,3 +192,122 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shims_variables_are_not_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOPR1_CLIENT_API_KEY", KEY)
     assert load_settings().api_keys == ()
+
+
+# --- scopes -----------------------------------------------------------------------------------------
+
+SCOPED = {
+    "score": f"score:{KEY}",
+    "metrics": f"metrics:{KEY}",
+    "admin": f"admin:{KEY}",
+    "plain": KEY,
+    "both": f"score+metrics:{KEY}",
+}
+ALLOWED = {
+    "score": {"/info"},
+    "metrics": {"/metrics"},
+    "admin": {"/info", "/metrics"},
+    "plain": {"/info", "/metrics"},
+    "both": {"/info", "/metrics"},
+}
+
+
+@pytest.mark.parametrize("name", SCOPED)
+@pytest.mark.parametrize("path", ["/info", "/metrics"])
+async def test_a_key_is_good_for_its_scopes_only(name: str, path: str) -> None:
+    async with running(api_keys=(SCOPED[name],)) as client:
+        answered = await client.get(path, headers={"Authorization": f"Bearer {KEY}"})
+    if path in ALLOWED[name]:
+        assert answered.status_code == 200
+    else:
+        wanted = {"/info": "score", "/metrics": "metrics"}[path]
+        assert problem(answered, 403, "forbidden")["detail"] == f"this key is for {name}, not for {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "headers", "status"),
+    [
+        pytest.param((KEY,), {}, 401, id="missing"),
+        pytest.param((KEY,), {"Authorization": f"Bearer {OTHER}"}, 401, id="wrong"),
+        pytest.param((f"metrics:{KEY}",), {"Authorization": f"Bearer {KEY}"}, 403, id="for metrics only"),
+    ],
+)
+async def test_every_route_refuses_what_is_not_allowed(
+    keys: tuple[str, ...], headers: dict[str, str], status: int
+) -> None:
+    app = create_app(Settings(api_keys=keys), FakePolicy)  # type: ignore[arg-type]
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        routes = [(path, method) for path, ops in app.openapi()["paths"].items() for method in ops]
+        assert len(routes) > 15
+        for path, method in [*routes, ("/docs", "get"), ("/nowhere", "get"), ("/score", "options")]:
+            for spelling in (path, f"/run/r1{path}", f"{path}/", f"/{path}", path.upper()):
+                answered = await client.request(method, spelling, headers=headers)
+                if path.startswith("/health/"):
+                    assert answered.status_code in (200, 401, 403, 404, 405, 307), spelling
+                elif (path, status) == ("/metrics", 403) and spelling in (path, "/run/r1/metrics"):
+                    assert answered.status_code in (200, 403), spelling
+                else:
+                    assert answered.status_code == status, (method, spelling)
+
+
+@pytest.mark.parametrize("scopes", ["score+", "+", "", "Score", "score,metrics", "root", "score:metrics"])
+def test_what_is_no_scope(scopes: str) -> None:
+    with pytest.raises(
+        SettingsError, match=r"API key 1: its scopes must be of score, metrics, admin"
+    ) as caught:
+        create_app(Settings(api_keys=(f"{scopes}:{KEY}",)), FakePolicy)  # type: ignore[arg-type]
+    assert KEY not in str(caught.value)
+
+
+# --- rotation ---------------------------------------------------------------------------------------
+
+
+def rewrite(file: Path, content: str) -> None:
+    """As secrets are replaced: a new file under the old name."""
+    new = file.with_name("new")
+    new.write_text(content)
+    new.replace(file)
+
+
+def accepted(keys: ApiKeys) -> list[bool]:
+    return [bool(keys.scopes(key.encode())) for key in (KEY, OTHER)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now_s = [1000.0]
+    monkeypatch.setattr("shopr1_service.api_keys.time.monotonic", lambda: now_s[0])
+    return now_s
+
+
+def test_a_file_is_read_again_when_it_changes(tmp_path: Path, clock: list[float]) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+    keys = ApiKeys(file=file)
+    assert accepted(keys) == [True, False]
+    rewrite(file, f"{KEY}\n{OTHER}\n")
+    assert accepted(keys) == [True, False]  # looked at once a second, not at every request
+    clock[0] += 1
+    assert accepted(keys) == [True, True]
+    rewrite(file, OTHER)
+    clock[0] += 1
+    assert accepted(keys) == [False, True]
+
+
+@pytest.mark.parametrize("broken", ["", "short", "root:0123456789abcdef", None])
+def test_a_file_that_breaks_locks_nobody_out_and_lets_nobody_in(
+    tmp_path: Path, clock: list[float], caplog: pytest.LogCaptureFixture, broken: str | None
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+    keys = ApiKeys(file=file)
+    if broken is None:
+        file.unlink()
+    else:
+        rewrite(file, broken)
+    clock[0] += 1
+    assert accepted(keys) == [True, False]
+    assert "the keys from before still hold" in caplog.text
+    rewrite(file, OTHER)
+    clock[0] += 1
+    assert accepted(keys) == [False, True]

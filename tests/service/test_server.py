@@ -1,6 +1,5 @@
 """How a server ends when its device is gone."""
 
-import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ from shopr1_service import server
 from shopr1_service.engine import Certainty, FatalEngineError, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
-from tests.service.http import WAIT_S, answer, group, problem
+from tests.service.http import WAIT_S, answer, free_port, group, problem
 
 
 class Dying(FakePolicy):
@@ -23,15 +22,10 @@ class Dying(FakePolicy):
         raise FatalEngineError("CUDA error: an illegal memory access was encountered")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def test_a_device_that_is_gone_ends_the_server(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server, "load_policy", lambda _settings: Dying())
+    monkeypatch.setattr(server, "load_policy", lambda _settings, _startup: Dying())
     settings = Settings(port=free_port())
     url = f"http://127.0.0.1:{settings.port}"
 

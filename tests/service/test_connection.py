@@ -1,0 +1,123 @@
+"""Clients that send slowly or not at all: they lose their connection, and nobody else notices."""
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from http.client import HTTPResponse
+
+import pytest
+import uvicorn
+
+from shopr1_client import Client
+from shopr1_service.app import create_app
+from shopr1_service.connection import connection_class
+from shopr1_service.fake import FakePolicy
+from shopr1_service.settings import Settings
+from tests.service.http import WAIT_S, answer, group, serving
+
+TIMEOUT_S = 0.3
+BODY = json.dumps({"groups": [group(answer())]}).encode()
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    app = create_app(Settings(receive_timeout_s=TIMEOUT_S), FakePolicy)
+    with serving(app, http=connection_class(TIMEOUT_S)) as url, Client(url) as client:
+        client.wait_until_ready(WAIT_S)
+        yield url
+
+
+@contextlib.contextmanager
+def connection(url: str) -> Iterator[socket.socket]:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as client:
+        yield client
+
+
+def rest(client: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := client.recv(65_536):
+            received += data
+    return received
+
+
+def answered_status(client: socket.socket) -> int:
+    response = HTTPResponse(client)
+    response.begin()
+    response.read()
+    return response.status
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"POST /sc", id="half a line"),
+        pytest.param(HEAD[:40], id="half a head"),
+    ],
+)
+def test_a_head_that_does_not_come_ends_the_connection(server: str, sent: bytes) -> None:
+    with connection(server) as client:
+        client.sendall(sent)
+        assert rest(client) == b""
+
+
+def test_drops_do_not_set_the_time_back(server: str) -> None:
+    with connection(server) as client:
+        client.sendall(b"GET /info HTTP/1.1\r\nX: ")
+        client.settimeout(0.01)
+        # If each drop bought time, all would be taken.
+        assert any(is_closed_after(client, b"x") for _ in range(int(WAIT_S * 100)))
+
+
+def is_closed_after(client: socket.socket, drop: bytes) -> bool:
+    try:
+        client.sendall(drop)
+        return client.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_a_body_that_does_not_come_is_answered_408(server: str) -> None:
+    with connection(server) as client:
+        client.sendall(HEAD % len(BODY) + BODY[:-1])
+        answered = rest(client)
+    assert answered.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"request_timeout"' in answered
+    assert b"receive_timeout_s = 0.3" in answered
+
+
+def test_a_refused_body_is_not_waited_for_longer(server: str) -> None:
+    with connection(server) as client:
+        client.sendall(HEAD % 2**40 + b"{")
+        answered = rest(client)  # ends, because the server closes
+    assert answered.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_request_in_pieces_that_come_in_time(server: str) -> None:
+    with connection(server) as client:
+        for _ in range(3):
+            for piece in (HEAD[:20], HEAD[20:] % len(BODY), BODY[:9], BODY[9:]):
+                client.sendall(piece)
+            assert answered_status(client) == 200
+
+
+def test_others_are_served_while_many_dawdle(server: str) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connection(server)).sendall(b"POST /score HTTP/1.1\r\nX: ")
+        with connection(server) as client:
+            client.sendall(HEAD % len(BODY) + BODY)
+            assert answered_status(client) == 200
+
+
+def test_the_class_is_uvicorns_own_kind() -> None:
+    config = uvicorn.Config(lambda: None, http=connection_class(7.0))
+    config.load()
+    assert config.http_protocol_class.receive_timeout_s == 7.0  # type: ignore[attr-defined]
