@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shopr1_rewards import load_recipe
-from shopr1_service import loading
+from shopr1_service import loading, source
 from shopr1_service.engine import TokenGroup
 from shopr1_service.settings import Settings, load_settings
 from workloads import Plan, Shape, Workloads
@@ -54,7 +54,7 @@ def load_subject(dtype: str, plan: Plan) -> Subject:
     settings = settings.model_copy(update={"max_sequence_tokens": longest})
     bare_settings = settings.model_copy(update={"prefix_cache_bytes": 0})
     policy, bare_policy = (
-        loading.build_policy(model, tokenizer, each, name=loading.EMBEDDED_NAME)
+        loading.build_policy(model, tokenizer, each, name=source.EMBEDDED_NAME)
         for each in (settings, bare_settings)
     )
     return Subject(settings, tokenizer, model, policy, bare_policy, Workloads(policy.codec))
@@ -63,4 +63,4 @@ def load_subject(dtype: str, plan: Plan) -> Subject:
 def load_model(settings: Settings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model without the bars that transformers draws while it reads GGUF files."""
     with contextlib.redirect_stderr(io.StringIO()):
-        return loading.load_model(loading.find_source(None), settings)
+        return loading.load_model(source.find_source(None), settings)

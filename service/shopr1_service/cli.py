@@ -75,6 +75,7 @@ def serve(
 ) -> None:
     """Serve rewards over HTTP until SIGTERM."""
     settings = _settings(config, options, policy=policy, recipe=recipe, host=host, port=port)
+    _keep_bars_out_of_logs()
     from shopr1_service.server import serve as run  # imports torch
 
     code = run(settings)
@@ -148,6 +149,12 @@ def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) 
     return load_settings(given, config)
 
 
+def _keep_bars_out_of_logs() -> None:
+    """Transformers draws bars with tqdm, which has to be told so before it is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 @contextlib.contextmanager
 def _score_call(
     url: str | None,
@@ -163,6 +170,7 @@ def _score_call(
             client.wait_until_ready(timeout_s=0)
             yield client.score
         return
+    _keep_bars_out_of_logs()
     from shopr1_service.loading import load_policy  # imports torch
     from shopr1_service.metrics import Metrics
     from shopr1_service.observation import Origin

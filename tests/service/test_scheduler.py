@@ -19,7 +19,8 @@ from shopr1_service.engine import (
 )
 from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
-from shopr1_service.scheduler import Scheduler, TokenRate
+from shopr1_service.scheduler import Scheduler
+from shopr1_service.token_rate import TokenRate
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,7 @@ from tests.trainers.live import ROOT
 _SAVE = """
 import sys
 from transformers import AutoTokenizer
-from shopr1_service.loading import find_source
+from shopr1_service.source import find_source
 source = find_source(None)
 AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file).save_pretrained(sys.argv[1])
 """
