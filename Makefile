@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## Score example shopping sessions with a real policy over HTTP
 	$(BIN)/python examples/demo.py
 
-test: install  ## Every test
+test: install  ## The tests, but for those that take long
 	$(BIN)/python -m pytest
 
 test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, a real Prometheus, the container image
