@@ -10,10 +10,9 @@ URLs end up in other people's logs: a header is better where it can be sent. In 
 stands: it is taken out of the URL before anything else sees it.
 """
 
-import re
 from collections.abc import MutableMapping
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
@@ -23,14 +22,14 @@ from shopr1_client.errors import ForbiddenError, ProblemError, UnauthenticatedEr
 from shopr1_service.api_keys import ApiKeys, Scope
 from shopr1_service.problems import problem_response
 from shopr1_service.request_id import request_id_of
+from shopr1_service.url_prefix import prefix_pattern, take_prefix
 
 OPEN_PATHS = "/health/"
 """Supervisors and load balancers have no keys."""
 METRICS_PATH = "/metrics"
 QUERY_NAME = "api_key"
 
-# The last one, if there are several: none stays.
-_IN_PATH = re.compile(rb"(?:/key/([^/]*))+?(/(?!key/[^/]*/).*)", re.DOTALL)
+_IN_PATH = prefix_pattern("key")
 
 
 class KeyCheck:
@@ -69,21 +68,11 @@ def _needed(path: str) -> Scope:
 def _take_key(scope: MutableMapping[str, Any]) -> bytes | None:
     """The key of a request, which is taken out of its URL: from the header, else the path, else the query."""
     in_query = _take_from_query(scope)
-    in_path = _take_from_path(scope)
+    in_path = take_prefix(scope, _IN_PATH)
     scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return token.strip().encode("latin-1")
     return in_path if in_path is not None else in_query
-
-
-def _take_from_path(scope: MutableMapping[str, Any]) -> bytes | None:
-    match = _IN_PATH.fullmatch(scope["path"].encode())
-    if match is None:
-        return None
-    scope["path"] = match[2].decode()
-    # Made anew: the key may have been sent with escapes.
-    scope["raw_path"] = quote(scope["path"]).encode()
-    return bytes(match[1])
 
 
 def _take_from_query(scope: MutableMapping[str, Any]) -> bytes | None:

@@ -11,7 +11,6 @@ one:
 import re
 from collections.abc import MutableMapping
 from typing import Any
-from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,12 +19,13 @@ from shopr1_client.errors import InvalidRequestError
 from shopr1_service.logs import current_run
 from shopr1_service.problems import problem_response
 from shopr1_service.request_id import request_id_of
+from shopr1_service.url_prefix import prefix_pattern, take_prefix
 
 RUN_HEADER = "X-Run-ID"
 _SCOPE_KEY = "shopr1.run"
 # It becomes a label in Prometheus and a word in logs.
 _RUN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_IN_PATH = re.compile(rb"/run/([^/]*)(/.*)", re.DOTALL)
+_IN_PATH = prefix_pattern("run")
 
 
 def run_of(scope: MutableMapping[str, Any]) -> str:
@@ -42,8 +42,8 @@ class RunLabel:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
         if scope["type"] == "http":
-            in_path = _take_from_path(scope)
-            run = in_path if in_path is not None else Headers(scope=scope).get(RUN_HEADER, "")
+            in_path = take_prefix(scope, _IN_PATH)
+            run = in_path.decode() if in_path is not None else Headers(scope=scope).get(RUN_HEADER, "")
             if run and _RUN.fullmatch(run):
                 scope[_SCOPE_KEY] = run
                 current_run.set(run)
@@ -55,12 +55,3 @@ class RunLabel:
 def _refusal() -> InvalidRequestError:
     message = "a run's id must be 1 to 64 of A-Z a-z 0-9 . _ -"
     return InvalidRequestError(message, errors=[{"location": RUN_HEADER, "message": message}])
-
-
-def _take_from_path(scope: MutableMapping[str, Any]) -> str | None:
-    match = _IN_PATH.fullmatch(scope["path"].encode())
-    if match is None:
-        return None
-    scope["path"] = match[2].decode()
-    scope["raw_path"] = quote(scope["path"]).encode()
-    return match[1].decode()

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,11 @@ def score_all(url: str, requests: Sequence[ScoreRequest], num_threads: int = 4) 
     """The answers to all, as trainers ask: several at a time, through the client."""
     with Client(url, retry_for_s=WAIT_S) as client, ThreadPoolExecutor(num_threads) as pool:
         return [answered.groups for answered in pool.map(client.score, requests)]
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(int(WAIT_S * 20)):
+        if condition():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(what)

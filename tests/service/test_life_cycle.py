@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,14 +13,13 @@ import httpx
 import pytest
 
 from shopr1_client import Client
-from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service import server
 from shopr1_service.app import create_app
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.heartbeat import Heartbeat
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup, Step
+from tests.service.held import Held
 from tests.service.http import (
     WAIT_S,
     answer,
@@ -32,22 +31,6 @@ from tests.service.http import (
     score,
     until_ready,
 )
-
-
-class Held(FakePolicy):
-    """Works on nothing until the gate opens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-        self.has_begun = threading.Event()
-
-    def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
-    ) -> list[list[Certainty | Unmeasurable]]:
-        self.has_begun.set()
-        assert self.gate.wait(WAIT_S)
-        return super().certainties(groups, rules)
 
 
 @pytest.fixture

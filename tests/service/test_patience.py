@@ -2,35 +2,15 @@
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
-from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
-from shopr1_service.fake import FakePolicy
+from tests.service.held import Held
 from tests.service.http import WAIT_S, answer, group, problem, served
-
-
-class Held(FakePolicy):
-    """Works on nothing until the gate opens; notes the first character of each prompt it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-        self.has_begun = threading.Event()
-        self.prompts: list[str] = []
-
-    def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
-    ) -> list[list[Certainty | Unmeasurable]]:
-        self.prompts += [chr(each.prompt_ids[0]) for each in groups]
-        self.has_begun.set()
-        assert self.gate.wait(WAIT_S)
-        return super().certainties(groups, rules)
 
 
 @pytest.fixture
