@@ -9,15 +9,11 @@ from pydantic_core import PydanticCustomError
 from shopr1_client.errors import (
     FieldError,
     InternalError,
-    InvalidRequestError,
-    MalformedBodyError,
-    RequestTimeoutError,
-    TooLargeError,
 )
 from shopr1_client.wire import GroundTruth
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
-from shopr1_service.dialects.outcome import TAG, AppState, json_response
+from shopr1_service.dialects.outcome import BODY_PROBLEMS, TAG, AppState, json_response
 from shopr1_service.dialects.reading import Prompt, TextOrMessages
 from shopr1_service.label_table import Label
 from shopr1_service.openapi import problem_responses
@@ -70,9 +66,7 @@ class LabelCount(BaseModel):
     response_model=LabelCount,
     operation_id="putLabels",
     summary="Register ground truths by prompt",
-    responses=problem_responses(
-        MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
-    ),
+    responses=BODY_PROBLEMS,
 )
 async def put_labels(
     body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState

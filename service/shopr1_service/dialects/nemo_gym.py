@@ -16,8 +16,6 @@ from shopr1_client.errors import (
     InternalError,
     InvalidRequestError,
     MalformedBodyError,
-    RequestTimeoutError,
-    TooLargeError,
 )
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_missing
@@ -42,9 +40,6 @@ DIALECT = Dialect("nemo_gym", timeout_s=55.0)
 
 router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG])
 
-_BODY_PROBLEMS = problem_responses(
-    MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
-)
 _LABEL_FIELDS = ("ground_truth", "expected_answer", "label")
 # Of an earlier answer, which comes back when a rollout is verified again.
 _STALE = ("_ng_failure_class", "_ng_failure_judge_error")
