@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -23,6 +24,9 @@ from shopr1_service.settings import Settings
 from shopr1_service.spans import open_tracer
 from shopr1_service.startup import Startup
 from shopr1_service.state import State
+
+if TYPE_CHECKING:
+    from shopr1_service.tracing import Tracer  # needs the extra `otel`
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,14 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.shopr1 = state
+    _add_routes(app, settings)
+    _add_middleware(app, settings, state, tracer)
+    install_handlers(app)
+    app.openapi = lambda: build_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
+    return app
+
+
+def _add_routes(app: FastAPI, settings: Settings) -> None:
     # Counts what is streamed; the middleware refuses what is announced, and does so with a problem.
     for each in (router, *(module.router for module in _DIALECTS)):
         app.include_router(
@@ -86,12 +98,13 @@ def create_app(
             responses=problem_responses(UnauthenticatedError, ForbiddenError, InvalidRequestError),
         )
     app.include_router(health.router)
-    install_handlers(app)
+
+
+def _add_middleware(app: FastAPI, settings: Settings, state: State, tracer: "Tracer | None") -> None:
+    """From the inside out: a request passes the last one first."""
     app.add_middleware(Intake, max_body_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
     app.add_middleware(RunLabel)
     app.add_middleware(KeyCheck, keys=ApiKeys.of(settings))
     app.add_middleware(RequestRecorder, metrics=state.metrics, has_access_log=settings.access_log)
     if tracer is not None:
         app.add_middleware(tracer.middleware)
-    app.openapi = lambda: build_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
-    return app
