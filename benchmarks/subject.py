@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shopr1_rewards import load_recipe
 from shopr1_service import loading, source
 from shopr1_service.engine import TokenGroup
+from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
 from workloads import Plan, Shape, Workloads
 
@@ -29,8 +30,8 @@ class Subject:
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
-    policy: loading.LoadedPolicy
-    bare_policy: loading.LoadedPolicy
+    policy: LoadedPolicy
+    bare_policy: LoadedPolicy
     workloads: Workloads
 
     @property

@@ -1,10 +1,13 @@
 """Trains a policy on the example sessions with TRL's GRPOTrainer. The rewards come from a running service.
 
+After each step the service gets the new weights, so its policy must be the one that is trained.
+
     $ shopr1 serve --policy HuggingFaceTB/SmolLM2-135M-Instruct
     $ pip install trl
     $ python examples/trl_grpo.py --url http://127.0.0.1:8000 --steps 3
 
-A service with API keys takes the one in SHOPR1_CLIENT_API_KEY. With several processes: `accelerate launch`.
+A service with API keys takes the one in SHOPR1_CLIENT_API_KEY; its scope must be `admin`, which may change
+the policy. With several processes: `accelerate launch`.
 """
 
 import argparse
@@ -18,7 +21,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from shopr1_client import Client
+from shopr1_client.trainers.callback import PolicyPush
+from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.trl import shop_r1_reward
 
 SESSIONS = Path(__file__).with_name("sessions.jsonl")
@@ -29,8 +33,8 @@ def main() -> None:
     arguments = parse_arguments()
     # The shim finds the service by its environment: the reward function has no arguments of its own.
     os.environ["SHOPR1_CLIENT_URL"] = arguments.url
-    with Client(arguments.url) as client:
-        client.wait_until_ready(READY_TIMEOUT_S)
+    client = Service.find().client()
+    client.wait_until_ready(READY_TIMEOUT_S)
     trainer = GRPOTrainer(
         # Token ids are sent as they are: the service's policy has to have the same tokenizer.
         model=AutoModelForCausalLM.from_pretrained(arguments.policy, dtype=torch.float32),
@@ -38,9 +42,11 @@ def main() -> None:
         reward_funcs=shop_r1_reward,
         train_dataset=Dataset.from_list(rows()),
         args=config(arguments),
+        callbacks=[PolicyPush(client)] if arguments.push else [],
     )
     trainer.train()
     report(trainer.state.log_history)
+    print(f"the service scores with version {client.policy().current.version}")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -85,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--policy", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or directory")
     parser.add_argument("--steps", type=int, default=3, help="of the optimiser")
     parser.add_argument("--group-size", type=int, default=8, help="completions sampled from each prompt")
+    parser.add_argument("--no-push", dest="push", action="store_false", help="leave the service as it is")
     parser.add_argument("--output", default="trl_grpo", help="directory for checkpoints and logs")
     return parser.parse_args()
 

@@ -5,15 +5,18 @@ import contextlib
 import copy
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel
 
 from shopr1_client import exchange, parts
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.change import Answer, Change, Source, UpdateOptions, plan
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.parts import Part
+from shopr1_client.policy_wire import PolicyState
+from shopr1_client.updates import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -50,6 +53,15 @@ class AsyncClient(BaseClient):
         async with self._connected() as client:
             return await client._try(Info, "GET", "/info", self._urls)
 
+    async def policy(self) -> PolicyState:
+        """The versions of the policy and of its adapters that are loaded."""
+        async with self._connected() as client:
+            return await client._try(PolicyState, "GET", "/policy", self._urls)
+
+    async def update_policy(self, source: Source, version: str, **options: Unpack[UpdateOptions]) -> Answer:
+        """See `Client.update_policy`. Tensors are read in a thread, which goes on if this is cancelled."""
+        return await asyncio.to_thread(self._update, plan(source, version, options))
+
     async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Return once every server can score.
 
@@ -76,6 +88,10 @@ class AsyncClient(BaseClient):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _update(self, change: Change) -> Answer:
+        with httpx.Client(**self._http_options) as http:
+            return Updater(http, self._urls, self._retries).run(change)
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator["AsyncClient"]:

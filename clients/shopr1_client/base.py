@@ -83,7 +83,11 @@ class BaseClient:
 
     def _tries(self, urls: Sequence[str]) -> tuple["Retries", Iterator[str]]:
         """Attempts, as long as the error may pass, and the server of each."""
-        return _retries(exchange.backoff, self._retry_for_s, max_wait_s=_MAX_WAIT_S), itertools.cycle(urls)
+        return self._retries(), itertools.cycle(urls)
+
+    def _retries(self) -> "Retries":
+        """Attempts, as long as the error may pass."""
+        return _retries(exchange.backoff, self._retry_for_s, max_wait_s=_MAX_WAIT_S)
 
     @staticmethod
     def _polls(timeout_s: float) -> "Retries":

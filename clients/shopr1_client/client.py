@@ -4,15 +4,18 @@ import contextlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel
 
 from shopr1_client import exchange, parts
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.change import Answer, Source, UpdateOptions, plan
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.parts import Part
+from shopr1_client.policy_wire import PolicyState
+from shopr1_client.updates import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -42,6 +45,31 @@ class Client(BaseClient):
     def info(self) -> Info:
         """The service's policy, limits and recipes."""
         return self._try(Info, "GET", "/info", self._urls)
+
+    def policy(self) -> PolicyState:
+        """The versions of the policy and of its adapters that are loaded."""
+        return self._try(PolicyState, "GET", "/policy", self._urls)
+
+    def update_policy(self, source: Source, version: str, **options: Unpack[UpdateOptions]) -> Answer:
+        """Give every server new weights, to one after the other; return once all score with them.
+
+        Args:
+            source: a model, a mapping of names to tensors, or the path of a checkpoint or an adapter that the
+                servers can read. A model must not change meanwhile. Of one with PEFT's LoRA adapters only the
+                active one is sent.
+            version: the name that the weights get, 1 to 256 characters.
+            options: see `UpdateOptions`.
+
+        Returns:
+            The last server's answer. If it was lost and the weights are there all the same, what only it had is
+            missing: counts are 0, `pause_s` is NaN and `duration_s` is this client's.
+
+        Raises:
+            ValueError: the model cannot be sent, as when it is sharded; the message says what to do.
+            InvalidWeightsError: they are not weights of this policy.
+            MixedVersionsError: some servers have them and others do not.
+        """
+        return Updater(self._http, self._urls, self._retries).run(plan(source, version, options))
 
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Return once every server can score.

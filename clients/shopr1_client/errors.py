@@ -10,13 +10,16 @@
         ├── MethodNotAllowedError  405  method_not_allowed
         ├── RequestTimeoutError    408  request_timeout   the body came too slowly
         ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
+        ├── UpdateConflictError    409  update_conflict   another update is under way
         ├── TooLargeError          413  too_large         more than a limit allows
         ├── InvalidRequestError    422  invalid_request   names each bad field; nothing was scored
+        ├── InvalidWeightsError    422  invalid_weights   no weights of this policy; the old ones stay
         ├── UnscorableError        422  unscorable        a trainer's protocol has no place for "no reward"
         ├── OverloadedError        429  overloaded        too much waits already; try again later
         ├── InternalError          500  internal          a bug in the service
         ├── NotReadyError          503  not_ready         loading or shutting down; try again
-        └── DeadlineExceededError  504  deadline_exceeded not scored within the request's time
+        ├── DeadlineExceededError  504  deadline_exceeded not scored within the request's time
+        └── StorageError           507  storage           no room for new weights
 
 `code` is the contract. The status is a view of it, and each stands once: in the class.
 
@@ -134,6 +137,12 @@ class PolicyVersionError(ProblemError):
     code, status, title = "policy_version", 409, "Another policy version is loaded"
 
 
+class UpdateConflictError(ProblemError):
+    """Another update of the policy is under way, or came between; `Retry-After` says when to try again."""
+
+    code, status, title = "update_conflict", 409, "Another update is under way"
+
+
 class TooLargeError(ProblemError):
     """The request exceeds one of the limits in `GET /info`."""
 
@@ -144,6 +153,12 @@ class InvalidRequestError(ProblemError):
     """The request is JSON but not a valid request; `errors` names each bad field. Nothing was scored."""
 
     code, status, title = "invalid_request", 422, "Invalid request"
+
+
+class InvalidWeightsError(ProblemError):
+    """New weights do not fit the policy; `errors` names tensors or fields. The old ones go on serving."""
+
+    code, status, title = "invalid_weights", 422, "Not weights of this policy"
 
 
 class UnscorableError(ProblemError):
@@ -176,6 +191,12 @@ class DeadlineExceededError(ProblemError):
     code, status, title = "deadline_exceeded", 504, "Deadline exceeded"
 
 
+class StorageError(ProblemError):
+    """New weights cannot be kept: `staging_dir` is full or fails. The old ones go on serving."""
+
+    code, status, title = "storage", 507, "No room for new weights"
+
+
 PROBLEMS: tuple[type[ProblemError], ...] = (
     MalformedBodyError,
     UnauthenticatedError,
@@ -184,13 +205,16 @@ PROBLEMS: tuple[type[ProblemError], ...] = (
     MethodNotAllowedError,
     RequestTimeoutError,
     PolicyVersionError,
+    UpdateConflictError,
     TooLargeError,
     InvalidRequestError,
+    InvalidWeightsError,
     UnscorableError,
     OverloadedError,
     InternalError,
     NotReadyError,
     DeadlineExceededError,
+    StorageError,
 )
 _BY_CODE = {problem.code: problem for problem in PROBLEMS}
 

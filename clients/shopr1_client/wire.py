@@ -8,9 +8,6 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     StrictInt,
@@ -19,79 +16,48 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-
-class _Request(BaseModel):
-    # A misspelt key must not silently become a default.
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-def _check_unicode(text: str) -> str:
-    # Python's JSON decoder lets half surrogate pairs through; nothing behind it can write them out again.
-    if not is_unicode(text):
-        raise PydanticCustomError("unicode", "half a surrogate pair: not valid Unicode text")
-    return text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a string can be encoded: Python's may hold half surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-UnicodeText = Annotated[str, AfterValidator(_check_unicode)]
+from shopr1_client.models import (
+    MESSAGES,
+    OBJECT,
+    STRING,
+    TEXT,
+    TOKEN_IDS,
+    AnswerModel,
+    RequestModel,
+    UnicodeText,
+)
+from shopr1_client.policy_wire import AdapterName, VersionDemand
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
 
 
-class TokenIds(_Request):
+class TokenIds(RequestModel):
     """Token ids of the policy's tokenizer. The primary form: re-tokenising text drifts."""
 
     token_ids: list[TokenId]
 
 
-class Text(_Request):
+class Text(RequestModel):
     """The same as a bare string. What a policy wrote may be no valid text: that is a format error."""
 
     text: str
 
 
-class Message(_Request):
+class Message(RequestModel):
     """One message of a chat."""
 
     role: UnicodeText
     content: UnicodeText
 
 
-# Tags of unions appear in pydantic's error locations; the brackets tell them from keys of the request.
-_STRING, _MESSAGES, _TEXT, _TOKEN_IDS, _OBJECT = _TAGS = (
-    "<string>",
-    "<messages>",
-    "<text>",
-    "<token_ids>",
-    "<object>",
-)
-
-
-def is_union_tag(part: str | int) -> bool:
-    """Whether a part of a pydantic error location names a member of a union and not a key."""
-    return part in _TAGS
-
-
 def _prompt_kind(value: object) -> str | None:
     match value:
         case str():
-            return _STRING
+            return STRING
         case list():
-            return _MESSAGES
+            return MESSAGES
         case dict() | TokenIds():
-            return _TOKEN_IDS
+            return TOKEN_IDS
         case _:
             return None
 
@@ -99,11 +65,11 @@ def _prompt_kind(value: object) -> str | None:
 def _completion_kind(value: object) -> str | None:
     match value:
         case str():
-            return _STRING
+            return STRING
         case {"text": _} | Text():
-            return _TEXT
+            return TEXT
         case dict() | TokenIds():
-            return _TOKEN_IDS
+            return TOKEN_IDS
         case _:
             return None
 
@@ -111,17 +77,27 @@ def _completion_kind(value: object) -> str | None:
 def _truth_kind(value: object) -> str | None:
     match value:
         case str():
-            return _STRING
+            return STRING
         case dict():
-            return _OBJECT
+            return OBJECT
+        case _:
+            return None
+
+
+def _demand_kind(value: object) -> str | None:
+    match value:
+        case str():
+            return STRING
+        case dict() | VersionDemand():
+            return OBJECT
         case _:
             return None
 
 
 Prompt = Annotated[
-    Annotated[UnicodeText, Tag(_STRING)]
-    | Annotated[list[Message], Tag(_MESSAGES)]
-    | Annotated[TokenIds, Tag(_TOKEN_IDS)],
+    Annotated[UnicodeText, Tag(STRING)]
+    | Annotated[list[Message], Tag(MESSAGES)]
+    | Annotated[TokenIds, Tag(TOKEN_IDS)],
     Discriminator(
         _prompt_kind,
         custom_error_type="prompt_kind",
@@ -129,7 +105,7 @@ Prompt = Annotated[
     ),
 ]
 Completion = Annotated[
-    Annotated[str, Tag(_STRING)] | Annotated[Text, Tag(_TEXT)] | Annotated[TokenIds, Tag(_TOKEN_IDS)],
+    Annotated[str, Tag(STRING)] | Annotated[Text, Tag(TEXT)] | Annotated[TokenIds, Tag(TOKEN_IDS)],
     Discriminator(
         _completion_kind,
         custom_error_type="completion_kind",
@@ -137,11 +113,19 @@ Completion = Annotated[
     ),
 ]
 GroundTruth = Annotated[
-    Annotated[dict[str, Any], Tag(_OBJECT)] | Annotated[str, Tag(_STRING)],
+    Annotated[dict[str, Any], Tag(OBJECT)] | Annotated[str, Tag(STRING)],
     Discriminator(
         _truth_kind,
         custom_error_type="ground_truth_kind",
         custom_error_message="must be an object or a JSON string",
+    ),
+]
+Demand = Annotated[
+    Annotated[str, Tag(STRING)] | Annotated[VersionDemand, Tag(OBJECT)],
+    Discriminator(
+        _demand_kind,
+        custom_error_type="policy_version_kind",
+        custom_error_message="must be a version's name or an object",
     ),
 ]
 
@@ -155,7 +139,7 @@ class Include(StrEnum):
     """`prompt_token_ids` and `details.completion_token_ids`: the ids that were used."""
 
 
-class Group(_Request):
+class Group(RequestModel):
     """One prompt, the human's action, and the completions that a policy sampled."""
 
     id: Annotated[UnicodeText | None, Field(description="Echoed in the answer.")] = None
@@ -198,15 +182,22 @@ class Group(_Request):
         return self
 
 
-class ScoreRequest(_Request):
+class ScoreRequest(RequestModel):
     """Groups to score."""
 
     recipe: Annotated[str | None, Field(description="Default: the service's default recipe.")] = None
     groups: list[Group]
     policy_version: Annotated[
-        str | None, Field(description="Score with this version of the policy or answer 409.")
+        Demand | None,
+        Field(
+            description="Score with this version of the policy, or with one that is new enough, or answer 409."
+        ),
     ] = None
-    include: list[Include] = []
+    adapter: Annotated[
+        AdapterName | None,
+        Field(description="Score with this LoRA adapter; `base`: with none. Default: the service's default."),
+    ] = None
+    include: list[Include] = []  # noqa: RUF012  # pydantic copies it
 
 
 class Status(StrEnum):
@@ -231,7 +222,7 @@ class Reason(StrEnum):
     """The forward failed; the service's log says how."""
 
 
-class Components(_Answer):
+class Components(AnswerModel):
     """The terms of the reward, each already weighted: in this order they sum to it."""
 
     format: float
@@ -241,7 +232,7 @@ class Components(_Answer):
     self_certainty: Annotated[float | None, Field(description="Null where it could not be measured.")]
 
 
-class TokenCertainty(_Answer):
+class TokenCertainty(AnswerModel):
     """One measured token."""
 
     index: Annotated[int, Field(description="Position among the completion's tokens.")]
@@ -251,7 +242,7 @@ class TokenCertainty(_Answer):
     ]
 
 
-class Details(_Answer):
+class Details(AnswerModel):
     """Why the reward is what it is."""
 
     format_error: Annotated[str | None, Field(description="Code of what is wrong with the output.")]
@@ -281,7 +272,7 @@ class Details(_Answer):
     completion_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
 
 
-class Reward(_Answer):
+class Reward(AnswerModel):
     """What one completion earned."""
 
     reward: Annotated[float | None, Field(description="Null if and only if the status is `unscorable`.")]
@@ -292,30 +283,34 @@ class Reward(_Answer):
     details: Details
 
 
-class GroupScore(_Answer):
+class GroupScore(AnswerModel):
     """The rewards of a group, in the order of its completions."""
 
     id: str | None
     policy_version: Annotated[str, Field(description="Of the weights that scored this group.")]
+    policy_number: Annotated[int, Field(description="The same version, counted since the service started.")]
+    adapter: Annotated[str | None, Field(description="That scored this group; null: none.")] = None
     rewards: list[Reward]
     prompt_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
 
 
-class RecipeRef(_Answer):
+class RecipeRef(AnswerModel):
     """Which recipe."""
 
     name: str
     digest: Annotated[str, Field(description="sha256 over every number and choice of the recipe.")]
 
 
-class PolicyRef(_Answer):
-    """Which policy."""
+class PolicyRef(AnswerModel):
+    """Which policy. If it changed while the request was scored, the newest that scored a group of it."""
 
     model: str
     version: str
+    number: int
+    adapter: str | None = None
 
 
-class ScoreResponse(_Answer):
+class ScoreResponse(AnswerModel):
     """The answer to `POST /score`: groups in the order of the request."""
 
     request_id: str
@@ -324,7 +319,7 @@ class ScoreResponse(_Answer):
     groups: list[GroupScore]
 
 
-class Limits(_Answer):
+class Limits(AnswerModel):
     """What a request may hold."""
 
     max_body_bytes: int
@@ -333,11 +328,12 @@ class Limits(_Answer):
     max_request_tokens: Annotated[int, Field(description="Prompts and completions of one request together.")]
 
 
-class PolicyInfo(_Answer):
+class PolicyInfo(AnswerModel):
     """The loaded policy."""
 
     model: str
     version: str
+    number: Annotated[int, Field(description="Counts every change of the weights, from 0.")]
     architecture: str
     dtype: str
     device: str
@@ -351,7 +347,7 @@ class PolicyInfo(_Answer):
     ]
 
 
-class Info(_Answer):
+class Info(AnswerModel):
     """What this service is."""
 
     version: str
@@ -361,13 +357,13 @@ class Info(_Answer):
     recipes: list[RecipeRef]
 
 
-class Health(_Answer):
+class Health(AnswerModel):
     """A passed health check."""
 
     status: Literal["live", "ready"]
 
 
-class Problem(_Answer):
+class Problem(AnswerModel):
     """RFC 9457 problem details."""
 
     type: str
@@ -381,7 +377,7 @@ class Problem(_Answer):
     ]
 
 
-class ProblemField(_Answer):
+class ProblemField(AnswerModel):
     """One bad field of a request."""
 
     location: str

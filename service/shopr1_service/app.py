@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from shopr1_client.errors import ForbiddenError, InvalidRequestError, UnauthenticatedError
-from shopr1_service import __version__, health
+from shopr1_service import __version__, health, policy_routes
 from shopr1_service.api_keys import ApiKeys
-from shopr1_service.dialects import labels, llama_factory, nemo_gym, openrlhf, slime
+from shopr1_service.dialects import engines, labels, llama_factory, nemo_gym, openrlhf, slime
 from shopr1_service.intake import Intake
 from shopr1_service.key_check import KeyCheck
 from shopr1_service.openapi import build_document, problem_responses
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DIALECTS = (openrlhf, slime, llama_factory, nemo_gym, labels)
+_DIALECTS = (openrlhf, slime, llama_factory, nemo_gym, labels, engines)
 
 DESCRIPTION = """\
 The reward of Shop-R1 (arXiv 2507.17842) for any RL trainer: format, the policy's exact self-certainty over
@@ -90,13 +90,11 @@ def create_app(
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:
+    refusals = problem_responses(UnauthenticatedError, ForbiddenError, InvalidRequestError)
     # Counts what is streamed; the middleware refuses what is announced, and does so with a problem.
-    for each in (router, *(module.router for module in _DIALECTS)):
-        app.include_router(
-            each,
-            max_body_size=settings.max_body_bytes,
-            responses=problem_responses(UnauthenticatedError, ForbiddenError, InvalidRequestError),
-        )
+    for each in (router, policy_routes.router, *(module.router for module in _DIALECTS)):
+        app.include_router(each, max_body_size=settings.max_body_bytes, responses=refusals)
+    app.include_router(policy_routes.stream_router, responses=refusals)
     app.include_router(health.router)
 
 

@@ -4,7 +4,7 @@ Order. First come, first served, but a short group may overtake a long one. A jo
 arrival plus the time that the engine will take for it; the lowest rank is next. So a long prompt lets shorter
 ones pass only as long as it takes itself: it keeps nobody waiting, and nobody keeps it waiting for ever.
 
-Together. Jobs with the same prompt and the same rules are one lane: trainers that send one rollout per
+Together. Jobs with the same prompt, rules and target are one lane: trainers that send one rollout per
 request send them in bursts, and the prompt is computed once. Short prompts are taken several at a time, up to
 `MAX_BATCH_TOKENS`: alone they would not fill the device.
 
@@ -21,12 +21,19 @@ from functools import cached_property
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.spans import Visit
-
-Measurements = Sequence[Certainty | Unmeasurable]
+from shopr1_service.versions import Target, Version
 
 MAX_BATCH_TOKENS = 4096
 """Tokens that are taken together where there is a choice. Enough to fill a device; the first should not wait
 long for the last."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Of a group's completions, in order, and the version of the policy that they are of."""
+
+    values: Sequence[Certainty | Unmeasurable]
+    version: Version
 
 
 @dataclass(eq=False)
@@ -45,6 +52,18 @@ class Progress:
         return self.num_waiting == 0
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What jobs must have in common to be measured in one pass.
+
+    Attributes:
+        target: which version of the policy is to measure; the engine finds it when it begins.
+    """
+
+    rules: SelfCertaintyRecipe
+    target: Target = field(default_factory=Target)
+
+
 @dataclass(eq=False)
 class Job:
     """A group that somebody waits for.
@@ -56,7 +75,7 @@ class Job:
     """
 
     group: TokenGroup
-    rules: SelfCertaintyRecipe
+    kind: Kind
     submitted_s: float
     rank_s: float
     progress: Progress = field(default_factory=Progress)
@@ -65,10 +84,10 @@ class Job:
 
     @cached_property
     def lane(self) -> Hashable:
-        """Equal for jobs with the same prompt and the same rules."""
+        """Equal for jobs with the same prompt that are of the same kind."""
         # A digest: prompts of 32k tokens are slow to compare and to hash again and again.
         ids = array("q", self.group.prompt_ids)
-        return hashlib.blake2b(ids.tobytes()).digest(), self.rules
+        return hashlib.blake2b(ids.tobytes()).digest(), self.kind
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -92,7 +111,7 @@ class _Lane:
 
 
 Batch = list[list[Job]]
-"""Jobs to be measured together, by prompt; never empty, all with the same rules."""
+"""Jobs to be measured together, by prompt; never empty, all of the same kind."""
 
 
 class Backlog:
@@ -140,7 +159,7 @@ class Backlog:
         jobs = self._take(first, MAX_BATCH_TOKENS)
         batch, num_free = [jobs], MAX_BATCH_TOKENS - _num_tokens(jobs)
         for lane in others if self._joins else ():
-            if lane.jobs[0].rules != jobs[0].rules:
+            if lane.jobs[0].kind != jobs[0].kind:
                 continue
             if lane.jobs[0].num_prompt_tokens + lane.jobs[0].num_own_tokens <= num_free:
                 joined = self._take(lane, num_free - lane.jobs[0].num_prompt_tokens)

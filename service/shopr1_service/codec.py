@@ -75,7 +75,7 @@ class PolicyCodec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_ids: int, end_ids: Sequence[int]) -> None:
         if not tokenizer.is_fast:
             raise CodecError(f"{type(tokenizer).__name__} has no offsets; a tokenizer.json is needed")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         # A tokenizer.json may cut or pad silently.
         self._backend.no_truncation()
@@ -94,7 +94,7 @@ class PolicyCodec:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         chat = [message.model_dump() for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs: they raise what they like
             raise CodecError(f"the policy's chat template refuses the messages: {error}") from error
         return list(self._backend.encode(str(text), add_special_tokens=False).ids)

@@ -10,6 +10,8 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+MORE_TIME = "shopr1.more_time"
+"""In a request's scope: to be called by whoever lets a body take longer, each time that a piece has come."""
 _LINGER_S = 5.0
 """How much longer than the application the connection waits for a body: whoever gets 408 should read it."""
 
@@ -28,6 +30,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.scope is not None:
+            self.scope[MORE_TIME] = self._more_time  # type: ignore[literal-required]  # of our own
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -45,6 +49,10 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(self.receive_timeout_s, self.transport.close)
         elif state is h11.SEND_BODY:
             self._timer = self.loop.call_later(self.receive_timeout_s + _LINGER_S, self.transport.close)
+
+    def _more_time(self) -> None:
+        self._awaited = None
+        self._watch()
 
     def _stop(self) -> None:
         if self._timer is not None:

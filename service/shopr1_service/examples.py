@@ -56,14 +56,48 @@ SCORE_REQUESTS: dict[str, Example] = {
     "token_ids": {"summary": "Token ids, and a policy version that must be loaded", "value": _IDS_REQUEST},
 }
 
+_PATH = "/checkpoints/step-120"
+
+UPDATE_REQUESTS: dict[str, Example] = {
+    "full": {"summary": "All weights of a checkpoint", "value": {"path": _PATH, "version": "120"}},
+}
+TRANSFER_REQUESTS: dict[str, Example] = {
+    "one": {
+        "summary": "One tensor, over gloo",
+        "value": {
+            "version": "120",
+            "partial": True,
+            "host": "127.0.0.1",
+            "port": 29500,
+            "timeout_s": 1.0,
+            "tensors": [{"name": "model.norm.weight", "dtype": "F32", "shape": [576]}],
+        },
+    },
+}
+ADAPTER_REQUESTS: dict[str, Example] = {
+    "default": {
+        "summary": "An adapter that scores whoever names none",
+        "value": {"name": "grpo", "path": _PATH, "version": "120", "default": True},
+    },
+}
+SGLANG_UPDATES: dict[str, Example] = {
+    "one": {"summary": "As slime sends it", "value": {"model_path": _PATH, "weight_version": "120"}},
+}
+LORA_LOADS: dict[str, Example] = {
+    "one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v7", "lora_path": _PATH}},
+}
+LORA_UNLOADS: dict[str, Example] = {"one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v6"}}}
+
 SCORE_RESPONSE: dict[str, Any] = {
     "request_id": "4f3c",
     "recipe": _RECIPE_REF,
-    "policy": {"model": "SmolLM2-135M-Instruct", "version": "0"},
+    "policy": {"model": "SmolLM2-135M-Instruct", "version": "0", "number": 0, "adapter": None},
     "groups": [
         {
             "id": "session-7/step-3",
             "policy_version": "0",
+            "policy_number": 0,
+            "adapter": None,
             "rewards": [
                 {
                     "reward": 1.13,
@@ -104,6 +138,7 @@ INFO: dict[str, Any] = {
     "policy": {
         "model": "SmolLM2-135M-Instruct",
         "version": "0",
+        "number": 0,
         "architecture": "LlamaForCausalLM",
         "dtype": "float32",
         "device": "cpu",
@@ -123,6 +158,38 @@ INFO: dict[str, Any] = {
     "recipes": [_RECIPE_REF],
 }
 
+_VERSION = {"version": "120", "number": 3, "adapter": None, "loaded_at": 1795690000.0}
+_FORMER = {"version": "110", "number": 2, "adapter": None, "loaded_at": 1795680000.0}
+_ADAPTER = {"version": "7", "number": 4, "adapter": "grpo", "loaded_at": 1795691000.0}
+
+POLICY: dict[str, Any] = {
+    "model": "SmolLM2-135M-Instruct",
+    "current": _VERSION,
+    "base": _VERSION,
+    "adapters": [_ADAPTER],
+    "default_adapter": None,
+    "update": None,
+}
+
+POLICY_UPDATE: dict[str, Any] = {
+    "current": _VERSION,
+    "former": _FORMER,
+    "num_tensors": 272,
+    "num_bytes": 538060032,
+    "duration_s": 0.9,
+    "pause_s": 0.2,
+    "unloaded_adapters": [],
+}
+
+ADAPTER_UPDATE: dict[str, Any] = {
+    "current": _ADAPTER,
+    "rank": 16,
+    "num_layers": 60,
+    "num_bytes": 3686400,
+    "duration_s": 0.1,
+    "unloaded": [],
+}
+
 RECIPES: list[dict[str, Any]] = [_RECIPE_REF]
 
 RECIPE: dict[str, Any] = _RECIPE.model_dump(mode="json")
@@ -132,6 +199,19 @@ ANSWERS: dict[str, Any] = {
     "info": INFO,
     "listRecipes": RECIPES,
     "getRecipe": RECIPE,
+    "policy": POLICY,
+    "updatePolicy": POLICY_UPDATE,
+    "uploadWeights": POLICY_UPDATE,
+    "transferWeights": POLICY_UPDATE,
+    "loadAdapter": ADAPTER_UPDATE,
+    "uploadAdapter": ADAPTER_UPDATE,
+    "unloadAdapter": POLICY,
+    "sglangUpdateWeights": {"success": True, "message": "version '120' scores", "num_paused_requests": 0},
+    "sglangModelInfo": {
+        "model_path": "SmolLM2-135M-Instruct",
+        "weight_version": "120",
+        "is_generation": False,
+    },
     "live": {"status": "live"},
     "ready": {"status": "ready"},
 }

@@ -11,6 +11,7 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Tokens
 from shopr1_service.engine import Certainty, EngineStats, MeasuredCompletion, TokenGroup, Unmeasurable
 from shopr1_service.heartbeat import Heartbeat
+from shopr1_service.versions import Version, VersionTable
 
 _NUM_CODE_POINTS = 0x110000
 
@@ -53,6 +54,7 @@ class FakePolicy:
         self.info = PolicyInfo(
             model="fake",
             version="0",
+            number=0,
             architecture="FakePolicy",
             dtype="float64",
             device="cpu",
@@ -62,6 +64,7 @@ class FakePolicy:
             head="fake",
             forward="fake",
         )
+        self.versions = VersionTable.starting_with(Version("0"))
         self.stats = EngineStats()
         self.heartbeat = Heartbeat()
         self._base_nats = base_nats
@@ -69,7 +72,7 @@ class FakePolicy:
         self._before_scoring = before_scoring
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self._before_scoring()
         return [[self._certainty(group, c) for c in group.completions] for group in groups]

@@ -12,11 +12,10 @@ import asyncio
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.backlog import Measurements
+from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.engine import MeasuredCompletion, TokenGroup
+from shopr1_service.flaws import refuse_if_any
 from shopr1_service.metrics import Metrics
-from shopr1_service.preparation import refuse_if_any
 from shopr1_service.scheduler import Scheduler
 
 
@@ -67,23 +66,21 @@ class Gatherings:
         self._wait_s = wait_s
         self._open: dict[Hashable, _Gathering] = {}
 
-    async def measure(
-        self, group: TokenGroup, membership: Membership, rules: SelfCertaintyRecipe
-    ) -> Measurements:
+    async def measure(self, group: TokenGroup, membership: Membership, kind: Kind) -> Measurements:
         """Measurements of this part's completions. If cancelled, they are taken out, or dropped if last.
 
         Raises:
             InvalidRequestError: another part of the group has another prompt.
-            OverloadedError, NotReadyError: as the scheduler raises them, to every part.
+            ProblemError: as the scheduler raises it, to every part.
         """
-        key = (membership.group_id, membership.size, rules)
+        key = (membership.group_id, membership.size, kind)
         gathering = self._open.setdefault(key, _Gathering())
         if group.completions:  # without any, the prompt has not even been tokenised
             _agree(gathering, group.prompt_ids, membership)
         part = _Part(group.completions, membership.num_rollouts)
         gathering.parts.append(part)
         if gathering.task is None:
-            gathering.task = asyncio.create_task(self._measure(key, gathering, rules))
+            gathering.task = asyncio.create_task(self._measure(key, gathering, kind))
         if gathering.num_rollouts >= membership.size:
             self._close(key, gathering)
             gathering.is_complete.set()
@@ -97,9 +94,7 @@ class Gatherings:
                 gathering.task.cancel()
             self._record()
 
-    async def _measure(
-        self, key: Hashable, gathering: _Gathering, rules: SelfCertaintyRecipe
-    ) -> dict[_Part, Measurements]:
+    async def _measure(self, key: Hashable, gathering: _Gathering, kind: Kind) -> dict[_Part, Measurements]:
         try:
             async with asyncio.timeout(self._wait_s):
                 await gathering.is_complete.wait()
@@ -111,9 +106,12 @@ class Gatherings:
         places = [(part, i) for part in parts for i in range(len(part.completions))]
         places.sort(key=lambda place: tuple(place[0].completions[place[1]].ids))
         whole = TokenGroup(gathering.prompt_ids, [part.completions[i] for part, i in places])
-        [measured] = await self._scheduler.measure([whole], rules)
-        values = dict(zip(places, measured, strict=True))
-        return {part: [values[part, i] for i in range(len(part.completions))] for part in parts}
+        [measured] = await self._scheduler.measure([whole], kind)
+        values = dict(zip(places, measured.values, strict=True))
+        return {
+            part: Measurements([values[part, i] for i in range(len(part.completions))], measured.version)
+            for part in parts
+        }
 
     def _close(self, key: Hashable, gathering: _Gathering) -> None:
         """Let no further part in."""

@@ -64,6 +64,10 @@ class LinearHead:
         row_H, bias = self._means[num_rows]
         return self.scale * (hidden_T_H.double() @ row_H + bias)
 
+    def renew(self) -> None:
+        """The weight has changed: what was computed of it is forgotten."""
+        self._means.clear()
+
     def _mean_row(self, num_rows: int) -> tuple[Tensor, float]:
         """Mean of the weight's rows and of the bias, in fp64."""
         # In parts: a whole vocabulary in fp64 is four times as large as the weight.

@@ -1,14 +1,28 @@
-"""How a request's body comes in: bounded in bytes and in time, and nothing is read of one that is refused."""
+"""How a request's body comes in: bounded in bytes and in time, and nothing is read of one that is refused.
+
+Weights are larger than any bound, and take as long as they take: of them every piece must come in time. Only
+who has an admin's key gets so far; how much of them is taken is decided when their header has come.
+"""
 
 import asyncio
+import re
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shopr1_client.errors import RequestTimeoutError, TooLargeError
+from shopr1_service.connection import MORE_TIME
 from shopr1_service.problems import problem_response
 from shopr1_service.request_id import request_id_of
+
+_STREAMED = re.compile("/policy/(weights|adapters/[^/]+)")
+
+
+def is_streamed(scope: Scope) -> bool:
+    """Whether a request's body is weights."""
+    return scope["method"] == "PUT" and _STREAMED.fullmatch(scope["path"]) is not None
 
 
 class Intake:
@@ -28,6 +42,11 @@ class Intake:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if is_streamed(scope):
+            await self._app(
+                scope, _InTime(receive, self._timeout_s, scope.get(MORE_TIME, _no_connection)), send
+            )
+            return
         app = self._refusal(scope) or self._app
         await app(scope, _InTime(receive, self._timeout_s), send)
 
@@ -41,11 +60,22 @@ class Intake:
         return None
 
 
-class _InTime:
-    """ASGI's `receive`, as long as there is time for the body."""
+def _no_connection() -> None:
+    """Where the application is called without a socket."""
 
-    def __init__(self, receive: Receive, timeout_s: float) -> None:
+
+class _InTime:
+    """ASGI's `receive`, as long as there is time for the body.
+
+    Args:
+        more_time: of the connection; given, every piece has `timeout_s`, else all of the body together.
+    """
+
+    def __init__(
+        self, receive: Receive, timeout_s: float, more_time: Callable[[], None] | None = None
+    ) -> None:
         self._receive = receive
+        self._more_time = more_time
         self._timeout_s = timeout_s
         self._due_s = asyncio.get_running_loop().time() + timeout_s
         self._is_whole = False
@@ -60,5 +90,8 @@ class _InTime:
             detail = f"the body did not come within receive_timeout_s = {self._timeout_s:g}"
             # As an HTTPException: FastAPI takes every other for a body that cannot be parsed.
             raise HTTPException(RequestTimeoutError.status, detail) from None
+        if self._more_time is not None:
+            self._more_time()
+            self._due_s = asyncio.get_running_loop().time() + self._timeout_s
         self._is_whole = not message.get("more_body", False)
         return message

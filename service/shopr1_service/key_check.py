@@ -27,6 +27,14 @@ from shopr1_service.url_prefix import prefix_pattern, take_prefix
 OPEN_PATHS = "/health/"
 """Supervisors and load balancers have no keys."""
 METRICS_PATH = "/metrics"
+ADMIN_PREFIX = "/policy/"
+ADMIN_PATHS = frozenset(
+    {
+        *("/update_weights_from_disk", "/pause_generation", "/continue_generation", "/flush_cache"),
+        *("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    }
+)
+"""What changes the policy."""
 QUERY_NAME = "api_key"
 
 _IN_PATH = prefix_pattern("key")
@@ -62,6 +70,8 @@ class KeyCheck:
 
 def _needed(path: str) -> Scope:
     # Routes match paths as they are: no spelling of a path gets past this to another one's route.
+    if path in ADMIN_PATHS or path.startswith(ADMIN_PREFIX):
+        return Scope.ADMIN
     return Scope.METRICS if path == METRICS_PATH else Scope.SCORE
 
 

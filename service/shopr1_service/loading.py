@@ -23,12 +23,13 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.device import choose_device, choose_dtype, prefix_cache_bytes
-from shopr1_service.engine import Certainty, Engine, EngineStats, TokenGroup, Unmeasurable
+from shopr1_service.engine import Engine, EngineStats, MeasuredCompletion, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.expanded_forward import ExpandedForward
 from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.head import LinearHead, choose_head, trunk_of
 from shopr1_service.heartbeat import Heartbeat
+from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.packed_forward import PackedForward
 from shopr1_service.prefix import PrefixCache
 from shopr1_service.settings import Settings
@@ -45,25 +46,6 @@ _CHECK_SEED = 0
 _REACHES = ("sliding_window", "attention_chunk_size", "window_size", "chunk_size", "mamba_chunk_size")
 _WARM_UP_RULES = SelfCertaintyRecipe(alpha=0.005)
 _UNLIMITED = 10**9  # transformers gives tokenizers without a limit 10³⁰
-
-
-class LoadedPolicy:
-    """A language model with its tokenizer, head and forward."""
-
-    def __init__(self, info: PolicyInfo, codec: PolicyCodec, engine: Engine, heartbeat: Heartbeat) -> None:
-        self.info = info
-        self.heartbeat = heartbeat
-        self.codec = codec
-        self._engine = engine
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._engine.stats
-
-    def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
-    ) -> Sequence[Sequence[Certainty | Unmeasurable]]:
-        return self._engine.certainties(groups, rules)
 
 
 def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPolicy:
@@ -141,8 +123,30 @@ def build_policy(
     logger.info("%s is ready: %s", name, info.model_dump_json())
     heartbeat = Heartbeat()
     trunk_of(model).register_forward_pre_hook(heartbeat.beat)
-    codec = PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer))
-    return LoadedPolicy(info, codec, engine, heartbeat)
+
+    def renew() -> None:
+        if isinstance(head, LinearHead):
+            head.renew()
+        cache.enter(None)
+        cache.clear()
+
+    return LoadedPolicy(
+        info,
+        PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)),
+        engine,
+        heartbeat,
+        model,
+        cache,
+        renew=renew,
+        probe=lambda: engine.certainties([_probe_group(random_ids)], _WARM_UP_RULES),
+        staging_dir=settings.staging_dir,
+    )
+
+
+def _probe_group(random_ids: Sequence[int]) -> TokenGroup:
+    """A prompt of a token, so that any model takes it, and a completion whose every token is measured."""
+    prompt_ids, ids = random_ids[:1], random_ids[1:_NUM_CHECK_TOKENS]
+    return TokenGroup(prompt_ids, [MeasuredCompletion(ids, range(len(ids)))])
 
 
 def _cache_bytes(
@@ -177,6 +181,7 @@ def _info(
     return PolicyInfo(
         model=name,
         version=settings.policy_version,
+        number=0,
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),

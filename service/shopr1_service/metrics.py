@@ -120,6 +120,22 @@ class Metrics:
         self._policy_loaded = Moments(
             "shopr1_policy_loaded_timestamp_seconds", "When the policy was loaded.", registry=self.registry
         )
+        self._policy_number = self._gauge(
+            "policy_number", "Number of the version that scores what names none: changes since the start."
+        )
+        self._updates = counter(
+            "policy_updates", "Updates of the policy's weights, by where they came from.", "source", "outcome"
+        )
+        self._update_seconds = histogram(
+            "policy_update_duration_seconds", "From an update's first byte to its end.", "source"
+        )
+        self._update_bytes = counter("policy_update_bytes", "Of weights that came.", "source")
+        self._swap_seconds = histogram(
+            "policy_swap_duration_seconds",
+            "How long nothing was scored while weights were exchanged.",
+            "source",
+        )
+        self._adapters = self._gauge("loaded_adapters", "Versions of LoRA adapters that are loaded.")
         self._gauge("build_info", "The service; always 1.", "version").labels(__version__).set(1)
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
@@ -167,6 +183,18 @@ class Metrics:
         self._policy_loaded.mark()
         self._policy.clear()
         self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
+        self._policy_number.set(info.number)
+
+    def record_update(self, source: str, duration_s: float, num_bytes: int, *, is_done: bool) -> None:
+        self._updates.labels(source, "done" if is_done else "failed").inc()
+        self._update_seconds.labels(source).observe(duration_s)
+        self._update_bytes.labels(source).inc(num_bytes)
+
+    def record_swap(self, source: str, pause_s: float) -> None:
+        self._swap_seconds.labels(source).observe(pause_s)
+
+    def record_adapters(self, num_versions: int) -> None:
+        self._adapters.set(num_versions)
 
     def record_queue(self, num_tokens: int) -> None:
         self._queue_tokens.set(num_tokens)

@@ -25,6 +25,8 @@ TAGS = [
     {"name": "score", "description": "The reward."},
     {"name": "trainers", "description": "The same in the words of trainers that send HTTP themselves."},
     {"name": "recipes", "description": "What the reward is made of."},
+    {"name": "policy", "description": "Versions of the policy, and how it follows a trainer's weights."},
+    {"name": "engines", "description": "The same in the words of SGLang and vLLM."},
     {"name": "service", "description": "What is running."},
     {"name": "health", "description": "For supervisors and load balancers."},
 ]

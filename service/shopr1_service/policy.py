@@ -8,6 +8,7 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.codec import Codec
 from shopr1_service.engine import Certainty, EngineStats, TokenGroup, Unmeasurable
 from shopr1_service.heartbeat import Heartbeat
+from shopr1_service.versions import Version, VersionTable
 
 
 class Policy(Protocol):
@@ -19,6 +20,11 @@ class Policy(Protocol):
     @property
     def info(self) -> PolicyInfo:
         """As `GET /info` shows it."""
+        ...
+
+    @property
+    def versions(self) -> VersionTable:
+        """What is loaded. Changes between two calls of `certainties` only; may be read at any time."""
         ...
 
     @property
@@ -37,9 +43,12 @@ class Policy(Protocol):
         ...
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> Sequence[Sequence[Certainty | Unmeasurable]]:
         """Measure the completions of several groups, in order. Never raises on what a group holds.
+
+        Args:
+            version: one of those in `versions`; None is the current one.
 
         Raises:
             FatalEngineError: the device is gone; nothing can be measured any more.

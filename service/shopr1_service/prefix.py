@@ -4,10 +4,14 @@ A `Chunk` holds what attention needs of consecutive tokens. The cache is a radix
 from the root spells the tokens of a prompt, and prompts that begin alike share the chunks of their beginning.
 What does not fit into the byte limit is dropped from the ends of the paths that were used longest ago.
 
+Keys and values belong to the weights that made them: each adapter has a tree of its own, and all share the
+limit.
+
 Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D head size, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -80,11 +84,16 @@ class PrefixCache:
         self.stats = CacheStats()
         self.max_bytes = max_bytes
         self._clock = 0
-        self._root = _Node(Chunk((), (), (), None), None)
+        self._roots: dict[Hashable, _Node] = defaultdict(_root)
+        self.enter(None)
 
     @property
     def is_enabled(self) -> bool:
         return self.max_bytes > 0
+
+    def enter(self, owner: Hashable) -> None:
+        """From now on keys and values are of these weights."""
+        self._root = self._roots[owner]
 
     def match(self, ids: Sequence[int]) -> list[Chunk]:
         """Chunks that spell the longest known beginning of `ids`; the last may be a view of a longer one."""
@@ -120,8 +129,16 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything, as after a change of the policy."""
+        self._roots = defaultdict(_root, {k: root for k, root in self._roots.items() if root is self._root})
         self._root.children.clear()
         self.stats.num_bytes = 0
+
+    def forget(self, owner: Hashable) -> None:
+        """Forget what is of these weights, which are not those that were entered."""
+        root = self._roots.pop(owner, None)
+        if root is not None:
+            assert root is not self._root
+            self.stats.num_bytes -= sum(node.chunk.num_bytes for node in _below(root))
 
     def _walk(self, ids: Sequence[int]) -> Iterator[tuple[_Node, int]]:
         """Nodes along `ids`, each with how many of its tokens agree; only the last may agree in part."""
@@ -152,12 +169,19 @@ class PrefixCache:
             self.stats.num_evicted_chunks += 1
 
     def _leaves(self) -> Iterator[_Node]:
-        stack = list(self._root.children.values())
-        while stack:
-            node = stack.pop()
-            if not node.children:
-                yield node
-            stack.extend(node.children.values())
+        return (node for root in self._roots.values() for node in _below(root) if not node.children)
+
+
+def _root() -> _Node:
+    return _Node(Chunk((), (), (), None), None)
+
+
+def _below(root: _Node) -> Iterator[_Node]:
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
 
 
 def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) -> int:

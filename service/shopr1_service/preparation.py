@@ -6,11 +6,13 @@ All bad fields of a request are collected before it is refused, and nothing is s
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shopr1_client.errors import FieldError, InvalidRequestError, TooLargeError
-from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds, is_unicode
+from shopr1_client.errors import FieldError, TooLargeError
+from shopr1_client.models import is_unicode
+from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds
 from shopr1_rewards import Action, GroundTruthError, Judgement, Recipe, judge, read_ground_truth
 from shopr1_service.codec import Codec, CodecError, Tokens
 from shopr1_service.engine import MeasuredCompletion, TokenGroup
+from shopr1_service.flaws import refuse_if_any
 
 _NO_TOKENS = Tokens("", (), ())
 
@@ -142,14 +144,6 @@ def prepare(
         preparation.add(group, f"groups[{i}]")
     refuse_if_any(preparation.errors)
     return preparation.groups
-
-
-def refuse_if_any(errors: Sequence[FieldError]) -> None:
-    """Raise an InvalidRequestError that names these fields, if there are any."""
-    if errors:
-        summary = "; ".join(f"{error['location']}: {error['message']}" for error in errors[:3])
-        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise InvalidRequestError(summary + more, errors=errors)
 
 
 def _check_counts(request: ScoreRequest, limits: Limits) -> None:

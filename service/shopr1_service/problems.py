@@ -23,9 +23,9 @@ from shopr1_client.errors import (
     RequestTimeoutError,
     TooLargeError,
 )
-from shopr1_client.wire import is_union_tag
+from shopr1_client.models import is_union_tag
+from shopr1_service.flaws import refuse_if_any
 from shopr1_service.patience import ClientGoneError
-from shopr1_service.preparation import refuse_if_any
 from shopr1_service.request_id import REQUEST_ID_HEADER, request_id_of
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shopr1_client.errors import InvalidRequestError
+from shopr1_client.models import is_union_tag
 from shopr1_client.wire import (
     Group,
     GroupScore,
@@ -23,7 +24,6 @@ from shopr1_client.wire import (
     RecipeRef,
     ScoreRequest,
     ScoreResponse,
-    is_union_tag,
 )
 from shopr1_service.errors import RolloutFileError
 

@@ -68,7 +68,7 @@ async def score(
     A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
-    return _json(await answer(body, request, state, timeout_s))
+    return json_answer(await answer(body, request, state, timeout_s))
 
 
 @router.get(
@@ -88,7 +88,7 @@ async def info(state: AppState) -> Response:
         default_recipe=reference(state.recipes.default),
         recipes=[reference(recipe) for recipe in state.recipes],
     )
-    return _json(answer)
+    return json_answer(answer)
 
 
 @router.get(
@@ -117,7 +117,7 @@ async def get_recipe(name: str, state: AppState) -> Response:
     recipe = state.recipes.get(name)
     if recipe is None:
         raise NotFoundError(f"no recipe {name!r}")
-    return _json(recipe)
+    return json_answer(recipe)
 
 
 @router.get(
@@ -134,6 +134,7 @@ def metrics(state: AppState) -> Response:
     return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _json(model: BaseModel) -> Response:
+def json_answer(model: BaseModel) -> Response:
+    """A model as the body of an answer."""
     # Validated where it was built; FastAPI would validate it once more.
     return Response(model.model_dump_json(), media_type="application/json")

@@ -4,6 +4,9 @@ A request is admitted as a whole or refused: what waits is bounded in tokens, an
 back, from the rate at which tokens were measured of late. What is admitted waits in a `Backlog`; a call that
 is cancelled takes its work out of it. An idle engine begins at once.
 
+Between two batches the thread does errands: what must not happen while a batch is being measured, as a change
+of the policy's weights.
+
 The thread survives whatever a policy raises, but for a `FatalEngineError`: then the device is gone, nothing
 more is admitted, and the process should end.
 """
@@ -14,19 +17,25 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from shopr1_client.errors import NotReadyError, OverloadedError
+from shopr1_client.errors import NotReadyError, OverloadedError, ProblemError
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.backlog import Backlog, Batch, Job, Measurements, Progress
-from shopr1_service.engine import FatalEngineError, TokenGroup
+from shopr1_service.backlog import Backlog, Batch, Job, Kind, Measurements, Progress
+from shopr1_service.engine import Certainty, FatalEngineError, TokenGroup, Unmeasurable
+from shopr1_service.errand import Errand, dismiss
 from shopr1_service.heartbeat import IDLE_BEAT_S
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 from shopr1_service.spans import Visit, record_visits
 from shopr1_service.token_rate import TokenRate
+from shopr1_service.versions import Version
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 _RETRY_AFTER_S = 5.0
 
@@ -55,14 +64,15 @@ class Scheduler:
         self._on_fatal = on_fatal
         self._rate = TokenRate()
         self._backlog = Backlog(joins=not is_deterministic)
-        self._changed = threading.Condition()  # guards the backlog and the two below
+        self._errands: deque[Errand[Any]] = deque()
+        self._changed = threading.Condition()  # guards the two above and the two below
         self._is_closed = False
         self._is_broken = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def measure(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, progress: Progress | None = None
+        self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
     ) -> list[Measurements]:
         """Measurements of each group's completions, in order. If cancelled, what still waits is dropped.
 
@@ -70,18 +80,32 @@ class Scheduler:
             progress: kept up to date, for whoever may cancel.
 
         Raises:
+            InvalidRequestError, PolicyVersionError: the target is not loaded, when its turn comes.
             OverloadedError: there is no room for these groups.
             NotReadyError: the device is gone.
         """
         now_s = time.perf_counter()
         progress = progress or Progress()
-        jobs = [self._job(group, rules, now_s, progress) for group in groups]
+        jobs = [self._job(group, kind, now_s, progress) for group in groups]
         self._admit([job for job in jobs if job.group.completions], progress)
         try:
             return list(await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
         finally:
             self._drop(jobs)
             record_visits((job.visit for job in jobs if job.group.completions), now_s)
+
+    async def between_batches(self, work: Callable[[], _Result]) -> _Result:
+        """What `work` returns, or raises, when it is called on the engine's thread, before the next batch.
+
+        Raises:
+            NotReadyError: the device is gone, or the service is shutting down.
+        """
+        errand = Errand(work)
+        with self._changed:
+            self._refuse_if_ended()
+            self._errands.append(errand)
+            self._changed.notify()
+        return await asyncio.wrap_future(errand.future)
 
     def refuse_if_full(self) -> None:
         """Raise `OverloadedError` if there is no room for anything: before work is put into a request."""
@@ -102,21 +126,16 @@ class Scheduler:
             self._changed.notify()
         self._drop(waiting)
 
-    def _job(self, group: TokenGroup, rules: SelfCertaintyRecipe, now_s: float, progress: Progress) -> Job:
-        job = Job(TokenGroup(tuple(group.prompt_ids), group.completions), rules, now_s, now_s, progress)
+    def _job(self, group: TokenGroup, kind: Kind, now_s: float, progress: Progress) -> Job:
+        job = Job(TokenGroup(tuple(group.prompt_ids), group.completions), kind, now_s, now_s, progress)
         job.rank_s += self._rate.seconds(job.num_prompt_tokens + job.num_own_tokens)
         if not group.completions:
-            job.future.set_result([])
+            job.future.set_result(Measurements([], self._policy.versions.find(kind.target)))
         return job
 
     def _admit(self, jobs: Sequence[Job], progress: Progress) -> None:
         with self._changed:
-            if self._is_broken:
-                raise NotReadyError(
-                    "the engine has failed, the service is ending", retry_after_s=_RETRY_AFTER_S
-                )
-            if self._is_closed:
-                raise NotReadyError("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
+            self._refuse_if_ended()
             num_tokens = self._backlog.num_added_tokens(jobs)
             if self._backlog and self._backlog.num_tokens + num_tokens > self._max_queue_tokens:
                 raise self._overloaded(num_tokens)
@@ -124,6 +143,12 @@ class Scheduler:
             self._backlog.add(jobs)
             self._record_queue()
             self._changed.notify()
+
+    def _refuse_if_ended(self) -> None:
+        if self._is_broken:
+            raise NotReadyError("the engine has failed, the service is ending", retry_after_s=_RETRY_AFTER_S)
+        if self._is_closed:
+            raise NotReadyError("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
 
     def _overloaded(self, num_tokens: int) -> OverloadedError:
         self._metrics.record_rejection("queue_full")
@@ -146,21 +171,27 @@ class Scheduler:
         self._metrics.record_queue(self._backlog.num_tokens)
 
     def _run(self) -> None:
-        while batch := self._take():
+        while (work := self._take()) is not None:
             try:
-                self._measure(batch)
+                if isinstance(work, Errand):
+                    work.run()
+                else:
+                    self._measure(work)
             except FatalEngineError as error:
                 self._give_up(error)
                 return
 
-    def _take(self) -> Batch:
-        """The next batch; nothing once the scheduler is closed."""
+    def _take(self) -> "Errand[Any] | Batch | None":
+        """What is to be done next; nothing once the scheduler is closed."""
         with self._changed:
-            while not (self._backlog or self._is_closed):
+            while not (self._errands or self._backlog or self._is_closed):
                 self._policy.heartbeat.beat()
                 self._changed.wait(IDLE_BEAT_S)
             if self._is_closed:
-                return []
+                dismiss(self._errands, "the service is shutting down")
+                return None
+            if self._errands:
+                return self._errands.popleft()
             batch = self._backlog.take()
             self._record_queue()
             return batch
@@ -171,6 +202,15 @@ class Scheduler:
         if not lanes:
             return
         self._policy.heartbeat.beat()
+        kind = lanes[0][0].kind
+        try:
+            version = self._policy.versions.find(kind.target)
+        except ProblemError as error:  # it was there when the request came
+            _fail(lanes, error)
+            return
+        self._measure_with(version, lanes)
+
+    def _measure_with(self, version: Version, lanes: Batch) -> None:
         groups = [_joined(lane) for lane in lanes]
         visit = Visit(len(groups), sum(map(_num_tokens, groups)))
         for lane in lanes:
@@ -178,7 +218,7 @@ class Scheduler:
                 job.visit = visit
                 self._metrics.record_phase(Phase.QUEUE, visit.start_s - job.submitted_s)
         try:
-            measured = self._certainties(groups, lanes[0][0].rules)
+            measured = self._certainties(groups, lanes[0][0].kind.rules, version)
         except FatalEngineError:
             _fail(lanes, NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S))
             raise
@@ -187,13 +227,13 @@ class Scheduler:
             return
         self._rate.record(visit.num_tokens, visit.end())
         for lane, certainties in zip(lanes, measured, strict=True):
-            _deal(lane, certainties)
+            _deal(lane, certainties, version)
 
     def _certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
-    ) -> Sequence[Measurements]:
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version
+    ) -> Sequence[Sequence[Certainty | Unmeasurable]]:
         with self._metrics.phase(Phase.ENGINE):
-            measured = self._policy.certainties(groups, rules)
+            measured = self._policy.certainties(groups, rules, version)
         expected = [len(group.completions) for group in groups]
         if (counts := list(map(len, measured))) != expected:
             raise RuntimeError(f"the policy measured {counts} of {expected} completions")
@@ -206,6 +246,7 @@ class Scheduler:
         with self._changed:
             self._is_broken = True
             waiting = list(self._backlog)
+            dismiss(self._errands, "the engine has failed")
         # From here on nobody but this thread settles them: cancelled ones are skipped.
         _fail(
             [[job for job in waiting if job.future.set_running_or_notify_cancel()]],
@@ -231,12 +272,12 @@ def _num_tokens(group: TokenGroup) -> int:
     return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
 
 
-def _deal(lane: Sequence[Job], certainties: Measurements) -> None:
+def _deal(lane: Sequence[Job], certainties: Sequence[Certainty | Unmeasurable], version: Version) -> None:
     """Give each job the measurements of its own completions."""
     start = 0
     for job in lane:
         end = start + len(job.group.completions)
-        job.future.set_result(certainties[start:end])
+        job.future.set_result(Measurements(certainties[start:end], version))
         start = end
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
-from shopr1_client.errors import InvalidRequestError, PolicyVersionError
+from shopr1_client.errors import InvalidRequestError
+from shopr1_client.policy_wire import VersionDemand
 from shopr1_client.wire import (
     Components,
     Details,
@@ -22,8 +23,8 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_rewards import Recipe
-from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.backlog import Measurements, Progress
+from shopr1_service.awaited_version import NewVersions
+from shopr1_service.backlog import Kind, Measurements, Progress
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.gathering import Gatherings, Membership
 from shopr1_service.metrics import Metrics, Phase
@@ -34,6 +35,7 @@ from shopr1_service.recipe_book import RecipeBook, reference
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.settings import Settings
 from shopr1_service.spans import span
+from shopr1_service.versions import Target
 
 _NUM_PREPARE_THREADS = 2
 
@@ -54,19 +56,20 @@ class Scorer:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.policy = policy
+        self.new_versions = NewVersions(policy)
         self._observers = observers
         self._recipes = recipes
         self._limits = settings.limits
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             policy,
             metrics,
             max_queue_tokens=settings.max_queue_tokens,
             is_deterministic=settings.deterministic,
             on_fatal=on_fatal,
         )
-        self._gatherings = Gatherings(self._scheduler, metrics, settings.group_wait_s)
+        self._gatherings = Gatherings(self.scheduler, metrics, settings.group_wait_s)
         metrics.record_policy(policy.info)
 
     async def score(
@@ -80,39 +83,41 @@ class Scorer:
 
         Raises:
             InvalidRequestError, TooLargeError: the request is at fault.
-            PolicyVersionError: another version is loaded than the request demands.
+            PolicyVersionError: the version that the request demands is not loaded, or not in time.
             OverloadedError: too much waits already.
             NotReadyError: the device is gone, the service is ending.
         """
         recipe = self._recipe(request.recipe)
-        self._check_version(request.policy_version)
-        self._scheduler.refuse_if_full()
+        target = _target(request)
+        await self.new_versions.wait_for(target)
+        self.scheduler.refuse_if_full()
         loop = asyncio.get_running_loop()
         in_context = copy_context().run  # whose request it is: for logs and traces
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
-        measured = await self._measure(token_groups, _memberships(request), recipe.self_certainty, progress)
+        kind = Kind(recipe.self_certainty, target)
+        measured = await self._measure(token_groups, _memberships(request), kind, progress)
         scores = [
-            self._group_score(group, certainties, recipe, request.include)
-            for group, certainties in zip(groups, measured, strict=True)
+            _group_score(group, measurements, recipe, request.include)
+            for group, measurements in zip(groups, measured, strict=True)
         ]
         for sent, prepared, group_score in zip(request.groups, groups, scores, strict=True):
             tell(self._observers, ScoredGroup(origin, recipe, sent, prepared, group_score))
         return ScoreResponse(
             request_id=origin.request_id,
             recipe=reference(recipe),
-            policy=PolicyRef(model=self.policy.info.model, version=self.policy.info.version),
+            policy=self._newest(measured, target),
             groups=scores,
         )
 
     def stack(self) -> str:
         """Where the engine's thread is."""
-        return self._scheduler.stack()
+        return self.scheduler.stack()
 
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        self._scheduler.close()
+        self.scheduler.close()
 
     def _recipe(self, name: str | None) -> Recipe:
         recipe = self._recipes.get(name)
@@ -122,10 +127,15 @@ class Scorer:
             raise InvalidRequestError(message, errors=[{"location": "recipe", "message": message}])
         return recipe
 
-    def _check_version(self, demanded: str | None) -> None:
-        loaded = self.policy.info.version
-        if demanded is not None and demanded != loaded:
-            raise PolicyVersionError(f"version {demanded!r} is demanded, {loaded!r} is loaded")
+    def _newest(self, measured: Sequence[Measurements], target: Target) -> PolicyRef:
+        versions = [measurements.version for measurements in measured] or [self.policy.versions.find(target)]
+        newest = max(versions, key=lambda version: version.number)
+        return PolicyRef(
+            model=self.policy.info.model,
+            version=newest.name,
+            number=newest.number,
+            adapter=newest.adapter,
+        )
 
     def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
         wants_ids = Include.TOKEN_IDS in request.include
@@ -136,35 +146,46 @@ class Scorer:
         self,
         groups: Sequence[TokenGroup],
         memberships: Sequence[Membership | None],
-        rules: SelfCertaintyRecipe,
+        kind: Kind,
         progress: Progress | None,
     ) -> list[Measurements]:
         """Whole groups are admitted together or not at all; parts of groups wait for the rest of theirs."""
         whole = [group for group, part_of in zip(groups, memberships, strict=True) if part_of is None]
         parts = [
-            asyncio.ensure_future(self._gatherings.measure(group, part_of, rules))
+            asyncio.ensure_future(self._gatherings.measure(group, part_of, kind))
             for group, part_of in zip(groups, memberships, strict=True)
             if part_of is not None
         ]
         try:
-            measured = iter(await self._scheduler.measure(whole, rules, progress))
+            measured = iter(await self.scheduler.measure(whole, kind, progress))
             gathered = iter(await asyncio.gather(*parts))
         finally:
             for part in parts:
                 part.cancel()
         return [next(measured if part_of is None else gathered) for part_of in memberships]
 
-    def _group_score(
-        self, group: PreparedGroup, measured: Measurements, recipe: Recipe, include: Sequence[Include]
-    ) -> GroupScore:
-        measurements = iter(measured)
-        rewards = [
-            _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)
-            for rollout in group.rollouts
-        ]
-        prompt_ids = list(group.prompt_ids) if Include.TOKEN_IDS in include else None
-        version = self.policy.info.version
-        return GroupScore(id=group.id, policy_version=version, rewards=rewards, prompt_token_ids=prompt_ids)
+
+def _target(request: ScoreRequest) -> Target:
+    demand = request.policy_version
+    return Target(request.adapter, VersionDemand(exact=demand) if isinstance(demand, str) else demand)
+
+
+def _group_score(
+    group: PreparedGroup, measured: Measurements, recipe: Recipe, include: Sequence[Include]
+) -> GroupScore:
+    measurements = iter(measured.values)
+    rewards = [
+        _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)
+        for rollout in group.rollouts
+    ]
+    return GroupScore(
+        id=group.id,
+        policy_version=measured.version.name,
+        policy_number=measured.version.number,
+        adapter=measured.version.adapter,
+        rewards=rewards,
+        prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
+    )
 
 
 def _memberships(request: ScoreRequest) -> list[Membership | None]:

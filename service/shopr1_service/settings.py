@@ -84,6 +84,18 @@ class Settings(BaseSettings):
     """Branch, tag or commit of a hub id."""
     policy_version: Annotated[str, Field(min_length=1)] = "0"
     """Opaque name of the loaded weights; stands in every answer."""
+    policy_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Directories whose checkpoints and adapters an update may name, several with commas between. None: the
+    policy changes by what is sent only."""
+    staging_dir: Path | None = None
+    """Where new weights are kept until they replace the old ones: room for two copies. Default: the system's
+    directory for temporary files; `/dev/shm` is fast, and memory."""
+    max_adapters: PositiveInt = 16
+    """LoRA adapters that are loaded at a time, by name."""
+    adapter_versions: PositiveInt = 2
+    """How many versions of each stay, for rollouts that were sampled a little earlier."""
+    max_adapter_bytes: PositiveInt = 2 * 2**30
+    """How large an adapter may be."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
     dtype: DType = DType.AUTO
@@ -148,10 +160,12 @@ class Settings(BaseSettings):
     shutdown_grace_s: PositiveInt = 30
     """Seconds that open requests get to finish after SIGTERM."""
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "policy_roots", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [key.strip() for key in value.split(",") if key.strip()] if isinstance(value, str) else value
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
 
     @property
     def limits(self) -> Limits:

@@ -9,8 +9,11 @@ from typing import Any, cast
 
 from fastapi import Request
 
-from shopr1_client.errors import NotReadyError
+from shopr1_client.errors import InvalidRequestError, NotReadyError
+from shopr1_client.policy_wire import PolicyState
+from shopr1_service.adapter_updates import AdapterUpdates
 from shopr1_service.label_table import LabelTable
+from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.patience import RETRY_AFTER_S, Cutoff
 from shopr1_service.policy import Policy
@@ -20,6 +23,7 @@ from shopr1_service.rollout_log import open_rollout_log
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup
+from shopr1_service.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class State:
         self.labels = LabelTable(settings.max_labels)
         self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None
+        self._loaded: tuple[Updates, AdapterUpdates] | None = None
         self._startup = startup or Startup()
         self._is_closing = False
         self.metrics.watch(lambda: self.is_ready, lambda: self.heartbeat_age_s)
@@ -60,6 +65,42 @@ class State:
         if self._scorer is None:
             raise NotReadyError(f"the policy is loading: {self._startup}", retry_after_s=RETRY_AFTER_S)
         return self._scorer
+
+    @property
+    def updates(self) -> Updates:
+        """Of the policy's weights.
+
+        Raises:
+            NotReadyError: as `scorer`.
+            InvalidRequestError: this policy has no weights.
+        """
+        return self._changes[0]
+
+    @property
+    def adapters(self) -> AdapterUpdates:
+        """As `updates`, of adapters."""
+        return self._changes[1]
+
+    @property
+    def policy_state(self) -> PolicyState:
+        """What is loaded, and how far the next version is."""
+        policy = self.scorer.policy
+        versions = policy.versions
+        return PolicyState(
+            model=policy.info.model,
+            current=versions.current.info,
+            base=versions.base.info,
+            adapters=[version.info for version in versions.loaded()],
+            default_adapter=versions.default_adapter,
+            update=self._loaded[0].progress if self._loaded else None,
+        )
+
+    @property
+    def _changes(self) -> tuple[Updates, AdapterUpdates]:
+        self.scorer  # noqa: B018  # raises when there is none
+        if self._loaded is None:
+            raise InvalidRequestError("this policy has no weights that could change")
+        return self._loaded
 
     @property
     def is_ready(self) -> bool:
@@ -92,7 +133,11 @@ class State:
             on_fatal(error)
 
         observers = [self.metrics.observe, *([self._rollout_log.observe] if self._rollout_log else [])]
-        self._scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up, observers=observers)
+        scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up, observers=observers)
+        if isinstance(policy, LoadedPolicy):
+            how = (policy, scorer.scheduler, self.settings, self.metrics, scorer.new_versions)
+            self._loaded = Updates(*how), AdapterUpdates(*how)
+        self._scorer = scorer
 
     async def watch(self, on_fatal: Callable[[BaseException], None]) -> None:
         """Ends what waits, and calls `on_fatal`, when the engine gives no sign for `engine_timeout_s`."""

@@ -25,6 +25,7 @@ from shopr1_service.app import create_app
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
+from shopr1_service.versions import Version
 from tests.service.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
 
 
@@ -71,7 +72,7 @@ def test_a_path_in_the_base_url() -> None:
 
 class Buggy(FakePolicy):
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         raise ZeroDivisionError
 

@@ -26,6 +26,7 @@ from shopr1_service.app import create_app
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
+from shopr1_service.versions import Version
 from tests.service.http import TERMINATE, WAIT_S, answer, served
 
 Score = Callable[..., ScoreResponse]
@@ -186,12 +187,12 @@ class Counting(FakePolicy):
         self._then = then
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self._num_left -= 1
         if self._num_left == 0:
             self._then()
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 @both
@@ -231,7 +232,7 @@ def test_permanent_errors_are_not_repeated(score: Score) -> None:
 
     class Buggy(FakePolicy):
         def certainties(
-            self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+            self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
         ) -> list[list[Certainty | Unmeasurable]]:
             calls.append(None)
             raise ZeroDivisionError

@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shopr1_client import wire
-from shopr1_client.wire import Group, Include, Message, ScoreRequest, Text, TokenIds, is_union_tag
+from shopr1_client.models import is_union_tag
+from shopr1_client.wire import Group, Include, Message, ScoreRequest, Text, TokenIds
 
 TRUTH = {"type": "terminate"}
 HALF_PAIR = "\ud83d"
@@ -126,6 +127,7 @@ def test_a_request_survives_json() -> None:
             ),
         ],
         "policy_version": "7",
+        "adapter": None,
         "include": ["tokens"],
     }
     request = ScoreRequest.model_validate(body)

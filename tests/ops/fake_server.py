@@ -15,17 +15,18 @@ from shopr1_service import server
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import load_settings
+from shopr1_service.versions import Version
 
 HELD, CENSUS = "hold this", "count the tasks"
 
 
 class Reporting(FakePolicy):
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         for group in groups:
             self._report(self.codec.decode(group.prompt_ids).text)
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
     def _report(self, prompt: str) -> None:
         if prompt.startswith(HELD):

@@ -18,6 +18,7 @@ import torch
 
 from shopr1_service import loading, server
 from shopr1_service.head import trunk_of
+from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.settings import load_settings
 
 FAULTS = ("memory", "exception", "nan")
@@ -51,7 +52,7 @@ def main() -> int:
     fault = Fault(os.environ["FAULT"], Path(os.environ["FAULTY_WHILE"]))
     build = loading.build_policy
 
-    def build_faulty(model: Any, *args: Any, **options: Any) -> loading.LoadedPolicy:
+    def build_faulty(model: Any, *args: Any, **options: Any) -> LoadedPolicy:
         policy = build(model, *args, **options)
         trunk_of(model).register_forward_hook(fault)
         return policy

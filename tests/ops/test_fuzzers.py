@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TARGETS = ("completion", "bodies", "labels", "api_keys")
+TARGETS = ("completion", "bodies", "labels", "api_keys", "safetensors_header")
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "15"))
 STARTING_S = 120
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
+from shopr1_service.versions import Version
 from tests.service.http import WAIT_S
 
 
@@ -19,9 +20,9 @@ class Held(FakePolicy):
         self.prompts: list[str] = []
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self.prompts += [chr(each.prompt_ids[0]) for each in groups]
         self.has_begun.set()
         assert self.gate.wait(WAIT_S)
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service import backlog as backlog_module
-from shopr1_service.backlog import Backlog, Job
+from shopr1_service.backlog import Backlog, Job, Kind
 from shopr1_service.engine import MeasuredCompletion, TokenGroup
 
 RULES = load_recipe("shop_r1").self_certainty
@@ -24,7 +24,7 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def job(prompt: int, num_prompt: int, *own: int, rank_s: float, rules: SelfCertaintyRecipe = RULES) -> Job:
     """A prompt of this token so many times, and completions of so many tokens."""
     completions = [MeasuredCompletion(range(num), [0]) for num in own]
-    return Job(TokenGroup((prompt,) * num_prompt, completions), rules, submitted_s=0.0, rank_s=rank_s)
+    return Job(TokenGroup((prompt,) * num_prompt, completions), Kind(rules), submitted_s=0.0, rank_s=rank_s)
 
 
 def backlog_of(*jobs: Job, joins: bool = True) -> Backlog:
@@ -146,13 +146,13 @@ def test_everything_is_taken_once_and_counted(
         lowest = min(each.rank_s for each in backlog)
         batch = backlog.take()
         assert batch[0][0].rank_s == lowest
-        assert len({each.rules for lane in batch for each in lane}) == 1
+        assert len({each.kind for lane in batch for each in lane}) == 1
         assert all(len({each.group.prompt_ids for each in lane}) == 1 for lane in batch)
         num_tokens = sum(len(lane[0].group.prompt_ids) + sum(map(own_tokens, lane)) for lane in batch)
         assert num_tokens <= 20 or len(batch) == 1
         seen += [each for lane in batch for each in lane]
         rest = [each for each in kept if each not in seen]
-        prompts = {(each.group.prompt_ids, each.rules) for each in rest}
+        prompts = {(each.group.prompt_ids, each.kind) for each in rest}
         assert backlog.num_tokens == sum(len(ids) for ids, _ in prompts) + sum(map(own_tokens, rest))
     assert len(seen) == len(kept)
     assert all(each in seen for each in kept)

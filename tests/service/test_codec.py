@@ -368,7 +368,7 @@ def test_embedded_tokenizer(smollm2: PolicyCodec, text: str) -> None:
     tokens = smollm2.encode_text(text)
     assert tokens.text == text
     assert smollm2.decode(tokens.ids) == tokens
-    spelt = token_bytes(smollm2._tokenizer, tokens.ids)
+    spelt = token_bytes(smollm2.tokenizer, tokens.ids)
     assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
 
 

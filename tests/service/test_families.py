@@ -20,7 +20,7 @@ from shopr1_rewards import Span, recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service import head
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
-from shopr1_service.loading import LoadedPolicy
+from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.observation import Origin
 from shopr1_service.recipe_book import RecipeBook

@@ -10,6 +10,7 @@ import pytest
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
+from shopr1_service.versions import Version
 from tests.service.http import WAIT_S, answer, group, metric, post, problem, running, score
 
 pytestmark = pytest.mark.anyio
@@ -27,10 +28,10 @@ class Recording(FakePolicy):
         self.batches: list[list[list[str]]] = []
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self.batches.append([["".join(map(chr, c.ids)) for c in group.completions] for group in groups])
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 def part(*rationales: str, size: int = 4, **more: Any) -> dict[str, Any]:
@@ -141,7 +142,7 @@ async def test_parts_with_other_prompts_are_a_mistake() -> None:
 
 async def test_an_error_reaches_every_part() -> None:
     class Failing(FakePolicy):
-        def certainties(self, groups: Any, rules: Any) -> Any:
+        def certainties(self, groups: Any, rules: Any, version: Any = None) -> Any:
             raise RuntimeError("broken")
 
     async with running(Failing(), group_wait_s=WAIT_S) as client:

@@ -19,7 +19,8 @@ from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.head import trunk_of
-from shopr1_service.loading import LoadedPolicy, build_policy, load_policy
+from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.loading import build_policy, load_policy
 from shopr1_service.packed_forward import PackedForward
 from shopr1_service.settings import DType, Settings
 from shopr1_service.source import EMBEDDED_INSTALL, EMBEDDED_PACKAGE, Source, find_source
@@ -153,6 +154,7 @@ def test_directory_gives_what_the_model_in_memory_gives(saved: Path) -> None:
     assert policy.info == PolicyInfo(
         model="tiny",
         version="step-7",
+        number=0,
         architecture="LlamaForCausalLM",
         dtype="float32",
         device="cpu",

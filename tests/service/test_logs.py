@@ -29,6 +29,7 @@ from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import CharacterCodec, FakePolicy
 from shopr1_service.logs import JsonFormatter, TextFormatter, logging_to_stderr
 from shopr1_service.settings import LogFormat, Settings
+from shopr1_service.versions import Version
 from tests.service.dialects.trainers import SLIME, slime
 from tests.service.http import WAIT_S, answer, free_port, group, post, running
 
@@ -275,10 +276,10 @@ class Talking(FakePolicy):
         self.codec = TalkingCodec()
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         logging.getLogger("talking").info("scoring")
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 async def test_prepare_threads_know_whose_request_it_is() -> None:
@@ -397,11 +398,11 @@ class Broken(FakePolicy):
         self.codec = BrokenCodec()
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         if groups[0].prompt_ids[0] == ord("!"):
             raise RuntimeError("the engine fails")
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 @pytest.fixture

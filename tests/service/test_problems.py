@@ -18,6 +18,7 @@ from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.errors import PolicyError
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
+from shopr1_service.versions import Version
 from tests.service.http import (
     WAIT_S,
     answer,
@@ -365,11 +366,11 @@ class Buggy(FakePolicy):
     is_buggy = True
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         if self.is_buggy:
             raise ZeroDivisionError("secret of the engine")
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 async def test_a_bug_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:

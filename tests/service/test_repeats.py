@@ -14,6 +14,7 @@ from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.repeats import Repeats
+from shopr1_service.versions import Version
 from tests.service.http import answer, group, metric, post, running, score
 
 pytestmark = pytest.mark.anyio
@@ -163,10 +164,10 @@ class Counting(FakePolicy):
     num_completions = 0
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self.num_completions += sum(len(group.completions) for group in groups)
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 async def test_a_repeated_request_is_computed_once() -> None:

@@ -33,7 +33,7 @@ from shopr1_service.rollout_file import (
 from tests.service.http import answer, group
 
 RECIPE = RecipeRef(name="shop_r1", digest="sha256:1")
-POLICY = PolicyRef(model="fake", version="0")
+POLICY = PolicyRef(model="fake", version="0", number=0)
 
 REWARD = Reward(
     reward=0.5,
@@ -73,7 +73,7 @@ class Service:
     def __call__(self, request: ScoreRequest) -> ScoreResponse:
         self.requests.append(request)
         groups = [
-            GroupScore(policy_version="0", id=g.id, rewards=[REWARD] * len(g.completions))
+            GroupScore(policy_version="0", policy_number=0, id=g.id, rewards=[REWARD] * len(g.completions))
             for g in request.groups
         ]
         return ScoreResponse(request_id="r", recipe=self._recipe, policy=self._policy, groups=groups)
@@ -310,8 +310,8 @@ def test_what_is_refused_loses_nothing(tmp_path: Path, content: str) -> None:
 OTHERS = [
     Service(recipe=RecipeRef(name="mine", digest="sha256:1")),
     Service(recipe=RecipeRef(name="shop_r1", digest="sha256:2")),
-    Service(policy=PolicyRef(model="fake", version="1")),
-    Service(policy=PolicyRef(model="other", version="0")),
+    Service(policy=PolicyRef(model="fake", version="1", number=0)),
+    Service(policy=PolicyRef(model="other", version="0", number=0)),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from shopr1_client.errors import NotReadyError, OverloadedError
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.backlog import Measurements
+from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.engine import (
     Certainty,
     FatalEngineError,
@@ -21,10 +21,12 @@ from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.token_rate import TokenRate
+from shopr1_service.versions import Version
 
 pytestmark = pytest.mark.anyio
 
 RULES = load_recipe("shop_r1").self_certainty
+KIND = Kind(RULES)
 WAIT_S = 30.0
 MAX_QUEUE_TOKENS = 100
 
@@ -42,7 +44,7 @@ class Gated(FakePolicy):
         self.batches: list[list[tuple[list[int], int]]] = []
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self.batches.append([(list(group.prompt_ids), len(group.completions)) for group in groups])
         self.has_begun.set()
@@ -52,7 +54,7 @@ class Gated(FakePolicy):
             raise ZeroDivisionError("13")
         if 666 in tokens:
             raise FatalEngineError("an illegal memory access")
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 def completions(*measured: int) -> list[MeasuredCompletion]:
@@ -61,7 +63,7 @@ def completions(*measured: int) -> list[MeasuredCompletion]:
 
 
 def values(measured: Sequence[Measurements]) -> list[list[float]]:
-    return [[item.mean for item in group if isinstance(item, Certainty)] for group in measured]
+    return [[item.mean for item in group.values if isinstance(item, Certainty)] for group in measured]
 
 
 @pytest.fixture
@@ -91,14 +93,14 @@ async def scheduler(
 
 async def hold_up(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
     """Give the engine work that keeps it until the gate opens."""
-    task = asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(0))], RULES))
+    task = asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(0))], KIND))
     await asyncio.to_thread(policy.has_begun.wait, WAIT_S)
     return task
 
 
 async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES) -> list[Task]:
     """A request for each group."""
-    tasks = [asyncio.create_task(scheduler.measure([group], rules)) for group in groups]
+    tasks = [asyncio.create_task(scheduler.measure([group], Kind(rules))) for group in groups]
     await asyncio.sleep(0)  # lets each task run up to its wait, in order
     return tasks
 
@@ -109,7 +111,7 @@ def gauge(metrics: Metrics, name: str) -> float | None:
 
 async def test_an_idle_engine_begins_at_once(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    assert values(await scheduler.measure([TokenGroup([1], completions(3, 5))], RULES)) == [[3.0, 5.0]]
+    assert values(await scheduler.measure([TokenGroup([1], completions(3, 5))], KIND)) == [[3.0, 5.0]]
     assert policy.batches == [[([1], 2)]]
 
 
@@ -132,7 +134,7 @@ async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler
 async def test_the_groups_of_a_request_go_together(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
     groups = [TokenGroup([1], completions(1)), TokenGroup([2], []), TokenGroup([3], completions(3, 4))]
-    assert values(await scheduler.measure(groups, RULES)) == [[1.0], [], [3.0, 4.0]]
+    assert values(await scheduler.measure(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
     assert policy.batches == [[([1], 1), ([3], 2)]]
 
 
@@ -191,7 +193,7 @@ async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
     [waiting] = await submit(scheduler, TokenGroup([1] * 59, completions(0)))  # 60 of 100
     one, other = TokenGroup([2] * 19, completions(0)), TokenGroup([3] * 20, completions(0))
     with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
-        await scheduler.measure([one, other], RULES)
+        await scheduler.measure([one, other], KIND)
     assert caught.value.retry_after_s == 1.0  # nothing is known yet of how fast the engine is
     assert gauge(metrics, "shopr1_queue_tokens") == 60
     assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
@@ -210,7 +212,7 @@ async def test_what_is_larger_than_the_queue_is_admitted_to_an_empty_one(
 ) -> None:
     policy.gate.set()
     large = TokenGroup([1] * (MAX_QUEUE_TOKENS + 1), completions(0))
-    assert values(await scheduler.measure([large], RULES)) == [[0.0]]
+    assert values(await scheduler.measure([large], KIND)) == [[0.0]]
 
 
 async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, scheduler: Scheduler) -> None:
@@ -230,9 +232,7 @@ async def test_a_failure_drops_what_else_waits_of_the_request(policy: Gated, met
     scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
     policy.gate.set()
     with pytest.raises(ZeroDivisionError):
-        await scheduler.measure(
-            [TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], RULES
-        )
+        await scheduler.measure([TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], KIND)
     assert gauge(metrics, "shopr1_queue_tokens") == 0
     scheduler.close()
 
@@ -243,10 +243,10 @@ async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
     policy.gate.set()
     group = TokenGroup([1], completions(1, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "certainties", lambda _groups, _rules: [[Certainty((1.0,))]])
+        patch.setattr(policy, "certainties", lambda _groups, _rules, _version: [[Certainty((1.0,))]])
         with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
-            await scheduler.measure([group], RULES)
-    assert values(await scheduler.measure([group], RULES)) == [[1.0, 2.0]]
+            await scheduler.measure([group], KIND)
+    assert values(await scheduler.measure([group], KIND)) == [[1.0, 2.0]]
 
 
 async def test_when_the_device_is_gone_everybody_is_told(
@@ -261,13 +261,13 @@ async def test_when_the_device_is_gone_everybody_is_told(
             await task
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
-        await scheduler.measure([TokenGroup([1], completions(1))], RULES)
+        await scheduler.measure([TokenGroup([1], completions(1))], KIND)
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
 
 
 async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
-    assert await scheduler.measure([TokenGroup([1], [])], RULES) == [[]]
+    assert await scheduler.measure([TokenGroup([1], [])], KIND) == [Measurements([], policy.versions.base)]
     assert policy.batches == []
 
 
@@ -280,7 +280,7 @@ async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, 
     with pytest.raises(asyncio.CancelledError):
         await waiting
     with pytest.raises(NotReadyError, match="shutting down"):
-        await scheduler.measure([TokenGroup([1], completions(1))], RULES)
+        await scheduler.measure([TokenGroup([1], completions(1))], KIND)
 
 
 def test_the_rate_remembers_late_batches_best() -> None:

@@ -14,6 +14,7 @@ from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
+from shopr1_service.versions import Version
 from tests.service.http import (
     CLICK,
     SEARCH,
@@ -252,7 +253,7 @@ async def test_recipe_policy_and_ids_are_named() -> None:
         answered = await score(client, group(id="a"), group(id="a"), group(id=None), group(), group(id=""))
     assert [scored["id"] for scored in answered["groups"]] == ["a", "a", None, None, ""]
     assert answered["recipe"] == {"name": "shop_r1", "digest": load_recipe("shop_r1").digest}
-    assert answered["policy"] == {"model": "fake", "version": "0"}
+    assert answered["policy"] == {"model": "fake", "version": "0", "number": 0, "adapter": None}
 
 
 @pytest.mark.parametrize("text", ["s 7/é 漢", "\x00\n", "😀"])
@@ -306,9 +307,9 @@ class Failing(FakePolicy):
         self._failure = Unmeasurable(reason, "because")
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
-        return [[self._failure, *measured[1:]] for measured in super().certainties(groups, rules)]
+        return [[self._failure, *measured[1:]] for measured in super().certainties(groups, rules, version)]
 
 
 @pytest.mark.parametrize("reason", Reason)

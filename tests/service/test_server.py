@@ -12,12 +12,13 @@ from shopr1_service import server
 from shopr1_service.engine import Certainty, FatalEngineError, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
+from shopr1_service.versions import Version
 from tests.service.http import WAIT_S, answer, free_port, group, problem
 
 
 class Dying(FakePolicy):
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         raise FatalEngineError("CUDA error: an illegal memory access was encountered")
 

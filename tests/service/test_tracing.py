@@ -31,6 +31,7 @@ from shopr1_service.errors import SettingsError
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
 from shopr1_service.spans import open_tracer
+from shopr1_service.versions import Version
 from tests.service.http import WAIT_S, answer, free_port, group, served
 
 MARK = "unmistakable"
@@ -281,7 +282,7 @@ def test_what_the_client_does_not_sample_is_not_sent(collector: Collector) -> No
 
 class Failing(FakePolicy):
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         raise RuntimeError(MARK)
 

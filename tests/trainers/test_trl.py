@@ -5,6 +5,7 @@ Most runs do not sample, they are given those completions: TRL's `rollout_func` 
 """
 
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,36 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    TrainerCallback,
+    TrainerState,
+)
 from trl import GRPOConfig, GRPOTrainer
 
+from shopr1_client import Client
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError
 from shopr1_client.logs import LOG_KEYS, log_values
+from shopr1_client.policy_wire import PolicyState
+from shopr1_client.trainers.callback import PolicyPush
 from shopr1_client.trainers.trl import shop_r1_reward, shop_r1_reward_sync
-from shopr1_client.wire import Reward
-from tests.trainers.live import ROOT, ROUNDING, TIMEOUT_S, TOO_LONG, Live, Rollout, free_port, rollouts
+from shopr1_client.wire import Reward, ScoreResponse
+from tests.trainers.live import (
+    API_KEY,
+    ROOT,
+    ROUNDING,
+    TIMEOUT_S,
+    TOO_LONG,
+    Live,
+    Rollout,
+    free_port,
+    rollouts,
+)
+from tests.trainers.serving import serving
 from tests.trainers.tokenizer import save_tokenizer
 
 GROUP = 7
@@ -146,6 +168,10 @@ def train(
     num_generations: int = 1,
     per_device: int = GROUP,
     column: Callable[[Any], Any] = json.dumps,
+    callbacks: Sequence[TrainerCallback] = (),
+    lora: Any = None,
+    num_copies: int = 1,
+    **more: Any,
 ) -> Run:
     """A run of the real trainer: every batch of rollouts has a group of each prompt."""
     rows = {_key(r.prompt): {"prompt": r.prompt, "ground_truth": column(_truth(r))} for r in own}
@@ -155,8 +181,10 @@ def train(
         model=AutoModelForCausalLM.from_pretrained(policy),
         processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
         reward_funcs=reward,
-        train_dataset=Dataset.from_list(list(rows.values())),
+        train_dataset=Dataset.from_list(list(rows.values()) * num_copies),
         rollout_func=None if samples else functools.partial(_given, own),
+        callbacks=list(callbacks),
+        peft_config=lora,
         args=GRPOConfig(
             output_dir=str(directory),
             per_device_train_batch_size=per_device,
@@ -174,6 +202,7 @@ def train(
             gradient_checkpointing=False,
             use_cpu=True,
             bf16=False,
+            **more,
         ),
     )
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
@@ -375,28 +404,151 @@ def _metrics(log: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in log.items() if key.startswith(("shopr1/", "reward"))}
 
 
-@pytest.mark.usefixtures("environment")
-def test_example(policy: str, live: Live, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def following(policy: str) -> Iterator[Live]:
+    """A service with the trainer's own policy, which may change."""
+    with serving(policy=policy, api_keys=f"admin:{API_KEY}") as service:
+        yield service
+
+
+@dataclass
+class Watch(TrainerCallback):
+    """Comes after `PolicyPush`: what the service has when training begins, and after each step."""
+
+    url: str
+    states: list[PolicyState] = field(default_factory=list)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._look()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        assert state.global_step == len(self.states)
+        self._look()
+
+    def _look(self) -> None:
+        with Client(self.url, api_key=API_KEY) as client:
+            self.states.append(client.policy())
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a run with `PolicyPush` left.
+
+    Attributes:
+        states: of the service, when training begins and after each step.
+        answers: to the rollouts of each batch.
+    """
+
+    states: list[PolicyState]
+    answers: list[ScoreResponse]
+
+
+def follow(
+    policy: str,
+    directory: Path,
+    service: Live,
+    patch: pytest.MonkeyPatch,
+    *,
+    push_every: int = 1,
+    **more: Any,
+) -> Followed:
+    """Steps on the first session, each with rollouts of its own; a wrong version is an error of the run."""
+    patch.setenv("SHOPR1_CLIENT_DEMAND", "exact")
+    patch.setenv("SHOPR1_CLIENT_API_KEY", API_KEY)
+    watch = Watch(service.url)
+    with _forwarder(service.url) as forwarder:
+        patch.setenv("SHOPR1_CLIENT_URL", forwarder.own_url)
+        callbacks = [PolicyPush(service.url, push_every), watch]
+        # No epoch ends before the run.
+        more |= {"callbacks": callbacks, "num_copies": 16}
+        run = train(policy, directory, rollouts()[:GROUP], samples=True, **more)
+    assert run.change > 0
+    return Followed(watch.states, [ScoreResponse.model_validate_json(each) for each in forwarder.answers])
+
+
+def _versions(answers: Sequence[ScoreResponse]) -> list[str]:
+    return [version for answer in answers for version in {group.policy_version for group in answer.groups}]
+
+
+def test_the_service_follows(
+    policy: str, following: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts of step n are scored by version n - 1, which sampled them."""
+    run = follow(policy, tmp_path, following, monkeypatch, num_generations=3)
+    assert [state.current.version for state in run.states] == ["0", "1", "2", "3"]
+    assert _versions(run.answers) == ["0", "1", "2"]
+    numbers = [state.current.number for state in run.states]
+    assert [group.policy_number for answer in run.answers for group in answer.groups] == numbers[:3]
+    assert numbers == list(range(numbers[0], numbers[0] + 4))
+
+
+@pytest.mark.parametrize(
+    ("more", "scored_by"),
+    [
+        ({"num_iterations": 2}, ["0", "2"]),
+        ({"gradient_accumulation_steps": 2}, ["0", "0", "1", "1", "2", "2", "3", "3"]),
+        ({"push_every": 3}, ["0", "0", "0", "3"]),
+    ],
+    ids=["iterations", "accumulation", "seldom"],
+)
+def test_which_version_scores(
+    more: dict[str, Any],
+    scored_by: list[str],
+    policy: str,
+    following: Live,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the callback's module says, with `steps_per_generation=1`: ⌊k * num_iterations / accumulation⌋."""
+    run = follow(policy, tmp_path, following, monkeypatch, num_generations=4, **more)
+    assert _versions(run.answers) == scored_by
+    every = more.get("push_every", 1)
+    assert [state.current.version for state in run.states] == [str(n - n % every) for n in range(5)]
+
+
+def test_an_adapter_follows(
+    policy: str, following: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the adapter is sent, and scores what names none."""
+    peft = importlib.import_module("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with Client(following.url, api_key=API_KEY) as client:
+        base = client.policy().base
+    run = follow(policy, tmp_path, following, monkeypatch, num_generations=2, lora=lora)
+    assert [(state.current.adapter, state.current.version) for state in run.states] == [
+        ("default", "0"),
+        ("default", "1"),
+        ("default", "2"),
+    ]
+    assert [state.base for state in run.states] == [base] * 3
+    groups = [group for answer in run.answers for group in answer.groups]
+    assert [(group.adapter, group.policy_version) for group in groups] == [("default", "0"), ("default", "1")]
+
+
+def test_example(policy: str, following: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOPR1_CLIENT_API_KEY", API_KEY)
     script = ROOT / "examples" / "trl_grpo.py"
-    options = ["--url", live.url, "--policy", policy, "--steps", "2", "--output", str(tmp_path)]
+    options = ["--url", following.url, "--policy", policy, "--steps", "2", "--output", str(tmp_path)]
     command = [sys.executable, str(script), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     lines = [line for line in run.stdout.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 1", "step 2"]
     assert all('"shopr1/format": ' in line for line in lines)
+    assert run.stdout.splitlines()[-1] == "the service scores with version 2"
 
 
 class _Forwarder(ThreadingHTTPServer):
-    """Passes requests on, but resets the connection of one after having read it."""
+    """Passes requests on, but resets the connection of one, if any, after having read it."""
 
     daemon_threads = True
 
-    def __init__(self, url: str, break_at: int) -> None:
+    def __init__(self, url: str, break_at: int | None) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
         self.url = url
         self.own_url = f"http://127.0.0.1:{self.server_port}"
         self.break_at = break_at
         self.bodies: list[bytes] = []
+        self.answers: list[bytes] = []
 
     def shutdown_request(self, request: Any) -> None:
         request.close()  # without the farewell that would turn a reset into an end
@@ -413,6 +565,7 @@ class _Forward(BaseHTTPRequestHandler):
             return
         headers = {name: self.headers[name] for name in ("Authorization", "Content-Type")}
         answer = httpx.post(self.server.url + self.path, content=body, headers=headers, timeout=TIMEOUT_S)
+        self.server.answers.append(answer.content)
         self.send_response(answer.status_code)
         self.send_header("Content-Type", answer.headers["Content-Type"])
         self.end_headers()
@@ -420,7 +573,7 @@ class _Forward(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def _forwarder(url: str, break_at: int) -> Iterator[_Forwarder]:
+def _forwarder(url: str, break_at: int | None = None) -> Iterator[_Forwarder]:
     with _Forwarder(url, break_at) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -8,10 +8,15 @@ from typing import Any
 from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
+from shopr1_client.policy_wire import VersionDemand
 from shopr1_client.rollouts import Grouping, Rollout
 from shopr1_client.wire import Message, Reward, ScoreRequest
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_DEMAND_WAIT_S = 60.0
+
+_PUSHED_VERSION = "shopr1_version"
+"""An attribute of the trainer's state, which is what its callbacks and its rewards both see."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class Service:
         unscorable: what a trainer that knows nothing but numbers gets for a rollout that cannot be scored;
             None is an error (`SHOPR1_CLIENT_UNSCORABLE`).
         run: by which the service's metrics tell training runs apart (`SHOPR1_CLIENT_RUN`).
+        demand: `exact`: rollouts are scored by the version that the trainer sent last, where a shim knows it;
+            `at_least`: or by a later one; None: by any (`SHOPR1_CLIENT_DEMAND`).
+        demand_wait_s: how long the service waits for that version (`SHOPR1_CLIENT_DEMAND_WAIT_S`).
     """
 
     urls: tuple[str, ...]
@@ -32,6 +40,8 @@ class Service:
     recipe: str | None = None
     unscorable: float | None = None
     run: str | None = None
+    demand: str | None = None
+    demand_wait_s: float = DEFAULT_DEMAND_WAIT_S
 
     @classmethod
     def find(
@@ -50,19 +60,29 @@ class Service:
             recipe=recipe or os.environ.get("SHOPR1_CLIENT_RECIPE"),
             unscorable=float(given) if unscorable is None and given else unscorable,
             run=run or os.environ.get("SHOPR1_CLIENT_RUN"),
+            demand=_demand(os.environ.get("SHOPR1_CLIENT_DEMAND") or None),
+            demand_wait_s=float(os.environ.get("SHOPR1_CLIENT_DEMAND_WAIT_S") or DEFAULT_DEMAND_WAIT_S),
         )
 
-    async def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
-        """Rewards in the order of the rollouts. Nothing is kept between calls: any event loop will do."""
+    def client(self) -> Client:
+        """A connection to it."""
+        return Client(self.urls, api_key=self.api_key, run=self.run)
+
+    async def score(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
+        """Rewards in the order of the rollouts. Nothing is kept between calls: any event loop will do.
+
+        Args:
+            version: that sampled them, if that is known.
+        """
         grouping = Grouping(rollouts)
         client = AsyncClient(self.urls, api_key=self.api_key, run=self.run)
-        return grouping.in_order(await client.score(self._request(grouping)))
+        return grouping.in_order(await client.score(self._request(grouping, version)))
 
-    def score_sync(self, rollouts: Sequence[Rollout]) -> list[Reward]:
+    def score_sync(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
         """The same without an event loop."""
         grouping = Grouping(rollouts)
-        with Client(self.urls, api_key=self.api_key, run=self.run) as client:
-            return grouping.in_order(client.score(self._request(grouping)))
+        with self.client() as client:
+            return grouping.in_order(client.score(self._request(grouping, version)))
 
     def numbers(self, rewards: Sequence[Reward]) -> list[float]:
         """For trainers that know no missing reward.
@@ -81,8 +101,29 @@ class Service:
         stand_in = self.unscorable or 0.0
         return [stand_in if reward.reward is None else reward.reward for reward in rewards]
 
-    def _request(self, grouping: Grouping) -> ScoreRequest:
-        return ScoreRequest(recipe=self.recipe, groups=grouping.groups)
+    def _request(self, grouping: Grouping, version: str | None) -> ScoreRequest:
+        return ScoreRequest(recipe=self.recipe, groups=grouping.groups, policy_version=self._wanted(version))
+
+    def _wanted(self, version: str | None) -> VersionDemand | None:
+        if self.demand is None or version is None:
+            return None
+        return VersionDemand.model_validate({self.demand: version, "wait_s": self.demand_wait_s})
+
+
+def _demand(given: str | None) -> str | None:
+    if given not in (None, "exact", "at_least"):
+        raise ValueError(f"SHOPR1_CLIENT_DEMAND is {given!r}, and must be exact or at_least")
+    return given
+
+
+def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer's state
+    """Remember the newest version that the service was sent."""
+    setattr(state, _PUSHED_VERSION, version)
+
+
+def noted_version(state: Any) -> str | None:  # noqa: ANN401
+    """The newest version that the service was sent; None: nobody said so, as before the training."""
+    return getattr(state, _PUSHED_VERSION, None)
 
 
 def chat(messages: Iterable[Mapping[str, Any]]) -> list[Message]:

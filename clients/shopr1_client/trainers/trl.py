@@ -1,6 +1,9 @@
 """TRL's GRPOTrainer and RLOOTrainer, and Unsloth: `reward_funcs=shop_r1_reward`.
 
 The data set has a column `ground_truth`: the human's action, as an object or as JSON in a string.
+
+With `PolicyPush` of `callback.py` among the trainer's callbacks the service's policy follows the trainer's.
+`SHOPR1_CLIENT_DEMAND=exact` makes sure of it: what the version that was sent last did not score is an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +12,7 @@ from typing import Any
 
 from shopr1_client.logs import LOG_KEYS, log_values
 from shopr1_client.rollouts import Rollout
-from shopr1_client.trainers.service import Service, chat
+from shopr1_client.trainers.service import Service, chat, noted_version
 from shopr1_client.wire import Reward, TokenIds
 
 LogMetric = Callable[[str, float], None]
@@ -21,12 +24,13 @@ async def shop_r1_reward(
     ground_truth: Sequence[Any],
     completion_ids: Sequence[Sequence[int]] | None = None,
     log_metric: LogMetric | None = None,
+    trainer_state: Any = None,  # noqa: ANN401  # of transformers
     **columns: Any,  # noqa: ANN401  # the rest of the data set, and what later releases add
 ) -> list[float | None]:
     """Rewards; None, or your number, where a rollout cannot be scored. TRL leaves None out of its group."""
     service = Service.find()
     rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
-    return _told(service, await service.score(rollouts), log_metric)
+    return _told(service, await service.score(rollouts, noted_version(trainer_state)), log_metric)
 
 
 def shop_r1_reward_sync(
@@ -35,12 +39,13 @@ def shop_r1_reward_sync(
     ground_truth: Sequence[Any],
     completion_ids: Sequence[Sequence[int]] | None = None,
     log_metric: LogMetric | None = None,
+    trainer_state: Any = None,  # noqa: ANN401  # of transformers
     **columns: Any,  # noqa: ANN401
 ) -> list[float | None]:
     """The same for trainers that do not await."""
     service = Service.find()
     rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
-    return _told(service, service.score_sync(rollouts), log_metric)
+    return _told(service, service.score_sync(rollouts, noted_version(trainer_state)), log_metric)
 
 
 def _rollouts(

@@ -15,9 +15,9 @@ from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.outcome import BODY_PROBLEMS, TAG, AppState, json_response
 from shopr1_service.dialects.reading import Prompt, TextOrMessages
+from shopr1_service.flaws import refuse_if_any
 from shopr1_service.label_table import Label
 from shopr1_service.openapi import problem_responses
-from shopr1_service.preparation import refuse_if_any
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.state import State
 

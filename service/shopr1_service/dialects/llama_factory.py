@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
-from shopr1_client.wire import UnicodeText
+from shopr1_client.models import UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
 from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest

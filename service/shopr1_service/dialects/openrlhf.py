@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
 from shopr1_client.logs import LOG_KEYS, PREFIX
-from shopr1_client.wire import UnicodeText
+from shopr1_client.models import UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.outcome import (
     PROBLEMS,
@@ -23,7 +23,7 @@ from shopr1_service.dialects.outcome import (
     score,
 )
 from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
-from shopr1_service.preparation import refuse_if_any
+from shopr1_service.flaws import refuse_if_any
 from shopr1_service.state import State
 
 DIALECT = Dialect("openrlhf", timeout_s=170.0)

@@ -25,8 +25,8 @@ from shopr1_client.rollouts import Grouping
 from shopr1_client.wire import Reward, ScoreRequest
 from shopr1_service.answer import answer
 from shopr1_service.dialects.reading import Rollout
+from shopr1_service.flaws import refuse_if_any
 from shopr1_service.openapi import problem_responses
-from shopr1_service.preparation import refuse_if_any
 from shopr1_service.state import State, state_of
 
 TAG = "trainers"

@@ -6,10 +6,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from shopr1_client.errors import FieldError
-from shopr1_client.wire import Message, UnicodeText
+from shopr1_client.models import UnicodeText
+from shopr1_client.wire import Message
 from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
+from shopr1_service.flaws import refuse_if_any
 from shopr1_service.label_table import Label
-from shopr1_service.preparation import refuse_if_any
 from shopr1_service.state import State
 
 Prompt = str | list[Message]

@@ -12,6 +12,7 @@ import pytest
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.fake import FakePolicy
+from shopr1_service.versions import Version
 from tests.service.dialects.trainers import OPENRLHF, openrlhf
 from tests.service.http import TERMINATE, WAIT_S, answer, metric, served
 
@@ -31,13 +32,13 @@ class Counting(FakePolicy):
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def certainties(
-        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         for group in groups:
             prompt = "".join(map(chr, group.prompt_ids))
             self.counts.update((prompt, "".join(map(chr, c.ids))) for c in group.completions)
         assert self.gate.wait(WAIT_S)
-        return super().certainties(groups, rules)
+        return super().certainties(groups, rules, version)
 
 
 def client_of(url: str) -> httpx.AsyncClient:

@@ -1,0 +1,96 @@
+"""A change of the policy on its way to every server.
+
+It is sent anew, from its beginning, while an error may pass. Before each attempt a server is asked what it
+has loaded: where an answer was lost, the change may be there already.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import httpx
+
+from shopr1_client import exchange
+from shopr1_client.base import Retries
+from shopr1_client.change import Answer, Change, newest_number
+from shopr1_client.errors import ShopR1Error
+from shopr1_client.policy_wire import PolicyState
+
+
+class MixedVersionsError(ShopR1Error):
+    """Some servers have a new version and others do not. Sending it again, to all of them, is the way out.
+
+    Attributes:
+        version: the new one.
+        updated: URLs of the servers that have it.
+        failed: URL of the server that failed; `__cause__` is its error. It has the version only if its answer
+            was lost.
+        untried: URLs of the servers that were not reached any more.
+    """
+
+    def __init__(self, version: str, updated: Sequence[str], failed: str, untried: Sequence[str]) -> None:
+        super().__init__(version, updated, failed, untried)
+        self.version = version
+        self.updated = list(updated)
+        self.failed = failed
+        self.untried = list(untried)
+
+    def __str__(self) -> str:
+        untried = f", and {', '.join(self.untried)} were not tried" if self.untried else ""
+        return f"{', '.join(self.updated)} have version {self.version!r}; {self.failed} failed{untried}"
+
+
+class Updater:
+    """Brings changes to servers, to one after the other.
+
+    Args:
+        retries: makes the attempts for one server.
+    """
+
+    def __init__(self, http: httpx.Client, urls: Sequence[str], retries: Callable[[], Retries]) -> None:
+        self._http = http
+        self._urls = urls
+        self._retries = retries
+
+    def run(self, change: Change) -> Answer:
+        """The answer of the last server, once all have the change.
+
+        Raises:
+            MixedVersionsError: some have it.
+            ShopR1Error: none has it.
+        """
+        answer: Answer | None = None
+        for i, url in enumerate(self._urls):
+            try:
+                answer = self._update(change, url)
+            except ShopR1Error as error:
+                if i == 0:
+                    raise
+                raise MixedVersionsError(change.version, self._urls[:i], url, self._urls[i + 1 :]) from error
+        assert answer is not None  # a client has a server
+        return answer
+
+    def _update(self, change: Change, url: str) -> Answer:
+        first: PolicyState | None = None
+        begin = time.monotonic()
+        for attempt in self._retries():
+            with attempt:
+                state = self._state(url)
+                first = first or state
+                if found := change.found(state, since=newest_number(first)):
+                    return change.told(found, first.base, time.monotonic() - begin)
+                return self._send(change, url)
+        raise AssertionError("the last attempt raises")
+
+    def _state(self, url: str) -> PolicyState:
+        try:
+            response = self._http.get(f"{url}/policy")
+        except httpx.TransportError as error:
+            raise exchange.failure(f"GET {url}/policy", error) from error
+        return exchange.read(PolicyState, response)
+
+    def _send(self, change: Change, url: str) -> Answer:
+        try:
+            response = change.send(self._http, url)
+        except httpx.TransportError as error:
+            raise exchange.failure(f"version {change.version} for {url}", error) from error
+        return exchange.read(change.answer, response)

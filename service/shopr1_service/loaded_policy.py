@@ -1,0 +1,161 @@
+"""A language model in memory that measures, and whose weights and adapters change between two batches.
+
+What changes it runs on the engine's thread (`Scheduler.between_batches`); what only prepares a change may run
+beside it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from shopr1_client.errors import InvalidWeightsError
+from shopr1_client.wire import PolicyInfo, Reason
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.codec import PolicyCodec
+from shopr1_service.engine import Certainty, Engine, EngineStats, FatalEngineError, TokenGroup, Unmeasurable
+from shopr1_service.heartbeat import Heartbeat
+from shopr1_service.lora import Adapter, unused_layers
+from shopr1_service.prefix import PrefixCache
+from shopr1_service.versions import Version, VersionTable
+from shopr1_service.way_back import WayBack
+from shopr1_service.weights import Stored, Weights
+
+logger = logging.getLogger(__name__)
+
+Measured = Sequence[Sequence[Certainty | Unmeasurable]]
+
+
+class LoadedPolicy:
+    """See the module.
+
+    Args:
+        info: as it is at the start.
+        renew: called when the weights have changed: forgets what was computed of the old ones.
+        probe: measures a few random tokens, as a check.
+        staging_dir: where weights are kept that come or go.
+    """
+
+    def __init__(
+        self,
+        info: PolicyInfo,
+        codec: PolicyCodec,
+        engine: Engine,
+        heartbeat: Heartbeat,
+        model: PreTrainedModel,
+        cache: PrefixCache,
+        *,
+        renew: Callable[[], None],
+        probe: Callable[[], Measured],
+        staging_dir: Path | None = None,
+    ) -> None:
+        self.heartbeat = heartbeat
+        self.codec = codec
+        self.versions = VersionTable.starting_with(Version(info.version, loaded_at_s=time.time()))
+        self.model = model
+        self.weights = Weights(model)
+        self.way_back = WayBack(self.weights, staging_dir)
+        self._info = info
+        self._engine = engine
+        self._cache = cache
+        self._renew = renew
+        self._probe = probe
+        self._adapters: dict[int, Adapter] = {}  # by the number of the version
+
+    @property
+    def info(self) -> PolicyInfo:
+        current = self.versions.current
+        return self._info.model_copy(update={"version": current.name, "number": current.number})
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
+    ) -> Measured:
+        version = version or self.versions.current
+        adapter = self._adapters.get(version.number)
+        self._cache.enter(version.number if adapter else None)
+        with adapter.applied(self.model) if adapter else nullcontext():
+            return self._engine.certainties(groups, rules)
+
+    def replace_weights(self, stored: Mapping[str, Stored], name: str) -> Version:
+        """Put new weights in place of the old ones, all of them or none. The old ones must have been kept.
+
+        Raises:
+            InvalidWeightsError: the policy cannot compute with them.
+            OSError: they cannot be read.
+            FatalEngineError: there was no way back either.
+        """
+        try:
+            self.weights.load(stored, self.heartbeat.beat)
+            self._renew()
+            self._check(self._probe())
+        except Exception as error:
+            logger.error("version %r is not taken, the former one comes back: %s", name, error)
+            self._go_back(stored)
+            raise
+        self.way_back.moved_on(stored)
+        self._adapters.clear()
+        self.versions = self.versions.with_base(name, time.time())
+        return self.versions.base
+
+    def add_adapter(
+        self, adapter: Adapter, version: Version, *, max_kept: int, is_default: bool
+    ) -> list[Version]:
+        """Take an adapter in; returns older versions of it that had to go.
+
+        Raises:
+            InvalidWeightsError: the policy cannot compute with it, or takes no notice of it.
+        """
+        self._cache.enter(version.number)
+        try:
+            with adapter.applied(self.model):
+                self._check(self._probe())
+            self._check_used(adapter)
+        except Exception:
+            self._forget([version])
+            raise
+        former = self.versions
+        self._adapters[version.number] = adapter
+        self.versions = former.with_adapter(version, max_kept=max_kept, is_default=is_default)
+        gone = [old for old in former.loaded() if old not in self.versions.loaded()]
+        self._forget(gone)
+        return gone
+
+    def remove_adapters(self, gone: Iterable[Version]) -> None:
+        """Without these from now on."""
+        gone = list(gone)
+        self.versions = self.versions.without(gone)
+        self._forget(gone)
+
+    def _forget(self, gone: Iterable[Version]) -> None:
+        self._cache.enter(None)
+        for version in gone:
+            self._adapters.pop(version.number, None)
+            self._cache.forget(version.number)
+
+    def _go_back(self, stored: Mapping[str, Stored]) -> None:
+        try:
+            self.way_back.restore(list(stored), self.heartbeat.beat)
+            self._renew()
+        except Exception as error:
+            raise FatalEngineError(f"new weights failed, and so did the way back: {error}") from error
+
+    def _check(self, measured: Measured) -> None:
+        for value in (value for values in measured for value in values):
+            if isinstance(value, Unmeasurable):
+                what = "not finite" if value.reason is Reason.NON_FINITE_LOGITS else value.message
+                raise InvalidWeightsError(f"with them the policy's logits are {what}")
+
+    def _check_used(self, adapter: Adapter) -> None:
+        unused = unused_layers(adapter, self.model, self._probe)
+        if unused:
+            raise InvalidWeightsError(
+                f"the policy computes past {unused[0]} and {len(unused) - 1} more: they cannot be adapted",
+                errors=[{"location": name, "message": "it is never called"} for name in unused],
+            )

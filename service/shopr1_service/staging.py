@@ -1,0 +1,169 @@
+"""New weights on their way into the policy: checked as they come, kept in a private file until the swap.
+
+Names, shapes and dtypes are checked before a byte of the weights is taken, every number when it comes. What
+is kept has the model's own dtype already, so that the swap has nothing to do but to copy.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from shopr1_client.errors import FieldError, InvalidWeightsError, StorageError
+from shopr1_service.flaws import refuse_if_any
+from shopr1_service.private_file import PrivateFile
+from shopr1_service.safetensors_header import TensorEntry
+from shopr1_service.weights import PIECE_BYTES, Stored, Weights, bytes_of
+
+
+class Stage:
+    """Takes the tensors of one update, in the order in which they were announced.
+
+    Args:
+        directory: where the private file is.
+        is_partial: the model's other tensors stay as they are.
+
+    Raises (every method):
+        InvalidWeightsError: these are no weights of this policy.
+        StorageError: there is no room.
+    """
+
+    def __init__(self, weights: Weights, directory: Path | None, *, is_partial: bool) -> None:
+        self.num_bytes = 0
+        """That have come."""
+        self.num_announced_bytes = 0
+        self.stored: dict[str, Stored] = {}
+        self._weights = weights
+        self._is_partial = is_partial
+        self._file = _new_file(directory)
+        self._coming: deque[TensorEntry] = deque()
+        self._names: set[str] = set()
+        self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+        self._num_buffered = 0
+        self._num_taken = 0  # of the tensor that is coming
+
+    def announce(self, entries: Sequence[TensorEntry]) -> None:
+        """All that will come, in this order. To be called once, before anything comes."""
+        errors = []
+        for entry in entries:
+            if (error := self._flaw(entry)) is not None:
+                errors.append(error)
+            self._names.add(entry.name)
+        if not self._is_partial:
+            errors += self._missing()
+        refuse_if_any(errors, InvalidWeightsError)
+        if not entries:
+            raise InvalidWeightsError("there are no tensors")
+        self._coming.extend(entries)
+        self.num_announced_bytes = sum(entry.num_bytes for entry in entries)
+        self._skip_empty()
+
+    def feed(self, block: memoryview) -> None:
+        """Bytes of the tensors, wherever they are cut."""
+        while block:
+            if not self._coming:
+                raise InvalidWeightsError(f"{len(block)} bytes more than the header announces")
+            entry = self._coming[0]
+            room = min(PIECE_BYTES - self._num_buffered, entry.num_bytes - self._num_taken)
+            part, block = block[:room], block[room:]
+            bytes_of(self._buffer)[self._num_buffered : self._num_buffered + len(part)] = part
+            self._num_buffered += len(part)
+            self._num_taken += len(part)
+            self.num_bytes += len(part)
+            if self._num_buffered == PIECE_BYTES or self._num_taken == entry.num_bytes:
+                self._keep_piece(entry)
+
+    def end(self) -> None:
+        """Nothing more comes of what was announced."""
+        if self._coming:
+            num_missing = self.num_announced_bytes - self.num_bytes
+            raise InvalidWeightsError(
+                f"the weights end {num_missing} bytes too early, in {self._coming[0].name}",
+            )
+
+    def finish(self) -> Mapping[str, Stored]:
+        """Where all of it is, by the names under which the model has it."""
+        self.end()
+        try:
+            self._check_ties()
+        except OSError as error:
+            raise _no_room(error) from error
+        return self.stored
+
+    def _flaw(self, entry: TensorEntry) -> FieldError | None:
+        tensor = self._weights.tensors.get(self._weights.aliases.get(entry.name, entry.name))
+        if tensor is None:
+            return {"location": entry.name, "message": "the policy has no such tensor"}
+        if entry.name in self._names:
+            return {"location": entry.name, "message": "it comes twice"}
+        if entry.shape != tuple(tensor.shape):
+            message = f"its shape is {list(entry.shape)}, the policy's {list(tensor.shape)}"
+            return {"location": entry.name, "message": message}
+        return None
+
+    def _keep_piece(self, entry: TensorEntry) -> None:
+        """Check what is in the buffer, and write it down."""
+        values = self._buffer[: self._num_buffered].view(entry.dtype)
+        own_dtype = self._weights.tensors[self._weights.aliases.get(entry.name, entry.name)].dtype
+        converted = values.to(own_dtype)
+        if not _is_finite(converted):
+            what = "NaN or infinite values" if not _is_finite(values) else f"values too large for {own_dtype}"
+            refuse_if_any([{"location": entry.name, "message": what}], InvalidWeightsError)
+        try:
+            start = self._file.append(bytes_of(converted))
+        except OSError as error:
+            raise _no_room(error) from error
+        self.stored.setdefault(entry.name, Stored(self._file, start))
+        self._num_buffered = 0
+        if self._num_taken == entry.num_bytes:
+            self._coming.popleft()
+            self._num_taken = 0
+            self._skip_empty()
+
+    def _skip_empty(self) -> None:
+        while self._coming and not self._coming[0].num_bytes:
+            self.stored[self._coming.popleft().name] = Stored(self._file, self._file.num_bytes)
+
+    def _missing(self) -> list[FieldError]:
+        given = {self._weights.aliases.get(name, name) for name in self._names}
+        missing = [name for name in self._weights.tensors if name not in given]
+        return [{"location": name, "message": "it is missing"} for name in missing]
+
+    def _check_ties(self) -> None:
+        """Of tensors that are one in the model, one stays; they must not differ."""
+        for alias, owner in self._weights.aliases.items():
+            if (twin := self.stored.pop(alias, None)) is None:
+                continue
+            if (own := self.stored.setdefault(owner, twin)) is not twin and not self._is_equal(
+                own, twin, owner
+            ):
+                message = f"it differs from {owner}, with which it is one in the policy"
+                refuse_if_any([{"location": alias, "message": message}], InvalidWeightsError)
+
+    def _is_equal(self, some: Stored, others: Stored, name: str) -> bool:
+        num_bytes = self._weights.tensors[name].nbytes
+        halves = bytes_of(self._buffer)[: PIECE_BYTES // 2], bytes_of(self._buffer)[PIECE_BYTES // 2 :]
+        for offset in range(0, num_bytes, PIECE_BYTES // 2):
+            own, twin = (half[: num_bytes - offset] for half in halves)
+            some.file.read_into(own, some.start + offset)
+            others.file.read_into(twin, others.start + offset)
+            if own != twin:
+                return False
+        return True
+
+
+def _new_file(directory: Path | None) -> PrivateFile:
+    try:
+        return PrivateFile(directory)
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # One pass without a mask: NaN shows in both, infinity in one of them.
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values)) if values.numel() else True
+
+
+def _no_room(error: OSError) -> StorageError:
+    return StorageError(f"the new weights cannot be kept in staging_dir: {error.strerror or error}")

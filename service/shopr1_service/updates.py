@@ -1,0 +1,219 @@
+"""Changes of the policy's weights while it serves: one at a time, all of an update or nothing of it.
+
+    come in      from a checkpoint, an upload or a trainer's broadcast; checked and kept in a private file
+    keep         the old weights are written down, unless they are already
+    swap         between two batches, in place; if it fails, the old weights come back
+
+The old weights score until the swap. Whatever fails before it, or the sender's death, leaves no trace.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConflictError
+from shopr1_client.policy_wire import (
+    PolicyUpdate,
+    TransferRequest,
+    UpdateProgress,
+    UpdateRequest,
+)
+from shopr1_client.policy_wire import Stage as StageName
+from shopr1_service.awaited_version import NewVersions
+from shopr1_service.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_regular
+from shopr1_service.compatibility import check_compatible
+from shopr1_service.flaws import flaw
+from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.metrics import Metrics
+from shopr1_service.safetensors_header import DTYPES, TensorEntry
+from shopr1_service.scheduler import Scheduler
+from shopr1_service.settings import Settings
+from shopr1_service.staging import Stage
+from shopr1_service.transfer import TransferError, receive
+from shopr1_service.upload import Upload, pour
+from shopr1_service.versions import VersionTable
+from shopr1_service.weights import PIECE_BYTES, Stored
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 2.0
+
+Fill = Callable[[Stage], Awaitable[None]]
+"""Brings all tensors of an update."""
+
+
+@dataclass
+class _Running:
+    """An update that is under way."""
+
+    version: str
+    stage: Stage
+    name: StageName = StageName.RECEIVING
+    start_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def age_s(self) -> float:
+        return time.perf_counter() - self.start_s
+
+    @property
+    def progress(self) -> UpdateProgress:
+        return UpdateProgress(
+            version=self.version,
+            stage=self.name,
+            num_bytes=self.stage.num_bytes,
+            num_bytes_in_all=self.stage.num_announced_bytes or None,
+            age_s=self.age_s,
+        )
+
+
+class Updates:
+    """See the module. Used from the event loop only.
+
+    Raises (every method that changes the policy):
+        InvalidWeightsError: these are no weights of this policy.
+        UpdateConflictError: another update is under way.
+        StorageError: they cannot be kept.
+        NotReadyError: the service ends.
+    """
+
+    def __init__(
+        self,
+        policy: LoadedPolicy,
+        scheduler: Scheduler,
+        settings: Settings,
+        metrics: Metrics,
+        new_versions: NewVersions,
+    ) -> None:
+        self._policy = policy
+        self._scheduler = scheduler
+        self._roots = settings.policy_roots
+        self._staging_dir = settings.staging_dir
+        self._metrics = metrics
+        self._new_versions = new_versions
+        self._running: _Running | None = None
+
+    @property
+    def progress(self) -> UpdateProgress | None:
+        return self._running.progress if self._running else None
+
+    async def from_checkpoint(self, request: UpdateRequest) -> PolicyUpdate:
+        """Take the weights of a directory below `policy_roots`."""
+
+        async def fill(stage: Stage) -> None:
+            await asyncio.to_thread(self._read, request.path, stage)
+
+        return await self._update("checkpoint", request.version, fill, is_partial=request.partial)
+
+    async def from_upload(
+        self, stream: AsyncIterable[bytes], version: str, *, is_partial: bool
+    ) -> PolicyUpdate:
+        """Take the weights of a safetensors file that comes as a stream."""
+
+        async def fill(stage: Stage) -> None:
+            upload = Upload(stage)
+            await pour(stream, upload.feed)
+            upload.end()
+
+        return await self._update("upload", version, fill, is_partial=is_partial)
+
+    async def from_trainer(self, request: TransferRequest) -> PolicyUpdate:
+        """Take the weights that a trainer broadcasts."""
+
+        async def fill(stage: Stage) -> None:
+            stage.announce(_entries(request))
+            await asyncio.to_thread(self._receive, request, stage)
+
+        return await self._update("transfer", request.version, fill, is_partial=request.partial)
+
+    async def _update(self, source: str, version: str, fill: Fill, *, is_partial: bool) -> PolicyUpdate:
+        with self._only_one(source, version, is_partial=is_partial) as running:
+            await fill(running.stage)
+            stored = await asyncio.to_thread(running.stage.finish)
+            running.name = StageName.KEEPING
+            await asyncio.to_thread(self._policy.way_back.keep, list(stored))
+            running.name = StageName.SWAPPING
+            former, pause_s = await self._scheduler.between_batches(lambda: self._swap(stored, version))
+            self._tell(source, pause_s)
+            update = PolicyUpdate(
+                current=self._policy.versions.base.info,
+                former=former.base.info,
+                num_tensors=len(stored),
+                num_bytes=running.stage.num_bytes,
+                duration_s=running.age_s,
+                pause_s=pause_s,
+                unloaded_adapters=sorted(former.adapters),
+            )
+            logger.info("the policy has changed: %s", update.model_dump_json())
+            return update
+
+    @contextmanager
+    def _only_one(self, source: str, version: str, *, is_partial: bool) -> Iterator[_Running]:
+        if self._running is not None:
+            raise UpdateConflictError(
+                f"an update to version {self._running.version!r} is under way", retry_after_s=_RETRY_AFTER_S
+            )
+        stage = Stage(self._policy.weights, self._staging_dir, is_partial=is_partial)
+        running = self._running = _Running(version, stage)
+        is_done = False
+        try:
+            yield running
+            is_done = True
+        except OSError as error:
+            raise StorageError(f"the weights cannot be read: {error.strerror or error}") from error
+        finally:
+            self._running = None
+            self._metrics.record_update(source, running.age_s, stage.num_bytes, is_done=is_done)
+            if not is_done:
+                logger.warning("version %r was not taken, in the stage %r", version, running.name.value)
+
+    def _swap(self, stored: Mapping[str, Stored], version: str) -> tuple[VersionTable, float]:
+        """On the engine's thread. What was loaded before, and how long nothing was scored."""
+        former, start_s = self._policy.versions, time.perf_counter()
+        self._policy.replace_weights(stored, version)
+        return former, time.perf_counter() - start_s
+
+    def _tell(self, source: str, pause_s: float) -> None:
+        self._metrics.record_swap(source, pause_s)
+        self._metrics.record_policy(self._policy.info)
+        self._new_versions.tell()
+
+    def _read(self, path: str, stage: Stage) -> None:
+        try:
+            checkpoint = open_checkpoint(path, self._roots)
+            check_compatible(checkpoint.directory, self._policy.model.config, self._policy.codec.tokenizer)
+            stage.announce(list(checkpoint.entries))
+            _feed_all(checkpoint, stage)
+        except CheckpointError as error:
+            raise flaw(InvalidWeightsError, error.location, str(error)) from error
+
+    def _receive(self, request: TransferRequest, stage: Stage) -> None:
+        try:
+            receive(request, self._policy.model.device, stage.feed)
+        except TransferError as error:
+            raise InvalidWeightsError(f"the transfer failed: {error}") from error
+
+
+def _feed_all(checkpoint: Checkpoint, stage: Stage) -> None:
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    for shard in checkpoint.shards:
+        with open_regular(shard.path) as file:
+            file.seek(shard.data_start)
+            while num_read := file.readinto(buffer):
+                stage.feed(buffer[:num_read])
+    stage.end()
+
+
+def _entries(request: TransferRequest) -> list[TensorEntry]:
+    entries, start = [], 0
+    for tensor in request.tensors:
+        num_bytes = DTYPES[tensor.dtype].itemsize
+        for length in tensor.shape:
+            num_bytes *= length
+        entries.append(
+            TensorEntry(tensor.name, DTYPES[tensor.dtype], tuple(tensor.shape), start, start + num_bytes)
+        )
+        start += num_bytes
+    return entries

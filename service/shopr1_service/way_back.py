@@ -1,0 +1,47 @@
+"""The weights that score now, written down: what an update goes back to when it fails in the middle."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from shopr1_client.errors import StorageError
+from shopr1_service.private_file import PrivateFile
+from shopr1_service.weights import Stored, Weights
+
+
+class WayBack:
+    """Knows where the tensors stand that have been replaced, and writes those down that will be.
+
+    What an update brought is kept as it came: only what was loaded at start is ever written once more.
+    """
+
+    def __init__(self, weights: Weights, directory: Path | None) -> None:
+        self._weights = weights
+        self._directory = directory
+        self._stored: dict[str, Stored] = {}
+
+    def keep(self, names: Collection[str]) -> None:
+        """Make sure that these can be restored. Beside the engine: it changes nothing that the engine reads.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        missing = [name for name in names if name not in self._stored]
+        if not missing:
+            return
+        try:
+            self._stored.update(self._weights.store(missing, PrivateFile(self._directory)))
+        except OSError as error:
+            reason = error.strerror or error
+            raise StorageError(f"the old weights cannot be kept in staging_dir: {reason}") from error
+
+    def restore(self, names: Collection[str], on_piece: Callable[[], None]) -> None:
+        """Put these back.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        self._weights.load({name: self._stored[name] for name in names}, on_piece)
+
+    def moved_on(self, stored: Mapping[str, Stored]) -> None:
+        """These have replaced what was there; the files that nothing else stands in are gone."""
+        self._stored.update(stored)
