@@ -2,7 +2,6 @@
 
 from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
-from shopr1_client.errors import ProblemError, ShopR1Error, TransportError
-from shopr1_client.updates import MixedVersionsError
+from shopr1_client.errors import MixedVersionsError, ProblemError, ShopR1Error, TransportError
 
 __all__ = ["AsyncClient", "Client", "MixedVersionsError", "ProblemError", "ShopR1Error", "TransportError"]

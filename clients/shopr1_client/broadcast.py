@@ -33,6 +33,7 @@ JOINED, FAILED = "joined", "failed"
 """Keys in the store, see the module."""
 
 _POLL_S = 0.02
+_NUM_ASKS = 10
 _FORMATION_S = 10.0
 """For making the group once the service has joined; it takes milliseconds."""
 
@@ -100,6 +101,12 @@ class TransferStore:
                 f"the service has given up: {self.inner.get(FAILED).decode(errors='replace')}"
             )
 
+    def ask_why(self) -> None:
+        """The same after something has failed: the connection is closed about when the reason comes."""
+        for _ in range(_NUM_ASKS):
+            self.check()
+            self._cancelled.wait(_POLL_S)
+
     def __enter__(self) -> Self:
         return self
 
@@ -153,7 +160,7 @@ def broadcast(store: TransferStore, tensors: Iterable[Tensor], *, backend: str, 
         with _group(store, backend, deadline) as group:
             _send_all(group, tensors, sizes, "cuda" if backend == "nccl" else "cpu")
     except GroupError as error:
-        store.check()
+        store.ask_why()
         raise BroadcastError(str(error)) from None
     finally:
         store.close()

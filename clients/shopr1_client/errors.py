@@ -2,6 +2,7 @@
 
     ShopR1Error
     ├── TransportError             no answer of the service: refused, reset, timed out, somebody else's
+    ├── MixedVersionsError         of several servers some took a new policy version and others did not
     └── ProblemError               an answer, application/problem+json (RFC 9457)
         ├── MalformedBodyError     400  malformed_body    the body is not JSON
         ├── UnauthenticatedError   401  unauthenticated   no valid API key
@@ -47,6 +48,29 @@ class ShopR1Error(Exception):
 
 class TransportError(ShopR1Error):
     """No answer of the service came: refused, reset, timed out, or somebody else answered."""
+
+
+class MixedVersionsError(ShopR1Error):
+    """Some servers have a new version and others do not. Sending it again, to all of them, is the way out.
+
+    Attributes:
+        version: the new one.
+        updated: URLs of the servers that have it.
+        failed: URL of the server that failed; `__cause__` is its error. It has the version only if its answer
+            was lost.
+        untried: URLs of the servers that were not reached any more.
+    """
+
+    def __init__(self, version: str, updated: Sequence[str], failed: str, untried: Sequence[str]) -> None:
+        super().__init__(version, updated, failed, untried)
+        self.version = version
+        self.updated = list(updated)
+        self.failed = failed
+        self.untried = list(untried)
+
+    def __str__(self) -> str:
+        untried = f", and {', '.join(self.untried)} were not tried" if self.untried else ""
+        return f"{', '.join(self.updated)} have version {self.version!r}; {self.failed} failed{untried}"
 
 
 class ProblemError(ShopR1Error):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from shopr1_client.errors import (
     DeadlineExceededError,
+    PolicyVersionError,
     ProblemError,
     TransportError,
     from_problem,
@@ -64,8 +65,11 @@ def read(model: type[_Model], response: httpx.Response) -> _Model:
 def backoff(error: Exception) -> bool | float:
     """Whether to try again, and in how many seconds, where the service says so (a hook for stamina).
 
-    What the service refuses it will always refuse; that it was too slow is the caller's business.
+    What the service refuses it will always refuse; that it was too slow is the caller's business, and how long
+    a request waits for a version stands in the request (`wait_s`).
     """
+    if isinstance(error, PolicyVersionError):
+        return False
     if isinstance(error, ProblemError):
         if error.retry_after_s is not None:
             return error.retry_after_s

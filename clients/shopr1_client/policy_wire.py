@@ -135,8 +135,8 @@ class TensorSpec(RequestModel):
 class TransferRequest(RequestModel):
     """Weights that a trainer broadcasts in a torch.distributed group of two, made for this transfer alone.
 
-    The trainer is rank 0 and serves the group's TCPStore; the service is rank 1. The tensors are broadcast in
-    order from rank 0, each in its own shape and dtype.
+    The trainer is rank 0 and serves the group's TCPStore; the service is rank 1. `broadcast.py` is the trainer's
+    side, and says what travels.
     """
 
     version: VersionName

@@ -3,9 +3,9 @@
 It stands beside a default group that either has, and neither knows of the other. Gloo sees at once from the
 connection that the other side is gone; one that is alive and silent is left at the deadline.
 
-NCCL takes the same way and is untested. Its waits are polls, and its own watchdog, which would end the process
-where a broadcast failed, is not started: at the deadline the communicator is aborted. Whether that also frees a
-process that waits in NCCL's first broadcast, where it connects, is not known.
+NCCL takes the same way and is untested. Its waits are polls, and its own watchdog, which would end the
+process where a broadcast failed, is not started: at the deadline the communicator is aborted. Whether that
+also frees a process that waits in NCCL's first broadcast, where it connects, is not known.
 """
 
 import os
@@ -48,7 +48,7 @@ class Deadline:
 
     @property
     def left(self) -> timedelta:
-        """A little more, for torch: ours is over first and says what it was. And torch takes 0 for no limit."""
+        """A little more, for torch: its own limits come second. It takes 0 for no limit at all."""
         return timedelta(seconds=self.left_s + _GRACE_S)
 
 

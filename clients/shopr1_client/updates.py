@@ -12,31 +12,8 @@ import httpx
 from shopr1_client import exchange
 from shopr1_client.base import Retries
 from shopr1_client.change import Answer, Change, newest_number
-from shopr1_client.errors import ShopR1Error
+from shopr1_client.errors import MixedVersionsError, ShopR1Error
 from shopr1_client.policy_wire import PolicyState
-
-
-class MixedVersionsError(ShopR1Error):
-    """Some servers have a new version and others do not. Sending it again, to all of them, is the way out.
-
-    Attributes:
-        version: the new one.
-        updated: URLs of the servers that have it.
-        failed: URL of the server that failed; `__cause__` is its error. It has the version only if its answer
-            was lost.
-        untried: URLs of the servers that were not reached any more.
-    """
-
-    def __init__(self, version: str, updated: Sequence[str], failed: str, untried: Sequence[str]) -> None:
-        super().__init__(version, updated, failed, untried)
-        self.version = version
-        self.updated = list(updated)
-        self.failed = failed
-        self.untried = list(untried)
-
-    def __str__(self) -> str:
-        untried = f", and {', '.join(self.untried)} were not tried" if self.untried else ""
-        return f"{', '.join(self.updated)} have version {self.version!r}; {self.failed} failed{untried}"
 
 
 class Updater:

@@ -132,5 +132,30 @@ def engine() -> Panels:
     ]
 
 
+def updates() -> Panels:
+    changes = "shopr1_policy_updates_total"
+    return [
+        graph(
+            "Versions",
+            "Changes of weights and adapters since the start. Sick: it stands still while the training goes on.",
+            Query(f"shopr1_policy_number{{{INSTANCE}}}", "{{instance}}"),
+            Query(f"shopr1_loaded_adapters{{{INSTANCE}}}", "{{instance}}, adapters loaded"),
+        ),
+        graph(
+            "Updates",
+            "New weights that came. Sick: any that failed; the old ones score on.",
+            Query(total(changes, "outcome", INSTANCE), "{{outcome}}"),
+            unit=units.CountsPerSecond,
+        ),
+        graph(
+            "Time of an update",
+            "Mean, in all, and the part in which nothing is scored. Sick: the second nears the first.",
+            Query(mean("shopr1_policy_update_duration_seconds", "source", INSTANCE), "{{source}}"),
+            Query(mean("shopr1_policy_swap_duration_seconds", "source", INSTANCE), "{{source}}, pause"),
+            unit=units.Seconds,
+        ),
+    ]
+
+
 def panels() -> Panels:
-    return [*state(), *requests(), *engine()]
+    return [*state(), *requests(), *updates(), *engine()]

@@ -150,7 +150,7 @@ def open_regular(path: Path) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(None, "not a regular file")
-    return open(descriptor, "rb")
+    return open(descriptor, "rb")  # noqa: PTH123  # it is no path
 
 
 def _real_path(path: Path, roots: Sequence[Path]) -> Path | None:
@@ -177,7 +177,7 @@ def _nothing_found(names: set[str], wanted: Sequence[str], conjunction: str) -> 
 
 
 @contextmanager
-def _opened(directory: Path, name: str, roots: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
+def _opened(directory: Path, name: str, roots: Sequence[Path]) -> Iterator[tuple[Path, BufferedReader]]:
     """A file of a directory and its real path; what is wrong with it is a `CheckpointError`."""
     path = _real_path(directory / name, roots)
     if path is None:
@@ -222,7 +222,7 @@ def _indexed_shards(directory: Path, names: set[str], roots: Sequence[Path]) -> 
     return shards
 
 
-def _read(file: BinaryIO, name: str, max_bytes: int) -> bytes:
+def _read(file: BufferedReader, name: str, max_bytes: int) -> bytes:
     if len(content := file.read(max_bytes + 1)) > max_bytes:
         raise CheckpointError(f"{name} is larger than {max_bytes:,} bytes", name)
     return content

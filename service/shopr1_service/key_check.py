@@ -22,6 +22,7 @@ from shopr1_client.errors import ForbiddenError, ProblemError, UnauthenticatedEr
 from shopr1_service.api_keys import ApiKeys, Scope
 from shopr1_service.problems import problem_response
 from shopr1_service.request_id import request_id_of
+from shopr1_service.run_label import IN_PATH as RUN_IN_PATH
 from shopr1_service.url_prefix import prefix_pattern, take_prefix
 
 OPEN_PATHS = "/health/"
@@ -69,7 +70,11 @@ class KeyCheck:
 
 
 def _needed(path: str) -> Scope:
-    # Routes match paths as they are: no spelling of a path gets past this to another one's route.
+    # Routes match paths as they are, but for the run's id, which is taken out later: no other spelling of a
+    # path gets past this to another one's route.
+    route = {"path": path}
+    take_prefix(route, RUN_IN_PATH)
+    path = route["path"]
     if path in ADMIN_PATHS or path.startswith(ADMIN_PREFIX):
         return Scope.ADMIN
     return Scope.METRICS if path == METRICS_PATH else Scope.SCORE

@@ -32,6 +32,8 @@ __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
 _SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
 _GROUPS_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
+_SOURCES = ("checkpoint", "upload", "transfer")
+"""Where new weights come from."""
 _QUEUE_FULL = "queue_full"
 """Why requests are rejected."""
 
@@ -126,6 +128,9 @@ class Metrics:
         self._updates = counter(
             "policy_updates", "Updates of the policy's weights, by where they came from.", "source", "outcome"
         )
+        for source in _SOURCES:  # 0 before the first: the increase to 1 is one
+            for outcome in ("done", "failed"):
+                self._updates.labels(source, outcome)
         self._update_seconds = histogram(
             "policy_update_duration_seconds", "From an update's first byte to its end.", "source"
         )

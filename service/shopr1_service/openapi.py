@@ -13,6 +13,7 @@ from shopr1_client.errors import (
     DeadlineExceededError,
     NotReadyError,
     OverloadedError,
+    PolicyVersionError,
     ProblemError,
 )
 from shopr1_client.wire import Problem
@@ -65,6 +66,9 @@ RUN_PARAMETER: dict[str, Any] = {
     "example": "grpo-7",
 }
 
+_RETRIED = {problem.status for problem in (PolicyVersionError, OverloadedError, NotReadyError)}
+"""Answers that may say when to try again; 409 only if the version may still come."""
+
 _SCHEMA_REF = "#/components/schemas/{model}"
 
 
@@ -86,7 +90,7 @@ def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
         "description": ", or: ".join(problem.title for problem in problems),
         "content": {PROBLEM_MEDIA_TYPE: content},
     }
-    if problems[0] in (NotReadyError, OverloadedError):
+    if problems[0].status in _RETRIED:
         seconds = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
         response["headers"] = {"Retry-After": seconds}
     return response

@@ -70,6 +70,8 @@ class Entry:
             "recipe": self.recipe.name,
             "recipe_digest": self.recipe.digest,
             "policy_version": self.score.policy_version,
+            "policy_number": self.score.policy_number,
+            "adapter": self.score.adapter,
             "group": self.index,
             "group_id": self.score.id,
             "num_rollouts": self.num_rollouts,

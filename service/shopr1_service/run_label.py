@@ -25,7 +25,8 @@ RUN_HEADER = "X-Run-ID"
 _SCOPE_KEY = "shopr1.run"
 # It becomes a label in Prometheus and a word in logs.
 _RUN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_IN_PATH = prefix_pattern("run")
+IN_PATH = prefix_pattern("run")
+"""Of `/run/<id>/<route>`."""
 
 
 def run_of(scope: MutableMapping[str, Any]) -> str:
@@ -42,7 +43,7 @@ class RunLabel:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
         if scope["type"] == "http":
-            in_path = take_prefix(scope, _IN_PATH)
+            in_path = take_prefix(scope, IN_PATH)
             run = in_path.decode() if in_path is not None else Headers(scope=scope).get(RUN_HEADER, "")
             if run and _RUN.fullmatch(run):
                 scope[_SCOPE_KEY] = run

@@ -16,6 +16,9 @@ from shopr1_service.private_file import PrivateFile
 from shopr1_service.safetensors_header import TensorEntry
 from shopr1_service.weights import PIECE_BYTES, Stored, Weights, bytes_of
 
+_CHECKED_NUMBERS = 32_768
+"""As many as torch does not divide among threads: those would wait for each other, beside the engine."""
+
 
 class Stage:
     """Takes the tensors of one update, in the order in which they were announced.
@@ -67,12 +70,12 @@ class Stage:
             entry = self._coming[0]
             room = min(PIECE_BYTES - self._num_buffered, entry.num_bytes - self._num_taken)
             part, block = block[:room], block[room:]
-            bytes_of(self._buffer)[self._num_buffered : self._num_buffered + len(part)] = part
-            self._num_buffered += len(part)
             self._num_taken += len(part)
             self.num_bytes += len(part)
-            if self._num_buffered == PIECE_BYTES or self._num_taken == entry.num_bytes:
-                self._keep_piece(entry)
+            if not self._num_buffered and (values := _numbers(part, entry.dtype)) is not None:
+                self._keep_piece(entry, values)
+            else:
+                self._collect(entry, part)
 
     def end(self) -> None:
         """Nothing more comes of what was announced."""
@@ -102,9 +105,17 @@ class Stage:
             return {"location": entry.name, "message": message}
         return None
 
-    def _keep_piece(self, entry: TensorEntry) -> None:
-        """Check what is in the buffer, and write it down."""
-        values = self._buffer[: self._num_buffered].view(entry.dtype)
+    def _collect(self, entry: TensorEntry, part: memoryview) -> None:
+        """Take a copy, until it is worth keeping."""
+        bytes_of(self._buffer)[self._num_buffered : self._num_buffered + len(part)] = part
+        self._num_buffered += len(part)
+        if self._num_buffered == PIECE_BYTES or self._num_taken == entry.num_bytes:
+            values = self._buffer[: self._num_buffered].view(entry.dtype)
+            self._num_buffered = 0
+            self._keep_piece(entry, values)
+
+    def _keep_piece(self, entry: TensorEntry, values: torch.Tensor) -> None:
+        """Check numbers of the tensor that is coming, and write them down."""
         own_dtype = self._weights.tensors[self._weights.aliases.get(entry.name, entry.name)].dtype
         converted = values.to(own_dtype)
         if not _is_finite(converted):
@@ -115,7 +126,6 @@ class Stage:
         except OSError as error:
             raise _no_room(error) from error
         self.stored.setdefault(entry.name, Stored(self._file, start))
-        self._num_buffered = 0
         if self._num_taken == entry.num_bytes:
             self._coming.popleft()
             self._num_taken = 0
@@ -160,9 +170,19 @@ def _new_file(directory: Path | None) -> PrivateFile:
         raise _no_room(error) from error
 
 
+def _numbers(part: memoryview, dtype: torch.dtype) -> torch.Tensor | None:
+    """The same memory as numbers; None if it does not lie so that they can be read there."""
+    if part.readonly or len(part) % dtype.itemsize:
+        return None
+    numbers = torch.frombuffer(part, dtype=torch.uint8)
+    return None if numbers.data_ptr() % dtype.itemsize else numbers.view(dtype)
+
+
 def _is_finite(values: torch.Tensor) -> bool:
-    # One pass without a mask: NaN shows in both, infinity in one of them.
-    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(values)) if values.numel() else True
+    # One pass without a mask: NaN shows in both extremes, infinity in one of them.
+    parts = torch.split(values, _CHECKED_NUMBERS) if values.numel() else ()
+    extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def _no_room(error: OSError) -> StorageError:

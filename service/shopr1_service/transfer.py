@@ -22,6 +22,7 @@ from shopr1_client.policy_wire import TensorSpec, TransferRequest
 from shopr1_client.transfer_group import Deadline, Group, GroupError, check_backend, reason
 
 _ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_CUT_S = 0.1
 _CONNECTION_S = 10.0
 """For connecting to the store, which answers whatever its trainer does."""
 
@@ -49,8 +50,8 @@ def receive(request: TransferRequest, device: torch.device, sink: Callable[[memo
     progress = _Progress(request)
     try:
         check_backend(request.backend)
-        with _Connection(request, deadline) as connection, connection.group() as group:
-            _receive_all(group, request, device, sink, progress)
+        with _Connection(request, deadline) as connection:
+            _receive_all(connection.group(), request, device, sink, progress)
     except GroupError as error:
         cause = str(error) if deadline.left_s else f"the {request.timeout_s:g} s are over"
         raise TransferError(f"{cause}; {progress}") from None
@@ -79,7 +80,7 @@ class _Progress:
 
 
 class _Connection:
-    """To the trainer's store. A context manager: what ends it is told to the trainer.
+    """To the trainer. A context manager: what ends it is told to the trainer before the group is closed.
 
     Nobody else holds the store, or the tracebacks of errors would keep the connection open with it.
     """
@@ -104,7 +105,7 @@ class _Connection:
             self._store.set(JOINED, json.dumps(sizes))
         except RuntimeError as error:
             raise GroupError(f"the trainer is gone: {reason(error)}") from None
-        return Group(
+        group = Group(
             self._store,
             1,
             backend=self._request.backend,
@@ -112,6 +113,7 @@ class _Connection:
             deadline=self._deadline,
             formation=self._deadline,
         )
+        return self._closing.enter_context(group)
 
     def __enter__(self) -> Self:
         return self
@@ -120,8 +122,8 @@ class _Connection:
         if self._store is not None and kind is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(FAILED, str(error) or kind.__name__)
-        self._store = None
         self._closing.close()
+        self._store = None
 
 
 def _probe(request: TransferRequest, limit: Deadline) -> tuple[tuple[str, int], str]:
@@ -146,18 +148,26 @@ def _store(peer: tuple[str, int], limit: Deadline) -> Store:
 
 @contextlib.contextmanager
 def _cut_at(deadline: Deadline, peer: tuple[str, int]) -> Iterator[None]:
-    """End the connections to the store at the deadline, within.
+    """End the connections to the store from the deadline on, within.
 
-    TCPStore waits without a limit for the answer of a server that stands still, whatever its timeout is.
+    TCPStore waits without a limit for the answer of a server that stands still, whatever its timeout is; and
+    it connects anew.
     """
-    timer = threading.Timer(deadline.left_s, _cut, [peer])
-    timer.daemon = True
-    timer.start()
+    is_over = threading.Event()
+
+    def cut_until_over() -> None:
+        limit_s = deadline.left_s
+        while not is_over.wait(limit_s):
+            _cut(peer)
+            limit_s = _CUT_S
+
+    thread = threading.Thread(target=cut_until_over, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        timer.cancel()
-        timer.join()
+        is_over.set()
+        thread.join()
 
 
 def _cut(peer: tuple[str, int]) -> None:

@@ -10,9 +10,11 @@ The old weights score until the swap. Whatever fails before it, or the sender's 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 
 from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConflictError
 from shopr1_client.policy_wire import (
@@ -197,13 +199,23 @@ class Updates:
 
 
 def _feed_all(checkpoint: Checkpoint, stage: Stage) -> None:
-    buffer = memoryview(bytearray(PIECE_BYTES))
     for shard in checkpoint.shards:
-        with open_regular(shard.path) as file:
-            file.seek(shard.data_start)
-            while num_read := file.readinto(buffer):
-                stage.feed(buffer[:num_read])
+        with open_regular(shard.path) as file, closing(_read_ahead(file, shard.data_start)) as blocks:
+            for block in blocks:
+                stage.feed(block)
     stage.end()
+
+
+def _read_ahead(file: BufferedReader, start: int) -> Generator[memoryview, None, None]:
+    """A file from `start` on: while a block is being used, the next one is read."""
+    file.seek(start)
+    buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
+    with ThreadPoolExecutor(1, "read-ahead") as reader:
+        coming = reader.submit(file.readinto, buffers[0])
+        while num_read := coming.result():
+            coming = reader.submit(file.readinto, buffers[1])
+            yield buffers[0][:num_read]
+            buffers.reverse()
 
 
 def _entries(request: TransferRequest) -> list[TensorEntry]:

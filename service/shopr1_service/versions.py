@@ -8,7 +8,7 @@ A table never changes: every change makes a new one. The engine's thread puts it
 everybody else may read it at any time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shopr1_client.errors import InvalidRequestError, PolicyVersionError
@@ -91,7 +91,7 @@ class VersionTable:
         if demand is None:
             return versions[-1]
         key = demand.exact if demand.exact is not None else demand.at_least
-        number = self._numbers.get((versions[-1].adapter, key)) if isinstance(key, str) else key
+        number = self._number(versions, key) if isinstance(key, str) else key
         for version in reversed(versions):
             is_newer = demand.at_least is not None and number is not None and version.number >= number
             if is_newer or version.number == number:
@@ -135,6 +135,11 @@ class VersionTable:
             message = f"no adapter {name!r} is loaded; there are: {known}"
             raise InvalidRequestError(message, errors=[{"location": "adapter", "message": message}])
         return self.adapters[name]
+
+    def _number(self, versions: Sequence[Version], name: str) -> int | None:
+        """Of the last version that was given this name; one that is loaded is never forgotten."""
+        loaded = [version.number for version in versions if version.name == name]
+        return loaded[-1] if loaded else self._numbers.get((versions[-1].adapter, name))
 
     def _after(self, version: Version) -> "VersionTable":
         numbers = {**self._numbers, (version.adapter, version.name): version.number}

@@ -31,13 +31,16 @@ CODES = {
     "not_found": 404,
     "method_not_allowed": 405,
     "policy_version": 409,
+    "update_conflict": 409,
     "too_large": 413,
     "invalid_request": 422,
+    "invalid_weights": 422,
     "unscorable": 422,
     "overloaded": 429,
     "internal": 500,
     "not_ready": 503,
     "deadline_exceeded": 504,
+    "storage": 507,
 }
 
 each_problem = pytest.mark.parametrize("problem_class", PROBLEMS, ids=lambda problem: problem.code)
@@ -62,7 +65,7 @@ def test_codes_and_statuses() -> None:
 
 def test_the_tree() -> None:
     assert set(ProblemError.__subclasses__()) == set(PROBLEMS)
-    assert set(ShopR1Error.__subclasses__()) == {ProblemError, TransportError}
+    assert set(ShopR1Error.__subclasses__()) == {ProblemError, TransportError, MixedVersionsError}
     assert issubclass(ShopR1Error, Exception)
 
 

@@ -34,11 +34,12 @@ def answer_to(part: Part, *, version: str = "0", digest: str = "d") -> ScoreResp
         {
             "request_id": "r",
             "recipe": {"name": "shop_r1", "digest": digest},
-            "policy": {"model": "m", "version": version},
+            "policy": {"model": "m", "version": version, "number": 0},
             "groups": [
                 {
                     "id": group["id"],
                     "policy_version": version,
+                    "policy_number": 0,
                     "rewards": [reward_of(completion) for completion in group["completions"]],
                 }
                 for group in groups

@@ -22,7 +22,10 @@ PACKAGES = {
 }
 OURS = set(PACKAGES)
 OF_TRAINERS = {
+    Path("broadcast.py"): {"torch"},
+    Path("transfer_group.py"): {"torch"},
     Path("trainers/areal_workflow.py"): {"areal"},
+    Path("trainers/callback.py"): {"transformers"},
     Path("trainers/ms_swift.py"): {"swift"},
     Path("trainers/openrlhf.py"): {"torch"},
     Path("trainers/skyrl.py"): {"skyrl_gym"},

@@ -33,7 +33,7 @@ def in_env_example() -> dict[str, str]:
 
 def defaults() -> dict[str, str]:
     """The variables that compose.yaml substitutes with their defaults."""
-    return dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", (DOCKER / "compose.yaml").read_text("utf-8")))
+    return dict(re.findall(r"\$\{([A-Z0-9_]+):-([^}]*)\}", (DOCKER / "compose.yaml").read_text("utf-8")))
 
 
 def passed_on(service: dict[str, Any]) -> set[str]:
@@ -43,7 +43,7 @@ def passed_on(service: dict[str, Any]) -> set[str]:
 
 
 def substituted(text: str) -> str:
-    return re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", text)
+    return re.sub(r"\$\{[A-Z0-9_]+:-([^}]*)\}", r"\1", text)
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
@@ -78,7 +78,7 @@ def test_the_variables_are_those_of_the_example() -> None:
 
 def test_every_variable_has_a_default_or_may_be_left_out() -> None:
     text = (DOCKER / "compose.yaml").read_text("utf-8")
-    assert text.count("${") == len(re.findall(r"\$\{[A-Z_]+:-[^}]+\}", text))
+    assert text.count("${") == len(re.findall(r"\$\{[A-Z0-9_]+:-[^}]+\}", text))
 
 
 def test_the_example_shows_the_defaults() -> None:

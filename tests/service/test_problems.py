@@ -507,6 +507,9 @@ ELSEWHERE = (
     "overloaded",
     "deadline_exceeded",
     "unscorable",
+    "update_conflict",
+    "invalid_weights",
+    "storage",
 )
 IDLE = [expected for expected in PROBLEMS if expected.code not in ELSEWHERE]
 

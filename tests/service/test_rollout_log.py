@@ -62,6 +62,8 @@ async def test_a_line_for_each_rollout(tmp_path: Path) -> None:
         "recipe": "shop_r1",
         "recipe_digest": load_recipe("shop_r1").digest,
         "policy_version": "0",
+        "policy_number": 0,
+        "adapter": None,
         "group": 0,
         "group_id": "g1",
         "num_rollouts": 2,

@@ -32,6 +32,7 @@ async def test_info(tmp_path: Path) -> None:
         "policy": {
             "model": "fake",
             "version": "0",
+            "number": 0,
             "architecture": "FakePolicy",
             "dtype": "float64",
             "device": "cpu",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from shopr1_service.errors import SettingsError
 from shopr1_service.settings import DType, Settings, load_settings
@@ -17,7 +17,8 @@ KEYS = "one-0123456789abc,two-0123456789abc"
 def shown(value: object) -> str:
     """A setting's value as it is written in a file."""
     if isinstance(value, tuple):
-        return ",".join(key.get_secret_value() for key in value)
+        parts = [part.get_secret_value() if isinstance(part, SecretStr) else str(part) for part in value]
+        return ",".join(parts)
     return str(value)
 
 
@@ -39,6 +40,11 @@ def test_defaults() -> None:
         "policy": None,
         "revision": None,
         "policy_version": "0",
+        "policy_roots": (),
+        "staging_dir": None,
+        "max_adapters": 16,
+        "adapter_versions": 2,
+        "max_adapter_bytes": 2_147_483_648,
         "device": "auto",
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
@@ -115,6 +121,7 @@ def test_every_setting_can_come_from_anywhere(
 ) -> None:
     special = {
         "api_keys": KEYS,
+        "policy_roots": "/a,/b c",
         "dtype": "float16",
         "log_level": "debug",
         "deterministic": "True",
