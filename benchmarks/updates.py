@@ -1,4 +1,4 @@
-"""How long the policy's weights take to change, against copies of the same bytes. Run by `make bench-updates`.
+"""How long the policy's weights take to change, against copies of the same bytes: `make bench-updates`.
 
 Both ends of every copy are in the page cache or on the same disk as the service's own files. README.md says
 what each row means.

@@ -1,6 +1,5 @@
 """One change of a server's policy: how it is sent, and how one sees that it is there already."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +90,7 @@ class Change:
             num_tensors=self.num_tensors,
             num_bytes=self.num_bytes,
             duration_s=duration_s,
-            pause_s=math.nan,
+            pause_s=None,
         )
 
 

@@ -61,8 +61,8 @@ class Client(BaseClient):
             options: see `UpdateOptions`.
 
         Returns:
-            The last server's answer. If it was lost and the weights are there all the same, what only it had is
-            missing: counts are 0, `pause_s` is NaN and `duration_s` is this client's.
+            The last server's answer. If it was lost and the weights are there all the same, what only it had
+            is missing: counts are 0, `pause_s` is None and `duration_s` is this client's.
 
         Raises:
             ValueError: the model cannot be sent, as when it is sharded; the message says what to do.

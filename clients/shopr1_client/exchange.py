@@ -65,8 +65,8 @@ def read(model: type[_Model], response: httpx.Response) -> _Model:
 def backoff(error: Exception) -> bool | float:
     """Whether to try again, and in how many seconds, where the service says so (a hook for stamina).
 
-    What the service refuses it will always refuse; that it was too slow is the caller's business, and how long
-    a request waits for a version stands in the request (`wait_s`).
+    What the service refuses it will always refuse; that it was too slow is the caller's business. How long to
+    wait for a version stands in the request (`wait_s`).
     """
     if isinstance(error, PolicyVersionError):
         return False

@@ -135,8 +135,8 @@ class TensorSpec(RequestModel):
 class TransferRequest(RequestModel):
     """Weights that a trainer broadcasts in a torch.distributed group of two, made for this transfer alone.
 
-    The trainer is rank 0 and serves the group's TCPStore; the service is rank 1. `broadcast.py` is the trainer's
-    side, and says what travels.
+    The trainer is rank 0 and serves the group's TCPStore; the service is rank 1. `broadcast.py` is the
+    trainer's side, and says what travels.
     """
 
     version: VersionName
@@ -158,7 +158,10 @@ class PolicyUpdate(AnswerModel):
     num_tensors: int
     num_bytes: Annotated[int, Field(description="Of the weights, as they came.")]
     duration_s: Annotated[float, Field(description="From the first byte to the first batch on the new ones.")]
-    pause_s: Annotated[float, Field(description="How long nothing was scored.")]
+    pause_s: Annotated[
+        float | None,
+        Field(description="How long nothing was scored. Null only in a client that lost the answer."),
+    ]
     unloaded_adapters: Annotated[
         list[str], Field(description="They belong to the weights that they were loaded on.")
     ] = []  # noqa: RUF012  # pydantic copies it

@@ -189,9 +189,7 @@ class ScoreRequest(RequestModel):
     groups: list[Group]
     policy_version: Annotated[
         Demand | None,
-        Field(
-            description="Score with this version of the policy, or with one that is new enough, or answer 409."
-        ),
+        Field(description="Score with this version of the policy, or one that is new enough, or answer 409."),
     ] = None
     adapter: Annotated[
         AdapterName | None,

@@ -202,9 +202,11 @@ def test_a_timeout_is_a_transport_error() -> None:
     # Somebody who takes connections and says nothing: the service itself would answer 504 in time.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with Client(url, timeout_s=0.1, retry_for_s=0) as client:
-            with pytest.raises(TransportError, match="Timeout"):
-                client.score(request(answer()))
+        with (
+            Client(url, timeout_s=0.1, retry_for_s=0) as client,
+            pytest.raises(TransportError, match="Timeout"),
+        ):
+            client.score(request(answer()))
 
 
 # --- servers that are none --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from shopr1_client.errors import (
     PROBLEMS,
     FieldError,
     InvalidRequestError,
+    MixedVersionsError,
     NotReadyError,
     ProblemError,
     ShopR1Error,

@@ -10,7 +10,7 @@ by itself: those routes are there, and do nothing. What fails is a problem of th
 """
 
 from collections.abc import Container
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Response
 from fastapi.responses import PlainTextResponse
@@ -30,6 +30,10 @@ TAG = "engines"
 router = APIRouter(tags=[TAG])
 
 _UNLOAD_PROBLEMS = problem_responses(NotFoundError, InvalidRequestError, InternalError, NotReadyError)
+
+_NOTHING_TO_DO = "Nothing to do: updates are atomic.\n"
+_LOADED = "Success: LoRA adapter '{name}' is loaded."
+_UNLOADED = "Success: LoRA adapter '{name}' is unloaded."
 
 
 class UpdateFromDisk(TrainerRequest):
@@ -101,6 +105,11 @@ async def model_info(state: AppState) -> Response:
     return json_answer(ModelInfo(model_path=info.model, weight_version=info.version, is_generation=False))
 
 
+def _text(example: str) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` for an answer in plain text."""
+    return {200: {"content": {"text/plain": {"example": example}}}}
+
+
 def _does_nothing(path: str, method: str, name: str, what: str) -> None:
     @router.api_route(
         path,
@@ -108,12 +117,12 @@ def _does_nothing(path: str, method: str, name: str, what: str) -> None:
         operation_id=name,
         summary=f"SGLang: {what}",
         response_class=PlainTextResponse,
-        responses=problem_responses(InternalError, NotReadyError),
+        responses=_text(_NOTHING_TO_DO) | problem_responses(InternalError, NotReadyError),
     )
     async def route(state: AppState) -> Response:
         """Does nothing: an update is atomic, and renews the cache by itself."""
         state.scorer  # noqa: B018  # there must be a policy that is running
-        return PlainTextResponse("Nothing to do: updates are atomic.\n")
+        return PlainTextResponse(_NOTHING_TO_DO)
 
 
 _does_nothing("/pause_generation", "POST", "sglangPause", "stop for an update")
@@ -130,7 +139,7 @@ def _lora_routes(prefix: str, engine: str) -> None:
         operation_id=f"{name}LoadLora",
         summary=f"{engine}: load a LoRA adapter",
         response_class=PlainTextResponse,
-        responses=CHANGE_PROBLEMS,
+        responses=_text(_LOADED.format(name="grpo-v7")) | CHANGE_PROBLEMS,
     )
     async def load(
         body: Annotated[LoadLora, Body(openapi_examples=examples.LORA_LOADS)], state: AppState
@@ -138,21 +147,21 @@ def _lora_routes(prefix: str, engine: str) -> None:
         """`POST /policy/adapters` in the engine's words; requests choose the adapter by its name."""
         _refuse_if_known(body, state.scorer.policy.versions.adapters)
         await state.adapters.from_directory(AdapterRequest(name=body.lora_name, path=body.lora_path))
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is loaded.")
+        return PlainTextResponse(_LOADED.format(name=body.lora_name))
 
     @router.post(
         f"{prefix}/unload_lora_adapter",
         operation_id=f"{name}UnloadLora",
         summary=f"{engine}: unload a LoRA adapter",
         response_class=PlainTextResponse,
-        responses=_UNLOAD_PROBLEMS,
+        responses=_text(_UNLOADED.format(name="grpo-v6")) | _UNLOAD_PROBLEMS,
     )
     async def unload(
         body: Annotated[UnloadLora, Body(openapi_examples=examples.LORA_UNLOADS)], state: AppState
     ) -> Response:
         """`DELETE /policy/adapters/{name}` in the engine's words."""
         await state.adapters.unload(body.lora_name)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is unloaded.")
+        return PlainTextResponse(_UNLOADED.format(name=body.lora_name))
 
 
 _lora_routes("/v1", "vLLM")
