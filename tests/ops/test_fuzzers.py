@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TARGETS = ("completion", "bodies", "labels", "api_keys", "safetensors_header")
+TARGETS = ("completion", "bodies", "labels", "api_keys", "safetensors_header", "uploads")
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "15"))
 STARTING_S = 120
 
