@@ -21,7 +21,7 @@ class PrivateFile:
         Path(path).unlink()
         self.num_bytes = 0
         # Not a file object: those complain when they are not closed by hand.
-        weakref.finalize(self, os.close, self._fd)
+        self._end = weakref.finalize(self, os.close, self._fd)
 
     def append(self, block: memoryview) -> int:
         """Write all of a block at the end; returns where it begins."""
@@ -31,6 +31,10 @@ class PrivateFile:
             self.num_bytes += num_written
             block = block[num_written:]
         return start
+
+    def discard(self) -> None:
+        """Give its room back now, and not when its last holder has gone. It is of no use from then on."""
+        self._end()
 
     def read_into(self, block: memoryview, start: int) -> None:
         """Fill a block with what stands from `start` on."""

@@ -94,6 +94,10 @@ class Stage:
             raise _no_room(error) from error
         return self.stored
 
+    def discard(self) -> None:
+        """Give the room back: nothing of it is wanted."""
+        self._file.discard()
+
     def _flaw(self, entry: TensorEntry) -> FieldError | None:
         tensor = self._weights.tensors.get(self._weights.aliases.get(entry.name, entry.name))
         if tensor is None:

@@ -55,6 +55,7 @@ class _Running:
     stage: Stage
     name: StageName = StageName.RECEIVING
     start_s: float = field(default_factory=time.perf_counter)
+    is_done: bool = False
 
     @property
     def age_s(self) -> float:
@@ -138,6 +139,7 @@ class Updates:
             await asyncio.to_thread(self._policy.way_back.keep, list(stored))
             running.name = StageName.SWAPPING
             former, pause_s = await self._scheduler.between_batches(lambda: self._swap(stored, version))
+            running.is_done = True
             self._tell(source, pause_s)
             update = PolicyUpdate(
                 current=self._policy.versions.base.info,
@@ -159,16 +161,18 @@ class Updates:
             )
         stage = Stage(self._policy.weights, self._staging_dir, is_partial=is_partial)
         running = self._running = _Running(version, stage)
-        is_done = False
         try:
             yield running
-            is_done = True
-        except OSError as error:
-            raise StorageError(f"the weights cannot be read: {error.strerror or error}") from error
+        except Exception as error:
+            if not running.is_done:  # when it is cancelled instead, a thread may still be writing
+                stage.discard()
+            if isinstance(error, OSError):
+                raise StorageError(f"the weights cannot be read: {error.strerror or error}") from error
+            raise
         finally:
             self._running = None
-            self._metrics.record_update(source, running.age_s, stage.num_bytes, is_done=is_done)
-            if not is_done:
+            self._metrics.record_update(source, running.age_s, stage.num_bytes, is_done=running.is_done)
+            if not running.is_done:
                 logger.warning("version %r was not taken, in the stage %r", version, running.name.value)
 
     def _swap(self, stored: Mapping[str, Stored], version: str) -> tuple[VersionTable, float]:

@@ -29,7 +29,7 @@ class WayBack:
         if not missing:
             return
         try:
-            self._stored.update(self._weights.store(missing, PrivateFile(self._directory)))
+            self._stored.update(self._store(missing))
         except OSError as error:
             reason = error.strerror or error
             raise StorageError(f"the old weights cannot be kept in staging_dir: {reason}") from error
@@ -41,6 +41,14 @@ class WayBack:
             OSError: the disk fails.
         """
         self._weights.load({name: self._stored[name] for name in names}, on_piece)
+
+    def _store(self, names: Collection[str]) -> Mapping[str, Stored]:
+        file = PrivateFile(self._directory)
+        try:
+            return self._weights.store(names, file)
+        except OSError:
+            file.discard()
+            raise
 
     def moved_on(self, stored: Mapping[str, Stored]) -> None:
         """These have replaced what was there; the files that nothing else stands in are gone."""

@@ -26,7 +26,7 @@ def new_versions(policy: FakePolicy) -> NewVersions:
 
 
 def target(wait_s: float = LONG_S, **demand: str | int) -> Target:
-    return Target(None, VersionDemand(wait_s=wait_s, **demand))  # type: ignore[arg-type]  # one of two
+    return Target(None, VersionDemand(wait_s=wait_s, **demand))
 
 
 async def waiting(new_versions: NewVersions, wanted: Target) -> asyncio.Task[None]:

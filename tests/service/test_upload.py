@@ -6,7 +6,6 @@ import json
 import math
 import struct
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch

@@ -1,7 +1,9 @@
 """A service whose policy changes: what is sent to it, and what its numbers are held against."""
 
 import contextlib
+import gc
 import os
+import threading
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +103,11 @@ class Service:
     policy: LoadedPolicy
     failures: list[BaseException] = field(default_factory=list)
 
+    @property
+    def engine(self) -> threading.Thread:
+        [thread] = [thread for thread in threading.enumerate() if thread.name == "engine"]
+        return thread
+
     async def upload(self, content: Any, version: str = "1", **params: Any) -> httpx.Response:
         """Weights: a file, or pieces of one."""
         return await self.http.put("/policy/weights", params={"version": version, **params}, content=content)
@@ -120,6 +127,10 @@ class Service:
 
     async def scored(self, **target: Any) -> Any:
         return await score(self.http, *_GROUPS, include=["tokens"], **target)
+
+    def forget_prompts(self) -> None:
+        """As a fresh service has none."""
+        self.policy._cache.clear()
 
     async def numbers(self, **target: Any) -> list[float]:
         """What is measured of each token of some rollouts, always the same ones."""
@@ -162,23 +173,46 @@ class Unchanged:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._before: Any = None
+        self._before: list[Any] = []
+        self._state: Any = None
+        self._num_files = 0
 
     async def __aenter__(self) -> None:
-        # The first request fills the cache, so that every later one finds the same in it.
-        await self._seen()
-        self._before = await self._seen()
+        self._service.forget_prompts()
+        # Kept prompts change the last bits: without them, and with them.
+        self._before = [await self._scored(), await self._scored()]
+        self._state = await self._service.state()
+        self._num_files = num_staged_files()
 
     async def __aexit__(self, error: Any, *_: Any) -> None:
-        if error is None:
-            assert await self._seen() == self._before
+        if error is not None:
+            return
+        assert num_staged_files(collect=False) == self._num_files
+        assert await self._service.state() == self._state
+        # Here prompts may be kept that were computed of what was refused.
+        assert await self._scored() in self._before
+        self._service.forget_prompts()
+        assert [await self._scored(), await self._scored()] == self._before
 
-    async def _seen(self) -> Any:
-        self._service.policy._cache.clear()
+    async def _scored(self) -> Any:
         scored = await self._service.scored()
         del scored["request_id"]
-        return scored, await self._service.state(), num_open_files()
+        return scored
 
 
-def num_open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # pathlib's needs one more
+def num_staged_files(*, collect: bool = True) -> int:
+    """Private files that are open.
+
+    Args:
+        collect: what earlier tests have left is gone before; what this one leaves may not wait for that.
+    """
+    if collect:
+        gc.collect()
+    return sum("/shopr1-" in _file_of(number) for number in os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def _file_of(number: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")  # noqa: PTH115  # not every one is a path
+    except FileNotFoundError:  # it was closed meanwhile
+        return ""

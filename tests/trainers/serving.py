@@ -15,7 +15,7 @@ READY_TIMEOUT_S = 300.0
 def serving(**settings: str) -> Iterator[Live]:
     """A service that is ready to score; settings by their names without `SHOPR1_`."""
     port = free_port()
-    environment = {"SHOPR1_API_KEYS": API_KEY, "HF_HUB_OFFLINE": "1"}
+    environment = {"SHOPR1_API_KEYS": API_KEY, "HF_HUB_OFFLINE": "1", "SHOPR1_DTYPE": "float32"}
     environment |= {f"SHOPR1_{name.upper()}": value for name, value in settings.items()}
     with (
         tempfile.TemporaryFile("w+") as log,
