@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-trainers lint audit bench bench-growth format openapi dashboard image clean
+.PHONY: help install demo test test-ops test-trainers lint audit bench bench-growth bench-updates format openapi dashboard image clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -78,6 +78,9 @@ bench: install  ## Speed against what people do today, as ratios; writes benchma
 bench-growth: install  ## How cost grows with completions and with the prompt; writes benchmarks/growth.csv and plots
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/bench.py --growth
+
+bench-updates: install  ## How long new weights take, against copies of the same bytes; writes benchmarks/updates.csv
+	$(BIN)/python benchmarks/updates.py
 
 format: install  ## Rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

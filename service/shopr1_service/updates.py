@@ -184,6 +184,7 @@ class Updates:
     def _tell(self, source: str, pause_s: float) -> None:
         self._metrics.record_swap(source, pause_s)
         self._metrics.record_policy(self._policy.info)
+        self._metrics.record_adapters(len(self._policy.versions.loaded()))  # they have gone with the old ones
         self._new_versions.tell()
 
     def _read(self, path: str, stage: Stage) -> None:

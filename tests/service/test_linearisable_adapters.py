@@ -226,7 +226,6 @@ def test_every_answer_is_of_the_adapter_that_it_names(
     changer = Changer(service.url, root)
     traffic = asyncio.run(under_traffic(service.url, ask, changer.run))
     changer.close()
-    print(len(traffic.seen), traffic.refusals)
     assert traffic.refusals.keys() <= {"policy_version", "not_ready"}
     for seen in traffic.seen:
         check(seen, truths)

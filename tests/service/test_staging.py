@@ -22,7 +22,7 @@ from shopr1_service.staging import Stage
 from shopr1_service.way_back import WayBack
 from shopr1_service.weights import Stored, Weights, bytes_of
 from tests.service.models import one_thread, tiny_model
-from tests.service.updating import EMBEDDING, HEAD, NORM, changed_model, num_staged_files, weights_of
+from tests.service.updating import EMBEDDING, HEAD, NORM, changed_model, staged_files, weights_of
 
 TIED = {"tie_word_embeddings": True}
 
@@ -77,7 +77,7 @@ def check_equal(model: PreTrainedModel, expected: PreTrainedModel) -> None:
 
 
 def test_a_private_file_has_no_name_and_ends_with_its_holder(tmp_path: Path) -> None:
-    num_before = num_staged_files()
+    before = staged_files()
     file = PrivateFile(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert [file.append(memoryview(block)) for block in (b"ab", b"", b"cde")] == [0, 2, 2]
@@ -87,16 +87,16 @@ def test_a_private_file_has_no_name_and_ends_with_its_holder(tmp_path: Path) -> 
     assert block == b"bcd"
     with pytest.raises(OSError, match="the file ends at byte 5"):
         file.read_into(memoryview(block), 3)
-    assert num_staged_files() == num_before + 1
+    assert len(staged_files() - before) == 1
     del file
-    assert num_staged_files() == num_before
+    assert not staged_files() - before
 
 
 def test_a_discarded_file_is_closed_once() -> None:
-    num_before = num_staged_files()
+    before = staged_files()
     file = PrivateFile()
     file.discard()
-    assert num_staged_files() == num_before
+    assert not staged_files() - before
     with open(os.devnull, "rb") as other:  # noqa: PTH123  # takes the number of the one that was closed
         file.discard()
         del file
@@ -309,13 +309,13 @@ def test_what_an_update_brought_is_not_written_again(monkeypatch: pytest.MonkeyP
 def test_old_files_are_given_back() -> None:
     model = tiny_model()
     way_back = WayBack(Weights(model), None)
-    num_before = num_staged_files()
+    before = staged_files()
     for _ in range(5):
         stored = staged(model, *weights_of(changed_model()).items())
         way_back.keep(stored)
         way_back.moved_on(stored)
         del stored
-        assert num_staged_files() == num_before + 1
+        assert len(staged_files() - before) == 1
 
 
 # --- a disk that is full ----------------------------------------------------------------------------
@@ -346,10 +346,10 @@ def test_a_full_disk_for_new_weights() -> None:
 @pytest.mark.usefixtures("_full")
 def test_a_full_disk_for_old_weights() -> None:
     kept = Weights(tiny_model())
-    way_back, num_before = WayBack(kept, None), num_staged_files()
+    way_back, before = WayBack(kept, None), staged_files()
     with pytest.raises(StorageError, match="the old weights cannot be kept in staging_dir: No space left"):
         way_back.keep(list(kept.tensors))
-    assert num_staged_files() == num_before
+    assert not staged_files() - before
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

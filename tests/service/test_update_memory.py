@@ -1,4 +1,4 @@
-"""An update of the weights takes little memory beside them: a second copy would not fit where large ones serve."""
+"""An update takes little memory beside the weights: where large ones serve, a second copy would not fit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,12 +77,13 @@ def peak_bytes(service: Process) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-# The first has to write down what was there before.
-@pytest.mark.parametrize("way", [by_path, by_upload, by_path])
-def test_growth(service: Process, directory: Path, way: Any) -> None:
+@pytest.mark.parametrize(("turn", "way"), list(enumerate([by_path, by_upload, by_path])))
+def test_growth(service: Process, directory: Path, turn: int, way: Any) -> None:
+    """The first has to write down what was there before."""
     num_bytes = (directory / "model.safetensors").stat().st_size
     forget_peak(service)
     before_bytes = service.rss_bytes()
     assert before_bytes > num_bytes  # they are in memory indeed
-    way(service, directory).raise_for_status()
+    number = way(service, directory).raise_for_status().json()["current"]["number"]
+    assert number == turn + 1
     assert peak_bytes(service) - before_bytes < MAX_GROWTH * num_bytes

@@ -1,7 +1,6 @@
 """A service whose policy changes: what is sent to it, and what its numbers are held against."""
 
 import contextlib
-import gc
 import os
 import threading
 from collections.abc import AsyncIterator, Mapping
@@ -175,24 +174,24 @@ class Unchanged:
         self._service = service
         self._before: list[Any] = []
         self._state: Any = None
-        self._num_files = 0
+        self._files: set[str] = set()
 
     async def __aenter__(self) -> None:
         self._service.forget_prompts()
-        # Kept prompts change the last bits: without them, and with them.
-        self._before = [await self._scored(), await self._scored()]
+        # Kept prompts change the last bits: without them, with some, and with all of them.
+        self._before = [await self._scored() for _ in range(3)]
         self._state = await self._service.state()
-        self._num_files = num_staged_files()
+        self._files = staged_files()
 
     async def __aexit__(self, error: Any, *_: Any) -> None:
         if error is not None:
             return
-        assert num_staged_files(collect=False) == self._num_files
+        assert not staged_files() - self._files
         assert await self._service.state() == self._state
         # Here prompts may be kept that were computed of what was refused.
         assert await self._scored() in self._before
         self._service.forget_prompts()
-        assert [await self._scored(), await self._scored()] == self._before
+        assert await self._scored() == self._before[0]
 
     async def _scored(self) -> Any:
         scored = await self._service.scored()
@@ -200,15 +199,10 @@ class Unchanged:
         return scored
 
 
-def num_staged_files(*, collect: bool = True) -> int:
-    """Private files that are open.
-
-    Args:
-        collect: what earlier tests have left is gone before; what this one leaves may not wait for that.
-    """
-    if collect:
-        gc.collect()
-    return sum("/shopr1-" in _file_of(number) for number in os.listdir("/proc/self/fd"))  # noqa: PTH208
+def staged_files() -> set[str]:
+    """The private files that are open; no two ever have the same name."""
+    files = map(_file_of, os.listdir("/proc/self/fd"))  # noqa: PTH208
+    return {file for file in files if "/shopr1-" in file}
 
 
 def _file_of(number: str) -> str:
