@@ -70,9 +70,8 @@ class LinearHead:
 
     def _mean_row(self, num_rows: int) -> tuple[Tensor, float]:
         """Mean of the weight's rows and of the bias, in fp64."""
-        # In parts: a whole vocabulary in fp64 is four times as large as the weight.
         parts = torch.split(self.weight_V_H[:num_rows], CHUNK_ROWS)
-        sum_H = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0)
+        sum_H = torch.stack([part.sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0)
         bias = 0.0 if self.bias_V is None else float(self.bias_V[:num_rows].double().mean())
         return sum_H / num_rows, bias
 

@@ -92,7 +92,7 @@ class LoadedPolicy:
             FatalEngineError: there was no way back either.
         """
         try:
-            self.weights.load(stored, self.heartbeat.beat)
+            self._load(stored)
             self._renew()
             self._check(self._probe())
         except Exception as error:
@@ -114,9 +114,7 @@ class LoadedPolicy:
         """
         self._cache.enter(version.number)
         try:
-            with adapter.applied(self.model):
-                self._check(self._probe())
-            self._check_used(adapter)
+            self._try(adapter)
         except Exception:
             self._forget([version])
             raise
@@ -139,6 +137,13 @@ class LoadedPolicy:
             self._adapters.pop(version.number, None)
             self._cache.forget(version.number)
 
+    def _load(self, stored: Mapping[str, Stored]) -> None:
+        try:
+            self.weights.load(stored, self.heartbeat.beat)
+        finally:  # it explains why the file could not be read, if it could not
+            if not all(place.file.is_intact for place in stored.values()):
+                raise InvalidWeightsError("the checkpoint was written to while it was taken over")
+
     def _go_back(self, stored: Mapping[str, Stored]) -> None:
         try:
             self.way_back.restore(list(stored), self.heartbeat.beat)
@@ -152,8 +157,10 @@ class LoadedPolicy:
                 what = "not finite" if value.reason is Reason.NON_FINITE_LOGITS else value.message
                 raise InvalidWeightsError(f"with them the policy's logits are {what}")
 
-    def _check_used(self, adapter: Adapter) -> None:
-        unused = unused_layers(adapter, self.model, self._probe)
+    def _try(self, adapter: Adapter) -> None:
+        measured: list[Measured] = []
+        unused = unused_layers(adapter, self.model, lambda: measured.append(self._probe()))
+        self._check(measured[0])
         if unused:
             raise InvalidWeightsError(
                 f"the policy computes past {unused[0]} and {len(unused) - 1} more: they cannot be adapted",

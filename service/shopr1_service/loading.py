@@ -144,9 +144,9 @@ def build_policy(
 
 
 def _probe_group(random_ids: Sequence[int]) -> TokenGroup:
-    """A prompt of a token, so that any model takes it, and a completion whose every token is measured."""
-    prompt_ids, ids = random_ids[:1], random_ids[1:_NUM_CHECK_TOKENS]
-    return TokenGroup(prompt_ids, [MeasuredCompletion(ids, range(len(ids)))])
+    """One pass: of all its tokens the last one is measured, which is not fed."""
+    *prompt_ids, last = random_ids[:_NUM_CHECK_TOKENS]
+    return TokenGroup(prompt_ids, [MeasuredCompletion([last], [0])])
 
 
 def _cache_bytes(

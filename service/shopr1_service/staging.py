@@ -2,20 +2,24 @@
 
 Names, shapes and dtypes are checked before a byte of the weights is taken, every number when it comes. What
 is kept has the model's own dtype already, so that the swap has nothing to do but to copy.
+
+A checkpoint's files are not copied: they are checked, held open, and read once more at the swap. If somebody
+has written to them by then, it fails.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from shopr1_client.errors import FieldError, InvalidWeightsError, StorageError
 from shopr1_service.flaws import refuse_if_any
-from shopr1_service.private_file import PrivateFile
+from shopr1_service.open_file import ForeignFile, PrivateFile
 from shopr1_service.safetensors_header import TensorEntry
-from shopr1_service.weights import PIECE_BYTES, Stored, Weights, bytes_of
+from shopr1_service.weights import PIECE_BYTES, Buffers, Stored, Weights, bytes_of, on_threads
 
+_FAST_DTYPES = (torch.float32, torch.float64)
 _CHECKED_NUMBERS = 32_768
 """As many as torch does not divide among threads: those would wait for each other, beside the engine."""
 
@@ -77,6 +81,19 @@ class Stage:
             else:
                 self._collect(entry, part)
 
+    def refer(self, file: ForeignFile, data_start: int, entries: Sequence[TensorEntry]) -> None:
+        """Take the tensors that come next from where they stand in a file."""
+        buffers = Buffers()
+        places = [(entry, Stored(file, data_start + entry.start, entry.dtype)) for entry in entries]
+        jobs = [(*place, *part) for place in places for part in _parts(place[0])]
+        for num_bytes in on_threads(lambda job: self._check_part(*job, buffers), jobs):
+            self.num_bytes += num_bytes
+        for entry, place in places:
+            self.stored[entry.name] = place
+            if entry.num_bytes:
+                assert self._coming.popleft() is entry
+                self._skip_empty()
+
     def end(self) -> None:
         """Nothing more comes of what was announced."""
         if self._coming:
@@ -99,7 +116,7 @@ class Stage:
         self._file.discard()
 
     def _flaw(self, entry: TensorEntry) -> FieldError | None:
-        tensor = self._weights.tensors.get(self._weights.aliases.get(entry.name, entry.name))
+        tensor = self._weights.named(entry.name)
         if tensor is None:
             return {"location": entry.name, "message": "the policy has no such tensor"}
         if entry.name in self._names:
@@ -120,24 +137,38 @@ class Stage:
 
     def _keep_piece(self, entry: TensorEntry, values: torch.Tensor) -> None:
         """Check numbers of the tensor that is coming, and write them down."""
-        own_dtype = self._weights.tensors[self._weights.aliases.get(entry.name, entry.name)].dtype
-        converted = values.to(own_dtype)
-        if not _is_finite(converted):
-            what = "NaN or infinite values" if not _is_finite(values) else f"values too large for {own_dtype}"
-            refuse_if_any([{"location": entry.name, "message": what}], InvalidWeightsError)
+        own = self._checked(entry, values)
         try:
-            start = self._file.append(bytes_of(converted))
+            start = self._file.append(bytes_of(own))
         except OSError as error:
             raise _no_room(error) from error
-        self.stored.setdefault(entry.name, Stored(self._file, start))
+        self.stored.setdefault(entry.name, Stored(self._file, start, own.dtype))
         if self._num_taken == entry.num_bytes:
             self._coming.popleft()
             self._num_taken = 0
             self._skip_empty()
 
+    def _check_part(
+        self, entry: TensorEntry, place: Stored, first: int, num_numbers: int, buffers: Buffers
+    ) -> int:
+        values = buffers.read(place, first, num_numbers)
+        self._checked(entry, values)
+        return values.nbytes
+
+    def _checked(self, entry: TensorEntry, values: torch.Tensor) -> torch.Tensor:
+        """Numbers as the model will have them."""
+        tensor = self._weights.named(entry.name)
+        assert tensor is not None
+        own = values.to(tensor.dtype)
+        if not _is_finite(own):
+            what = f"values too large for {own.dtype}" if _is_finite(values) else "NaN or infinite values"
+            refuse_if_any([{"location": entry.name, "message": what}], InvalidWeightsError)
+        return own
+
     def _skip_empty(self) -> None:
         while self._coming and not self._coming[0].num_bytes:
-            self.stored[self._coming.popleft().name] = Stored(self._file, self._file.num_bytes)
+            entry = self._coming.popleft()
+            self.stored[entry.name] = Stored(self._file, 0, entry.dtype)
 
     def _missing(self) -> list[FieldError]:
         given = {self._weights.aliases.get(name, name) for name in self._names}
@@ -156,15 +187,21 @@ class Stage:
                 refuse_if_any([{"location": alias, "message": message}], InvalidWeightsError)
 
     def _is_equal(self, some: Stored, others: Stored, name: str) -> bool:
-        num_bytes = self._weights.tensors[name].nbytes
-        halves = bytes_of(self._buffer)[: PIECE_BYTES // 2], bytes_of(self._buffer)[PIECE_BYTES // 2 :]
-        for offset in range(0, num_bytes, PIECE_BYTES // 2):
-            own, twin = (half[: num_bytes - offset] for half in halves)
-            some.file.read_into(own, some.start + offset)
-            others.file.read_into(twin, others.start + offset)
-            if own != twin:
+        tensor, some_buffers, other_buffers = self._weights.tensors[name], Buffers(), Buffers()
+        step = PIECE_BYTES // max(some.dtype.itemsize, others.dtype.itemsize)
+        for first in range(0, tensor.numel(), step):
+            num_numbers = min(step, tensor.numel() - first)
+            own = some_buffers.read(some, first, num_numbers).to(tensor.dtype)
+            if not torch.equal(own, other_buffers.read(others, first, num_numbers).to(tensor.dtype)):
                 return False
         return True
+
+
+def _parts(entry: TensorEntry) -> Iterator[tuple[int, int]]:
+    """First number and length of what is checked at a time."""
+    num_numbers = entry.num_bytes // entry.dtype.itemsize
+    step = PIECE_BYTES // entry.dtype.itemsize
+    return ((first, min(step, num_numbers - first)) for first in range(0, num_numbers, step))
 
 
 def _new_file(directory: Path | None) -> PrivateFile:
@@ -183,7 +220,10 @@ def _numbers(part: memoryview, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    # One pass without a mask: NaN shows in both extremes, infinity in one of them.
+    # The square of all is one fast pass, and finite only if they are; large numbers need a second look.
+    if values.dtype in _FAST_DTYPES and bool(torch.dot(values, values).isfinite()):
+        return True
+    # Without a mask: NaN shows in both extremes, infinity in one of them.
     parts = torch.split(values, _CHECKED_NUMBERS) if values.numel() else ()
     extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
     return not extremes or bool(torch.stack(extremes).isfinite().all())

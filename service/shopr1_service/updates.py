@@ -10,11 +10,9 @@ The old weights score until the swap. Whatever fails before it, or the sender's 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BufferedReader
 
 from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConflictError
 from shopr1_client.policy_wire import (
@@ -30,6 +28,7 @@ from shopr1_service.compatibility import check_compatible
 from shopr1_service.flaws import flaw
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
+from shopr1_service.open_file import ForeignFile
 from shopr1_service.safetensors_header import DTYPES, TensorEntry
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.settings import Settings
@@ -37,7 +36,7 @@ from shopr1_service.staging import Stage
 from shopr1_service.transfer import TransferError, receive
 from shopr1_service.upload import Upload, pour
 from shopr1_service.versions import VersionTable
-from shopr1_service.weights import PIECE_BYTES, Stored
+from shopr1_service.weights import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ class Updates:
             checkpoint = open_checkpoint(path, self._roots)
             check_compatible(checkpoint.directory, self._policy.model.config, self._policy.codec.tokenizer)
             stage.announce(list(checkpoint.entries))
-            _feed_all(checkpoint, stage)
+            _refer_to_all(checkpoint, stage)
         except CheckpointError as error:
             raise flaw(InvalidWeightsError, error.location, str(error)) from error
 
@@ -203,24 +202,11 @@ class Updates:
             raise InvalidWeightsError(f"the transfer failed: {error}") from error
 
 
-def _feed_all(checkpoint: Checkpoint, stage: Stage) -> None:
+def _refer_to_all(checkpoint: Checkpoint, stage: Stage) -> None:
     for shard in checkpoint.shards:
-        with open_regular(shard.path) as file, closing(_read_ahead(file, shard.data_start)) as blocks:
-            for block in blocks:
-                stage.feed(block)
+        with open_regular(shard.path) as file:
+            stage.refer(ForeignFile(file), shard.data_start, shard.header.entries)
     stage.end()
-
-
-def _read_ahead(file: BufferedReader, start: int) -> Generator[memoryview, None, None]:
-    """A file from `start` on: while a block is being used, the next one is read."""
-    file.seek(start)
-    buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
-    with ThreadPoolExecutor(1, "read-ahead") as reader:
-        coming = reader.submit(file.readinto, buffers[0])
-        while num_read := coming.result():
-            coming = reader.submit(file.readinto, buffers[1])
-            yield buffers[0][:num_read]
-            buffers.reverse()
 
 
 def _entries(request: TransferRequest) -> list[TensorEntry]:

@@ -4,14 +4,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from shopr1_client.errors import StorageError
-from shopr1_service.private_file import PrivateFile
+from shopr1_service.open_file import PrivateFile
 from shopr1_service.weights import Stored, Weights
 
 
 class WayBack:
     """Knows where the tensors stand that have been replaced, and writes those down that will be.
 
-    What an update brought is kept as it came: only what was loaded at start is ever written once more.
+    What an update brought is kept as it came. Only what was loaded at start is written once more, and what
+    came from a file that somebody has written to since.
     """
 
     def __init__(self, weights: Weights, directory: Path | None) -> None:
@@ -25,7 +26,7 @@ class WayBack:
         Raises:
             StorageError: there is no room.
         """
-        missing = [name for name in names if name not in self._stored]
+        missing = [name for name in names if not self._is_kept(name)]
         if not missing:
             return
         try:
@@ -40,7 +41,12 @@ class WayBack:
         Raises:
             OSError: the disk fails.
         """
+        if not all(map(self._is_kept, names)):
+            raise OSError(None, "the former weights' file was written to")
         self._weights.load({name: self._stored[name] for name in names}, on_piece)
+
+    def _is_kept(self, name: str) -> bool:
+        return name in self._stored and self._stored[name].file.is_intact
 
     def _store(self, names: Collection[str]) -> Mapping[str, Stored]:
         file = PrivateFile(self._directory)

@@ -1,28 +1,37 @@
 """A model's tensors by their names in checkpoints, written out and replaced in place.
 
 In place, because a second copy of the weights would not fit beside the first: a piece at a time goes from a
-private file into the tensors that the model computes with. On a CPU the file is read right into them.
+file into the tensors that the model computes with. On a CPU the file is read right into them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shopr1_service.private_file import PrivateFile
+from shopr1_service.open_file import OpenFile, PrivateFile
 
 PIECE_BYTES = 16 * 2**20
-"""What is held in memory at a time."""
+"""What is held in memory at a time, by each thread."""
+_MAX_THREADS = 4
+
+_Given = TypeVar("_Given")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor's numbers stand, in the dtype and order in which the model has them."""
+    """Where a tensor's numbers stand, row by row, without gaps."""
 
-    file: PrivateFile
+    file: OpenFile
     start: int
+    dtype: torch.dtype
 
 
 class Weights:
@@ -45,7 +54,10 @@ class Weights:
                 self.tensors[name] = tensor
             else:
                 self.aliases[name] = owner
-        self._pinned = _piece_buffer(model.device)
+
+    def named(self, name: str) -> Tensor | None:
+        """A tensor by any of its names."""
+        return self.tensors.get(self.aliases.get(name, name))
 
     def store(self, names: Iterable[str], file: PrivateFile) -> dict[str, Stored]:
         """Write tensors out as they are.
@@ -55,7 +67,6 @@ class Weights:
         """
         return {name: self._store(self.tensors[name], file) for name in names}
 
-    @torch.inference_mode()
     def load(self, stored: Mapping[str, Stored], on_piece: Callable[[], None]) -> None:
         """Replace tensors. If it fails, some have been replaced.
 
@@ -65,26 +76,32 @@ class Weights:
         Raises:
             OSError: the disk fails.
         """
-        for name, place in stored.items():
-            start = place.start
-            for piece in _pieces(self.tensors[name]):
-                self._load_piece(piece, place.file, start)
-                start += piece.nbytes
-                on_piece()
+        buffers = Buffers()
+        jobs = [job for name, place in stored.items() for job in _jobs(self.tensors[name], place)]
+        for _ in on_threads(lambda job: _load(*job, buffers), jobs):
+            on_piece()
 
     def _store(self, tensor: Tensor, file: PrivateFile) -> Stored:
         start = file.num_bytes
-        for piece in _pieces(tensor):
+        for piece in pieces(tensor, tensor.element_size()):
             file.append(bytes_of(piece.cpu()))
-        return Stored(file, start)
+        return Stored(file, start, tensor.dtype)
 
-    def _load_piece(self, piece: Tensor, file: PrivateFile, start: int) -> None:
-        if piece.device.type == "cpu":
-            file.read_into(bytes_of(piece), start)
-            return
-        buffer = self._pinned[: piece.nbytes]
-        file.read_into(bytes_of(buffer), start)
-        piece.copy_(buffer.view(piece.dtype))
+
+class Buffers(threading.local):
+    """Memory that a thread reads a piece into."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, place: Stored, first: int, num_numbers: int, *, is_pinned: bool = False) -> Tensor:
+        """Some of a tensor's numbers, in the dtype in which they are stored; until the next call."""
+        num_bytes = num_numbers * place.dtype.itemsize
+        if len(self._bytes) < num_bytes:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+        numbers = self._bytes[:num_bytes]
+        place.file.read_into(bytes_of(numbers), place.start + first * place.dtype.itemsize)
+        return numbers.view(place.dtype)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -92,18 +109,41 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 
 
-def _piece_buffer(device: torch.device) -> Tensor:
-    """Not needed on a CPU."""
-    num_bytes = 0 if device.type == "cpu" else PIECE_BYTES
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+def pieces(tensor: Tensor, number_bytes: int) -> Iterator[Tensor]:
+    """A tensor's numbers in order, as flat views of it.
 
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's numbers in order, as flat views of it."""
+    Args:
+        number_bytes: what one of them takes where the most memory is needed for it.
+    """
     if not tensor.is_contiguous():
         for row in tensor:
-            yield from _pieces(row)
+            yield from pieces(row, number_bytes)
         return
     flat = tensor.detach().view(-1)
     if flat.numel():
-        yield from torch.split(flat, PIECE_BYTES // flat.element_size())
+        yield from torch.split(flat, PIECE_BYTES // number_bytes)
+
+
+def on_threads(work: Callable[[_Given], _Result], jobs: Sequence[_Given]) -> Iterator[_Result]:
+    """Results in order. When one fails, nothing more is begun, and nothing goes on when this ends."""
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(num_threads, "weights")
+    try:
+        yield from pool.map(work, jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _jobs(tensor: Tensor, place: Stored) -> Iterator[tuple[Tensor, Stored, int]]:
+    """Pieces of a tensor, and the first number of each."""
+    first = 0
+    for piece in pieces(tensor, max(tensor.element_size(), place.dtype.itemsize)):
+        yield piece, place, first
+        first += piece.numel()
+
+
+def _load(piece: Tensor, place: Stored, first: int, buffers: Buffers) -> None:
+    if piece.device.type == "cpu" and piece.dtype == place.dtype:
+        place.file.read_into(bytes_of(piece), place.start + first * place.dtype.itemsize)
+    else:
+        piece.copy_(buffers.read(place, first, piece.numel(), is_pinned=piece.is_cuda))

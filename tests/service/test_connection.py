@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator
 from http.client import HTTPResponse
 
@@ -15,6 +16,8 @@ from shopr1_service.connection import connection_class
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
 from tests.service.http import WAIT_S, answer, group, serving
+from tests.service.models import policy_of, tiny_model
+from tests.service.updating import adapter_file, changed_model, file_of
 
 TIMEOUT_S = 0.3
 BODY = json.dumps({"groups": [group(answer())]}).encode()
@@ -115,6 +118,63 @@ def test_others_are_served_while_many_dawdle(server: str) -> None:
         with connection(server) as client:
             client.sendall(HEAD % len(BODY) + BODY)
             assert answered_status(client) == 200
+
+
+# --- bodies that are weights ------------------------------------------------------------------------
+
+PUT = b"PUT %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+WEIGHTS = b"/policy/weights?version=1"
+LINGER_S = 0.3
+
+
+@pytest.fixture
+def updatable_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("shopr1_service.connection._LINGER_S", LINGER_S)
+    app = create_app(Settings(receive_timeout_s=TIMEOUT_S), lambda: policy_of(tiny_model()))
+    with serving(app, http=connection_class(TIMEOUT_S)) as url, Client(url) as client:
+        client.wait_until_ready(WAIT_S)
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [(WEIGHTS, file_of(changed_model())), (b"/policy/adapters/a", adapter_file())],
+    ids=["weights", "adapter"],
+)
+def test_weights_may_take_longer_as_long_as_they_come(
+    updatable_server: str, path: bytes, content: bytes
+) -> None:
+    """Longer in all than the timeouts of the body and of the connection, on a connection that is kept."""
+    with connection(updatable_server) as client:
+        for _ in range(2):
+            start_s, num_sent = time.monotonic(), 0
+            client.sendall(PUT % (path, len(content)))
+            while time.monotonic() < start_s + 2 * (TIMEOUT_S + LINGER_S):
+                client.sendall(content[num_sent : num_sent + 1])
+                num_sent += 1
+                time.sleep(TIMEOUT_S / 20)  # a slow client; nothing waits for it
+            client.sendall(content[num_sent:])
+            assert answered_status(client) == 200
+
+
+@pytest.mark.parametrize("num_sent", [0, 1, 100_000])
+def test_weights_that_stop_coming_are_answered_408(updatable_server: str, num_sent: int) -> None:
+    content = file_of(changed_model())
+    with connection(updatable_server) as client:
+        client.sendall(PUT % (WEIGHTS, len(content)) + content[:num_sent])
+        answered = rest(client)  # ends, because the server closes
+    assert answered.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"request_timeout"' in answered
+    with connection(updatable_server) as client:
+        client.sendall(PUT % (WEIGHTS, len(content)) + content)
+        assert answered_status(client) == 200
+
+
+def test_other_bodies_must_come_in_time_as_a_whole(updatable_server: str) -> None:
+    with connection(updatable_server) as client:
+        client.sendall(HEAD.replace(b"/score", b"/policy/update") % 2**20)
+        client.settimeout(0.01)
+        assert any(is_closed_after(client, b" ") for _ in range(int(WAIT_S * 100)))
 
 
 def test_the_class_is_uvicorns_own_kind() -> None:

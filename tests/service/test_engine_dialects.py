@@ -92,8 +92,8 @@ async def test_weights_that_are_refused(service: Service, tmp_path: Path) -> Non
         for path, location in (("nowhere", "path"), ("new", "config.json: rms_norm_eps")):
             body = {"model_path": path, **UPDATE_MORE}
             assert flaws(await service.http.post("/update_weights_from_disk", json=body)).keys() == {location}
-        for body in ({}, {"model_path": ""}, {"model_path": 1}):
-            refused = await service.http.post("/update_weights_from_disk", json=body)
+        for bad in ({}, {"model_path": ""}, {"model_path": 1}):
+            refused = await service.http.post("/update_weights_from_disk", json=bad)
             assert flaws(refused, 422, "invalid_request").keys() == {"model_path"}
 
 

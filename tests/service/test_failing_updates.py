@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shopr1_service.engine import FatalEngineError
-from shopr1_service.private_file import PrivateFile
+from shopr1_service.open_file import PrivateFile
 from shopr1_service.staging import Stage
 from tests.service.http import WAIT_S, metric, problem
 from tests.service.models import one_thread, tiny_model
@@ -116,13 +116,14 @@ async def test_a_disk_that_fails_in_the_swap(
             made = fail_at(patch, call)
             refused = await service.upload(NEW)
         assert "cannot be read: Input/output error" in problem(refused, 507, "storage")["detail"]
-        assert len(made) == call + 1 + num_tensors  # up to the failure, and all the way back
+        # Up to the failure, what threads did until it was seen, and all the way back.
+        assert call + 1 + num_tensors <= len(made) <= 2 * num_tensors
     done(await service.upload(NEW))
     assert await service.numbers() == await numbers_of(changed_model())
 
 
 async def test_no_way_back_ends_the_service(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at(monkeypatch, 5, 8)
+    fail_at(monkeypatch, *range(5, 1000))
     engine = service.engine
     refused = await service.upload(NEW)
     assert "the engine has failed" in problem(refused, 503, "not_ready")["detail"]
@@ -191,7 +192,7 @@ async def test_a_checkpoint_that_vanishes(
 
 async def _put(service: Service, content: bytes, cut: int) -> list[dict[str, Any]]:
     """An upload whose client goes after so many bytes, as a server tells it."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"type": "http.request", "body": content[:cut], "more_body": True},
         {"type": "http.disconnect"},
     ]

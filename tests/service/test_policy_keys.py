@@ -7,7 +7,7 @@ import pytest
 
 from tests.service.http import answer, group, problem, running
 from tests.service.models import one_thread, tiny_model
-from tests.service.updating import Unchanged, adapter_file, changed_model, done, file_of, updatable
+from tests.service.updating import adapter_file, changed_model, done, file_of, updatable
 
 pytestmark = pytest.mark.anyio
 
@@ -57,22 +57,15 @@ async def test_no_route_is_missing_here() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN)
-@pytest.mark.parametrize("prefix", ["", "/run/x", "/run/x/run/y", "/run/x%2fy", "/run/"])
+@pytest.mark.parametrize("prefix", ["", "/run/x", "/run/x/run/y", "/run/"])
 async def test_who_may_change_the_policy(method: str, path: str, prefix: str) -> None:
     async with running(**SETTINGS) as client:
         problem(await client.request(method, prefix + path), 401, "unauthenticated")
         for scope in ("score", "metrics"):
             refused = await client.request(method, prefix + path, headers=bearer(scope))
-            if prefix == "/run/x%2fy":  # a path that leads nowhere
-                assert refused.status_code in (403, 404)
-            else:
-                assert (
-                    f"not for {'admin' if prefix != '/run/' else ''}"
-                    in problem(refused, 403, "forbidden")["detail"]
-                )
-        if prefix in ("", "/run/x"):
-            taken = await client.request(method, prefix + path, headers=bearer("admin"))
-            assert taken.status_code not in (401, 403, 404, 405) or taken.json()["code"] == "not_found"
+            assert "not for admin" in problem(refused, 403, "forbidden")["detail"]
+        taken = await client.request(method, prefix + path, headers=bearer("admin"))
+        assert taken.status_code in (200, 422)  # by the route: there is no body, or no run's id
 
 
 @pytest.mark.parametrize(("method", "path"), READING)
@@ -117,15 +110,10 @@ async def test_weights_come_by_any_of_these(prefix: str) -> None:
 )
 async def test_and_by_none_of_these(prefix: str) -> None:
     async with updatable(tiny_model(), **SETTINGS) as service:
-        own = dict(service.http.headers)
-        service.http.headers.update(bearer("score"))
-        async with Unchanged(service):
-            del service.http.headers["Authorization"]
-            url = f"{prefix.format(**KEYS)}/policy/weights?version=1"
-            refused = await service.http.put(url, content=NEW)
-            assert refused.status_code in (401, 403)
-            service.http.headers.update(bearer("score"))
-        assert own
+        url = f"{prefix.format(**KEYS)}/policy/weights?version=1"
+        refused = await service.http.put(url, content=NEW)
+        assert refused.status_code in (401, 403)
+        assert service.policy.versions.num_changes == 0
 
 
 async def test_a_key_that_scores_may_choose_versions() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from shopr1_service.fake import FakePolicy
 from tests.service.http import metric, problem, running
@@ -196,10 +197,11 @@ def _untied(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("given_dtype", [torch.float64, torch.float32, torch.float16])
 async def test_a_dtype_becomes_the_policys_own(given_dtype: torch.dtype) -> None:
-    given = changed_model().to(given_dtype)
+    given = changed_model()
+    nn.Module.to(given, dtype=given_dtype)
     async with updatable(tiny_model(dtype=torch.bfloat16)) as service:
         done(await service.upload(file_of(given)))
-        assert await service.numbers() == await numbers_of(given.to(torch.bfloat16))
+        assert await service.numbers() == await numbers_of(nn.Module.to(given, dtype=torch.bfloat16))
 
 
 async def test_the_cache_is_renewed_and_used_again(service: Service) -> None:

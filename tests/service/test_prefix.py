@@ -1,5 +1,6 @@
 """The prefix cache against a list of everything that was ever put into it."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pytest
@@ -129,3 +130,71 @@ def test_tokens_are_counted() -> None:
     remember(cache, [1, 2, 3])  # 3 missed
     remember(cache, [1, 2, 4, 5])  # 2 hit, 2 missed
     assert (cache.stats.num_hit_tokens, cache.stats.num_missed_tokens) == (2, 5)
+
+
+# --- several owners ---------------------------------------------------------------------------------
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["use", "use", "use", "forget", "clear"]),
+        st.sampled_from([None, 1, 2]),
+        st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    ),
+    max_size=20,
+)
+
+
+@given(steps=STEPS)
+def test_each_owner_has_its_own(steps: list[tuple[str, int | None, list[int]]]) -> None:
+    cache = PrefixCache(10**6)
+    known: dict[int | None, set[tuple[int, ...]]] = defaultdict(set)
+    for what, owner, prompt in steps:
+        if what == "use":
+            cache.enter(owner)
+            beginnings = {tuple(prompt[:end]) for end in range(1, len(prompt) + 1)}
+            assert len(spelled(cache.match(prompt))) == len(known[owner] & beginnings)
+            remember(cache, prompt)
+            known[owner] |= beginnings
+        elif what == "clear":
+            cache.clear()
+            known.clear()
+        else:
+            cache.enter(None if owner is not None else 1)  # not the one that goes
+            cache.forget(owner)
+            known.pop(owner, None)
+        assert cache.stats.num_bytes == BYTES_PER_TOKEN * sum(map(len, known.values()))
+
+
+@given(steps=STEPS, max_tokens=st.integers(0, 8))
+def test_owners_share_the_limit(steps: list[tuple[str, int | None, list[int]]], max_tokens: int) -> None:
+    cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
+    for _, owner, prompt in steps:
+        cache.enter(owner)
+        remember(cache, prompt)
+        assert cache.stats.num_bytes <= max_tokens * BYTES_PER_TOKEN
+        found = spelled(cache.match(prompt))
+        assert found == prompt[: len(found)]
+
+
+def test_what_was_not_used_for_longest_goes_first_whoevers_it_is() -> None:
+    cache = PrefixCache(4 * BYTES_PER_TOKEN)
+    for owner in (None, 1):
+        cache.enter(owner)
+        remember(cache, [1, 1])
+    cache.enter(None)
+    cache.match([1, 1])
+    remember(cache, [2, 2])  # the other one's goes
+    assert spelled(cache.match([1, 1])) == [1, 1]
+    cache.enter(1)
+    assert cache.match([1, 1]) == []
+
+
+def test_what_is_cleared_can_be_used_at_once() -> None:
+    cache = PrefixCache(10**6)
+    cache.enter(1)
+    remember(cache, [1, 2])
+    cache.clear()
+    remember(cache, [1, 2, 3])
+    assert spelled(cache.match([1, 2, 3])) == [1, 2, 3]
+    cache.forget(7)  # nobody knows it
+    assert cache.stats.num_bytes == 3 * BYTES_PER_TOKEN

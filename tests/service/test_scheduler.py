@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 
-from shopr1_client.errors import NotReadyError, OverloadedError
+from shopr1_client.errors import InvalidRequestError, NotReadyError, OverloadedError, PolicyVersionError
+from shopr1_client.policy_wire import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.backlog import Kind, Measurements
@@ -21,7 +23,7 @@ from shopr1_service.fake import FakePolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.token_rate import TokenRate
-from shopr1_service.versions import Version
+from shopr1_service.versions import Target, Version
 
 pytestmark = pytest.mark.anyio
 
@@ -281,6 +283,184 @@ async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, 
         await waiting
     with pytest.raises(NotReadyError, match="shutting down"):
         await scheduler.measure([TokenGroup([1], completions(1))], KIND)
+
+
+# --- errands ----------------------------------------------------------------------------------------
+
+
+async def errands(scheduler: Scheduler, *works: Callable[[], Any]) -> list["asyncio.Task[Any]"]:
+    """Each waits for its turn."""
+    tasks = [asyncio.create_task(scheduler.between_batches(work)) for work in works]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_an_errand_comes_between_two_batches(policy: Gated, scheduler: Scheduler) -> None:
+    running = await hold_up(scheduler, policy)
+    waiting = await submit(scheduler, TokenGroup([1], completions(1)))
+    seen: list[Any] = []
+
+    def look(name: str) -> Callable[[], str]:
+        def work() -> str:
+            seen.append((len(policy.batches), threading.current_thread().name))
+            return name
+
+        return work
+
+    tasks = await errands(scheduler, look("first"), look("second"))
+    assert seen == []  # not while a batch is being measured
+    policy.gate.set()
+    assert [await task for task in tasks] == ["first", "second"]
+    assert seen == [(1, "engine"), (1, "engine")]  # nor behind the one that waits
+    assert values(await running) == [[0.0]]
+    assert values(await waiting[0]) == [[1.0]]
+
+
+async def test_an_idle_engine_does_an_errand_at_once(scheduler: Scheduler) -> None:
+    assert await scheduler.between_batches(lambda: 7) == 7
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("0"), SystemExit(3), InvalidRequestError("no")])
+async def test_what_an_errand_raises_is_handed_over(
+    policy: Gated, scheduler: Scheduler, error: BaseException
+) -> None:
+    def fail() -> None:
+        raise error
+
+    outcome: list[BaseException] = []
+    try:
+        await scheduler.between_batches(fail)
+    except BaseException as caught:  # all kinds of them
+        outcome.append(caught)
+    assert outcome == [error]
+    policy.gate.set()
+    assert values(await scheduler.measure([TokenGroup([1], completions(1))], KIND)) == [[1.0]]
+
+
+async def test_an_errand_is_done_though_nobody_waits(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    is_done: list[bool] = []
+    [gone] = await errands(scheduler, lambda: is_done.append(True))
+    gone.cancel()
+    await asyncio.wait([gone])
+    policy.gate.set()
+    await scheduler.between_batches(lambda: None)
+    assert is_done == [True]
+
+
+async def test_an_errand_that_is_the_end(
+    policy: Gated, scheduler: Scheduler, failures: list[BaseException]
+) -> None:
+    running = await hold_up(scheduler, policy)
+    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+
+    def fail() -> None:
+        raise FatalEngineError("no way back")
+
+    tasks = await errands(scheduler, fail, lambda: policy.batches.clear())
+    policy.gate.set()
+    assert values(await running) == [[0.0]]
+    for task in (waiting, *tasks):
+        with pytest.raises(NotReadyError, match="the engine has failed") as caught:
+            await task
+        assert caught.value.retry_after_s is not None
+    with pytest.raises(NotReadyError, match="the engine has failed"):
+        await scheduler.between_batches(lambda: None)
+    assert [str(failure) for failure in failures] == ["no way back"]
+    assert len(policy.batches) == 1  # neither the batch nor the second errand has begun
+
+
+async def test_closing_dismisses_errands(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    is_done: list[bool] = []
+    [waiting] = await errands(scheduler, lambda: is_done.append(True))
+    scheduler.close()
+    policy.gate.set()
+    with pytest.raises(NotReadyError, match="shutting down"):
+        await waiting
+    with pytest.raises(NotReadyError, match="shutting down"):
+        await scheduler.between_batches(lambda: is_done.append(True))
+    assert is_done == []
+
+
+# --- versions ---------------------------------------------------------------------------------------
+
+
+def targeting(adapter: str | None = None, **demand: Any) -> Kind:
+    return Kind(RULES, Target(adapter, VersionDemand(**demand) if demand else None))
+
+
+def measuring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
+    return asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(1))], kind))
+
+
+def renew(policy: Gated, name: str) -> None:
+    policy.versions = policy.versions.with_base(name, 0.0)
+
+
+async def test_what_waits_is_measured_by_what_is_there_then(policy: Gated, scheduler: Scheduler) -> None:
+    running = await hold_up(scheduler, policy)
+    former = policy.versions.base
+    waiting = [measuring(scheduler, i, kind) for i, kind in enumerate((KIND, targeting(at_least=0)), start=1)]
+    await asyncio.sleep(0)
+    [changed] = await errands(scheduler, lambda: renew(policy, "new"))
+    policy.gate.set()
+    await changed
+    assert [each.version for each in await running] == [former]
+    for task in waiting:
+        assert [each.version for each in await task] == [policy.versions.base]
+    assert policy.versions.base.name == "new"
+
+
+async def test_a_version_that_has_gone_when_its_turn_comes(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    exact = [measuring(scheduler, 1, targeting(exact=key)) for key in ("0", 0)]
+    other = measuring(scheduler, 1, KIND)
+    await asyncio.sleep(0)
+    [changed] = await errands(scheduler, lambda: renew(policy, "new"))
+    policy.gate.set()
+    await changed
+    for task in exact:
+        with pytest.raises(PolicyVersionError) as caught:
+            await task
+        assert caught.value.retry_after_s is None
+    assert values(await other) == [[1.0]]
+    assert len(policy.batches) == 2
+
+
+async def test_an_adapter_that_has_gone_when_its_turn_comes(policy: Gated, scheduler: Scheduler) -> None:
+    added = Version("x", 1, "a")
+    policy.versions = policy.versions.with_adapter(added, max_kept=1, is_default=False)
+    await hold_up(scheduler, policy)
+    gone = measuring(scheduler, 1, targeting("a"))
+    await asyncio.sleep(0)
+    policy.versions = policy.versions.without([added])
+    policy.gate.set()
+    with pytest.raises(InvalidRequestError, match="no adapter 'a' is loaded"):
+        await gone
+
+
+async def test_different_targets_are_never_measured_together(policy: Gated, scheduler: Scheduler) -> None:
+    policy.versions = policy.versions.with_adapter(Version("x", 1, "a"), max_kept=1, is_default=False)
+    await hold_up(scheduler, policy)
+    kinds = [
+        KIND,
+        targeting("a"),
+        targeting("base"),
+        targeting("a", exact="x"),
+        targeting(exact=0),
+        targeting("a"),
+    ]
+    tasks = [measuring(scheduler, 1, kind) for kind in kinds]
+    await asyncio.sleep(0)
+    policy.gate.set()
+    measured = [(await task)[0].version.number for task in tasks]
+    assert measured == [0, 1, 0, 1, 0, 1]
+    # The same prompt: only the two that name the same share a pass.
+    assert policy.batches[1:] == [[([1], 1)], [([1], 2)], [([1], 1)], [([1], 1)], [([1], 1)]]
+
+
+# --- how fast it is ---------------------------------------------------------------------------------
 
 
 def test_the_rate_remembers_late_batches_best() -> None:

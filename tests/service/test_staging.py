@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from shopr1_client.errors import InvalidWeightsError, StorageError
 from shopr1_service import staging, weights
-from shopr1_service.private_file import PrivateFile
+from shopr1_service.open_file import PrivateFile
 from shopr1_service.safetensors_header import TensorEntry
 from shopr1_service.staging import Stage
 from shopr1_service.way_back import WayBack
@@ -24,7 +24,7 @@ from shopr1_service.weights import Stored, Weights, bytes_of
 from tests.service.models import one_thread, tiny_model
 from tests.service.updating import EMBEDDING, HEAD, NORM, changed_model, staged_files, weights_of
 
-TIED = {"tie_word_embeddings": True}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -120,10 +120,11 @@ def test_what_is_written_in_parts_is_whole(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("given_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_dtype_becomes_the_models_own(given_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    given_model = changed_model().to(given_dtype)
+    given_model = changed_model()
+    nn.Module.to(given_model, dtype=given_dtype)
     model = tiny_model(dtype=dtype)
     loaded(model, *weights_of(given_model).items(), is_partial=False)
-    check_equal(model, given_model.to(dtype))
+    check_equal(model, nn.Module.to(given_model, dtype=dtype))
 
 
 @given(
@@ -241,7 +242,7 @@ def test_of_tied_tensors_one_is_enough(names: Sequence[str], is_partial: bool) -
     assert model.state_dict()[HEAD].data_ptr() == model.state_dict()[EMBEDDING].data_ptr()
 
 
-@pytest.mark.parametrize("piece_bytes", [64, staging.PIECE_BYTES])
+@pytest.mark.parametrize("piece_bytes", [64, weights.PIECE_BYTES])
 @pytest.mark.parametrize("place", [0, -1])
 def test_tied_tensors_must_not_differ(place: int, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "PIECE_BYTES", piece_bytes)

@@ -1,0 +1,125 @@
+"""Checkpoints that their trainer goes on writing to, replaces or deletes while the service needs them."""
+
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shopr1_service.open_file import ForeignFile
+from tests.service.http import problem
+from tests.service.models import one_thread
+from tests.service.updating import (
+    HEAD,
+    HUGE,
+    Service,
+    Unchanged,
+    changed_model,
+    done,
+    file_of,
+    numbers_of,
+    saved,
+    updatable,
+    weights_of,
+)
+
+pytestmark = pytest.mark.anyio
+
+INFINITE = file_of({**weights_of(changed_model(7)), HEAD: torch.full((389, 32), HUGE)})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    async with updatable(policy_roots=(tmp_path,)) as service:
+        yield service
+
+
+def before_the_swap(patch: pytest.MonkeyPatch, service: Service, act: Callable[[], object]) -> None:
+    """Do something when all has been checked, and nothing is exchanged yet."""
+    keep = service.policy.way_back.keep
+
+    def acting(names: Any) -> None:
+        act()
+        keep(names)
+
+    patch.setattr(service.policy.way_back, "keep", acting)
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+async def test_weights_that_change_after_the_check(
+    service: Service, tmp_path: Path, is_torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(saved(tmp_path / "new", changed_model())) / "model.safetensors"
+    other = file_of(changed_model(2))
+
+    def write() -> None:
+        file.write_bytes(other[: len(other) // 2] if is_torn else other)
+
+    service.policy.way_back.keep(list(service.policy.weights.tensors))
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            before_the_swap(patch, service, write)
+            refused = await service.update("new")
+        assert "was written to" in problem(refused, 422, "invalid_weights")["detail"]
+    file.write_bytes(other)
+    done(await service.update("new"))
+    assert await service.numbers() == await numbers_of(changed_model(2))
+
+
+async def test_weights_that_are_deleted_after_the_check(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = saved(tmp_path / "new", changed_model())
+    with monkeypatch.context() as patch:
+        before_the_swap(patch, service, lambda: shutil.rmtree(directory))
+        done(await service.update("new"))
+    assert await service.numbers() == await numbers_of(changed_model())
+
+
+@pytest.mark.parametrize("fate", ["left", "deleted", "replaced", "overwritten"])
+async def test_the_way_back_to_a_checkpoint(service: Service, tmp_path: Path, fate: str) -> None:
+    directory = Path(saved(tmp_path / "new", changed_model()))
+    file = directory / "model.safetensors"
+    done(await service.update("new", "1"))
+    match fate:
+        case "deleted":
+            shutil.rmtree(directory)
+        case "replaced":
+            (tmp_path / "other").write_bytes(file_of(changed_model(2)))
+            (tmp_path / "other").rename(file)
+        case "overwritten":
+            file.write_bytes(file_of(changed_model(2)))
+    for _ in range(2):  # the second time over what the first one left
+        problem(await service.upload(INFINITE, "2"), 422, "invalid_weights")
+        service.forget_prompts()
+        assert await service.numbers() == await numbers_of(changed_model())
+    assert (await service.state())["current"]["version"] == "1"
+
+
+async def test_the_way_back_was_overwritten_at_the_last_moment(service: Service, tmp_path: Path) -> None:
+    file = Path(saved(tmp_path / "new", changed_model())) / "model.safetensors"
+    done(await service.update("new", "1"))
+    names = list(service.policy.weights.tensors)
+    service.policy.way_back.keep(names)
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(OSError, match="was written to"):
+        service.policy.way_back.restore(names, lambda: None)
+    assert await service.numbers() == await numbers_of(changed_model())
+
+
+def test_a_file_that_was_just_written_is_looked_at_when_its_time_has_passed(tmp_path: Path) -> None:
+    for _ in range(20):  # within one step of the file system's clock
+        (tmp_path / "file").write_bytes(b"old")
+        with (tmp_path / "file").open("rb") as file:
+            foreign = ForeignFile(file)
+        assert foreign.is_intact
+        (tmp_path / "file").write_bytes(b"new")
+        assert not foreign.is_intact
