@@ -137,7 +137,7 @@ def updates() -> Panels:
     return [
         graph(
             "Versions",
-            "Changes of weights and adapters since the start. Sick: it stands still, and the training goes on.",
+            "Changes of weights and adapters. Sick: it stands still while a training goes on.",
             Query(f"shopr1_policy_number{{{INSTANCE}}}", "{{instance}}"),
             Query(f"shopr1_loaded_adapters{{{INSTANCE}}}", "{{instance}}, adapters loaded"),
         ),
