@@ -158,9 +158,8 @@ class LoadedPolicy:
                 raise InvalidWeightsError(f"with them the policy's logits are {what}")
 
     def _try(self, adapter: Adapter) -> None:
-        measured: list[Measured] = []
-        unused = unused_layers(adapter, self.model, lambda: measured.append(self._probe()))
-        self._check(measured[0])
+        # In the one pass that shows which layers are called, logits are checked, too.
+        unused = unused_layers(adapter, self.model, lambda: self._check(self._probe()))
         if unused:
             raise InvalidWeightsError(
                 f"the policy computes past {unused[0]} and {len(unused) - 1} more: they cannot be adapted",

@@ -71,7 +71,7 @@ def rewards(response: ScoreResponse) -> list[list[float | None]]:
         (OverloadedError("full", retry_after_s=7.0), 7.0),
         (OverloadedError("full"), True),
         (NotReadyError("loading", retry_after_s=5.0), 5.0),
-        (PolicyVersionError("comes soon", retry_after_s=2.0), 2.0),
+        (PolicyVersionError("comes soon", retry_after_s=2.0), False),
         (PolicyVersionError("another"), False),
         (InvalidRequestError("bad"), False),
         (InternalError("bug"), False),

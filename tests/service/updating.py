@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import safetensors.torch
@@ -104,8 +104,8 @@ class Service:
 
     @property
     def engine(self) -> threading.Thread:
-        [thread] = [thread for thread in threading.enumerate() if thread.name == "engine"]
-        return thread
+        # Not by its name: those of other tests' services may not have ended yet.
+        return cast("threading.Thread", self.app.state.shopr1.scorer.scheduler._thread)
 
     async def upload(self, content: Any, version: str = "1", **params: Any) -> httpx.Response:
         """Weights: a file, or pieces of one."""
