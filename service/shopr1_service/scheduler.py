@@ -27,6 +27,7 @@ from shopr1_service.backlog import Backlog, Batch, Job, Kind, Measurements, Prog
 from shopr1_service.engine import Certainty, FatalEngineError, TokenGroup, Unmeasurable
 from shopr1_service.errand import Errand, dismiss
 from shopr1_service.heartbeat import IDLE_BEAT_S
+from shopr1_service.lanes import begins, deal, fail, joined, num_tokens
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.policy import Policy
 from shopr1_service.spans import Visit, record_visits
@@ -197,7 +198,7 @@ class Scheduler:
             return batch
 
     def _measure(self, batch: Batch) -> None:
-        lanes = [[job for job in lane if _begins(job)] for lane in batch]
+        lanes = [[job for job in lane if begins(job)] for lane in batch]
         lanes = [lane for lane in lanes if lane]
         if not lanes:
             return
@@ -206,13 +207,13 @@ class Scheduler:
         try:
             version = self._policy.versions.find(kind.target)
         except ProblemError as error:  # it was there when the request came
-            _fail(lanes, error)
+            fail(lanes, error)
             return
         self._measure_with(version, lanes)
 
     def _measure_with(self, version: Version, lanes: Batch) -> None:
-        groups = [_joined(lane) for lane in lanes]
-        visit = Visit(len(groups), sum(map(_num_tokens, groups)))
+        groups = [joined(lane) for lane in lanes]
+        visit = Visit(len(groups), sum(map(num_tokens, groups)))
         for lane in lanes:
             for job in lane:
                 job.visit = visit
@@ -220,14 +221,14 @@ class Scheduler:
         try:
             measured = self._certainties(groups, lanes[0][0].kind.rules, version)
         except FatalEngineError:
-            _fail(lanes, NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S))
+            fail(lanes, NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S))
             raise
         except Exception as error:  # handed over to every request that waits for it
-            _fail(lanes, error)
+            fail(lanes, error)
             return
         self._rate.record(visit.num_tokens, visit.end())
         for lane, certainties in zip(lanes, measured, strict=True):
-            _deal(lane, certainties, version)
+            deal(lane, certainties, version)
 
     def _certainties(
         self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version
@@ -237,7 +238,7 @@ class Scheduler:
         expected = [len(group.completions) for group in groups]
         if (counts := list(map(len, measured))) != expected:
             raise RuntimeError(f"the policy measured {counts} of {expected} completions")
-        self._metrics.record_batch(len(groups), sum(map(_num_tokens, groups)))
+        self._metrics.record_batch(len(groups), sum(map(num_tokens, groups)))
         self._metrics.record_engine(self._policy.stats)
         return measured
 
@@ -248,40 +249,8 @@ class Scheduler:
             waiting = list(self._backlog)
             dismiss(self._errands, "the engine has failed")
         # From here on nobody but this thread settles them: cancelled ones are skipped.
-        _fail(
+        fail(
             [[job for job in waiting if job.future.set_running_or_notify_cancel()]],
             NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S),
         )
         self._on_fatal(error)
-
-
-def _begins(job: Job) -> bool:
-    """Whether somebody still waits for it; from here on it cannot be cancelled."""
-    begins = job.future.set_running_or_notify_cancel()
-    if begins and job.progress.num_waiting is not None:
-        job.progress.num_waiting -= 1
-    return begins
-
-
-def _joined(lane: Sequence[Job]) -> TokenGroup:
-    completions = [completion for job in lane for completion in job.group.completions]
-    return TokenGroup(lane[0].group.prompt_ids, completions)
-
-
-def _num_tokens(group: TokenGroup) -> int:
-    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
-
-
-def _deal(lane: Sequence[Job], certainties: Sequence[Certainty | Unmeasurable], version: Version) -> None:
-    """Give each job the measurements of its own completions."""
-    start = 0
-    for job in lane:
-        end = start + len(job.group.completions)
-        job.future.set_result(Measurements(certainties[start:end], version))
-        start = end
-
-
-def _fail(lanes: Batch, error: Exception) -> None:
-    for lane in lanes:
-        for job in lane:
-            job.future.set_exception(error)
