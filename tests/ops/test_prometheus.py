@@ -9,23 +9,28 @@ from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
 
 from shopr1_service.app import create_app
 from shopr1_service.settings import Settings
 from tests.ops.prometheus import CONFIG, ROOT, RULES, RULES_TEST, Prometheus, prometheus, promtool, until
 from tests.service.http import CLICK, SEARCH, TERMINATE, WAIT_S, answer, group, serving
 from tests.service.models import policy_of, tiny_model
+from tests.service.updating import NORM
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "shopr1.json").read_text("utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
-SCORE_KEY, METRICS_KEY = "a-key-for-scoring-0", "a-key-for-metrics-0"
+SCORE_KEY, METRICS_KEY, ADMIN_KEY = "a-key-for-scoring-0", "a-key-for-metrics-0", "a-key-for-admins-0"
 RUNS = ("grpo-1", "grpo-2")
 NUM_BURSTS = 2
 
 LONG = "so much to read " * 400
 """Longer than the policy takes."""
 OTHER_CLICK = {"type": "click", "name": "x"}
+
+
+WEIGHTS = safetensors.torch.save({NORM: tiny_model().state_dict()[NORM]})
 
 
 # --- what the trainings send ------------------------------------------------------------------------
@@ -81,7 +86,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    keys = {"api_keys": f"score:{SCORE_KEY},metrics:{METRICS_KEY}"}
+    keys = {"api_keys": f"score:{SCORE_KEY},metrics:{METRICS_KEY},admin:{ADMIN_KEY}"}
     settings = Settings.model_validate({**keys, "openrlhf_unscorable": 0.5})
     directory = tmp_path_factory.mktemp("prometheus")
     with (
@@ -91,10 +96,19 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         until(lambda: httpx.get(f"{url}/health/ready").is_success or None, "the service is ready")
         rewards: dict[str, list[Any]] = {run: [] for run in RUNS}
         for number in range(NUM_BURSTS):  # a scrape after each: rates take two
+            _update(url, f"{number}")
             for run, of_run in burst(url, number).items():
                 rewards[run] += of_run
             _until_scraped(running, NUM_ROLLOUTS * (number + 1))
         yield Scene(url, running, rewards)
+
+
+def _update(url: str, version: str) -> None:
+    """New weights, which are the old ones: what was scored before and after can be compared."""
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    params = {"version": version, "partial": "true"}
+    answered = httpx.put(f"{url}/policy/weights", params=params, content=WEIGHTS, headers=headers)
+    assert answered.is_success, answered.text
 
 
 def _until_scraped(running: Prometheus, num_rollouts: int) -> None:
