@@ -16,7 +16,15 @@ from fastapi import APIRouter, Body, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from shopr1_client.errors import InternalError, InvalidRequestError, NotFoundError, NotReadyError
+from shopr1_client.errors import (
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    NotFoundError,
+    NotReadyError,
+    RequestTimeoutError,
+    TooLargeError,
+)
 from shopr1_client.models import AnswerModel
 from shopr1_client.policy_wire import AdapterName, AdapterRequest, UpdateRequest, VersionName
 from shopr1_service import examples
@@ -29,7 +37,15 @@ from shopr1_service.routes import json_answer
 TAG = "engines"
 router = APIRouter(tags=[TAG])
 
-_UNLOAD_PROBLEMS = problem_responses(NotFoundError, InvalidRequestError, InternalError, NotReadyError)
+_UNLOAD_PROBLEMS = problem_responses(
+    MalformedBodyError,
+    NotFoundError,
+    RequestTimeoutError,
+    TooLargeError,
+    InvalidRequestError,
+    InternalError,
+    NotReadyError,
+)
 
 _NOTHING_TO_DO = "Nothing to do: updates are atomic.\n"
 _LOADED = "Success: LoRA adapter '{name}' is loaded."
