@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -92,11 +93,12 @@ async def test_the_very_first_update_fails(service: Service) -> None:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[int]:
     """Reading fails at these calls; returns what has been called."""
-    read_into, made = PrivateFile.read_into, list[int]()
+    read_into, made, numbers = PrivateFile.read_into, list[int](), itertools.count()
 
     def failing(file: PrivateFile, block: memoryview, start: int) -> None:
-        made.append(len(made))
-        if made[-1] in calls:
+        number = next(numbers)  # by one step: several threads call it
+        made.append(number)
+        if number in calls:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         read_into(file, block, start)
 
