@@ -141,12 +141,14 @@ def merge(request: ScoreRequest, parts: Sequence[Part], answers: Sequence[ScoreR
         for piece, score in zip(part.pieces, answer.groups, strict=True):
             scores.setdefault(piece.index, []).append((piece.first, score))
     groups = [_joined(scores[index]) for index in range(len(request.groups))]
-    return answers[0].model_copy(update={"groups": groups})
+    newest = max((answer.policy for answer in answers), key=lambda policy: policy.number)
+    return answers[0].model_copy(update={"policy": newest, "groups": groups})
 
 
 def _joined(scores: list[tuple[int, GroupScore]]) -> GroupScore:
     ordered = [score for _, score in sorted(scores, key=lambda pair: pair[0])]
-    if len({score.policy_version for score in ordered}) > 1:
+    # Not by number: servers count for themselves, and weights that were sent again are the same weights.
+    if len({(score.policy_version, score.adapter) for score in ordered}) > 1:
         raise PolicyVersionError("the policy changed while a group was scored in several parts")
     rewards = [reward for score in ordered for reward in score.rewards]
     return ordered[0].model_copy(update={"rewards": rewards})

@@ -86,7 +86,7 @@ class AdapterUpdates:
         self._policy = policy
         self._scheduler = scheduler
         self._settings = settings
-        self._metrics = metrics
+        self._metrics = metrics.policy
         self._new_versions = new_versions
 
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
@@ -165,8 +165,8 @@ class AdapterUpdates:
             raise TooLargeError(f"{len(names)} adapters are loaded, max_adapters = {max_adapters}")
 
     def _tell(self) -> None:
-        self._metrics.record_policy(self._policy.info)
-        self._metrics.record_adapters(len(self._policy.versions.loaded()))
+        num_adapters = len(self._policy.versions.loaded())
+        self._metrics.record_loaded(self._policy.info, num_adapters)
         self._new_versions.tell()
 
     def _read(self, path: str) -> Adapter:

@@ -21,7 +21,7 @@ _IDLE_KEYS = frozenset(
         *("_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
         *("use_cache", "initializer_range", "quantization_config", "task_specific_params", "problem_type"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
-        *("id2label", "label2id", "finetuning_task", "is_decoder", "max_position_embeddings"),
+        *("id2label", "label2id", "finetuning_task", "is_decoder"),
         *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
     }
 )

@@ -154,8 +154,9 @@ class LoadedPolicy:
     def _check(self, measured: Measured) -> None:
         for value in (value for values in measured for value in values):
             if isinstance(value, Unmeasurable):
-                what = "not finite" if value.reason is Reason.NON_FINITE_LOGITS else value.message
-                raise InvalidWeightsError(f"with them the policy's logits are {what}")
+                is_known = value.reason is Reason.NON_FINITE_LOGITS
+                what = "the policy's logits are not finite" if is_known else f"it fails: {value.message}"
+                raise InvalidWeightsError(f"with them {what}")
 
     def _try(self, adapter: Adapter) -> None:
         # In the one pass that shows which layers are called, logits are checked, too.

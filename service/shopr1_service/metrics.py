@@ -19,11 +19,11 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from shopr1_client.wire import PolicyInfo, Reason
+from shopr1_client.wire import Reason
 from shopr1_service import __version__
 from shopr1_service.engine import EngineStats
-from shopr1_service.moments import Moments
 from shopr1_service.observation import ScoredGroup
+from shopr1_service.policy_metrics import PolicyMetrics
 from shopr1_service.training_metrics import TrainingMetrics
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
@@ -32,8 +32,6 @@ __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
 _SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
 _GROUPS_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
-_SOURCES = ("checkpoint", "upload", "transfer")
-"""Where new weights come from."""
 _QUEUE_FULL = "queue_full"
 """Why requests are rejected."""
 
@@ -116,31 +114,7 @@ class Metrics:
         self._rollout_log_dropped = counter(
             "rollout_log_dropped", "Rollouts that are missing in the rollout log, by why.", "reason"
         )
-        self._policy = self._gauge(
-            "policy_info", "The loaded policy; always 1.", "model", "version", "dtype", "head", "forward"
-        )
-        self._policy_loaded = Moments(
-            "shopr1_policy_loaded_timestamp_seconds", "When the policy was loaded.", registry=self.registry
-        )
-        self._policy_number = self._gauge(
-            "policy_number", "Number of the version that scores what names none: changes since the start."
-        )
-        self._updates = counter(
-            "policy_updates", "Updates of the policy's weights, by where they came from.", "source", "outcome"
-        )
-        for source in _SOURCES:  # 0 before the first: the increase to 1 is one
-            for outcome in ("done", "failed"):
-                self._updates.labels(source, outcome)
-        self._update_seconds = histogram(
-            "policy_update_duration_seconds", "From an update's first byte to its end.", "source"
-        )
-        self._update_bytes = counter("policy_update_bytes", "Of weights that came.", "source")
-        self._swap_seconds = histogram(
-            "policy_swap_duration_seconds",
-            "How long nothing was scored while weights were exchanged.",
-            "source",
-        )
-        self._adapters = self._gauge("loaded_adapters", "Versions of LoRA adapters that are loaded.")
+        self.policy = PolicyMetrics(self.registry, _SECONDS_BUCKETS)
         self._gauge("build_info", "The service; always 1.", "version").labels(__version__).set(1)
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
@@ -183,23 +157,6 @@ class Metrics:
 
     def record_fallback(self, dialect: str, reason: Reason) -> None:
         self._fallbacks.labels(dialect, reason.value).inc()
-
-    def record_policy(self, info: PolicyInfo) -> None:
-        self._policy_loaded.mark()
-        self._policy.clear()
-        self._policy.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
-        self._policy_number.set(info.number)
-
-    def record_update(self, source: str, duration_s: float, num_bytes: int, *, is_done: bool) -> None:
-        self._updates.labels(source, "done" if is_done else "failed").inc()
-        self._update_seconds.labels(source).observe(duration_s)
-        self._update_bytes.labels(source).inc(num_bytes)
-
-    def record_swap(self, source: str, pause_s: float) -> None:
-        self._swap_seconds.labels(source).observe(pause_s)
-
-    def record_adapters(self, num_versions: int) -> None:
-        self._adapters.set(num_versions)
 
     def record_queue(self, num_tokens: int) -> None:
         self._queue_tokens.set(num_tokens)

@@ -70,7 +70,7 @@ class Scorer:
             on_fatal=on_fatal,
         )
         self._gatherings = Gatherings(self.scheduler, metrics, settings.group_wait_s)
-        metrics.record_policy(policy.info)
+        metrics.policy.record_loaded(policy.info)
 
     async def score(
         self, request: ScoreRequest, origin: Origin, progress: Progress | None = None

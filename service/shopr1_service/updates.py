@@ -93,7 +93,7 @@ class Updates:
         self._scheduler = scheduler
         self._roots = settings.policy_roots
         self._staging_dir = settings.staging_dir
-        self._metrics = metrics
+        self._metrics = metrics.policy
         self._new_versions = new_versions
         self._running: _Running | None = None
 
@@ -158,7 +158,11 @@ class Updates:
             raise UpdateConflictError(
                 f"an update to version {self._running.version!r} is under way", retry_after_s=_RETRY_AFTER_S
             )
-        stage = Stage(self._policy.weights, self._staging_dir, is_partial=is_partial)
+        try:
+            stage = Stage(self._policy.weights, self._staging_dir, is_partial=is_partial)
+        except StorageError:
+            self._metrics.record_update(source, 0.0, 0, is_done=False)
+            raise
         running = self._running = _Running(version, stage)
         try:
             yield running
@@ -182,8 +186,8 @@ class Updates:
 
     def _tell(self, source: str, pause_s: float) -> None:
         self._metrics.record_swap(source, pause_s)
-        self._metrics.record_policy(self._policy.info)
-        self._metrics.record_adapters(len(self._policy.versions.loaded()))  # they have gone with the old ones
+        # Adapters have gone with the old ones.
+        self._metrics.record_loaded(self._policy.info)
         self._new_versions.tell()
 
     def _read(self, path: str, stage: Stage) -> None:

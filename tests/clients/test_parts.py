@@ -167,6 +167,19 @@ def test_an_answer_with_a_reward_missing_is_none(num_missing: int) -> None:
         check(part, answer.model_copy(update={"groups": []}))
 
 
+@pytest.mark.parametrize("numbers", [(3, 4), (4, 3)])
+def test_of_several_versions_the_newest_stands_for_the_answer(numbers: tuple[int, int]) -> None:
+    request = request_of(("p", ["a"]), ("q", ["b"]))
+    own = split(request, LIMITS.model_copy(update={"max_groups": 1}), URLS[:1])
+    answers = [answer_to(part, version=f"v{number}") for part, number in zip(own, numbers, strict=True)]
+    answers = [
+        answer.model_copy(update={"policy": answer.policy.model_copy(update={"number": number})})
+        for answer, number in zip(answers, numbers, strict=True)
+    ]
+    merged = merge(request, own, answers)
+    assert (merged.policy.version, merged.policy.number) == ("v4", 4)
+
+
 def test_a_group_is_scored_by_one_version() -> None:
     request = request_of(("p", list("abcdef")), ("q", ["a"]))
     own = split(request, LIMITS, URLS[:1])
@@ -176,6 +189,10 @@ def test_a_group_is_scored_by_one_version() -> None:
     answers = [answer_to(part, version=version) for part, version in zip(own, "112", strict=True)]
     merged = merge(request, own, answers)
     assert [score.policy_version for score in merged.groups] == ["1", "2"]
+    by_adapter = answers[1].groups[0].model_copy(update={"adapter": "a"})
+    mixed = [answers[0], answers[1].model_copy(update={"groups": [by_adapter]}), answers[2]]
+    with pytest.raises(PolicyVersionError, match="the policy changed"):
+        merge(request, own, mixed)
     answers[1] = answer_to(own[1], version="2")
     with pytest.raises(PolicyVersionError, match="the policy changed"):
         merge(request, own, answers)

@@ -80,6 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
     "num_attention_heads": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
     "rms_norm_eps": {"rms_norm_eps": 0.1},
+    "max_position_embeddings": {"max_position_embeddings": 256},  # some rotate by it
     "hidden_act": {"hidden_act": "gelu"},
     "tie_word_embeddings": {"tie_word_embeddings": True},
 }

@@ -166,8 +166,11 @@ async def test_a_full_disk(service: Service, num_left: int, monkeypatch: pytest.
 @pytest.mark.parametrize(("name", "reason"), [("none", "No such file"), ("file", "Not a directory")])
 async def test_no_directory_for_weights(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "file").touch()
-    async with updatable(staging_dir=tmp_path / name) as service, Unchanged(service):
-        refused = await service.upload(NEW)
+    async with updatable(staging_dir=tmp_path / name) as service:
+        async with Unchanged(service):
+            refused = await service.upload(NEW)
+        failed = {"source": "upload", "outcome": "failed"}
+        assert await metric(service.http, "shopr1_policy_updates_total", **failed) == 1
     assert reason in problem(refused, 507, "storage")["detail"]
 
 
