@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 
 from shopr1_service.app import create_app
+from shopr1_service.connection import connection_class
 from shopr1_service.engine import TokenGroup
 from shopr1_service.policy import Policy
 from shopr1_service.settings import Settings
@@ -33,7 +34,8 @@ def served(settings: Settings, policy: Policy) -> Iterator[httpx.Client]:
     """A client of a service with this policy; both end with the block."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         app = create_app(settings, lambda: policy)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        connection = connection_class(settings.receive_timeout_s)
+        server = uvicorn.Server(uvicorn.Config(app, http=connection, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

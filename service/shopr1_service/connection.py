@@ -10,6 +10,9 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from shopr1_service import long_body
+from shopr1_service.long_body import LongBody, num_bytes_left
+
 MORE_TIME = "shopr1.more_time"
 """In a request's scope: to be called by whoever lets a body take longer, each time that a piece has come."""
 _LINGER_S = 5.0
@@ -30,8 +33,18 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.scope is not None:
+        self._watch()
+
+    def handle_events(self) -> None:
+        former = self.cycle
+        super().handle_events()
+        if self.cycle is not former:  # a head has come; what answers it has not begun
             self.scope[MORE_TIME] = self._more_time  # type: ignore[literal-required]  # of our own
+            if num_bytes_left(self.conn) >= long_body.BUFFER_BYTES:
+                LongBody(self, on_end=self._body_ended)
+
+    def _body_ended(self) -> None:
+        self.handle_events()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -26,6 +26,8 @@ CHUNK_ROWS = 4096
 """Vocabulary rows at a time. 2-4 k logit columns stay in a CPU's cache while they are reduced."""
 CUDA_CHUNK_ROWS = 16_384
 """On CUDA few launches count for more: 64 MiB of logits at a time."""
+_SUMMED_ROWS = 1024
+"""At a time: in fp64 they fit in a core's cache."""
 LINEAR_MAX_TOKENS = 1024
 MODULE_MAX_TOKENS = 16
 """Tokens at a time when the model's own head makes all V logits of each."""
@@ -70,8 +72,8 @@ class LinearHead:
 
     def _mean_row(self, num_rows: int) -> tuple[Tensor, float]:
         """Mean of the weight's rows and of the bias, in fp64."""
-        parts = torch.split(self.weight_V_H[:num_rows], CHUNK_ROWS)
-        sum_H = torch.stack([part.sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0)
+        parts = torch.split(self.weight_V_H[:num_rows], _SUMMED_ROWS)
+        sum_H = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0)
         bias = 0.0 if self.bias_V is None else float(self.bias_V[:num_rows].double().mean())
         return sum_H / num_rows, bias
 

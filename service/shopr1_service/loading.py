@@ -41,6 +41,8 @@ from shopr1_service.warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 _NUM_CHECK_TOKENS = 24
+_NUM_PROBE_TOKENS = 8
+"""Each passes through every weight; more of them would only lengthen the pause of an update."""
 _CHECK_SEED = 0
 # How far a layer sees, or how many tokens it takes at a time, in the words of all architectures.
 _REACHES = ("sliding_window", "attention_chunk_size", "window_size", "chunk_size", "mamba_chunk_size")
@@ -145,7 +147,7 @@ def build_policy(
 
 def _probe_group(random_ids: Sequence[int]) -> TokenGroup:
     """One pass: of all its tokens the last one is measured, which is not fed."""
-    *prompt_ids, last = random_ids[:_NUM_CHECK_TOKENS]
+    *prompt_ids, last = random_ids[:_NUM_PROBE_TOKENS]
     return TokenGroup(prompt_ids, [MeasuredCompletion([last], [0])])
 
 

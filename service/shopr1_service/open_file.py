@@ -1,7 +1,9 @@
 """Files that weights stand in, held open."""
 
+import errno
 import os
 import tempfile
+import threading
 import time
 import weakref
 from io import BufferedReader
@@ -9,6 +11,8 @@ from pathlib import Path
 
 _SETTLED_S = 0.05
 """Longer than the steps of any file system's clock: whatever is written later has another time."""
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What file systems say that know of no room beforehand."""
 
 
 class OpenFile:
@@ -21,12 +25,17 @@ class OpenFile:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         # Not a file object: those complain when they are not closed by hand.
-        self._end = weakref.finalize(self, os.close, fd)
+        self._end = weakref.finalize(self, self._close, fd)
+        self._end.atexit = False  # the system closes it then, too
 
     @property
     def is_intact(self) -> bool:
         """Whether nobody has written to it."""
         return True
+
+    @staticmethod
+    def _close(fd: int) -> None:
+        os.close(fd)
 
     def read_into(self, block: memoryview, start: int) -> None:
         """Fill a block with what stands from `start` on."""
@@ -54,6 +63,14 @@ class PrivateFile(OpenFile):
         super().__init__(fd)
         self.num_bytes = 0
 
+    def reserve(self, num_bytes: int) -> None:
+        """Make sure that there is room for so many. It makes writing them faster, too."""
+        try:
+            os.posix_fallocate(self._fd, 0, max(1, num_bytes))
+        except OSError as error:
+            if error.errno not in _CANNOT_RESERVE:
+                raise
+
     def append(self, block: memoryview) -> int:
         """Write all of a block at the end; returns where it begins. From one thread at a time."""
         start = self.num_bytes
@@ -65,7 +82,16 @@ class PrivateFile(OpenFile):
 
     def discard(self) -> None:
         """Give its room back now, and not when its last holder has gone. It is of no use from then on."""
-        self._end()
+        if self._end.detach():
+            os.close(self._fd)
+
+    @staticmethod
+    def _close(fd: int) -> None:
+        # Its last holder may be the engine, and to give its room back takes as long as to write some of it.
+        try:
+            threading.Thread(target=os.close, args=(fd,), name="close").start()
+        except RuntimeError:  # the interpreter ends, or there are too many
+            os.close(fd)
 
 
 class ForeignFile(OpenFile):

@@ -6,7 +6,7 @@ file into the tensors that the model computes with. On a CPU the file is read ri
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from shopr1_service.open_file import OpenFile, PrivateFile
 
-PIECE_BYTES = 16 * 2**20
-"""What is held in memory at a time, by each thread."""
+PIECE_BYTES = 4 * 2**20
+"""What is held in memory at a time, by each thread: so little that a core finds it in its cache again."""
 _MAX_THREADS = 4
 
 _Given = TypeVar("_Given")
@@ -59,12 +59,13 @@ class Weights:
         """A tensor by any of its names."""
         return self.tensors.get(self.aliases.get(name, name))
 
-    def store(self, names: Iterable[str], file: PrivateFile) -> dict[str, Stored]:
+    def store(self, names: Collection[str], file: PrivateFile) -> dict[str, Stored]:
         """Write tensors out as they are.
 
         Raises:
             OSError: the disk is full or fails.
         """
+        file.reserve(sum(self.tensors[name].nbytes for name in names))
         return {name: self._store(self.tensors[name], file) for name in names}
 
     def load(self, stored: Mapping[str, Stored], on_piece: Callable[[], None]) -> None:
