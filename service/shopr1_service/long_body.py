@@ -1,0 +1,120 @@
+"""Long bodies of requests, received right into large buffers.
+
+uvicorn and h11 take a body in pieces of 256 KiB at most, copy each of them four times, and stop reading in
+between. For weights that costs several times what the network does.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import h11
+import numpy as np
+from starlette.types import Message
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+BUFFER_BYTES = 4 * 2**20
+"""What is handed on at a time. A body of which less is still to come is left to h11."""
+_FLUSH_S = 0.1
+"""How long what has come waits at most for more, before it is handed on."""
+
+
+def num_bytes_left(connection: h11.Connection) -> int:
+    """Of the body that is coming; 0 if nobody has announced how long it is.
+
+    h11 has no public name for it. Should a release keep it elsewhere, h11 goes on taking all bodies.
+    """
+    return getattr(connection._reader, "_remaining", 0)
+
+
+class LongBody(asyncio.BufferedProtocol):
+    """Stands in for uvicorn's protocol of a connection from a request's head to the end of its body.
+
+    h11 has seen the body's beginning, and in the end is told that it has seen all of it.
+
+    Args:
+        on_end: called when it has been told.
+    """
+
+    def __init__(self, protocol: H11Protocol, on_end: Callable[[], None]) -> None:
+        self._protocol = protocol
+        self._on_end = on_end
+        self._cycle = protocol.cycle
+        self._uvicorns_receive = protocol.cycle.receive
+        self._num_left = num_bytes_left(protocol.conn)
+        self._ready = memoryview(b"")
+        self._flush: asyncio.TimerHandle | None = None
+        self._renew_buffer()
+        self._take_over()
+
+    async def receive(self) -> Message:
+        """ASGI's `receive` for this request."""
+        message: Message = await self._uvicorns_receive()  # type: ignore[assignment]  # uvicorn's own types
+        if message["type"] == "http.request":
+            message["body"], self._ready = self._ready, memoryview(b"")
+        return message
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return self._buffer[self._num_filled :][: self._num_left]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._num_left -= nbytes
+        self._filled(nbytes)
+        if not self._num_left:
+            self._give_back()
+
+    def eof_received(self) -> None:
+        self._protocol.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_flush()
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def _take_over(self) -> None:
+        # What h11 has seen goes first into the buffer: so all of them end where numbers end.
+        begun, self._cycle.body = self._cycle.body, bytearray()
+        self._buffer[: len(begun)] = begun
+        self._cycle.message_event.clear()
+        self._cycle.receive = self.receive  # type: ignore[method-assign, assignment]
+        self._protocol.flow.resume_reading()
+        self._protocol.transport.set_protocol(self)
+        if begun:
+            self._filled(len(begun))
+
+    def _filled(self, num_bytes: int) -> None:
+        self._num_filled += num_bytes
+        if self._num_filled == len(self._buffer) or not self._num_left:
+            self._hand_over()
+        elif self._flush is None:
+            self._flush = self._protocol.loop.call_later(_FLUSH_S, self._hand_over)
+
+    def _hand_over(self) -> None:
+        """What has come is the next that `receive` gives, and nothing is read until it has given it."""
+        self._stop_flush()
+        if self._cycle.response_complete:  # it has been refused, and nobody wants the rest
+            self._num_filled = 0
+            return
+        self._ready = self._buffer[: self._num_filled]
+        self._renew_buffer()
+        self._cycle.message_event.set()
+        self._protocol.flow.pause_reading()
+
+    def _give_back(self) -> None:
+        self._protocol.conn._reader._remaining = 0  # type: ignore[union-attr]
+        self._protocol.transport.set_protocol(self._protocol)
+        self._on_end()
+
+    def _renew_buffer(self) -> None:
+        # Not a bytearray: that would be filled with zeros.
+        self._buffer = memoryview(np.empty(BUFFER_BYTES, np.uint8).data)
+        self._num_filled = 0
+
+    def _stop_flush(self) -> None:
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
