@@ -43,8 +43,13 @@ class LongBody(asyncio.BufferedProtocol):
         self._num_left = num_bytes_left(protocol.conn)
         self._ready = memoryview(b"")
         self._flush: asyncio.TimerHandle | None = None
-        self._renew_buffer()
+        # What h11 has seen goes first into the buffer: so all of them end where numbers end.
+        begun, self._cycle.body = self._cycle.body, bytearray()
+        self._renew_buffer(max(BUFFER_BYTES, len(begun)))
+        self._buffer[: len(begun)] = begun
         self._take_over()
+        if begun:
+            self._filled(len(begun))
 
     async def receive(self) -> Message:
         """ASGI's `receive` for this request."""
@@ -76,15 +81,10 @@ class LongBody(asyncio.BufferedProtocol):
         self._protocol.resume_writing()
 
     def _take_over(self) -> None:
-        # What h11 has seen goes first into the buffer: so all of them end where numbers end.
-        begun, self._cycle.body = self._cycle.body, bytearray()
-        self._buffer[: len(begun)] = begun
         self._cycle.message_event.clear()
         self._cycle.receive = self.receive  # type: ignore[method-assign, assignment]
         self._protocol.flow.resume_reading()
         self._protocol.transport.set_protocol(self)
-        if begun:
-            self._filled(len(begun))
 
     def _filled(self, num_bytes: int) -> None:
         self._num_filled += num_bytes
@@ -100,7 +100,7 @@ class LongBody(asyncio.BufferedProtocol):
             self._num_filled = 0
             return
         self._ready = self._buffer[: self._num_filled]
-        self._renew_buffer()
+        self._renew_buffer(BUFFER_BYTES)
         self._cycle.message_event.set()
         self._protocol.flow.pause_reading()
 
@@ -109,9 +109,9 @@ class LongBody(asyncio.BufferedProtocol):
         self._protocol.transport.set_protocol(self._protocol)
         self._on_end()
 
-    def _renew_buffer(self) -> None:
+    def _renew_buffer(self, num_bytes: int) -> None:
         # Not a bytearray: that would be filled with zeros.
-        self._buffer = memoryview(np.empty(BUFFER_BYTES, np.uint8).data)
+        self._buffer = np.empty(num_bytes, np.uint8).data
         self._num_filled = 0
 
     def _stop_flush(self) -> None:

@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
 
 from shopr1_client import Client
 from shopr1_service.app import create_app
@@ -132,7 +133,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI, **options: Any) -> Iterator[str]:
+def serving(app: Starlette, **options: Any) -> Iterator[str]:
     """The URL of a uvicorn server on the loopback interface, in a thread of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="on", **options))

@@ -127,9 +127,10 @@ WEIGHTS = b"/policy/weights?version=1"
 LINGER_S = 0.3
 
 
-@pytest.fixture
-def updatable_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=[100, 2**40], ids=["long body", "by h11"])
+def updatable_server(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch.setattr("shopr1_service.connection._LINGER_S", LINGER_S)
+    monkeypatch.setattr("shopr1_service.long_body.BUFFER_BYTES", request.param)
     app = create_app(Settings(receive_timeout_s=TIMEOUT_S), lambda: policy_of(tiny_model()))
     with serving(app, http=connection_class(TIMEOUT_S)) as url, Client(url) as client:
         client.wait_until_ready(WAIT_S)
