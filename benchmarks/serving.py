@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shopr1_service.app import create_app
 from shopr1_service.connection import connection_class
@@ -32,17 +34,24 @@ Body = dict[str, Any]
 @contextlib.contextmanager
 def served(settings: Settings, policy: Policy) -> Iterator[httpx.Client]:
     """A client of a service with this policy; both end with the block."""
+    app = create_app(settings, lambda: policy)
+    with (
+        running(app, http=connection_class(settings.receive_timeout_s)) as url,
+        httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
+    ):
+        _wait_until_ready(client)
+        yield client
+
+
+@contextlib.contextmanager
+def running(app: Starlette, http: type[H11Protocol] = H11Protocol) -> Iterator[str]:
+    """The URL of an application under uvicorn, in a thread of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(settings, lambda: policy)
-        connection = connection_class(settings.receive_timeout_s)
-        server = uvicorn.Server(uvicorn.Config(app, http=connection, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", http=http))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
-                _wait_until_ready(client)
-                yield client
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()

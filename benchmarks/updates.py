@@ -21,9 +21,13 @@ from typing import Any
 
 import httpx
 from safetensors.torch import save_file
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from report import Report
-from serving import request_of, score, served
+from serving import request_of, running, score, served
 from shopr1_service import loading, source
 from shopr1_service.device import choose_device
 from shopr1_service.loaded_policy import LoadedPolicy
@@ -33,6 +37,7 @@ from workloads import Shape, Workloads
 
 FOLDER = Path(__file__).parent
 WORKLOAD = "all weights"
+COPY = "copy"
 BLOCK_BYTES = 16 * 2**20
 SCORED = Shape(200, 4, 16)
 NUM_WARM_UPS = 1
@@ -46,6 +51,8 @@ class Bench:
     client: httpx.Client
     directory: Path
     workloads: Workloads
+    copier: httpx.URL
+    """An HTTP server that writes what it is sent to `copy`."""
 
     @property
     def file(self) -> Path:
@@ -53,7 +60,7 @@ class Bench:
 
     @property
     def copy(self) -> Path:
-        return self.directory / "copy"
+        return self.directory / COPY
 
 
 Update = dict[str, Any]
@@ -63,15 +70,15 @@ _versions = itertools.count()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time of an update against copies of the same bytes.")
-    parser.add_argument("--runs", type=int, default=7, help="turns of which the median is taken")
+    parser.add_argument("--runs", type=int, default=15, help="turns of which the median is taken")
     parser.add_argument("--directory", type=Path, help="on which disk; default: that of temporary files")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory, bench(Path(directory)) as running:
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory, bench(Path(directory)) as subject:
         report = Report(choose_device("auto"), "float32")
-        report.note(WORKLOAD, "bytes", running.file.stat().st_size / 2**20, "MiB")
-        alone(running, options.runs, report)
-        beside_scoring(running, options.runs, report)
+        report.note(WORKLOAD, "bytes", subject.file.stat().st_size / 2**20, "MiB")
+        alone(subject, options.runs, report)
+        beside_scoring(subject, options.runs, report)
     report.write(options.output / "updates.csv")
 
 
@@ -84,8 +91,20 @@ def bench(directory: Path) -> Iterator[Bench]:
     tokenizer, model = load_model(settings)
     policy: LoadedPolicy = loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
     save_file(dict(policy.weights.tensors), directory / "model.safetensors")
-    with served(settings, policy) as client:
-        yield Bench(client, directory, Workloads(policy.codec))
+    with served(settings, policy) as client, running(_copier(directory / COPY)) as url:
+        yield Bench(client, directory, Workloads(policy.codec), httpx.URL(url))
+
+
+def _copier(path: Path) -> Starlette:
+    """As it is usually written: starlette and uvicorn as they come."""
+
+    async def copy(request: Request) -> Response:
+        with path.open("wb", buffering=BLOCK_BYTES) as file:
+            async for block in request.stream():
+                file.write(block)
+        return Response()
+
+    return Starlette(routes=[Route("/copy", copy, methods=["PUT"])])
 
 
 # --- what is timed ----------------------------------------------------------------------------------
@@ -98,23 +117,29 @@ def by_path(bench: Bench) -> Update:
 
 
 def by_upload(bench: Bench) -> Update:
+    update: Update = json.loads(
+        _put(bench, bench.client.base_url, f"/policy/weights?version={next(_versions)}")
+    )
+    return update
+
+
+def http_copy(bench: Bench) -> None:
+    """An HTTP server writes to a file what it is sent."""
+    _put(bench, bench.copier, "/copy")
+
+
+def _put(bench: Bench, url: httpx.URL, path: str) -> bytes:
     """Over a bare socket: what the sender does is the same as in `tcp_copy`."""
-    address = bench.client.base_url
     head = (
-        f"PUT /policy/weights?version={next(_versions)} HTTP/1.1\r\nHost: {address.host}\r\n"
+        f"PUT {path} HTTP/1.1\r\nHost: {url.host}\r\n"
         f"Connection: close\r\nContent-Length: {bench.file.stat().st_size}\r\n\r\n"
     )
-    with (
-        socket.create_connection((address.host, address.port or 80)) as connection,
-        bench.file.open("rb") as file,
-    ):
+    with socket.create_connection((url.host, url.port or 80)) as connection, bench.file.open("rb") as file:
         connection.sendall(head.encode())
         connection.sendfile(file)
         answer = b"".join(iter(lambda: connection.recv(2**16), b""))
-    status, _, rest = answer.partition(b"\r\n")
-    assert status == b"HTTP/1.1 200 OK", answer
-    update: Update = json.loads(rest.partition(b"\r\n\r\n")[2])
-    return update
+    assert answer.startswith(b"HTTP/1.1 200 OK"), answer
+    return answer.partition(b"\r\n\r\n")[2]
 
 
 def kernel_copy(bench: Bench) -> None:
@@ -153,9 +178,9 @@ def _receive(listener: socket.socket, path: Path) -> None:
 
 def alone(bench: Bench, num_runs: int, report: Report) -> None:
     """Nothing else asks for anything. They take turns, so that a busy moment meets all alike."""
-    calls = (by_path, by_upload, kernel_copy, plain_copy, tcp_copy)
+    calls = (by_path, by_upload, kernel_copy, plain_copy, tcp_copy, http_copy)
     turns = [[_time_s(bench, call) for call in calls] for _ in range(NUM_WARM_UPS + num_runs)][NUM_WARM_UPS:]
-    path_s, upload_s, kernel_s, plain_s, tcp_s = (
+    path_s, upload_s, kernel_s, plain_s, tcp_s, http_s = (
         statistics.median(times) for times in zip(*turns, strict=True)
     )
     for name, value in [
@@ -164,11 +189,13 @@ def alone(bench: Bench, num_runs: int, report: Report) -> None:
         ("cp", kernel_s),
         ("read and write", plain_s),
         ("TCP copy", tcp_s),
+        ("HTTP copy", http_s),
     ]:
         report.note(WORKLOAD, name, value, "s")
     report.note(WORKLOAD, "by path / cp", path_s / kernel_s, "x")
     report.note(WORKLOAD, "by path / read and write", path_s / plain_s, "x")
     report.note(WORKLOAD, "by upload / TCP copy", upload_s / tcp_s, "x")
+    report.note(WORKLOAD, "by upload / HTTP copy", upload_s / http_s, "x")
 
 
 def _time_s(bench: Bench, call: Any) -> float:  # noqa: ANN401  # one of the above
