@@ -140,9 +140,10 @@ def test_a_pipelined_request_waits_for_its_turn(server: str) -> None:
     contents = [body_of(num) for num in (2 * BUFFER_BYTES, 3 * BUFFER_BYTES + 1, 0)]
     with connection(server) as client:
         client.sendall(b"".join(head("/digest", len(content)) + content for content in contents))
-        client.shutdown(socket.SHUT_WR)
-        received = b"".join(iter(lambda: client.recv(2**16), b""))
-    digests = re.findall(rb'"digest":"(\w+)"', received)
+        received, digests = b"", list[bytes]()
+        while len(digests) < len(contents):
+            received += client.recv(2**16)
+            digests = re.findall(rb'"digest":"(\w+)"', received)
     assert [digest.decode() for digest in digests] == [digest_of(content) for content in contents]
 
 
