@@ -20,6 +20,8 @@ GUESSES = {
     "wrong altogether": "x" * len(RIGHT),
 }
 NUM_TURNS = 40_000
+TELLING_NS = 50.0
+"""Comparing characters one by one until they differ takes 1 ns each: 64 for those here."""
 
 
 def test_right_and_wrong_keys_take_the_same_time() -> None:
@@ -36,5 +38,12 @@ def test_right_and_wrong_keys_take_the_same_time() -> None:
             durations_ns[name].append(time.perf_counter_ns() - start_ns)
     medians = {name: statistics.median(each) for name, each in durations_ns.items()}
     print(f"\nmedians in ns: {medians}")
-    # Comparing characters one by one until they differ takes 1 ns each, 64 here; of 3 µs that is 2 %.
-    assert max(medians.values()) - min(medians.values()) < 0.02 * medians["right"]
+    assert spread(medians, "wrong") < TELLING_NS
+    # That a key is right, its answer tells. Here the processor does, which expects a comparison to fail, as
+    # nine of ten do: what it began in vain takes some nanoseconds.
+    assert spread(medians, "") < 2 * TELLING_NS
+
+
+def spread(medians: dict[str, float], kind: str) -> float:
+    values = [value for name, value in medians.items() if name.startswith(kind)]
+    return max(values) - min(values)
