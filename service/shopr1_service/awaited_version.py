@@ -3,14 +3,14 @@
 import asyncio
 
 from shopr1_client.errors import PolicyVersionError
-from shopr1_service.policy import Policy
+from shopr1_service.policy import PolicyView
 from shopr1_service.versions import Target
 
 
 class NewVersions:
     """Tells whoever waits that the policy has changed. Used from the event loop only."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: PolicyView) -> None:
         self._policy = policy
         self._next = asyncio.Event()
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.engine import MeasuredCompletion, TokenGroup
 from shopr1_service.flaws import refuse_if_any
+from shopr1_service.measurer import Measurer
 from shopr1_service.metrics import Metrics
-from shopr1_service.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Gatherings:
         wait_s: how long the first part waits for the others.
     """
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics, wait_s: float) -> None:
-        self._scheduler = scheduler
+    def __init__(self, measurer: Measurer, metrics: Metrics, wait_s: float) -> None:
+        self._measurer = measurer
         self._metrics = metrics
         self._wait_s = wait_s
         self._open: dict[Hashable, _Gathering] = {}
@@ -71,7 +71,7 @@ class Gatherings:
 
         Raises:
             InvalidRequestError: another part of the group has another prompt.
-            ProblemError: as the scheduler raises it, to every part.
+            ProblemError: as the measurer raises it, to every part.
         """
         key = (membership.group_id, membership.size, kind)
         gathering = self._open.setdefault(key, _Gathering())
@@ -106,7 +106,7 @@ class Gatherings:
         places = [(part, i) for part in parts for i in range(len(part.completions))]
         places.sort(key=lambda place: tuple(place[0].completions[place[1]].ids))
         whole = TokenGroup(gathering.prompt_ids, [part.completions[i] for part, i in places])
-        [measured] = await self._scheduler.measure([whole], kind)
+        [measured] = await self._measurer.measure([whole], kind)
         values = dict(zip(places, measured.values, strict=True))
         return {
             part: Measurements([values[part, i] for i in range(len(part.completions))], measured.version)

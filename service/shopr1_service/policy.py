@@ -11,11 +11,8 @@ from shopr1_service.heartbeat import Heartbeat
 from shopr1_service.versions import Version, VersionTable
 
 
-class Policy(Protocol):
-    """The seam between the service and a model.
-
-    `codec` may be used from several threads at once, `certainties` from one at a time.
-    """
+class PolicyView(Protocol):
+    """What routes and scorer look at. `codec` may be used from several threads at once."""
 
     @property
     def info(self) -> PolicyInfo:
@@ -36,6 +33,10 @@ class Policy(Protocol):
     def heartbeat(self) -> Heartbeat:
         """Beats at every pass, however many `certainties` takes."""
         ...
+
+
+class Policy(PolicyView, Protocol):
+    """The seam between the service and a model. `certainties` is called from one thread at a time."""
 
     @property
     def stats(self) -> EngineStats:

@@ -75,16 +75,7 @@ class Scheduler:
     async def measure(
         self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
     ) -> list[Measurements]:
-        """Measurements of each group's completions, in order. If cancelled, what still waits is dropped.
-
-        Args:
-            progress: kept up to date, for whoever may cancel.
-
-        Raises:
-            InvalidRequestError, PolicyVersionError: the target is not loaded, when its turn comes.
-            OverloadedError: there is no room for these groups.
-            NotReadyError: the device is gone.
-        """
+        """As `Measurer` says. All groups are admitted, or none."""
         now_s = time.perf_counter()
         progress = progress or Progress()
         jobs = [self._job(group, kind, now_s, progress) for group in groups]

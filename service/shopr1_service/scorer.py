@@ -27,12 +27,12 @@ from shopr1_service.awaited_version import NewVersions
 from shopr1_service.backlog import Kind, Measurements, Progress
 from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
 from shopr1_service.gathering import Gatherings, Membership
+from shopr1_service.measurer import open_measurer
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.observation import Observer, Origin, ScoredGroup, tell
-from shopr1_service.policy import Policy
+from shopr1_service.policy import PolicyView
 from shopr1_service.preparation import PreparedGroup, PreparedRollout, prepare
 from shopr1_service.recipe_book import RecipeBook, reference
-from shopr1_service.scheduler import Scheduler
 from shopr1_service.settings import Settings
 from shopr1_service.spans import span
 from shopr1_service.versions import Target
@@ -48,7 +48,7 @@ class Scorer:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyView,
         recipes: RecipeBook,
         settings: Settings,
         metrics: Metrics,
@@ -62,14 +62,8 @@ class Scorer:
         self._limits = settings.limits
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
-        self.scheduler = Scheduler(
-            policy,
-            metrics,
-            max_queue_tokens=settings.max_queue_tokens,
-            is_deterministic=settings.deterministic,
-            on_fatal=on_fatal,
-        )
-        self._gatherings = Gatherings(self.scheduler, metrics, settings.group_wait_s)
+        self.measurer = open_measurer(policy, settings, metrics, on_fatal)
+        self._gatherings = Gatherings(self.measurer, metrics, settings.group_wait_s)
         metrics.policy.record_loaded(policy.info)
 
     async def score(
@@ -79,7 +73,7 @@ class Scorer:
 
         Args:
             origin: who asks.
-            progress: see `Scheduler.measure`.
+            progress: see `Measurer.measure`.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is at fault.
@@ -90,7 +84,7 @@ class Scorer:
         recipe = self._recipe(request.recipe)
         target = _target(request)
         await self.new_versions.wait_for(target)
-        self.scheduler.refuse_if_full()
+        self.measurer.refuse_if_full()
         loop = asyncio.get_running_loop()
         in_context = copy_context().run  # whose request it is: for logs and traces
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
@@ -112,12 +106,12 @@ class Scorer:
 
     def stack(self) -> str:
         """Where the engine's thread is."""
-        return self.scheduler.stack()
+        return self.measurer.stack()
 
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        self.scheduler.close()
+        self.measurer.close()
 
     def _recipe(self, name: str | None) -> Recipe:
         recipe = self._recipes.get(name)
@@ -157,7 +151,7 @@ class Scorer:
             if part_of is not None
         ]
         try:
-            measured = iter(await self.scheduler.measure(whole, kind, progress))
+            measured = iter(await self.measurer.measure(whole, kind, progress))
             gathered = iter(await asyncio.gather(*parts))
         finally:
             for part in parts:

@@ -16,10 +16,11 @@ from shopr1_service.label_table import LabelTable
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.patience import RETRY_AFTER_S, Cutoff
-from shopr1_service.policy import Policy
+from shopr1_service.policy import PolicyView
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.repeats import Repeats
 from shopr1_service.rollout_log import open_rollout_log
+from shopr1_service.scheduler import Scheduler
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup
@@ -119,7 +120,7 @@ class State:
             )
 
     async def load(
-        self, load_policy: Callable[[], Policy], on_fatal: Callable[[BaseException], None]
+        self, load_policy: Callable[[], PolicyView], on_fatal: Callable[[BaseException], None]
     ) -> None:
         """Load the policy beside the event loop, so that health checks are answered meanwhile.
 
@@ -135,7 +136,8 @@ class State:
         observers = [self.metrics.observe, *([self._rollout_log.observe] if self._rollout_log else [])]
         scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up, observers=observers)
         if isinstance(policy, LoadedPolicy):
-            how = (policy, scorer.scheduler, self.settings, self.metrics, scorer.new_versions)
+            assert isinstance(scorer.measurer, Scheduler)
+            how = (policy, scorer.measurer, self.settings, self.metrics, scorer.new_versions)
             self._loaded = Updates(*how), AdapterUpdates(*how)
         self._scorer = scorer
 
@@ -164,10 +166,10 @@ class State:
             self._rollout_log.close()
 
 
-async def _in_daemon_thread(load_policy: Callable[[], Policy]) -> Policy:
+async def _in_daemon_thread(load_policy: Callable[[], PolicyView]) -> PolicyView:
     """A daemon, because a load takes minutes and a service that is told to end should not wait for it."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Policy] = loop.create_future()
+    future: asyncio.Future[PolicyView] = loop.create_future()
 
     def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
         if not future.done():

@@ -105,7 +105,7 @@ class Service:
     @property
     def engine(self) -> threading.Thread:
         # Not by its name: those of other tests' services may not have ended yet.
-        return cast("threading.Thread", self.app.state.shopr1.scorer.scheduler._thread)
+        return cast("threading.Thread", self.app.state.shopr1.scorer.measurer._thread)
 
     async def upload(self, content: Any, version: str = "1", **params: Any) -> httpx.Response:
         """Weights: a file, or pieces of one."""

@@ -1,0 +1,110 @@
+"""The Ray Serve application: the HTTP service in front, without a model, and engines behind it.
+
+serve run shopr1_service.cluster.application:build policy=embedded num_replicas=2
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shopr1_service.app import create_app
+from shopr1_service.cluster.fleet import Fleet
+from shopr1_service.cluster.replica import Description, EngineReplica
+from shopr1_service.cluster.router import AffinityRouter
+from shopr1_service.request_id import REQUEST_ID_HEADER
+from shopr1_service.settings import Settings, load_settings
+
+ENGINES = "Engines"
+INGRESS = "Ingress"
+_MAX_ONGOING = 1_000_000
+"""Calls that a replica may have at a time. What bounds them is its `max_queue_tokens`, in tokens."""
+
+
+class Scale(BaseModel):
+    """How many engines, and what each takes of a machine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_replicas: PositiveInt = 1
+    num_gpus: NonNegativeFloat = 0
+    """Of each engine."""
+    num_cpus: PositiveFloat = 1
+    """Of each engine; also the number of threads that it computes with."""
+
+
+def build(options: Mapping[str, Any]) -> Any:  # noqa: ANN401  # Ray's application
+    """An application builder, as `serve run` and `serve deploy` take it.
+
+    Args:
+        options: members of `Scale`, and settings of the service; environment and TOML file count, too.
+
+    Raises:
+        SettingsError: an unknown option or a malformed value.
+    """
+    scale = Scale(**{name: value for name, value in options.items() if name in Scale.model_fields})
+    settings = load_settings(
+        {name: value for name, value in options.items() if name not in Scale.model_fields}
+    )
+    dumped = settings.model_dump()
+    engines = serve.deployment(
+        EngineReplica,
+        name=ENGINES,
+        num_replicas=scale.num_replicas,
+        ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=settings.shutdown_grace_s,
+        request_router_config=RequestRouterConfig(request_router_class=AffinityRouter),
+    )
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name=INGRESS,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=settings.shutdown_grace_s,
+    )
+    return ingress.bind(engines.bind(dumped), dumped)
+
+
+class Ingress:
+    """The HTTP side: all of `shopr1 serve` but the engine.
+
+    Args:
+        engines: Ray's handle.
+        settings: as `Settings.model_dump` gives them.
+    """
+
+    def __init__(self, engines: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401
+        self._engines = engines
+        self._settings = Settings(**settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray, in the replica: an application cannot be sent to it."""
+        app = create_app(self._settings, self._open_fleet)
+        app.add_middleware(_OneRequestId)
+        return app
+
+    def _open_fleet(self) -> Fleet:
+        """Blocks until there is an engine."""
+        description: Description = self._engines.describe.remote().result()
+        return Fleet(self._engines, description)
+
+
+class _OneRequestId:
+    """ASGI middleware: Ray's proxy names the request in the answer, too, with the same id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(raw=message["headers"])[REQUEST_ID_HEADER]
+            await send(message)
+
+        await self._app(scope, receive, send_without)

@@ -1,0 +1,111 @@
+"""Both servers with the same settings: `shopr1 serve`, and the Ray Serve application with two replicas."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+KEYS = {"score": "score-key-0123456789", "admin": "admin-key-0123456789", "metrics": "metrics-key-012345"}
+SETTINGS = {
+    "dtype": "float32",
+    "device": "cpu",
+    "deterministic": True,  # what else is being measured has no influence: numbers can be equal
+    "max_body_bytes": 200_000,
+    "receive_timeout_s": 20.0,
+}
+NUM_REPLICAS = 2
+START_S = 240.0
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def single() -> Iterator[str]:
+    """URL of `shopr1 serve`."""
+    port = _free_port()
+    sets = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "shopr1_service", "serve", "--port", str(port), *sets]
+    with _running(command, f"http://127.0.0.1:{port}") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the shipped application, on a Ray of its own."""
+    port, config = _free_port(), yaml.safe_load((_ROOT / "docker/ray/serve.yaml").read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"] |= {"num_replicas": NUM_REPLICAS, **SETTINGS}
+    file = tmp_path_factory.mktemp("ray") / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    serve = shutil.which("serve", path=str(Path(sys.executable).parent))
+    assert serve is not None
+    with _running([serve, "run", str(file)], f"http://127.0.0.1:{port}") as url:
+        yield url
+
+
+def client_of(url: str, scope: str | None = "score") -> httpx.Client:
+    headers = {"Authorization": f"Bearer {KEYS[scope]}"} if scope else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=120.0)
+
+
+def replica_pids() -> list[int]:
+    """Processes of the engines. Ray gives them their names."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if "ServeReplica:shopr1:Engines" in _command(pid)]
+
+
+def proxy_pids() -> list[int]:
+    """Processes of the HTTP proxy."""
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if "ProxyActor" in _command(pid)]
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def _running(command: list[str], url: str) -> Iterator[str]:
+    keys = ",".join(f"{scope}:{key}" for scope, key in KEYS.items())
+    environment = {
+        "SHOPR1_API_KEYS": keys,
+        "OMP_NUM_THREADS": "1",  # as Ray sets it where an engine has one CPU: sums depend on it
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.Popen(command, cwd=_ROOT, env={**os.environ, **environment})
+    try:
+        _wait_until_ready(process, url)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT if "run" in command else signal.SIGTERM)
+        process.wait(60)
+
+
+def _wait_until_ready(process: "subprocess.Popen[Any]", url: str) -> None:
+    give_up_at = time.monotonic() + START_S
+    while time.monotonic() < give_up_at:
+        assert process.poll() is None, "it has ended"
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health/ready").is_success:
+                return
+        time.sleep(0.2)  # nothing tells when a port is open
+    raise AssertionError("it does not become ready")
