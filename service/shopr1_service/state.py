@@ -100,7 +100,7 @@ class State:
     def _changes(self) -> tuple[Updates, AdapterUpdates]:
         self.scorer  # noqa: B018  # raises when there is none
         if self._loaded is None:
-            raise InvalidRequestError("this policy has no weights that could change")
+            raise InvalidRequestError("this policy does not change while it serves")
         return self._loaded
 
     @property

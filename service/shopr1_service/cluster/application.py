@@ -46,20 +46,30 @@ def build(options: Mapping[str, Any]) -> Any:  # noqa: ANN401  # Ray's applicati
 
     Raises:
         SettingsError: an unknown option or a malformed value.
+        ValidationError: a malformed member of `Scale`.
     """
-    scale = Scale(**{name: value for name, value in options.items() if name in Scale.model_fields})
-    settings = load_settings(
-        {name: value for name, value in options.items() if name not in Scale.model_fields}
-    )
+    of_scale = {name: value for name, value in options.items() if name in Scale.model_fields}
+    settings = load_settings({name: value for name, value in options.items() if name not in of_scale})
+    return application(Scale(**of_scale), settings)
+
+
+def application(
+    scale: Scale,
+    settings: Settings,
+    *,
+    router: type = AffinityRouter,
+    engine: type[EngineReplica] = EngineReplica,
+) -> Any:  # noqa: ANN401
+    """What `build` gives, with another router or engine, as benchmarks want."""
     dumped = settings.model_dump()
     engines = serve.deployment(
-        EngineReplica,
+        engine,
         name=ENGINES,
         num_replicas=scale.num_replicas,
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
-        request_router_config=RequestRouterConfig(request_router_class=AffinityRouter),
+        request_router_config=RequestRouterConfig(request_router_class=router),
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),

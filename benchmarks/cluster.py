@@ -1,0 +1,221 @@
+"""The service on Ray Serve: what prefix affinity saves, and what the way through Ray costs: `make bench-ray`.
+
+README.md says what each row means.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from report import Report
+from serving import (
+    REQUEST_TIMEOUT_S,
+    Body,
+    request_of,
+    rules_only_request,
+    score,
+    served,
+    write_rules_only_recipe,
+)
+from shopr1_client.errors import ProblemError
+from shopr1_service import loading, source
+from shopr1_service.backlog import Kind, Measurements
+from shopr1_service.cluster.application import Scale, application
+from shopr1_service.cluster.replica import EngineReplica
+from shopr1_service.cluster.router import AffinityRouter
+from shopr1_service.device import choose_device
+from shopr1_service.engine import TokenGroup
+from shopr1_service.settings import Settings, load_settings
+from subject import load_model
+from workloads import Shape, Workloads
+
+FOLDER = Path(__file__).parent
+NUM_REPLICAS = 2
+NUM_SESSIONS, NUM_STEPS = 6, 8
+AT_ONCE = (1, 3)
+"""Sessions that go on at a time. Odd: of an even number in step, round robin keeps each on its replica."""
+PAGE_TOKENS = 400
+ROLLOUTS = Shape(0, 1, 8)
+"""Of each step."""
+MEASURED = {"rules only": None, "P200 G4 R16": Shape(200, 4, 16)}
+NUM_TIMED = 60
+COUNTS = "SHOPR1BENCH_COUNTS"
+"""Where replicas write what they have computed."""
+
+
+class CountingReplica(EngineReplica):
+    """Tells how many tokens of prompts it has computed, and how many it had."""
+
+    async def measure(self, group: TokenGroup, kind: Kind) -> Measurements | ProblemError:
+        measured = await super().measure(group, kind)
+        cache = self._policy.stats.cache
+        counts = {"missed": cache.num_missed_tokens, "hit": cache.num_hit_tokens}
+        (Path(os.environ[COUNTS]) / f"{os.getpid()}.json").write_text(json.dumps(counts))
+        return measured
+
+
+class RoundRobinRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes have no types here
+    """One replica after the other."""
+
+    def initialize_state(self) -> None:
+        self._turns: dict[str, int] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        key = pending_request.metadata.internal_request_id
+        turn = self._turns.setdefault(key, len(self._turns)) % len(candidate_replicas)
+        return [[sorted(candidate_replicas, key=lambda replica: str(replica.replica_id))[turn]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The service on Ray Serve.")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results")
+    options = parser.parse_args()
+    report = Report(choose_device("auto"), "float32")
+    workloads = Workloads(_codec())
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ[COUNTS] = directory
+        affinity(workloads, Path(directory), report)
+        overhead(workloads, Path(directory), report)
+    report.write(options.output / "cluster.csv")
+
+
+def _codec() -> Any:  # noqa: ANN401  # transformers'
+    settings = _settings()
+    tokenizer, model = load_model(settings)
+    return loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME).codec
+
+
+def _settings(**more: Any) -> Settings:  # noqa: ANN401
+    return load_settings({"dtype": "float32", "log_level": "error", "prefix_cache_bytes": 2 * 2**30, **more})
+
+
+# --- affinity ---------------------------------------------------------------------------------------
+
+
+def affinity(workloads: Workloads, counts: Path, report: Report) -> None:
+    """The same sessions, by either router."""
+    sessions = [_session(workloads) for _ in range(NUM_SESSIONS)]
+    num_own_tokens = NUM_SESSIONS * NUM_STEPS * sum(map(len, workloads.completions(ROLLOUTS)))
+    for num_at_once in AT_ONCE:
+        workload = f"{NUM_STEPS} steps, {num_at_once} at once"
+        forwarded: dict[str, int] = {}
+        for name, router in (("affinity", AffinityRouter), ("round robin", RoundRobinRouter)):
+            duration_s, computed = _walk(sessions, num_at_once, router, counts)
+            forwarded[name] = computed["missed"] + num_own_tokens
+            report.note(workload, f"{name}: cache hit rate", computed["hit"] / sum(computed.values()), "")
+            report.note(workload, f"{name}: forwarded tokens", forwarded[name], "tokens")
+            report.note(workload, f"{name}: time", duration_s, "s")
+        report.note(workload, "round robin / affinity", forwarded["round robin"] / forwarded["affinity"], "x")
+
+
+def _walk(
+    sessions: Sequence[Sequence[Body]], num_at_once: int, router: type, counts: Path
+) -> tuple[float, Mapping[str, int]]:
+    """How long it takes, and what all replicas have computed together."""
+    scale = Scale(num_replicas=NUM_REPLICAS)
+    with on_ray(scale, _settings(), router=router, engine=CountingReplica) as client:
+        start_s = time.perf_counter()
+        with ThreadPoolExecutor(num_at_once) as pool:
+            list(pool.map(lambda session: [score(client, body) for body in session], sessions))
+        duration_s = time.perf_counter() - start_s
+    return duration_s, _taken(counts)
+
+
+def _session(workloads: Workloads) -> list[Body]:
+    prompt_ids = workloads.prompt_ids(NUM_STEPS * PAGE_TOKENS)
+    ends = range(PAGE_TOKENS, len(prompt_ids) + 1, PAGE_TOKENS)
+    return [request_of(workloads.group(ROLLOUTS, prompt_ids[:end])) for end in ends]
+
+
+def _taken(counts: Path) -> Mapping[str, int]:
+    """What all replicas have counted together."""
+    read = [json.loads(file.read_text()) for file in counts.iterdir() if file.suffix == ".json"]
+    for file in counts.iterdir():
+        file.unlink()
+    return {name: sum(each[name] for each in read) for name in ("missed", "hit")}
+
+
+# --- overhead ---------------------------------------------------------------------------------------
+
+
+def overhead(workloads: Workloads, directory: Path, report: Report) -> None:
+    """One engine, asked by `shopr1 serve`'s way and by Ray's, in turns."""
+    settings = _settings(recipe=str(write_rules_only_recipe(directory)))
+    for workload, shape in MEASURED.items():
+        own = settings if shape is None else _settings()
+        tokenizer, model = load_model(own)
+        policy = loading.build_policy(model, tokenizer, own, name=source.EMBEDDED_NAME)
+        with served(own, policy) as single, on_ray(Scale(num_cpus=os.cpu_count() or 1), own) as cluster:
+            bodies = [_body(workloads, shape, i) for i in range(4 * NUM_TIMED)]
+            random.Random(0).shuffle(bodies)
+            times = [
+                (_time_s(single, bodies.pop()), _time_s(cluster, bodies.pop())) for _ in range(NUM_TIMED)
+            ]
+            single_s, cluster_s = (statistics.median(each) for each in zip(*times, strict=True))
+        report.note(workload, "shopr1 serve", 1000 * single_s, "ms")
+        report.note(workload, "Ray Serve", 1000 * cluster_s, "ms")
+        report.note(workload, "Ray Serve / shopr1 serve", cluster_s / single_s, "x")
+
+
+def _body(workloads: Workloads, shape: Shape | None, number: int) -> Body:
+    if shape is None:
+        return rules_only_request(1, 8, number)
+    return request_of(workloads.group(shape))
+
+
+def _time_s(client: httpx.Client, body: Body) -> float:
+    start_s = time.perf_counter()
+    score(client, body)
+    return time.perf_counter() - start_s
+
+
+@contextlib.contextmanager
+def on_ray(scale: Scale, settings: Settings, **parts: Any) -> Iterator[httpx.Client]:  # noqa: ANN401
+    """A client of the application on a Ray of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    # Replicas import this file, which stands in no package.
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"env_vars": {"PYTHONPATH": str(FOLDER), COUNTS: os.environ[COUNTS]}},
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application(scale, settings, **parts), name="shopr1", route_prefix="/")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_TIMEOUT_S) as client:
+            _wait_until_ready(client)
+            yield client
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _wait_until_ready(client: httpx.Client) -> None:
+    while not client.get("/health/ready").is_success:
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
