@@ -13,6 +13,8 @@ _SETTLED_S = 0.05
 """Longer than the steps of any file system's clock: whatever is written later has another time."""
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """What file systems say that know of no room beforehand."""
+CLOSE_THREAD = "close"
+"""Name of the threads that close private files."""
 
 
 class OpenFile:
@@ -89,7 +91,7 @@ class PrivateFile(OpenFile):
     def _close(fd: int) -> None:
         # Its last holder may be the engine, and to give its room back takes as long as to write some of it.
         try:
-            threading.Thread(target=os.close, args=(fd,), name="close").start()
+            threading.Thread(target=os.close, args=(fd,), name=CLOSE_THREAD).start()
         except RuntimeError:  # the interpreter ends, or there are too many
             os.close(fd)
 

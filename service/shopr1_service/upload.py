@@ -99,25 +99,24 @@ async def received(request: Request) -> AsyncIterator[bytes]:
 
 async def pour(stream: AsyncIterable[bytes], feed: Callable[[memoryview], None]) -> None:
     """Feed all of a stream, on threads; while a piece is being taken, the next one comes."""
-    blocks: list[bytes] = []
+    piece = bytearray()
     taking = asyncio.create_task(asyncio.to_thread(feed, memoryview(b"")))
     try:
         async for block in stream:
-            blocks.append(block)
-            if sum(map(len, blocks)) >= _PIECE_BYTES:
-                await taking
-                taking = asyncio.create_task(asyncio.to_thread(feed, _joined(blocks)))
-                blocks = []
+            if not piece and len(block) >= _PIECE_BYTES:
+                whole = memoryview(block)  # without a copy
+            else:
+                piece += block
+                if len(piece) < _PIECE_BYTES:
+                    continue
+                whole, piece = memoryview(piece), bytearray()
+            await taking
+            taking = asyncio.create_task(asyncio.to_thread(feed, whole))
         await taking
-        await asyncio.to_thread(feed, _joined(blocks))
+        await asyncio.to_thread(feed, memoryview(piece))
     finally:
         # A thread cannot be stopped; whoever cleans up must not do so under its feet.
         await asyncio.wait([taking])
-
-
-def _joined(blocks: Sequence[bytes]) -> memoryview:
-    """One that is a piece by itself is not copied. Otherwise memory that can be written, see `staging.py`."""
-    return memoryview(blocks[0] if len(blocks) == 1 else bytearray().join(blocks))
 
 
 def _checked(read: Callable[[bytes], _Result], given: bytes) -> _Result:

@@ -358,3 +358,57 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         stage_of(tiny_model(), tmp_path / "none")
     with pytest.raises(StorageError, match="No such file or directory"):
         WayBack(Weights(tiny_model()), tmp_path / "none").keep([NORM])
+
+
+# --- numbers and room -------------------------------------------------------------------------------
+
+
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    bits=st.lists(st.integers(0, 2**64 - 1), max_size=5),
+)
+def test_finite_is_what_torch_calls_finite(dtype: torch.dtype, bits: Sequence[int]) -> None:
+    """Of any bits: both infinities, NaN of either sign, the largest and the smallest numbers."""
+    content = b"".join(
+        (each >> (64 - 8 * dtype.itemsize)).to_bytes(dtype.itemsize, "little") for each in bits
+    )
+    values = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    assert staging._is_finite(values) == bool(values.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_edges_of_the_finite(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    finite = torch.tensor([info.max, info.min, info.tiny, -0.0, 0.0], dtype=dtype)
+    assert staging._is_finite(finite)
+    for value in (float("inf"), float("-inf"), float("nan"), -float("nan")):
+        assert not staging._is_finite(torch.cat([finite, torch.tensor([value], dtype=dtype)]))
+
+
+def test_room_is_kept_before_anything_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model's dtype, which is what is written."""
+    kept: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _fd, _start, num_bytes: kept.append(num_bytes))
+    tensor = weights_of(tiny_model())[NORM].double()
+    staged(tiny_model(), (NORM, tensor))
+    assert kept == [tensor.numel() * 4]
+
+
+def test_a_disk_without_room_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(StorageError, match="No space left"):
+        staged(tiny_model(), (NORM, weights_of(tiny_model())[NORM]))
+
+
+def test_a_file_system_that_keeps_no_room_is_written_to_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    tensor = weights_of(changed_model())[NORM]
+    model = tiny_model()
+    loaded(model, (NORM, tensor))
+    assert torch.equal(weights_of(model)[NORM], tensor)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from shopr1_client.policy_wire import ADAPTER_CONFIG_KEY
 from shopr1_service.app import create_app
 from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.open_file import CLOSE_THREAD
 from shopr1_service.settings import Settings
 from tests.service.broken_updates import ADAPTER_CONFIG
 from tests.service.http import CLICK, answer, client_of, group, problem, score, until_ready
@@ -201,6 +202,9 @@ class Unchanged:
 
 def staged_files() -> set[str]:
     """The private files that are open; no two ever have the same name."""
+    for thread in threading.enumerate():
+        if thread.name == CLOSE_THREAD:
+            thread.join()
     files = map(_file_of, os.listdir("/proc/self/fd"))  # noqa: PTH208
     return {file for file in files if "/shopr1-" in file}
 
