@@ -178,6 +178,7 @@ class Unchanged:
         self._files: set[str] = set()
 
     async def __aenter__(self) -> None:
+        await self._scored()  # the first of an engine's thread may differ from all others in its last bit
         self._service.forget_prompts()
         # Kept prompts change the last bits: without them, with some, and with all of them.
         self._before = [await self._scored() for _ in range(3)]
