@@ -123,7 +123,7 @@ async def test_a_policy_without_weights() -> None:
         state = done(await client.get("/policy"))
         assert (state["model"], state["current"]["version"]) == ("fake", "0")
         refused = await client.put("/policy/weights", params={"version": "1"}, content=NEW)
-        assert "no weights" in problem(refused, 422, "invalid_request")["detail"]
+        assert "does not change" in problem(refused, 422, "invalid_request")["detail"]
 
 
 # --- numbers ----------------------------------------------------------------------------------------
