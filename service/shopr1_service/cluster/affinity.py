@@ -81,11 +81,12 @@ class Affinity(Generic[Replica]):
         return sorted(replicas, key=lambda replica: self._rank(work, replica))
 
     def begin(self, key: Hashable, work: Work, replica: Replica) -> None:
-        """Work was sent to a replica.
+        """Work was sent to a replica, perhaps because another one did not take it.
 
         Args:
             key: by which its end will be told.
         """
+        self.end(key)
         guess = self._guesses.setdefault(replica, _Guess())
         num_tokens = guess.num_missing_tokens(work)
         guess.num_waiting_tokens += num_tokens

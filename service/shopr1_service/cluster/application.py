@@ -1,6 +1,6 @@
 """The Ray Serve application: the HTTP service in front, without a model, and engines behind it.
 
-serve run shopr1_service.cluster.application:build policy=embedded num_replicas=2
+serve run shopr1_service.cluster.application:build num_replicas=2
 """
 
 from collections.abc import Mapping

@@ -59,6 +59,14 @@ def test_what_waits_is_what_is_not_kept() -> None:
     assert affinity.ranked(work_of(7), ["a", "b"])[0] == "a"
 
 
+def test_work_that_is_sent_elsewhere_waits_in_one_place() -> None:
+    affinity = Affinity[str]()
+    affinity.begin("first", work_of(1, 2), "a")
+    affinity.begin("first", work_of(1, 2), "b")
+    affinity.end("first")
+    assert [guess.num_waiting_tokens for guess in affinity._guesses.values()] == [0, 0]
+
+
 def test_what_has_not_been_used_for_long_is_forgotten() -> None:
     affinity = Affinity[str](max_kept_tokens=3 * BLOCK_TOKENS)
     for key, work in enumerate([work_of(1, 2), work_of(5, 6)]):
