@@ -41,7 +41,7 @@ from shopr1_service.warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 _NUM_CHECK_TOKENS = 24
-_NUM_PROBE_TOKENS = 8
+_NUM_PROBE_TOKENS = 4
 """Each passes through every weight; more of them would only lengthen the pause of an update."""
 _CHECK_SEED = 0
 # How far a layer sees, or how many tokens it takes at a time, in the words of all architectures.

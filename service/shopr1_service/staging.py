@@ -8,6 +8,7 @@ has written to them by then, it fails.
 """
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from shopr1_service.weights import PIECE_BYTES, Buffers, Stored, Weights, bytes_
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bytes of a number."""
+_CHECKED_BYTES = 2**20
+"""At a time: they are read twice, and a core finds them in its own cache again."""
 
 
 class Stage:
@@ -49,6 +52,7 @@ class Stage:
         self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
         self._num_buffered = 0
         self._num_taken = 0  # of the tensor that is coming
+        self._counting = threading.Lock()
 
     def announce(self, entries: Sequence[TensorEntry]) -> None:
         """All that will come, in this order. To be called once, before anything comes."""
@@ -88,8 +92,7 @@ class Stage:
         buffers = Buffers()
         places = [(entry, Stored(file, data_start + entry.start, entry.dtype)) for entry in entries]
         jobs = [(*place, *part) for place in places for part in _parts(place[0])]
-        for num_bytes in on_threads(lambda job: self._check_part(*job, buffers), jobs):
-            self.num_bytes += num_bytes
+        on_threads(lambda job: self._check_part(*job, buffers), jobs)
         for entry, place in places:
             self.stored[entry.name] = place
             if entry.num_bytes:
@@ -159,10 +162,11 @@ class Stage:
 
     def _check_part(
         self, entry: TensorEntry, place: Stored, first: int, num_numbers: int, buffers: Buffers
-    ) -> int:
+    ) -> None:
         values = buffers.read(place, first, num_numbers)
         self._checked(entry, values)
-        return values.nbytes
+        with self._counting:
+            self.num_bytes += values.nbytes
 
     def _checked(self, entry: TensorEntry, values: torch.Tensor) -> torch.Tensor:
         """Numbers as the model will have them."""
@@ -234,10 +238,14 @@ def _is_finite(values: torch.Tensor) -> bool:
     # of memory, and on one thread: torch's would wait for each other, beside the engine.
     integer = _INTEGERS[values.itemsize]
     infinity = int(torch.tensor(math.inf, dtype=values.dtype).view(integer))
-    first_negative = 1 << (8 * values.itemsize - 1)
+    negative_infinity = infinity + (1 << (8 * values.itemsize - 1))
     signed = values.view(integer).numpy()
-    unsigned = signed.view(f"u{values.itemsize}")
-    return signed.max(initial=0) < infinity and int(unsigned.max(initial=0)) < first_negative + infinity
+    step = _CHECKED_BYTES // values.itemsize
+    blocks = (signed[first : first + step] for first in range(0, len(signed), step))
+    return all(
+        block.max() < infinity and int(block.view(f"u{values.itemsize}").max()) < negative_infinity
+        for block in blocks
+    )
 
 
 def _no_room(error: OSError) -> StorageError:

@@ -6,6 +6,7 @@ file into the tensors that the model computes with. On a CPU the file is read ri
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ PIECE_BYTES = 4 * 2**20
 _MAX_THREADS = 4
 
 _Given = TypeVar("_Given")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,19 @@ class Weights:
         """Replace tensors. If it fails, some have been replaced.
 
         Args:
-            on_piece: called again and again while it goes on.
+            on_piece: called again and again while it goes on, on several threads.
 
         Raises:
             OSError: the disk fails.
         """
         buffers = Buffers()
         jobs = [job for name, place in stored.items() for job in _jobs(self.tensors[name], place)]
-        for _ in on_threads(lambda job: _load(*job, buffers), jobs):
+
+        def load(job: tuple[Tensor, Stored, int]) -> None:
+            _load(*job, buffers)
             on_piece()
+
+        on_threads(load, jobs)
 
     def _store(self, tensor: Tensor, file: PrivateFile) -> Stored:
         start = file.num_bytes
@@ -125,14 +129,24 @@ def pieces(tensor: Tensor, number_bytes: int) -> Iterator[Tensor]:
         yield from torch.split(flat, PIECE_BYTES // number_bytes)
 
 
-def on_threads(work: Callable[[_Given], _Result], jobs: Sequence[_Given]) -> Iterator[_Result]:
-    """Results in order. When one fails, nothing more is begun, and nothing goes on when this ends."""
+def on_threads(work: Callable[[_Given], None], jobs: Sequence[_Given]) -> None:
+    """Do all jobs. When one fails, nothing more is begun, and nothing goes on when this raises."""
+    # Each thread takes its next job by itself: to be handed one, and to hand over what comes of it, takes
+    # longer than some jobs do.
+    waiting = iter(jobs)
+
+    def run() -> None:
+        try:
+            for job in waiting:
+                work(job)
+        finally:
+            deque(waiting, maxlen=0)  # none is left, unless this one has failed
+
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(num_threads, "weights")
-    try:
-        yield from pool.map(work, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(num_threads, "weights") as pool:
+        threads = [pool.submit(run) for _ in range(num_threads)]
+    for thread in threads:
+        thread.result()
 
 
 def _jobs(tensor: Tensor, place: Stored) -> Iterator[tuple[Tensor, Stored, int]]:
