@@ -36,8 +36,9 @@ from shopr1_client.errors import ProblemError
 from shopr1_service import loading, source
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.application import Scale, application
-from shopr1_service.cluster.replica import EngineReplica
+from shopr1_service.cluster.deployments import EngineDeployment
 from shopr1_service.cluster.router import AffinityRouter
+from shopr1_service.cluster.view import Elsewhere, Route
 from shopr1_service.device import choose_device
 from shopr1_service.engine import TokenGroup
 from shopr1_service.settings import Settings, load_settings
@@ -58,11 +59,13 @@ COUNTS = "SHOPR1BENCH_COUNTS"
 """Where replicas write what they have computed."""
 
 
-class CountingReplica(EngineReplica):
+class CountingEngine(EngineDeployment):
     """Tells how many tokens of prompts it has computed, and how many it had."""
 
-    async def measure(self, group: TokenGroup, kind: Kind) -> Measurements | ProblemError:
-        measured = await super().measure(group, kind)
+    async def measure(
+        self, group: TokenGroup, kind: Kind, route: Route
+    ) -> Measurements | ProblemError | Elsewhere:
+        measured = await super().measure(group, kind, route)
         cache = self._policy.stats.cache
         counts = {"missed": cache.num_missed_tokens, "hit": cache.num_hit_tokens}
         (Path(os.environ[COUNTS]) / f"{os.getpid()}.json").write_text(json.dumps(counts))
@@ -133,7 +136,7 @@ def _walk(
 ) -> tuple[float, Mapping[str, int]]:
     """How long it takes, and what all replicas have computed together."""
     scale = Scale(num_replicas=NUM_REPLICAS)
-    with on_ray(scale, _settings(), router=router, engine=CountingReplica) as client:
+    with on_ray(scale, _settings(), router=router, engine=CountingEngine) as client:
         start_s = time.perf_counter()
         with ThreadPoolExecutor(num_at_once) as pool:
             list(pool.map(lambda session: [score(client, body) for body in session], sessions))

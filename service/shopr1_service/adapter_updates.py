@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from shopr1_service.flaws import flaw
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.lora import Adapter, AdapterError, build_adapter, parse_config
 from shopr1_service.metrics import Metrics
-from shopr1_service.safetensors_header import TensorEntry
+from shopr1_service.safetensors_header import MAX_HEADER_BYTES, TensorEntry
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.settings import Settings
 from shopr1_service.upload import Upload, pour
@@ -27,6 +29,16 @@ from shopr1_service.weights import PIECE_BYTES, bytes_of
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 2.0
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Texts of an adapter's config and safetensors file."""
+
+    config: bytes
+    tensors: bytes
 
 
 class TensorBuffer:
@@ -92,16 +104,27 @@ class AdapterUpdates:
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
         """Load an adapter from a directory below `policy_roots`."""
         start_s, base = time.perf_counter(), self._policy.versions.base
-        adapter = await asyncio.to_thread(self._read, request.path)
+        adapter = await asyncio.to_thread(self._reading, request.path, self._read)
         return await self._add(adapter, request, base, start_s)
 
-    async def from_upload(self, stream: AsyncIterable[bytes], request: AdapterRequest) -> AdapterUpdate:
-        """Load an adapter from a safetensors file that comes as a stream, with its config in the header."""
+    async def files(self, path: str) -> AdapterFiles:
+        """What stands in a directory below `policy_roots`, not looked at."""
+        return await asyncio.to_thread(self._reading, path, self._files)
+
+    async def from_upload(
+        self, stream: AsyncIterable[bytes], request: AdapterRequest, config: str | bytes | None = None
+    ) -> AdapterUpdate:
+        """Load an adapter from a safetensors file that comes as a stream.
+
+        Args:
+            config: default: the one in the file's metadata.
+        """
         start_s, base = time.perf_counter(), self._policy.versions.base
         buffer = TensorBuffer(self._settings.max_adapter_bytes)
         upload = Upload(buffer)
         await pour(stream, upload.feed)
-        config = upload.end().metadata.get(ADAPTER_CONFIG_KEY)
+        metadata = upload.end().metadata
+        config = metadata.get(ADAPTER_CONFIG_KEY) if config is None else config
         if config is None:
             raise InvalidWeightsError(f"the file's metadata has no {ADAPTER_CONFIG_KEY}")
         adapter = await asyncio.to_thread(self._build, config, buffer.tensors)
@@ -169,14 +192,21 @@ class AdapterUpdates:
         self._metrics.record_loaded(self._policy.info, num_adapters)
         self._new_versions.tell()
 
-    def _read(self, path: str) -> Adapter:
+    def _reading(self, path: str, read: Callable[[Path, Path], _Result]) -> _Result:
         try:
-            config_file, tensor_file = adapter_files(path, self._settings.policy_roots)
-            return self._build(config_file.read_bytes(), self._tensors(tensor_file))
+            return read(*adapter_files(path, self._settings.policy_roots))
         except CheckpointError as error:
             raise flaw(InvalidWeightsError, error.location, str(error)) from error
         except OSError as error:
             raise InvalidWeightsError(f"the adapter cannot be read: {error.strerror or error}") from error
+
+    def _read(self, config_file: Path, tensor_file: Path) -> Adapter:
+        return self._build(config_file.read_bytes(), self._tensors(tensor_file))
+
+    def _files(self, config_file: Path, tensor_file: Path) -> AdapterFiles:
+        with open_regular(tensor_file) as file:
+            tensors = file.read(self._settings.max_adapter_bytes + MAX_HEADER_BYTES)
+        return AdapterFiles(config_file.read_bytes(), tensors)
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
         buffer = TensorBuffer(self._settings.max_adapter_bytes)

@@ -4,6 +4,7 @@ import asyncio
 
 from shopr1_client.errors import PolicyVersionError
 from shopr1_service.policy import PolicyView
+from shopr1_service.pulse import Pulse
 from shopr1_service.versions import Target
 
 
@@ -12,12 +13,11 @@ class NewVersions:
 
     def __init__(self, policy: PolicyView) -> None:
         self._policy = policy
-        self._next = asyncio.Event()
+        self._pulse = Pulse()
 
     def tell(self) -> None:
         """The policy has changed."""
-        self._next.set()
-        self._next = asyncio.Event()
+        self._pulse.tell()
 
     async def wait_for(self, target: Target) -> None:
         """Return as soon as there is a version that a request wants.
@@ -42,7 +42,7 @@ class NewVersions:
     async def _is_told_by(self, due_s: float) -> bool:
         try:
             async with asyncio.timeout_at(due_s):
-                await self._next.wait()
+                await self._pulse.wait()
         except TimeoutError:
             return False
         return True

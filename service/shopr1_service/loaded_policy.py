@@ -131,6 +131,16 @@ class LoadedPolicy:
         self.versions = self.versions.without(gone)
         self._forget(gone)
 
+    def expect(self, number: int) -> None:
+        """The next change is to have this number, whatever has happened here."""
+        self.versions = self.versions.before(number)
+
+    def agree(self, versions: VersionTable) -> None:
+        """Go by the table of a policy elsewhere, with the same weights; drop the adapters that it has not."""
+        kept = {version.number for version in versions.loaded()}
+        self.remove_adapters(version for version in self.versions.loaded() if version.number not in kept)
+        self.versions = versions
+
     def _forget(self, gone: Iterable[Version]) -> None:
         self._cache.enter(None)
         for version in gone:

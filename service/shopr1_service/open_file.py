@@ -13,6 +13,8 @@ _SETTLED_S = 0.05
 """Longer than the steps of any file system's clock: whatever is written later has another time."""
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """What file systems say that know of no room beforehand."""
+Signature = tuple[int, int]
+"""A file's size, and when it was written, in ns."""
 CLOSE_THREAD = "close"
 """Name of the threads that close private files."""
 
@@ -34,6 +36,11 @@ class OpenFile:
     def is_intact(self) -> bool:
         """Whether nobody has written to it."""
         return True
+
+    @property
+    def signature(self) -> Signature | None:
+        """The same for the same content; None: nobody else has it."""
+        return None
 
     @staticmethod
     def _close(fd: int) -> None:
@@ -109,6 +116,10 @@ class ForeignFile(OpenFile):
     def is_intact(self) -> bool:
         return self._sign() == self._signature
 
-    def _sign(self) -> tuple[int, int]:
+    @property
+    def signature(self) -> Signature:
+        return self._signature
+
+    def _sign(self) -> Signature:
         status = os.fstat(self._fd)
         return status.st_size, status.st_mtime_ns

@@ -11,20 +11,17 @@ from fastapi import Request
 
 from shopr1_client.errors import InvalidRequestError, NotReadyError
 from shopr1_client.policy_wire import PolicyState
-from shopr1_service.adapter_updates import AdapterUpdates
+from shopr1_service.changes import AdapterChanges, Changes, WeightChanges, open_changes
 from shopr1_service.label_table import LabelTable
-from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.patience import RETRY_AFTER_S, Cutoff
 from shopr1_service.policy import PolicyView
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.repeats import Repeats
 from shopr1_service.rollout_log import open_rollout_log
-from shopr1_service.scheduler import Scheduler
 from shopr1_service.scorer import Scorer
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup
-from shopr1_service.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ class State:
         self.labels = LabelTable(settings.max_labels)
         self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None
-        self._loaded: tuple[Updates, AdapterUpdates] | None = None
+        self._changes: Changes | None = None
         self._startup = startup or Startup()
         self._is_closing = False
         self.metrics.watch(lambda: self.is_ready, lambda: self.heartbeat_age_s)
@@ -68,19 +65,19 @@ class State:
         return self._scorer
 
     @property
-    def updates(self) -> Updates:
+    def updates(self) -> WeightChanges:
         """Of the policy's weights.
 
         Raises:
             NotReadyError: as `scorer`.
             InvalidRequestError: this policy has no weights.
         """
-        return self._changes[0]
+        return self._open_changes[0]
 
     @property
-    def adapters(self) -> AdapterUpdates:
+    def adapters(self) -> AdapterChanges:
         """As `updates`, of adapters."""
-        return self._changes[1]
+        return self._open_changes[1]
 
     @property
     def policy_state(self) -> PolicyState:
@@ -93,15 +90,15 @@ class State:
             base=versions.base.info,
             adapters=[version.info for version in versions.loaded()],
             default_adapter=versions.default_adapter,
-            update=self._loaded[0].progress if self._loaded else None,
+            update=self._changes[0].progress if self._changes else None,
         )
 
     @property
-    def _changes(self) -> tuple[Updates, AdapterUpdates]:
+    def _open_changes(self) -> Changes:
         self.scorer  # noqa: B018  # raises when there is none
-        if self._loaded is None:
+        if self._changes is None:
             raise InvalidRequestError("this policy does not change while it serves")
-        return self._loaded
+        return self._changes
 
     @property
     def is_ready(self) -> bool:
@@ -135,10 +132,7 @@ class State:
 
         observers = [self.metrics.observe, *([self._rollout_log.observe] if self._rollout_log else [])]
         scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up, observers=observers)
-        if isinstance(policy, LoadedPolicy):
-            assert isinstance(scorer.measurer, Scheduler)
-            how = (policy, scorer.measurer, self.settings, self.metrics, scorer.new_versions)
-            self._loaded = Updates(*how), AdapterUpdates(*how)
+        self._changes = open_changes(scorer, self.settings, self.metrics)
         self._scorer = scorer
 
     async def watch(self, on_fatal: Callable[[BaseException], None]) -> None:

@@ -28,7 +28,7 @@ from shopr1_service.compatibility import check_compatible
 from shopr1_service.flaws import flaw
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
-from shopr1_service.open_file import ForeignFile
+from shopr1_service.open_file import ForeignFile, Signature
 from shopr1_service.safetensors_header import DTYPES, TensorEntry
 from shopr1_service.scheduler import Scheduler
 from shopr1_service.settings import Settings
@@ -44,6 +44,24 @@ _RETRY_AFTER_S = 2.0
 
 Fill = Callable[[Stage], Awaitable[None]]
 """Brings all tensors of an update."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an update brought.
+
+    Attributes:
+        names: of tensors.
+        files: of the checkpoint, if it was one.
+    """
+
+    names: frozenset[str]
+    files: frozenset[Signature]
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Stored]) -> "Taken":
+        signatures = {place.file.signature for place in stored.values()}
+        return cls(frozenset(stored), frozenset(each for each in signatures if each is not None))
 
 
 @dataclass
@@ -96,16 +114,26 @@ class Updates:
         self._metrics = metrics.policy
         self._new_versions = new_versions
         self._running: _Running | None = None
+        self.taken: Taken | None = None
+        """By the last update that changed the policy."""
 
     @property
     def progress(self) -> UpdateProgress | None:
         return self._running.progress if self._running else None
 
-    async def from_checkpoint(self, request: UpdateRequest) -> PolicyUpdate:
-        """Take the weights of a directory below `policy_roots`."""
+    async def from_checkpoint(
+        self, request: UpdateRequest, files: frozenset[Signature] | None = None
+    ) -> PolicyUpdate:
+        """Take the weights of a directory below `policy_roots`.
+
+        Args:
+            files: those that it must have.
+        """
 
         async def fill(stage: Stage) -> None:
             await asyncio.to_thread(self._read, request.path, stage)
+            if files is not None and files != Taken.of(stage.stored).files:
+                raise InvalidWeightsError("the checkpoint has been written to since it was taken elsewhere")
 
         return await self._update("checkpoint", request.version, fill, is_partial=request.partial)
 
@@ -139,6 +167,7 @@ class Updates:
             running.name = StageName.SWAPPING
             former, pause_s = await self._scheduler.between_batches(lambda: self._swap(stored, version))
             running.is_done = True
+            self.taken = Taken.of(stored)
             self._tell(source, pause_s)
             update = PolicyUpdate(
                 current=self._policy.versions.base.info,

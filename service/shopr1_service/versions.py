@@ -122,6 +122,10 @@ class VersionTable:
         default = self.default_adapter if self.default_adapter in adapters else None
         return replace(self, adapters=adapters, default_adapter=default, num_changes=self.num_changes + 1)
 
+    def before(self, number: int) -> "VersionTable":
+        """The same, but the next change gets this number."""
+        return replace(self, num_changes=number - 1)
+
     def loaded(self) -> list[Version]:
         """All versions of all adapters, by name, the newest of each last."""
         return [version for _, versions in sorted(self.adapters.items()) for version in versions]

@@ -13,6 +13,7 @@ from shopr1_rewards import load_recipe
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.fleet import Fleet
 from shopr1_service.cluster.replica import Description
+from shopr1_service.cluster.view import Route, View
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.fake import FakePolicy
 from shopr1_service.versions import Version
@@ -52,16 +53,18 @@ class Handle:
     def __init__(self, *outcomes: Any) -> None:
         self.measure = self
         self.responses: list[Response] = []
+        self.routes: list[Route] = []
         self._outcomes: Iterator[Any] = iter(outcomes)
 
-    def remote(self, _group: TokenGroup, _kind: Kind) -> Response:
+    def remote(self, _group: TokenGroup, _kind: Kind, route: Route) -> Response:
+        self.routes.append(route)
         self.responses.append(Response(next(self._outcomes)))
         return self.responses[-1]
 
 
 def fleet_of(handle: Handle) -> Fleet:
     policy = FakePolicy()
-    return Fleet(handle, Description(policy.info, policy.codec, policy.versions))
+    return Fleet(handle, None, Description(policy.info, policy.codec, 1, 1), View(0, policy.versions))
 
 
 async def test_work_of_a_replica_that_dies_goes_to_another() -> None:

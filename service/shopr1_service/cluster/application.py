@@ -14,14 +14,17 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shopr1_service.app import create_app
+from shopr1_service.cluster.deployments import EngineDeployment, JournalDeployment
 from shopr1_service.cluster.fleet import Fleet
-from shopr1_service.cluster.replica import Description, EngineReplica
+from shopr1_service.cluster.replica import Description
 from shopr1_service.cluster.router import AffinityRouter
+from shopr1_service.cluster.view import View
 from shopr1_service.request_id import REQUEST_ID_HEADER
 from shopr1_service.settings import Settings, load_settings
 
 ENGINES = "Engines"
 INGRESS = "Ingress"
+JOURNAL = "Journal"
 _MAX_ONGOING = 1_000_000
 """Calls that a replica may have at a time. What bounds them is its `max_queue_tokens`, in tokens."""
 
@@ -36,6 +39,8 @@ class Scale(BaseModel):
     """Of each engine."""
     num_cpus: PositiveFloat = 1
     """Of each engine; also the number of threads that it computes with."""
+    rolling_updates: bool = False
+    """Engines take new weights one after another, and the others go on scoring; not all at once."""
 
 
 def build(options: Mapping[str, Any]) -> Any:  # noqa: ANN401  # Ray's application
@@ -58,7 +63,7 @@ def application(
     settings: Settings,
     *,
     router: type = AffinityRouter,
-    engine: type[EngineReplica] = EngineReplica,
+    engine: type[EngineDeployment] = EngineDeployment,
 ) -> Any:  # noqa: ANN401
     """What `build` gives, with another router or engine, as benchmarks want."""
     dumped = settings.model_dump()
@@ -78,7 +83,14 @@ def application(
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
     )
-    return ingress.bind(engines.bind(dumped), dumped)
+    journal = serve.deployment(
+        JournalDeployment,
+        name=JOURNAL,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=0,  # its questions stay open, and nobody needs their answers
+    ).bind(dumped, is_rolling=scale.rolling_updates)
+    return ingress.bind(engines.bind(dumped, journal), journal, dumped)
 
 
 class Ingress:
@@ -86,11 +98,13 @@ class Ingress:
 
     Args:
         engines: Ray's handle.
+        journal: another one.
         settings: as `Settings.model_dump` gives them.
     """
 
-    def __init__(self, engines: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401
+    def __init__(self, engines: Any, journal: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401
         self._engines = engines
+        self._journal = journal
         self._settings = Settings(**settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -102,7 +116,10 @@ class Ingress:
     def _open_fleet(self) -> Fleet:
         """Blocks until there is an engine."""
         description: Description = self._engines.describe.remote().result()
-        return Fleet(self._engines, description)
+        view: View | None = None
+        while view is None:
+            view = self._journal.view.remote().result()
+        return Fleet(self._engines, self._journal, description, view)
 
 
 class _OneRequestId:

@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from shopr1_client.errors import NotReadyError, OverloadedError, ProblemError
 from shopr1_client.wire import PolicyInfo
+from shopr1_service.awaited_version import NewVersions
 from shopr1_service.backlog import Kind, Measurements, Progress
+from shopr1_service.changes import Changes
+from shopr1_service.cluster.fleet_changes import FleetAdapters, FleetWeights
 from shopr1_service.cluster.replica import Description
+from shopr1_service.cluster.view import Elsewhere, Route, View
 from shopr1_service.codec import Codec
 from shopr1_service.engine import TokenGroup
 from shopr1_service.heartbeat import Heartbeat
+from shopr1_service.metrics import Metrics
 from shopr1_service.versions import VersionTable
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,8 @@ logger = logging.getLogger(__name__)
 _NUM_TRIES = 5
 """Of a group: so many replicas may die under it."""
 _RETRY_AFTER_S = 5.0
+_PATIENCE_S = 1.0
+"""Before the journal is asked again when it did not answer."""
 
 
 class _NoHeartbeat(Heartbeat):
@@ -38,24 +45,46 @@ class _NoHeartbeat(Heartbeat):
 
 
 class Fleet:
-    """See the module: a `PolicyView` and a `Measurer`."""
+    """See the module: a `PolicyView`, a `Measurer` and a `ChangingPolicy`.
 
-    def __init__(self, engines: Any, description: Description) -> None:  # noqa: ANN401  # Ray's handle
+    Args:
+        engines: Ray's handle of them.
+        journal: and of the journal.
+    """
+
+    def __init__(self, engines: Any, journal: Any, description: Description, view: View) -> None:  # noqa: ANN401
         self.heartbeat: Heartbeat = _NoHeartbeat()
+        self.view = view
         self._engines = engines
+        self._journal = journal
         self._description = description
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> PolicyInfo:
-        return self._description.info
+        current = self.versions.current
+        return self._description.info.model_copy(update={"version": current.name, "number": current.number})
 
     @property
     def versions(self) -> VersionTable:
-        return self._description.versions
+        return self.view.table
 
     @property
     def codec(self) -> Codec:
         return self._description.codec
+
+    def open_changes(self, metrics: Metrics, new_versions: NewVersions) -> Changes:
+        def see(view: View) -> None:
+            is_new = view.table.num_changes != self.view.table.num_changes
+            self.view = view
+            if is_new:
+                metrics.policy.record_loaded(self.info, len(self.versions.loaded()))
+            new_versions.tell()
+
+        self._watching = asyncio.create_task(self._watch(see))
+        limits = self._description
+        weights = FleetWeights(self._journal, lambda: self.view, see, metrics, limits.max_weight_bytes)
+        return weights, FleetAdapters(self._journal, self._engines, see, limits.max_adapter_bytes)
 
     async def measure(
         self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
@@ -77,30 +106,63 @@ class Fleet:
         return "the engines run elsewhere"
 
     def close(self) -> None:
-        """Ray ends them."""
+        """Ray ends the engines."""
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def _watch(self, see: Any) -> None:  # noqa: ANN401
+        """Follow what the journal knows."""
+        while True:
+            try:
+                view = await self._journal.view.remote(self.view.revision)
+            except RayError as error:  # it is being replaced
+                logger.warning("the journal does not answer: %s", error)
+                await asyncio.sleep(_PATIENCE_S)
+            else:
+                if view is not None:
+                    see(view)
 
     async def _measure(self, group: TokenGroup, kind: Kind) -> Measurements:
         if not group.completions:
             return Measurements([], self.versions.find(kind.target))
+        problem: ProblemError = NotReadyError(
+            f"{_NUM_TRIES} replicas died of it", retry_after_s=_RETRY_AFTER_S
+        )
+        refused: set[str] = set()
         for _ in range(_NUM_TRIES):
-            try:
-                outcome = await self._call(group, kind)
-            except RayActorError as error:
-                logger.warning("a replica is gone, its work goes to another one: %s", error)
-            except BackPressureError as error:
-                raise OverloadedError(str(error), retry_after_s=_RETRY_AFTER_S) from error
-            except DeploymentUnavailableError as error:
-                raise NotReadyError("the engines do not start", retry_after_s=_RETRY_AFTER_S) from error
-            else:
-                if isinstance(outcome, ProblemError):
-                    raise outcome
+            holders = self.view.holders(kind.target)
+            if refused and holders <= refused:
+                break
+            outcome = await self._try(group, kind, Route(holders - refused or None, self.view.floor))
+            if isinstance(outcome, Measurements):
                 return outcome
-        raise NotReadyError(f"{_NUM_TRIES} replicas died of it", retry_after_s=_RETRY_AFTER_S)
+            if isinstance(outcome, ProblemError):
+                raise outcome
+            if outcome is not None:
+                refused.add(outcome.engine)
+                problem = outcome.problem
+        raise problem
 
-    async def _call(self, group: TokenGroup, kind: Kind) -> Measurements | ProblemError:
-        response = self._engines.measure.remote(group, kind)
+    async def _try(
+        self, group: TokenGroup, kind: Kind, route: Route
+    ) -> Measurements | ProblemError | Elsewhere | None:
+        """None: the replica has died."""
         try:
-            outcome: Measurements | ProblemError = await response
+            return await self._call(group, kind, route)
+        except RayActorError as error:
+            logger.warning("a replica is gone, its work goes to another one: %s", error)
+            return None
+        except BackPressureError as error:
+            raise OverloadedError(str(error), retry_after_s=_RETRY_AFTER_S) from error
+        except DeploymentUnavailableError as error:
+            raise NotReadyError("the engines do not start", retry_after_s=_RETRY_AFTER_S) from error
+
+    async def _call(
+        self, group: TokenGroup, kind: Kind, route: Route
+    ) -> Measurements | ProblemError | Elsewhere:
+        response = self._engines.measure.remote(group, kind, route)
+        try:
+            outcome: Measurements | ProblemError | Elsewhere = await response
         except asyncio.CancelledError:
             response.cancel()
             raise

@@ -6,6 +6,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
 from shopr1_service.cluster.affinity import MAX_KEPT_TOKENS, Affinity, Work
+from shopr1_service.cluster.view import Route
 from shopr1_service.engine import TokenGroup
 
 
@@ -26,7 +27,7 @@ class AffinityRouter(RequestRouter):
         work = _work(pending_request)
         if work is None:
             return [candidate_replicas]
-        by_id = {replica.replica_id: replica for replica in candidate_replicas}
+        by_id = {replica.replica_id: replica for replica in _allowed(candidate_replicas, pending_request)}
         return [[by_id[replica_id]] for replica_id in self._affinity.ranked(work, list(by_id))]
 
     def on_request_routed(
@@ -41,6 +42,14 @@ class AffinityRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> Any:  # noqa: ANN401  # as Ray's
         self._affinity.keep_only([replica.replica_id for replica in replicas])
         return super().update_replicas(replicas)
+
+
+def _allowed(replicas: list[RunningReplica], request: PendingRequest | None) -> list[RunningReplica]:
+    """Those that the request's `Route` names; all, if none of them is there: they refuse for themselves."""
+    routes = [argument for argument in request.args if isinstance(argument, Route)] if request else []
+    among = routes[0].among if routes else None
+    allowed = [replica for replica in replicas if among is None or replica.replica_id.unique_id in among]
+    return allowed or replicas
 
 
 def _work(request: PendingRequest | None) -> Work | None:

@@ -6,13 +6,15 @@ import threading
 from typing import cast
 
 import pytest
+import torch
 
-from shopr1_client.errors import OverloadedError, PolicyVersionError
+from shopr1_client.errors import NotReadyError, OverloadedError, PolicyVersionError
 from shopr1_client.policy_wire import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster import replica as module
 from shopr1_service.cluster.replica import EngineFailedError, EngineReplica
+from shopr1_service.cluster.view import Elsewhere, Route
 from shopr1_service.engine import Certainty, FatalEngineError, MeasuredCompletion, TokenGroup
 from shopr1_service.fake import FakePolicy
 from shopr1_service.settings import Settings
@@ -27,26 +29,39 @@ GROUP = TokenGroup((1, 2, 3), [MeasuredCompletion((4, 5), (0, 1))])
 
 def replica_of(policy: FakePolicy, monkeypatch: pytest.MonkeyPatch, **settings: object) -> EngineReplica:
     monkeypatch.setattr(module, "load_policy", lambda _settings: policy)
-    return EngineReplica(Settings(**settings).model_dump())  # type: ignore[arg-type]
+    return EngineReplica(Settings(**settings).model_dump(), "a")  # type: ignore[arg-type]
 
 
 async def test_it_measures_and_what_it_gives_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(26.0, 1.0), monkeypatch)
-    measured = await engine.measure(*pickle.loads(pickle.dumps((GROUP, KIND))))
+    measured = await engine.measure(*pickle.loads(pickle.dumps((GROUP, KIND, Route()))))
     sent = cast("Measurements", pickle.loads(pickle.dumps(measured)))
     assert sent.values == [Certainty((26.0, 27.0))]
     assert sent.version.name == "0"
+    monkeypatch.setattr(engine._policy, "model", torch.nn.Linear(4, 2), raising=False)
     description = pickle.loads(pickle.dumps(await engine.describe()))
     assert description.info.model == "fake"
     assert description.codec.encode_text("ab").ids == [97, 98]
+    assert description.max_weight_bytes == (4 * 2 + 2) * 8
 
 
 async def test_a_refusal_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
     kind = Kind(KIND.rules, Target(demand=VersionDemand(exact="7")))
-    refused = await engine.measure(GROUP, kind)
-    assert isinstance(refused, PolicyVersionError)
-    assert refused.detail in pickle.loads(pickle.dumps(refused)).detail
+    refused = await engine.measure(GROUP, kind, Route())
+    assert isinstance(refused, Elsewhere)
+    sent = pickle.loads(pickle.dumps(refused))
+    assert sent.engine == "a"
+    assert isinstance(sent.problem, PolicyVersionError)
+    assert sent.problem.detail == refused.problem.detail
+
+
+async def test_work_that_wants_a_later_change_is_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = replica_of(FakePolicy(), monkeypatch)
+    refused = await engine.measure(GROUP, KIND, Route(floor=1))
+    assert isinstance(refused, Elsewhere)
+    assert isinstance(refused.problem, NotReadyError)
+    assert refused.problem.retry_after_s
 
 
 async def test_its_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +72,11 @@ async def test_its_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert may_go.wait(WAIT_S)
 
     engine = replica_of(FakePolicy(before_scoring=hold), monkeypatch, max_queue_tokens=1)
-    first = asyncio.create_task(engine.measure(GROUP, KIND))
+    first = asyncio.create_task(engine.measure(GROUP, KIND, Route()))
     assert await asyncio.to_thread(is_held.wait, WAIT_S)
-    second = asyncio.create_task(engine.measure(GROUP, KIND))
+    second = asyncio.create_task(engine.measure(GROUP, KIND, Route()))
     await asyncio.sleep(0)
-    refused = await engine.measure(GROUP, KIND)
+    refused = await engine.measure(GROUP, KIND, Route())
     assert isinstance(refused, OverloadedError)
     assert refused.retry_after_s is not None
     may_go.set()
@@ -83,7 +98,7 @@ async def test_it_is_not_well_when_the_device_is_gone(monkeypatch: pytest.Monkey
         raise FatalEngineError("the device is gone")
 
     engine = replica_of(FakePolicy(before_scoring=fail), monkeypatch)
-    await engine.measure(GROUP, KIND)
+    await engine.measure(GROUP, KIND, Route())
     await asyncio.to_thread(engine._scheduler._thread.join, WAIT_S)  # the engine's thread ends by telling
     with pytest.raises(EngineFailedError, match="the device is gone"):
         await engine.check_health()
