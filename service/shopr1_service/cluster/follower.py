@@ -64,6 +64,7 @@ class Follower:
         self._updates = updates
         self._adapters = adapters
         self._history = History(policy.versions)
+        self._known = -1
 
     async def catch_up(self) -> None:
         """Return when the engine is where the others are.
@@ -91,7 +92,7 @@ class Follower:
             await self._journal.leave.remote(self._name)
 
     async def _ask(self, *, waits: bool) -> Order | None:
-        report = Report(self._name, self._actor, self._policy.versions.num_changes, self._history.number)
+        report = Report(self._name, self._actor, self._policy.versions.num_changes, self._known)
         while True:
             try:
                 order: Order | None = await self._journal.ask.remote(report, waits=waits)
@@ -105,6 +106,7 @@ class Follower:
         match order:
             case Tell():
                 await self._journal.adopt.remote(self._history)
+                self._known = self._history.number
             case Trial():
                 await self._journal.tried.remote(self._name, await self._try(order))
             case Follow():
@@ -124,7 +126,7 @@ class Follower:
         for entry in history.missing(self._policy.versions.num_changes):
             await self._repeat(entry)
         await self._scheduler.between_batches(lambda: self._policy.agree(history.table))
-        self._history = history
+        self._history, self._known = history, history.number
 
     async def _repeat(self, entry: Entry) -> None:
         files = entry.taken.files if entry.taken and entry.taken.files else None

@@ -40,6 +40,9 @@ from shopr1_service.pulse import Pulse
 _RETRY_AFTER_S = 2.0
 _POLL_S = 10.0
 """How long a question stays open when there is nothing to say."""
+GRACE_S = 5.0
+"""A journal that is new may be the successor of one whose engines have made changes: so long it waits for
+them before it believes an engine that is new itself."""
 
 
 @dataclass
@@ -74,10 +77,16 @@ class Journal:
         directory: of uploads.
         is_rolling: engines make a change one after another, so that the others go on scoring.
         lives: whether an engine does, by its handle.
+        grace_s: see `GRACE_S`.
     """
 
     def __init__(
-        self, directory: Path | None, *, is_rolling: bool, lives: Callable[[Any], Awaitable[bool]]
+        self,
+        directory: Path | None,
+        *,
+        is_rolling: bool,
+        lives: Callable[[Any], Awaitable[bool]],
+        grace_s: float = GRACE_S,
     ) -> None:
         self._is_rolling = is_rolling
         self._uploads = Uploads(directory)
@@ -89,11 +98,14 @@ class Journal:
         self._running: _Running | None = None
         self._revision = time.time_ns()  # others than those of a journal before this one
         self._pulse = Pulse()
+        self._believes_at_s = asyncio.get_running_loop().time() + grace_s
 
     # --- asked by engines
 
     async def ask(self, report: Report, *, waits: bool = True) -> Order | None:
         """What an engine has to do next; None: nothing, for now."""
+        if report.known < 0:
+            await self._heard_from_elders()
         self._roster.hear(report)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_POLL_S):
@@ -155,6 +167,11 @@ class Journal:
     async def discard(self, upload: str) -> None:
         """It will not become a change."""
         self._uploads.discard(upload)
+
+    async def _heard_from_elders(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._believes_at_s):
+                await self._until(lambda: self._history is not None)
 
     # --- how a change is made
 

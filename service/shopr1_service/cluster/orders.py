@@ -25,7 +25,7 @@ class Report:
     Attributes:
         actor: Ray's handle of its process, by which to see whether it lives.
         number: of the last change that it has made.
-        known: of the last one in the history that it was told.
+        known: of the last one in the history that it was told; -1: none yet, it is new.
     """
 
     engine: str
