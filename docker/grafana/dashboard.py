@@ -7,6 +7,7 @@ neither recording rules nor exporters.
 import json
 import sys
 
+import engines_row
 import service_row
 import training_row
 from grafana_foundation_sdk.builders import dashboard
@@ -43,9 +44,10 @@ def build() -> dashboard.Dashboard:
     board.with_variable(variable("run", "shopr1_rollouts_total"))
     board.with_variable(variable("recipe", "shopr1_rollouts_total"))
     board.with_variable(variable("instance", "shopr1_build_info")).annotation(alerts())
-    for title, panels in (("Training", training_row.panels()), ("Service", service_row.panels())):
+    rows = {"Training": training_row, "Service": service_row, "Engines": engines_row}
+    for title, row in rows.items():
         board.with_row(dashboard.Row(title))
-        for panel in panels:
+        for panel in row.panels():
             board.with_panel(panel)
     return board
 

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -12,12 +12,14 @@ from prometheus_client import (
     Gauge,
     GCCollector,
     Histogram,
+    Metric,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from shopr1_client.wire import Reason
 from shopr1_service import __version__
@@ -190,6 +192,24 @@ class Metrics:
         self._cache_evictions.inc(cache.num_evicted_chunks - former_cache.num_evicted_chunks)
         self._cache_bytes.set(cache.num_bytes)
 
-    def render(self) -> bytes:
-        """The registry in the text format that Prometheus scrapes."""
-        return generate_latest(self.registry)
+    def render(self, further: Iterable[Metric] = ()) -> bytes:
+        """All in the text format that Prometheus scrapes.
+
+        Args:
+            further: families of engines elsewhere; those that are here, too, are joined.
+        """
+        return generate_latest(_Joined([*self.registry.collect(), *further]))
+
+
+class _Joined(Collector):
+    """Families, each name once, as the text format wants them."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families: dict[str, Metric] = {}
+        for family in families:
+            known = self._families.setdefault(family.name, family)
+            if known is not family:
+                known.samples.extend(family.samples)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families.values()

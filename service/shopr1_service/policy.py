@@ -1,7 +1,9 @@
 """A policy: what the service needs to know of a language model to measure its certainty."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from prometheus_client import Metric
 
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
@@ -32,6 +34,15 @@ class PolicyView(Protocol):
     @property
     def heartbeat(self) -> Heartbeat:
         """Beats at every pass, however many `certainties` takes."""
+        ...
+
+
+@runtime_checkable
+class ScrapedPolicy(PolicyView, Protocol):
+    """A policy whose engines run elsewhere, and count for themselves."""
+
+    async def scrape(self) -> Sequence[Metric]:
+        """What they have counted, with the label `engine`. Those that do not answer are missing."""
         ...
 
 

@@ -37,7 +37,6 @@ from shopr1_service.versions import Version
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
 _RETRY_AFTER_S = 5.0
 
 
@@ -98,6 +97,10 @@ class Scheduler:
             self._errands.append(errand)
             self._changed.notify()
         return await asyncio.wrap_future(errand.future)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._backlog.num_tokens
 
     def refuse_if_full(self) -> None:
         """Raise `OverloadedError` if there is no room for anything: before work is put into a request."""

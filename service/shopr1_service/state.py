@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from fastapi import Request
+from prometheus_client import Metric
 
 from shopr1_client.errors import InvalidRequestError, NotReadyError
 from shopr1_client.policy_wire import PolicyState
@@ -15,7 +16,7 @@ from shopr1_service.changes import AdapterChanges, Changes, WeightChanges, open_
 from shopr1_service.label_table import LabelTable
 from shopr1_service.metrics import Metrics
 from shopr1_service.patience import RETRY_AFTER_S, Cutoff
-from shopr1_service.policy import PolicyView
+from shopr1_service.policy import PolicyView, ScrapedPolicy
 from shopr1_service.recipe_book import RecipeBook
 from shopr1_service.repeats import Repeats
 from shopr1_service.rollout_log import open_rollout_log
@@ -99,6 +100,11 @@ class State:
         if self._changes is None:
             raise InvalidRequestError("this policy does not change while it serves")
         return self._changes
+
+    async def engine_metrics(self) -> Sequence[Metric]:
+        """Of engines elsewhere, if there are some."""
+        policy = self._scorer.policy if self._scorer else None
+        return await policy.scrape() if isinstance(policy, ScrapedPolicy) else ()
 
     @property
     def is_ready(self) -> bool:

@@ -30,21 +30,33 @@ _ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def single() -> Iterator[str]:
+def policy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both servers read checkpoints, and keep uploads."""
+    return tmp_path_factory.mktemp("policies")
+
+
+@pytest.fixture(scope="session")
+def settings(policy_root: Path) -> dict[str, Any]:
+    """Of both servers."""
+    return {**SETTINGS, "policy_roots": str(policy_root), "staging_dir": str(policy_root)}
+
+
+@pytest.fixture(scope="session")
+def single(settings: dict[str, Any]) -> Iterator[str]:
     """URL of `shopr1 serve`."""
     port = _free_port()
-    sets = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "shopr1_service", "serve", "--port", str(port), *sets]
     with _running(command, f"http://127.0.0.1:{port}") as url:
         yield url
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Iterator[str]:
     """URL of the shipped application, on a Ray of its own."""
     port, config = _free_port(), yaml.safe_load((_ROOT / "docker/ray/serve.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"] |= {"num_replicas": NUM_REPLICAS, **SETTINGS}
+    config["applications"][0]["args"] |= {"num_replicas": NUM_REPLICAS, **settings}
     file = tmp_path_factory.mktemp("ray") / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     serve = shutil.which("serve", path=str(Path(sys.executable).parent))

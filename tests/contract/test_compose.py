@@ -13,7 +13,7 @@ from shopr1_service.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-OURS = ("shopr1", "shopr1-cpu")
+OURS = ("shopr1", "shopr1-cpu", "shopr1-ray")
 READ_BY_COMPOSE_ITSELF = {"COMPOSE_PROFILES"}
 
 
@@ -166,23 +166,27 @@ def test_it_writes_only_where_it_may(name: str) -> None:
     assert {"HOME=/cache", "TMPDIR=/tmp"} <= set(dockerfile.split())
 
 
-def test_only_the_gpu_profile_asks_for_a_gpu() -> None:
+def test_gpus_are_for_whoever_computes_on_them() -> None:
     assert SERVICES["shopr1"]["profiles"] == ["gpu"]
     [device] = SERVICES["shopr1"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert SERVICES["shopr1-cpu"]["profiles"] == ["cpu"]
     assert "deploy" not in SERVICES["shopr1-cpu"]
+    assert SERVICES["shopr1-ray"]["profiles"] == ["ray"]
+    [devices] = SERVICES["shopr1-ray"]["deploy"]["resources"]["reservations"]["devices"]
+    assert devices["count"] == "all"
 
 
 # --- Prometheus and Grafana -------------------------------------------------------------------------
 
 
-def test_prometheus_finds_either_service() -> None:
+def test_prometheus_finds_whichever_serves() -> None:
     [job] = PROMETHEUS["scrape_configs"]
     [target] = job["static_configs"][0]["targets"]
     host, _, port = target.partition(":")
-    aliases = SERVICES["shopr1-cpu"]["networks"]["default"]["aliases"]
-    assert {host} == {"shopr1"} == set(aliases)
+    for name in set(OURS) - {"shopr1"}:
+        assert SERVICES[name]["networks"]["default"]["aliases"] == ["shopr1"]
+    assert host == "shopr1"
     assert all(volume.endswith(f":{port}") for name in OURS for volume in SERVICES[name]["ports"])
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shopr1_service.app import create_app
+from shopr1_service.cluster.autoscaling import QueuedTokens
 from shopr1_service.cluster.deployments import EngineDeployment, JournalDeployment
 from shopr1_service.cluster.fleet import Fleet
 from shopr1_service.cluster.replica import Description
@@ -35,6 +36,11 @@ class Scale(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     num_replicas: PositiveInt = 1
+    """Engines; where their number may change, the fewest."""
+    max_replicas: PositiveInt | None = None
+    """The most engines; None: their number does not change."""
+    target_queued_tokens: PositiveInt = 65_536
+    """So many may wait for each, before there are more."""
     num_gpus: NonNegativeFloat = 0
     """Of each engine."""
     num_cpus: PositiveFloat = 1
@@ -70,7 +76,7 @@ def application(
     engines = serve.deployment(
         engine,
         name=ENGINES,
-        num_replicas=scale.num_replicas,
+        **_number(scale),
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
@@ -91,6 +97,19 @@ def application(
         graceful_shutdown_timeout_s=0,  # its questions stay open, and nobody needs their answers
     ).bind(dumped, is_rolling=scale.rolling_updates)
     return ingress.bind(engines.bind(dumped, journal), journal, dumped)
+
+
+def _number(scale: Scale) -> dict[str, Any]:
+    """Of engines, as `serve.deployment` takes it."""
+    if scale.max_replicas is None:
+        return {"num_replicas": scale.num_replicas}
+    policy = AutoscalingPolicy(
+        policy_function=QueuedTokens, policy_kwargs={"target_tokens": scale.target_queued_tokens}
+    )
+    autoscaling = AutoscalingConfig(
+        min_replicas=scale.num_replicas, max_replicas=scale.max_replicas, policy=policy
+    )
+    return {"autoscaling_config": autoscaling}
 
 
 class Ingress:

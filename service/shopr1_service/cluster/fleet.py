@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextvars import Context
 from typing import Any
 
+from prometheus_client import Metric
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -18,6 +19,7 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_service.awaited_version import NewVersions
 from shopr1_service.backlog import Kind, Measurements, Progress
 from shopr1_service.changes import Changes
+from shopr1_service.cluster.engine_metrics import Scrape, labelled
 from shopr1_service.cluster.fleet_changes import FleetAdapters, FleetWeights
 from shopr1_service.cluster.replica import Description
 from shopr1_service.cluster.view import Elsewhere, Route, View
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 _NUM_TRIES = 5
 """Of a group: so many replicas may die under it."""
 _RETRY_AFTER_S = 5.0
+_SCRAPE_S = 3.0
+"""Prometheus waits for 10 s, for all of them."""
 _PATIENCE_S = 1.0
 """Before the journal is asked again when it did not answer."""
 
@@ -99,6 +103,12 @@ class Fleet:
             for call in calls:
                 call.cancel()
 
+    async def scrape(self) -> list[Metric]:
+        """As `ScrapedPolicy` says."""
+        calls = [asyncio.create_task(self._scrape(name), context=Context()) for name in self.view.engines]
+        scrapes = await asyncio.gather(*calls)
+        return labelled({each.engine: each for each in scrapes if each is not None}.values())
+
     def refuse_if_full(self) -> None:
         """Each engine refuses for itself."""
 
@@ -109,6 +119,14 @@ class Fleet:
         """Ray ends the engines."""
         if self._watching is not None:
             self._watching.cancel()
+
+    async def _scrape(self, engine: str) -> Scrape | None:
+        try:
+            async with asyncio.timeout(_SCRAPE_S):
+                scrape: Scrape = await self._engines.scrape.remote(Route(frozenset({engine})))
+        except (RayError, TimeoutError):  # it is gone, or busy
+            return None
+        return scrape
 
     async def _watch(self, see: Any) -> None:  # noqa: ANN401
         """Follow what the journal knows."""

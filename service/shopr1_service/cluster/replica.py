@@ -10,6 +10,8 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_service.adapter_updates import AdapterFiles, AdapterUpdates
 from shopr1_service.awaited_version import NewVersions
 from shopr1_service.backlog import Kind, Measurements
+from shopr1_service.cluster.autoscaling import QUEUED_TOKENS
+from shopr1_service.cluster.engine_metrics import Scrape
 from shopr1_service.cluster.follower import Follower
 from shopr1_service.cluster.orders import returning_problems
 from shopr1_service.cluster.view import Elsewhere, Route
@@ -65,6 +67,8 @@ class EngineReplica:
             is_deterministic=self._settings.deterministic,
             on_fatal=self._fail,
         )
+        self._metrics.watch(lambda: self._failure is None, lambda: self._policy.heartbeat.age_s)
+        self._metrics.policy.record_loaded(self._policy.info)
         how = self._policy, self._scheduler, self._settings, self._metrics, NewVersions(self._policy)
         self._updates, self._adapters = Updates(*how), AdapterUpdates(*how)
 
@@ -106,6 +110,14 @@ class EngineReplica:
             max_numbers * _MAX_NUMBER_BYTES,
             self._settings.max_adapter_bytes,
         )
+
+    async def scrape(self, _route: Route) -> Scrape:
+        """What it has counted."""
+        return Scrape.of(self._name, self._metrics)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray calls it again and again, where the number of engines may change."""
+        return {QUEUED_TOKENS: self._scheduler.num_waiting_tokens}
 
     @returning_problems
     async def adapter_files(self, path: str) -> AdapterFiles:

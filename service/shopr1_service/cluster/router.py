@@ -24,10 +24,10 @@ class AffinityRouter(RequestRouter):
         if pending_request is not None:
             # All are among those that are given. Otherwise Ray would ask again at once, and again.
             pending_request.routing_context.should_backoff = True
-        work = _work(pending_request)
+        allowed, work = _allowed(candidate_replicas, pending_request), _work(pending_request)
         if work is None:
-            return [candidate_replicas]
-        by_id = {replica.replica_id: replica for replica in _allowed(candidate_replicas, pending_request)}
+            return [allowed]
+        by_id = {replica.replica_id: replica for replica in allowed}
         return [[by_id[replica_id]] for replica_id in self._affinity.ranked(work, list(by_id))]
 
     def on_request_routed(

@@ -138,7 +138,7 @@ class Cluster:
         return await self.change(Change(request, await self.upload(content), ADAPTER_CONFIG.encode()))
 
     async def view(self) -> View:
-        view = await self.journal.view.remote()
+        view: View | None = await self.journal.view.remote()
         assert view is not None
         return view
 
@@ -146,9 +146,13 @@ class Cluster:
         """As soon as these are in rotation, and no others."""
         view = await self.view()
         while set(view.engines) != set(names):
-            seen: View | None = await self.journal.view.remote(view.revision)
-            view = seen or view
+            view = await self.after(view)
         return view
+
+    async def after(self, view: View) -> View:
+        """The next one, or, if nothing happens for some time, the same."""
+        seen: View | None = await self.journal.view.remote(view.revision)
+        return seen or view
 
 
 @asynccontextmanager

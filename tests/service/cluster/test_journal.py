@@ -102,7 +102,7 @@ async def test_one_change_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
     first = asyncio.create_task(cluster.update(path, "x"))
     view = await cluster.view()
     while view.progress is None:
-        view = await cluster.journal.view.remote(view.revision) or view
+        view = await cluster.after(view)
     with pytest.raises(UpdateConflictError, match="'x' is under way") as caught:
         await cluster.update(path, "y")
     assert caught.value.retry_after_s
@@ -115,10 +115,10 @@ async def test_it_goes_on_when_whoever_asked_is_gone(cluster: Cluster, tmp_path:
     update = asyncio.create_task(cluster.update(saved(tmp_path / "new", NEW), "x"))
     view = await cluster.view()
     while view.progress is None:
-        view = await cluster.journal.view.remote(view.revision) or view
+        view = await cluster.after(view)
     update.cancel()
     while view.floor < 1:
-        view = await cluster.journal.view.remote(view.revision) or view
+        view = await cluster.after(view)
     assert (await agree(cluster))[1:] == ("x", 1)
 
 
@@ -150,7 +150,7 @@ async def test_a_demanded_version_goes_to_those_that_have_it(
         view = await cluster.view()
         while view.floor == 0:
             holders.append((view.holders(old), view.holders(new)))
-            view = await cluster.journal.view.remote(view.revision) or view
+            view = await cluster.after(view)
         await update
         assert holders[0] == (frozenset("ab"), frozenset())
         assert (frozenset("b"), frozenset("a")) in holders
