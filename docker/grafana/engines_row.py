@@ -1,7 +1,7 @@
 """The dashboard's third row: engines behind Ray Serve, one by one. A server alone has one, without a name."""
 
 from grafana_foundation_sdk.models import units
-from panels import INSTANCE, Panels, Query, graph, number, total
+from panels import INSTANCE, Panels, Query, graph, total
 
 _EACH = "instance, engine"
 _NAME = "{{instance}} {{engine}}"
@@ -10,7 +10,7 @@ _NAME = "{{instance}} {{engine}}"
 def panels() -> Panels:
     tokens, hits = "shopr1_prefix_cache_tokens_total", f'{INSTANCE},outcome="hit"'
     return [
-        number(
+        graph(
             "Engines by version",
             "Sick: two versions for longer than an update takes.",
             Query(f"count by (version) (shopr1_policy_info{{{INSTANCE}}})", "{{version}}"),
