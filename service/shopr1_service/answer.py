@@ -36,14 +36,14 @@ async def answer(
     if body.include or any(group.group_id is not None for group in body.groups):
         work = start()
     else:
-        key = _key(body, state.scorer.policy.versions.num_changes, origin.run)
+        key = _key(body, state.scorer.policy.settled_number, origin.run)
         work = state.repeats.answer(key, start)
     given = await within(work, request, min(timeout_s or longest_s, longest_s), state.cutoff)
     return given.model_copy(update={"request_id": origin.request_id})
 
 
-def _key(body: ScoreRequest, num_changes: int, run: str) -> bytes:
+def _key(body: ScoreRequest, settled_number: int, run: str) -> bytes:
     """Equal for requests that must get the same answer and count once, by whatever route they come."""
     # Escapes half surrogate pairs, which pydantic's own JSON refuses.
-    text = json.dumps([num_changes, run, body.model_dump()])
+    text = json.dumps([settled_number, run, body.model_dump()])
     return hashlib.blake2b(text.encode()).digest()

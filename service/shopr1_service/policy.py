@@ -27,6 +27,11 @@ class PolicyView(Protocol):
         ...
 
     @property
+    def settled_number(self) -> int:
+        """Of the last change that is made everywhere: no version from before it scores any more."""
+        ...
+
+    @property
     def codec(self) -> Codec:
         """Its tokenizer."""
         ...

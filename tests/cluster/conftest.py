@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,22 @@ def single(settings: dict[str, Any]) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Iterator[str]:
-    """URL of the shipped application, on a Ray of its own."""
+    """URL of the shipped application with two replicas."""
+    with serving(tmp_path_factory.mktemp("ray"), {"num_replicas": NUM_REPLICAS, **settings}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(folder: Path, args: Mapping[str, Any]) -> Iterator[str]:
+    """The shipped application, on a Ray of its own; its URL.
+
+    Args:
+        args: of the application, beside those that are shipped.
+    """
     port, config = _free_port(), yaml.safe_load((_ROOT / "docker/ray/serve.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"] |= {"num_replicas": NUM_REPLICAS, **settings}
-    file = tmp_path_factory.mktemp("ray") / "serve.yaml"
+    config["applications"][0]["args"] |= args
+    file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     serve = shutil.which("serve", path=str(Path(sys.executable).parent))
     assert serve is not None

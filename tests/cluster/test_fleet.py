@@ -9,14 +9,15 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 
 from shopr1_client.errors import NotReadyError, OverloadedError
+from shopr1_client.policy_wire import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.fleet import Fleet
 from shopr1_service.cluster.replica import Description
-from shopr1_service.cluster.view import Route, View
+from shopr1_service.cluster.view import Elsewhere, Route, View
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.fake import FakePolicy
-from shopr1_service.versions import Version
+from shopr1_service.versions import Target, Version
 
 pytestmark = pytest.mark.anyio
 
@@ -88,6 +89,44 @@ async def test_a_refused_group_refuses_all_and_the_others_are_cancelled(refusal:
     assert caught.value.retry_after_s
     await asyncio.sleep(0)
     assert [response.is_cancelled for response in handle.responses] == [True, False, True]
+
+
+async def test_a_replica_that_must_not_answer_is_not_asked_again() -> None:
+    behind = Elsewhere("a", NotReadyError("behind", retry_after_s=1.0))
+    handle = Handle(behind, MEASURED)
+    fleet = fleet_of(handle)
+    fleet.view = View(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
+    assert await fleet.measure([GROUP], KIND) == [MEASURED]
+    assert [route.among for route in handle.routes] == [frozenset("ab"), frozenset("b")]
+
+
+async def test_when_none_may_answer_the_last_one_says_why() -> None:
+    handle = Handle(*(Elsewhere(name, NotReadyError(f"{name} is behind")) for name in "ab"))
+    fleet = fleet_of(handle)
+    fleet.view = View(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
+    with pytest.raises(NotReadyError, match="b is behind"):
+        await fleet.measure([GROUP], KIND)
+
+
+async def test_a_demand_goes_to_those_that_can_meet_it() -> None:
+    handle = Handle(MEASURED)
+    fleet = fleet_of(handle)
+    old = fleet.versions
+    new = old.with_base("x", 0.0)
+    fleet.view = View(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
+    await fleet.measure([GROUP], Kind(KIND.rules, Target(demand=VersionDemand(exact="x"))))
+    assert handle.routes == [Route(frozenset("b"), 0)]
+
+
+def test_answers_of_versions_that_are_going_are_not_those_of_the_next() -> None:
+    """While engines have two versions, an answer is kept as of the former one, whichever it is of."""
+    fleet = fleet_of(Handle())
+    old = fleet.versions
+    new = old.with_base("x", 0.0)
+    fleet.view = View(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
+    assert (fleet.settled_number, fleet.info.version) == (0, "x")
+    fleet.view = View(2, new, 1, {1: new}, {"a": 1, "b": 1})
+    assert fleet.settled_number == 1
 
 
 async def test_nothing_to_measure_needs_nobody() -> None:

@@ -74,11 +74,17 @@ class Fleet:
         return self.view.table
 
     @property
+    def settled_number(self) -> int:
+        return self.view.floor
+
+    @property
     def codec(self) -> Codec:
         return self._description.codec
 
     def open_changes(self, metrics: Metrics, new_versions: NewVersions) -> Changes:
         def see(view: View) -> None:
+            if view.revision < self.view.revision:  # an answer that was overtaken by a later one
+                return
             is_new = view.table.num_changes != self.view.table.num_changes
             self.view = view
             if is_new:
