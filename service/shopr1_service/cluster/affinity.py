@@ -62,14 +62,14 @@ class _Guess:
         digest = hashlib.blake2b(repr(replica).encode(), digest_size=32).digest()
         return cls(int.from_bytes(digest[:16]) % _PRIME, int.from_bytes(digest[16:]) % _PRIME)
 
-    def rank(self, work: Work, prompt: int) -> tuple[int, int]:
+    def rank(self, work: Work, prompt: int, missing_weight: int) -> tuple[int, int]:
         """What there is to do before the work is done; the lowest is best.
 
         Args:
             prompt: a number that stands for it. Among equals it decides: so several routers that know nothing
                 of each other agree.
         """
-        num_tokens = self.num_waiting_tokens + self.num_missing_tokens(work)
+        num_tokens = self.num_waiting_tokens + missing_weight * self.num_missing_tokens(work)
         # A universal hash: of 256 replicas each is asked for every group, and a digest takes far longer.
         return num_tokens, (self.factor * prompt + self.summand) % _PRIME
 
@@ -94,9 +94,13 @@ class Affinity(Generic[Replica]):
 
     Args:
         max_kept_tokens: what a replica can keep.
+        missing_weight: how many tokens that wait a token is worth that would have to be computed. With 1 a
+            group goes where it is done soonest. What is computed twice keeps others waiting, too, which more
+            than 1 allows for.
     """
 
-    def __init__(self, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
+    def __init__(self, max_kept_tokens: int = MAX_KEPT_TOKENS, *, missing_weight: int = 1) -> None:
+        self._missing_weight = missing_weight
         self._max_blocks = max_kept_tokens // BLOCK_TOKENS
         self._guesses: dict[Replica, _Guess] = {}
         self._running: dict[Hashable, tuple[Replica, int]] = {}
@@ -104,7 +108,8 @@ class Affinity(Generic[Replica]):
     def ranked(self, work: Work, replicas: Sequence[Replica]) -> list[Replica]:
         """Replicas, the one first that will be done soonest."""
         prompt = int.from_bytes(work.blocks[-1]) % _PRIME if work.blocks else 0
-        return sorted(replicas, key=lambda replica: self._guess(replica).rank(work, prompt))
+        weight = self._missing_weight
+        return sorted(replicas, key=lambda replica: self._guess(replica).rank(work, prompt, weight))
 
     def begin(self, key: Hashable, work: Work, replica: Replica) -> None:
         """Work was sent to a replica, perhaps because another one did not take it.

@@ -49,6 +49,16 @@ def test_it_goes_elsewhere_when_more_waits_there_than_is_saved() -> None:
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "b"
 
 
+def test_it_stays_longer_where_what_is_missing_counts_twice() -> None:
+    affinity = Affinity[str](missing_weight=2)
+    affinity.begin("first", work_of(1, 2), "b")
+    affinity.end("first")
+    affinity.begin("other", Work((), 4 * BLOCK_TOKENS - 1, 0), "b")
+    assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "b"
+    affinity.begin("more", Work((), 2, 0), "b")
+    assert affinity.ranked(work_of(1, 2), REPLICAS)[0] != "b"
+
+
 def test_what_waits_is_what_is_not_kept() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "b")  # 2 blocks and 10 tokens wait
