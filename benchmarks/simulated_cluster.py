@@ -1,8 +1,8 @@
 """A cluster of engines as queues: who waits where, and when everything is done.
 
 A group passes the proxy, then one of the HTTP sides ("ingresses"), which asks its router; then it waits for
-an engine. The router is the service's own (`cluster/affinity.py`): it knows what it was told, and neither what
-engines really keep nor what other ingresses have sent.
+an engine. The router is the service's own (`cluster/affinity.py`): it knows what it was told, and neither
+what engines really keep nor what other ingresses have sent.
 
 What is left out: the network, replicas that die, refusals, memory other than that of kept prompts. All of the
 HTTP side's work is done before the engine's.
@@ -53,6 +53,7 @@ class Size:
     """How many of each there are, and what one engine can do.
 
     Attributes:
+        by_session: the groups of a session all pass the same ingress. Else ingresses take turns.
         max_kept_tokens: of prompts, in an engine.
         max_batch_tokens: of groups that it takes together; 0 takes each alone.
     """
@@ -60,6 +61,7 @@ class Size:
     num_replicas: int
     num_ingresses: int = 1
     num_proxies: int = 1
+    by_session: bool = False
     max_kept_tokens: int = 10**9
     max_batch_tokens: int = MAX_BATCH_TOKENS
 
@@ -77,6 +79,7 @@ class Cluster:
         self.proxy = Station(self.clock, size.num_proxies)
         self.ingresses = [Station(self.clock, 1) for _ in range(size.num_ingresses)]
         self._costs = costs
+        self._by_session = size.by_session
         self._routers = [make_router() for _ in self.ingresses]
         # Each ingress begins elsewhere: else those that go round would go in step.
         self._replicas = [
@@ -91,7 +94,7 @@ class Cluster:
         self.proxy.serve(self._costs.proxy_s, lambda: self._enter(group, then))
 
     def _enter(self, group: Group, then: Callable[[], None]) -> None:
-        number = next(self._turns) % len(self.ingresses)
+        number = (group.session if self._by_session else next(self._turns)) % len(self.ingresses)
         duration_s = self._costs.front_s(group, len(self.engines))
         self.ingresses[number].serve(duration_s, lambda: self._route(number, group, then))
 
@@ -171,24 +174,28 @@ class Sessions:
 def run_open(cluster: Cluster, sessions: Sessions, rate: float, num_sessions: int) -> None:
     """Sessions begin at a rate, whatever the cluster does; their steps come as they were recorded."""
     starts_s = sessions.starts_s(rate)
-    for steps, start_s in islice(zip(sessions, starts_s, strict=False), num_sessions):
+    for number, (steps, start_s) in enumerate(islice(zip(sessions, starts_s, strict=False), num_sessions)):
         for at_s, path, num_own in steps:
-            group = Group(path, num_own)
+            group = Group(path, num_own, number)
             cluster.clock.at(start_s + at_s, partial(cluster.score, group))
     cluster.clock.run()
 
 
 def run_closed(cluster: Cluster, sessions: Sequence[list[Step]], num_at_once: int) -> None:
     """So many sessions go on at a time; each step comes when the one before is answered."""
-    waiting = iter(sessions)
+    waiting = iter(enumerate(sessions))
 
-    def next_step(steps: Iterator[Step]) -> None:
+    def next_step(number: int, steps: Iterator[Step]) -> None:
         step = next(steps, None)
         if step is not None:
-            cluster.score(Group(*step[1:]), lambda: next_step(steps))
-        elif (session := next(waiting, None)) is not None:
-            next_step(iter(session))
+            cluster.score(Group(*step[1:], number), lambda: next_step(number, steps))
+        else:
+            next_session()
 
-    for session in islice(waiting, num_at_once):
-        next_step(iter(session))
+    def next_session() -> None:
+        for number, session in islice(waiting, 1):
+            next_step(number, iter(session))
+
+    for _ in range(num_at_once):
+        next_session()
     cluster.clock.run()

@@ -60,12 +60,14 @@ class Group:
     """What is to be scored, and what became of it.
 
     Attributes:
+        session: that it is a step of.
         engine_s: its share of the pass that it was in.
         num_hit: tokens of its prompt that were kept.
     """
 
     path: Path
     own_tokens: int
+    session: int = 0
     arrived_s: float = 0.0
     done_s: float = 0.0
     rank_s: float = 0.0

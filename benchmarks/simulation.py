@@ -5,99 +5,33 @@ README.md has the assumptions. Run by `make bench-simulation`.
 """
 
 import argparse
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from report import Report
-from shopr1_service.cluster.affinity import Affinity
-from simulated_cluster import Cluster, RoundRobin, Router, Sessions, Size, run_closed, run_open
 from simulated_costs import measured_costs, measured_kept_tokens
-from simulated_engine import Costs, Group
-from traces import TRACE, Request, read_trace
+from simulated_engine import Costs
+from simulated_runs import ROUTERS, Front, Outcome, Setting, World, mean_front_s, simulate, size_of
+from traces import TRACE, read_trace
 
 FOLDER = Path(__file__).parent
 REPLICAS = tuple(2**i for i in range(9))
-ROUTERS: Mapping[str, Callable[[], Router]] = {
-    "affinity": Affinity,
-    "affinity, missing twice": partial(Affinity, missing_weight=2),
-    "round robin": RoundRobin,
-}
 LOADS = (0.4, 0.8)
 """Of what engines could do that keep all and never wait."""
-AT_ONCE = 4
-"""Sessions of each engine, where everything is to be full."""
-SESSIONS_EACH, MIN_SESSIONS = 8, 200
-WINDOW = (0.25, 0.9)
-"""Which groups count, in the order in which they are done: no cluster that fills, and none that runs out."""
-FRONT_LOAD = 0.6
-"""Of proxies and ingresses, where there are enough of them."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is simulated.
-
-    Attributes:
-        load: None where sessions follow each other at once.
-        has_enough: proxies and ingresses, and not one of each.
-    """
-
-    router: str
-    num_replicas: int
-    load: float | None
-    has_enough: bool
-
-    def __str__(self) -> str:
-        load = "full" if self.load is None else f"load {self.load:g}"
-        return f"{self.num_replicas} engines, {load}, {self.front}, {self.router}"
-
-    @property
-    def front(self) -> str:
-        return "enough ingresses" if self.has_enough else "one ingress"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What has come of it; of a second or of a group, in the window."""
-
-    groups_per_s: float
-    tokens_per_s: float
-    p50_s: float
-    p99_s: float
-    hit_rate: float
-    engines_busy: float
-    ingress_busy: float
-    proxy_busy: float
-    num_ingresses: float
-    num_proxies: float
-
-
-UNITS = {
-    "groups_per_s": "1/s", "tokens_per_s": "tokens/s", "p50_s": "s", "p99_s": "s", "hit_rate": "",
-    "engines_busy": "", "ingress_busy": "", "proxy_busy": "", "num_ingresses": "", "num_proxies": "",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class World:
-    """What is the same for all settings."""
-
-    costs: Costs
-    trace: Sequence[Request]
-    max_kept_tokens: int
-    seed: int
-
-    def sessions(self) -> Sessions:
-        return Sessions(self.trace, self.seed)
+ROWS = {
+    "groups_per_s": ("groups", "1/s"),
+    "tokens_per_s": ("tokens", "1/s"),
+    "p50_s": ("p50", "s"),
+    "p99_s": ("p99", "s"),
+    "hit_rate": ("cache hit rate", ""),
+    "engines_busy": ("engines busy", ""),
+    "ingress_busy": ("ingresses busy", ""),
+    "proxy_busy": ("proxies busy", ""),
+    "num_ingresses": ("ingresses", ""),
+}
 
 
 def main() -> None:
@@ -106,10 +40,10 @@ def main() -> None:
     report = Report(torch.device("cpu"), "float32")
     outcomes: dict[Setting, Outcome] = {}
     for setting in _settings(options.replicas):
-        start_s = time.perf_counter()
-        outcomes[setting] = simulate(setting, world)
-        print(f"{setting}: {time.perf_counter() - start_s:.1f} s to simulate")
-        _note(setting, outcomes[setting], report)
+        known = _known(setting, outcomes, world)
+        outcomes[setting] = known or simulate(setting, world)
+        if known is None:
+            _note(setting, outcomes[setting], report)
     _note_limits(world, options.replicas, report)
     report.write(options.output / "simulation.csv")
     if not options.no_plot:
@@ -136,9 +70,8 @@ def _options() -> argparse.Namespace:
 def _settings(replicas: Sequence[int]) -> Iterator[Setting]:
     for num_replicas in replicas:
         for router in ROUTERS:
-            yield Setting(router, num_replicas, load=None, has_enough=False)
-            for load in (None, *LOADS):
-                yield Setting(router, num_replicas, load, has_enough=True)
+            yield from (Setting(router, num_replicas, None, front) for front in Front)
+            yield from (Setting(router, num_replicas, load, Front.BY_SESSION) for load in LOADS)
 
 
 # --- costs ------------------------------------------------------------------------------------------
@@ -161,70 +94,21 @@ def _kept_tokens(options: argparse.Namespace) -> int:
     return measured_kept_tokens()
 
 
-# --- runs -------------------------------------------------------------------------------------------
-
-
-def simulate(setting: Setting, world: World) -> Outcome:
-    sessions, costs = world.sessions(), world.costs
-    ideal_s = sessions.mean_ideal_s(costs)
-    size = _size(setting, world, ideal_s / sessions.mean_steps())
-    cluster = Cluster(size, costs, ROUTERS[setting.router])
-    num_sessions = max(MIN_SESSIONS, SESSIONS_EACH * setting.num_replicas)
-    if setting.load is None:
-        run_closed(cluster, list(islice(sessions, num_sessions)), AT_ONCE * setting.num_replicas)
-    else:
-        run_open(cluster, sessions, setting.load * setting.num_replicas / ideal_s, num_sessions)
-    return _outcome(cluster, size, costs)
-
-
-def _size(setting: Setting, world: World, ideal_s: float) -> Size:
-    """`ideal_s`: of a group. So engines that never wait take `num_replicas / ideal_s` groups a second."""
-    size = Size(setting.num_replicas, max_kept_tokens=world.max_kept_tokens)
-    if not setting.has_enough:
-        return size
-    rate = setting.num_replicas / ideal_s / FRONT_LOAD
-    front_s = mean_front_s(world, setting.num_replicas)
-    return replace(
-        size, num_ingresses=math.ceil(rate * front_s), num_proxies=math.ceil(rate * world.costs.proxy_s)
-    )
-
-
-def mean_front_s(world: World, num_replicas: int) -> float:
-    """Of the trace's groups."""
-    groups = [Group(request.path, request.own_tokens) for request in world.trace]
-    return statistics.fmean(world.costs.front_s(group, num_replicas) for group in groups)
-
-
-def _outcome(cluster: Cluster, size: Size, costs: Costs) -> Outcome:
-    first, last = (int(share * len(cluster.done)) for share in WINDOW)
-    groups = cluster.done[first:last]
-    duration_s = groups[-1].done_s - groups[0].done_s
-    rate = len(groups) / duration_s
-    latencies_s = [group.latency_s for group in groups]
-    front_s = statistics.fmean(costs.front_s(group, size.num_replicas) for group in groups)
-    return Outcome(
-        groups_per_s=rate,
-        tokens_per_s=sum(group.all_tokens for group in groups) / duration_s,
-        p50_s=float(np.quantile(latencies_s, 0.5)),
-        p99_s=float(np.quantile(latencies_s, 0.99)),
-        hit_rate=sum(g.num_hit for g in groups) / sum(g.prompt_tokens for g in groups),
-        engines_busy=rate * statistics.fmean(group.engine_s for group in groups) / size.num_replicas,
-        ingress_busy=rate * front_s / size.num_ingresses,
-        proxy_busy=rate * costs.proxy_s / size.num_proxies,
-        num_ingresses=size.num_ingresses,
-        num_proxies=size.num_proxies,
-    )
+def _known(setting: Setting, outcomes: Mapping[Setting, Outcome], world: World) -> Outcome | None:
+    """What is the same with one ingress, because more are not needed."""
+    if setting.load is not None or size_of(setting, world).num_ingresses > 1:
+        return None
+    return outcomes.get(replace(setting, front=Front.ONE))
 
 
 def _note(setting: Setting, outcome: Outcome, report: Report) -> None:
-    for name, unit in UNITS.items():
-        report.note(setting, name, getattr(outcome, name), unit)
+    for name, (quantity, unit) in ROWS.items():
+        report.note(setting, quantity, getattr(outcome, name), unit)
 
 
 def _note_limits(world: World, replicas: Sequence[int], report: Report) -> None:
     """How many engines one process can feed, if they keep all that they can."""
-    sessions, costs = world.sessions(), world.costs
-    engine_s = sessions.mean_ideal_s(costs) / sessions.mean_steps()
+    costs, engine_s = world.costs, world.ideal_group_s
     report.note("a group", "engine", engine_s, "s")
     report.note("a group", "proxy", costs.proxy_s, "s")
     report.note("a group", "proxy: engines that it can feed", engine_s / costs.proxy_s, "")

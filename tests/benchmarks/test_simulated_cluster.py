@@ -81,7 +81,7 @@ def test_a_queue_waits_as_theory_says() -> None:
     """M/D/1: ρ / (2 (1 − ρ)) services on average."""
     cluster, chance, now_s, load = Cluster(ALONE, A_SECOND, RoundRobin), random.Random(3), 0.0, 0.5
     arrivals = []
-    for number in range(60_000):
+    for number in range(30_000):
         now_s += chance.expovariate(load)
         arrivals.append((now_s, group(number)))
     scored(cluster, arrivals)
@@ -98,6 +98,24 @@ def test_the_front_is_a_queue_too(num_ingresses: int, last_s: float) -> None:
     cluster = Cluster(size, Costs(ingress_s=0.75, route_s=0.0625), RoundRobin)
     assert max(scored(cluster, [(0.0, group(i)) for i in range(4)])) == last_s
     assert sum(ingress.busy_s for ingress in cluster.ingresses) == 4.0
+
+
+def num_hit_tokens(*, by_session: bool) -> int:
+    """Of 20 sessions of 4 steps that never wait, among 8 engines and 2 ingresses."""
+    cluster = Cluster(Size(8, num_ingresses=2, by_session=by_session), Costs(fixed_s=0.1), Affinity)
+    steps = [
+        Group(tuple(((session, node), 64) for node in range(step + 1)), 10, session)
+        for session in range(20)
+        for step in range(4)
+    ]
+    scored(cluster, [(float(at_s), step) for at_s, step in enumerate(steps)])
+    return sum(step.num_hit for step in steps)
+
+
+def test_an_ingress_knows_only_what_it_has_sent() -> None:
+    assert num_hit_tokens(by_session=True) == 20 * (1 + 2 + 3) * 64
+    # In turn each sends every second step: it finds the one before the last, others by chance.
+    assert num_hit_tokens(by_session=False) < 20 * (1 + 2 + 2) * 64
 
 
 def test_round_robin_alternates() -> None:

@@ -1,6 +1,7 @@
 """Where work goes: by hand on small cases, and the numbers of a trace of shopping sessions."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -105,6 +106,12 @@ def test_routers_that_know_nothing_agree_and_spread() -> None:
     chosen = [first.ranked(work, REPLICAS)[0] for work in works]
     assert chosen == [second.ranked(work, REPLICAS[::-1])[0] for work in works]
     assert min(chosen.count(replica) for replica in REPLICAS) > 70  # of 100; by chance, 4 standard deviations
+
+
+def test_many_replicas_are_filled_evenly() -> None:
+    affinity, replicas = Affinity[str](), [f"engine-{i}" for i in range(32)]
+    chosen = Counter(affinity.ranked(work_of(i), replicas)[0] for i in range(3200))
+    assert max(abs(chosen[replica] - 100) for replica in replicas) < 50  # by chance, 5 standard deviations
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=40))
