@@ -171,6 +171,12 @@ class Sessions:
         return [(at_s, tuple((own(n), size) for n, size in path), num_own) for at_s, path, num_own in steps]
 
 
+def paged_session(number: int, num_steps: int, page_tokens: int, own_tokens: int) -> list[Step]:
+    """A session each of whose prompts has a page more than the last one."""
+    nodes: Path = tuple(((number, page), page_tokens) for page in range(num_steps))
+    return [(0.0, nodes[: step + 1], own_tokens) for step in range(num_steps)]
+
+
 def run_open(cluster: Cluster, sessions: Sessions, rate: float, num_sessions: int) -> None:
     """Sessions begin at a rate, whatever the cluster does; their steps come as they were recorded."""
     starts_s = sessions.starts_s(rate)

@@ -37,7 +37,8 @@ def front_costs() -> tuple[float, float, float, float]:
             of_process[row["quantity"].split(":")[0]][row["workload"]] = float(row["value"]) / 1e3
     tokens = {row["workload"]: float(row["value"]) for row in _rows("front.csv") if row["unit"] == "tokens"}
     shapes = [(1.0, float(shape.split()[0][1:]), tokens[shape]) for shape in of_process["ingress"]]
-    fixed_s, prompt_token_s, own_token_s = np.linalg.solve(shapes, list(of_process["ingress"].values()))
+    line_s = np.linalg.solve(shapes, list(of_process["ingress"].values()))
+    fixed_s, prompt_token_s, own_token_s = map(float, line_s)
     return statistics.fmean(of_process["proxy"].values()), fixed_s, prompt_token_s, own_token_s
 
 

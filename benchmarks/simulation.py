@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from report import Report
+from simulated_cluster import Cluster, Size, paged_session, run_closed
 from simulated_costs import measured_costs, measured_kept_tokens
 from simulated_engine import Costs
 from simulated_runs import ROUTERS, Front, Outcome, Setting, World, mean_front_s, simulate, size_of
@@ -44,6 +45,7 @@ def main() -> None:
         outcomes[setting] = known or simulate(setting, world)
         if known is None:
             _note(setting, outcomes[setting], report)
+    _note_check(world.costs, report)
     _note_limits(world, options.replicas, report)
     report.write(options.output / "simulation.csv")
     if not options.no_plot:
@@ -104,6 +106,18 @@ def _known(setting: Setting, outcomes: Mapping[Setting, Outcome], world: World) 
 def _note(setting: Setting, outcome: Outcome, report: Report) -> None:
     for name, (quantity, unit) in ROWS.items():
         report.note(setting, quantity, getattr(outcome, name), unit)
+
+
+def _note_check(costs: Costs, report: Report) -> None:
+    """What cluster.py has two engines do, with the same names as in cluster.csv."""
+    for num_at_once in (1, 3):
+        workload = f"check: 8 steps, {num_at_once} at once"
+        for name in ("affinity", "round robin"):
+            cluster = Cluster(Size(2), costs, ROUTERS[name])
+            run_closed(cluster, [paged_session(number, 8, 400, 30) for number in range(6)], num_at_once)
+            num_tokens = sum(group.forwarded_tokens for group in cluster.done)
+            report.note(workload, f"{name}: forwarded tokens", num_tokens, "tokens")
+            report.note(workload, f"{name}: time", cluster.clock.now_s, "s")
 
 
 def _note_limits(world: World, replicas: Sequence[int], report: Report) -> None:

@@ -49,7 +49,7 @@ def _busy(axes: Any, outcomes: Outcomes) -> None:  # noqa: ANN401
     }
     for (label, get), style in zip(of.items(), ("o-", "s--", "^:"), strict=True):
         axes.plot(*_line(outcomes, "affinity", None, Front.ONE, get), style, label=label)
-    _finish(axes, "share of time, one proxy, one ingress, affinity, everything full")
+    _finish(axes, "share of time busy: one ingress, affinity, full")
 
 
 def _latency(axes: Any, outcomes: Outcomes) -> None:  # noqa: ANN401

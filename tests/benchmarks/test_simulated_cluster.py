@@ -9,8 +9,8 @@ from pathlib import Path as FilePath
 import pytest
 
 from shopr1_service.cluster.affinity import Affinity
-from simulated_cluster import Cluster, RoundRobin, Router, Sessions, Size, Step, run_closed, run_open
-from simulated_engine import Costs, Group, Kept, Path
+from simulated_cluster import Cluster, RoundRobin, Router, Sessions, Size, paged_session, run_closed, run_open
+from simulated_engine import Costs, Group, Kept
 from traces import Request
 
 BENCHMARKS = FilePath(__file__).parents[2] / "benchmarks"
@@ -28,12 +28,6 @@ def scored(cluster: Cluster, arrivals: Sequence[tuple[float, Group]]) -> list[fl
         cluster.clock.at(at_s, partial(cluster.score, each))
     cluster.clock.run()
     return [each.done_s for _, each in arrivals]
-
-
-def pages(session: int, num_steps: int, tokens: int, own: int) -> list[Step]:
-    """A session each of whose prompts has a page more."""
-    nodes: Path = tuple(((session, step), tokens) for step in range(num_steps))
-    return [(0.0, nodes[: step + 1], own) for step in range(num_steps)]
 
 
 # --- one engine -------------------------------------------------------------------------------------
@@ -171,7 +165,7 @@ def test_two_engines_forward_what_was_measured(
     Three at once are not in step on a real machine, where round robin so finds a page by chance.
     """
     cluster = Cluster(Size(2), Costs(prompt_token_s=0.0037, own_token_s=0.0037), router)
-    run_closed(cluster, [pages(session, 8, 400, 30) for session in range(6)], num_at_once)
+    run_closed(cluster, [paged_session(session, 8, 400, 30) for session in range(6)], num_at_once)
     forwarded = sum(each.forwarded_tokens for each in cluster.done)
     expected = measured(f"8 steps, {num_at_once} at once", f"{name}: forwarded tokens")
     assert forwarded == pytest.approx(expected, rel=tolerance)
