@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-updates bench-ray format openapi dashboard image clean
+.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-updates bench-ray bench-simulation format openapi dashboard image clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -93,8 +93,14 @@ bench-growth: install  ## How cost grows with completions and with the prompt; w
 bench-updates: install  ## How long new weights take, against copies of the same bytes; writes benchmarks/updates.csv
 	$(BIN)/python benchmarks/updates.py
 
-bench-ray: .venvs/ray/.installed  ## Prefix affinity against round robin, and the cost of Ray; writes benchmarks/cluster.csv
+bench-ray: .venvs/ray/.installed  ## Prefix affinity against round robin, and the cost of Ray; writes benchmarks/cluster.csv and front.csv
 	.venvs/ray/bin/python benchmarks/cluster.py
+	.venvs/ray/bin/python benchmarks/front.py
+
+bench-simulation: install  ## 1 to 256 engines, simulated with measured costs; writes benchmarks/simulation.csv and a plot
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/simulation.py
 
 format: install  ## Rewrite the code in the house's style
 	$(BIN)/ruff check --fix .

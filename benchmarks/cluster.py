@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results")
     options = parser.parse_args()
     report = Report(choose_device("auto"), "float32")
-    workloads = Workloads(_codec())
+    workloads = Workloads(codec())
     with tempfile.TemporaryDirectory() as directory:
         os.environ[COUNTS] = directory
         affinity(workloads, Path(directory), report)
@@ -102,13 +102,13 @@ def main() -> None:
     report.write(options.output / "cluster.csv")
 
 
-def _codec() -> Any:  # noqa: ANN401  # transformers'
-    settings = _settings()
+def codec() -> Any:  # noqa: ANN401  # transformers'
+    settings = settings_of()
     tokenizer, model = load_model(settings)
     return loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME).codec
 
 
-def _settings(**more: Any) -> Settings:  # noqa: ANN401
+def settings_of(**more: Any) -> Settings:  # noqa: ANN401
     return load_settings({"dtype": "float32", "log_level": "error", "prefix_cache_bytes": 2 * 2**30, **more})
 
 
@@ -136,7 +136,7 @@ def _walk(
 ) -> tuple[float, Mapping[str, int]]:
     """How long it takes, and what all replicas have computed together."""
     scale = Scale(num_replicas=NUM_REPLICAS)
-    with on_ray(scale, _settings(), router=router, engine=CountingEngine) as client:
+    with on_ray(scale, settings_of(), router=router, engine=CountingEngine) as client:
         start_s = time.perf_counter()
         with ThreadPoolExecutor(num_at_once) as pool:
             list(pool.map(lambda session: [score(client, body) for body in session], sessions))
@@ -163,9 +163,9 @@ def _taken(counts: Path) -> Mapping[str, int]:
 
 def overhead(workloads: Workloads, directory: Path, report: Report) -> None:
     """One engine, asked by `shopr1 serve`'s way and by Ray's, in turns."""
-    settings = _settings(recipe=str(write_rules_only_recipe(directory)))
+    settings = settings_of(recipe=str(write_rules_only_recipe(directory)))
     for workload, shape in MEASURED.items():
-        own = settings if shape is None else _settings()
+        own = settings if shape is None else settings_of()
         tokenizer, model = load_model(own)
         policy = loading.build_policy(model, tokenizer, own, name=source.EMBEDDED_NAME)
         with served(own, policy) as single, on_ray(Scale(num_cpus=os.cpu_count() or 1), own) as cluster:
@@ -199,6 +199,7 @@ def on_ray(scale: Scale, settings: Settings, **parts: Any) -> Iterator[httpx.Cli
         port = listener.getsockname()[1]
     # Replicas import this file, which stands in no package.
     ray.init(
+        address="local",  # not one that somebody else has started
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",

@@ -25,6 +25,9 @@ class CharacterCodec:
     def encode_text(self, text: str) -> Tokens:
         return Tokens(text, [ord(char) for char in text], [(i, i + 1) for i in range(len(text))])
 
+    def encode_ids(self, text: str) -> Sequence[int]:
+        return self.encode_text(text).ids
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return list(self.encode_text("".join(f"{m.role}: {m.content}\n" for m in messages)).ids)
 

@@ -82,7 +82,7 @@ class _Preparation:
         if isinstance(prompt, TokenIds):
             return self._checked(prompt, path)
         if isinstance(prompt, str):
-            return self.codec.encode_text(prompt).ids if is_needed else ()
+            return self.codec.encode_ids(prompt) if is_needed else ()
         try:
             return self.codec.encode_chat(prompt)
         except CodecError as error:

@@ -84,6 +84,12 @@ def test_ids_give_what_their_text_gives(name: str, text: str) -> None:
     assert CODECS[name].decode(tokens.ids) == tokens
 
 
+@BOTH
+@given(text=texts)
+def test_ids_alone_are_those_of_the_text(name: str, text: str) -> None:
+    assert CODECS[name].encode_ids(text) == CODECS[name].encode_text(text).ids
+
+
 def test_space_at_the_beginning() -> None:
     # The ids decode to `a b`: where the text is known, its space is not lost.
     tokens = CODECS["byte_fallback"].encode_text(" a b")

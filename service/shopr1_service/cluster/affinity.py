@@ -20,6 +20,7 @@ BLOCK_TOKENS = 64
 """What is known of a prompt is known in steps of this."""
 MAX_KEPT_TOKENS = 1_000_000
 """Taken for what a replica can keep, unless somebody says otherwise."""
+_PRIME = 2**61 - 1
 
 Replica = TypeVar("Replica", bound=Hashable)
 
@@ -45,13 +46,37 @@ class Work:
 
 @dataclass
 class _Guess:
-    """What is known of a replica."""
+    """What is known of a replica.
 
+    Attributes:
+        factor, summand: its own, below `_PRIME`.
+    """
+
+    factor: int
+    summand: int
     num_waiting_tokens: int = 0
     kept: "OrderedDict[bytes, None]" = field(default_factory=OrderedDict)
 
+    @classmethod
+    def of(cls, replica: Hashable) -> "_Guess":
+        digest = hashlib.blake2b(repr(replica).encode(), digest_size=32).digest()
+        return cls(int.from_bytes(digest[:16]) % _PRIME, int.from_bytes(digest[16:]) % _PRIME)
+
+    def rank(self, work: Work, prompt: int, missing_weight: int) -> tuple[int, int]:
+        """What there is to do before the work is done; the lowest is best.
+
+        Args:
+            prompt: a number that stands for it. Among equals it decides: so several routers that know nothing
+                of each other agree.
+        """
+        num_tokens = self.num_waiting_tokens + missing_weight * self.num_missing_tokens(work)
+        # A universal hash: of 256 replicas each is asked for every group, and a digest takes far longer.
+        return num_tokens, (self.factor * prompt + self.summand) % _PRIME
+
     def num_missing_tokens(self, work: Work) -> int:
         """How much of it the replica would have to compute."""
+        if not work.blocks or work.blocks[0] not in self.kept:  # most replicas, most of the time
+            return work.num_prompt_tokens + work.num_own_tokens
         num_kept_blocks = sum(1 for _ in takewhile(self.kept.__contains__, work.blocks))
         return work.num_prompt_tokens - num_kept_blocks * BLOCK_TOKENS + work.num_own_tokens
 
@@ -69,16 +94,22 @@ class Affinity(Generic[Replica]):
 
     Args:
         max_kept_tokens: what a replica can keep.
+        missing_weight: how many tokens that wait a token is worth that would have to be computed. With 1 a
+            group goes where it is done soonest. What is computed twice keeps others waiting, too, which more
+            than 1 allows for.
     """
 
-    def __init__(self, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
+    def __init__(self, max_kept_tokens: int = MAX_KEPT_TOKENS, *, missing_weight: int = 1) -> None:
+        self._missing_weight = missing_weight
         self._max_blocks = max_kept_tokens // BLOCK_TOKENS
         self._guesses: dict[Replica, _Guess] = {}
         self._running: dict[Hashable, tuple[Replica, int]] = {}
 
     def ranked(self, work: Work, replicas: Sequence[Replica]) -> list[Replica]:
         """Replicas, the one first that will be done soonest."""
-        return sorted(replicas, key=lambda replica: self._rank(work, replica))
+        prompt = int.from_bytes(work.blocks[-1]) % _PRIME if work.blocks else 0
+        weight = self._missing_weight
+        return sorted(replicas, key=lambda replica: self._guess(replica).rank(work, prompt, weight))
 
     def begin(self, key: Hashable, work: Work, replica: Replica) -> None:
         """Work was sent to a replica, perhaps because another one did not take it.
@@ -87,7 +118,7 @@ class Affinity(Generic[Replica]):
             key: by which its end will be told.
         """
         self.end(key)
-        guess = self._guesses.setdefault(replica, _Guess())
+        guess = self._guess(replica)
         num_tokens = guess.num_missing_tokens(work)
         guess.num_waiting_tokens += num_tokens
         guess.keep(work, self._max_blocks)
@@ -104,12 +135,11 @@ class Affinity(Generic[Replica]):
         alive = set(replicas)
         self._guesses = {replica: guess for replica, guess in self._guesses.items() if replica in alive}
 
-    def _rank(self, work: Work, replica: Replica) -> tuple[int, bytes]:
-        guess = self._guesses.get(replica) or _Guess()
-        num_tokens = guess.num_waiting_tokens + guess.num_missing_tokens(work)
-        # Among equals the prompt decides: so several routers that know nothing of each other agree.
-        last = work.blocks[-1] if work.blocks else b""
-        return num_tokens, hashlib.blake2b(last + repr(replica).encode()).digest()
+    def _guess(self, replica: Replica) -> _Guess:
+        guess = self._guesses.get(replica)
+        if guess is None:
+            guess = self._guesses[replica] = _Guess.of(replica)
+        return guess
 
 
 def _blocks(prompt_ids: Sequence[int]) -> Iterator[bytes]:

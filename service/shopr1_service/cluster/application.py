@@ -45,6 +45,8 @@ class Scale(BaseModel):
     """Of each engine."""
     num_cpus: PositiveFloat = 1
     """Of each engine; also the number of threads that it computes with."""
+    missing_weight: PositiveInt = 1
+    """How many tokens that wait a token is worth that an engine would have to compute (`Affinity`)."""
     rolling_updates: bool = False
     """Engines take new weights one after another, and the others go on scoring; not all at once."""
 
@@ -80,7 +82,7 @@ def application(
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         max_ongoing_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
-        request_router_config=RequestRouterConfig(request_router_class=router),
+        request_router_config=_routing(scale, router),
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -97,6 +99,11 @@ def application(
         graceful_shutdown_timeout_s=0,  # its questions stay open, and nobody needs their answers
     ).bind(dumped, is_rolling=scale.rolling_updates)
     return ingress.bind(engines.bind(dumped, journal), journal, dumped)
+
+
+def _routing(scale: Scale, router: type) -> RequestRouterConfig:
+    kwargs = {"missing_weight": scale.missing_weight} if issubclass(router, AffinityRouter) else {}
+    return RequestRouterConfig(request_router_class=router, request_router_kwargs=kwargs)
 
 
 def _number(scale: Scale) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from shopr1_service.engine import TokenGroup
 class AffinityRouter(RequestRouter):
     """See the module. Calls whose first argument is no `TokenGroup` go to whoever has least to do."""
 
-    def initialize_state(self, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
+    def initialize_state(self, max_kept_tokens: int = MAX_KEPT_TOKENS, missing_weight: int = 1) -> None:
         """Called by Ray with `request_router_kwargs`."""
-        self._affinity: Affinity[ReplicaID] = Affinity(max_kept_tokens)
+        self._affinity: Affinity[ReplicaID] = Affinity(max_kept_tokens, missing_weight=missing_weight)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -1,6 +1,7 @@
 """Where work goes: by hand on small cases, and the numbers of a trace of shopping sessions."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -49,6 +50,16 @@ def test_it_goes_elsewhere_when_more_waits_there_than_is_saved() -> None:
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "b"
 
 
+def test_it_stays_longer_where_what_is_missing_counts_twice() -> None:
+    affinity = Affinity[str](missing_weight=2)
+    affinity.begin("first", work_of(1, 2), "b")
+    affinity.end("first")
+    affinity.begin("other", Work((), 4 * BLOCK_TOKENS - 1, 0), "b")
+    assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "b"
+    affinity.begin("more", Work((), 2, 0), "b")
+    assert affinity.ranked(work_of(1, 2), REPLICAS)[0] != "b"
+
+
 def test_what_waits_is_what_is_not_kept() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "b")  # 2 blocks and 10 tokens wait
@@ -95,6 +106,12 @@ def test_routers_that_know_nothing_agree_and_spread() -> None:
     chosen = [first.ranked(work, REPLICAS)[0] for work in works]
     assert chosen == [second.ranked(work, REPLICAS[::-1])[0] for work in works]
     assert min(chosen.count(replica) for replica in REPLICAS) > 70  # of 100; by chance, 4 standard deviations
+
+
+def test_many_replicas_are_filled_evenly() -> None:
+    affinity, replicas = Affinity[str](), [f"engine-{i}" for i in range(32)]
+    chosen = Counter(affinity.ranked(work_of(i), replicas)[0] for i in range(3200))
+    assert max(abs(chosen[replica] - 100) for replica in replicas) < 50  # by chance, 5 standard deviations
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=40))

@@ -1,0 +1,113 @@
+"""What the HTTP side of the service on Ray Serve costs a request, in CPU time: `make bench-ray`.
+
+The engine answers at once with made-up numbers, so that nothing but the way to it is left. CPU time and not
+latency: it says at which rate a process is full, and other work on the machine adds little to it.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from cluster import COUNTS, codec, on_ray, settings_of
+from report import Report
+from serving import Body, score
+from shopr1_client.errors import ProblemError
+from shopr1_service.backlog import Kind, Measurements
+from shopr1_service.cluster.application import Scale
+from shopr1_service.cluster.replica import EngineReplica
+from shopr1_service.codec import Codec
+from shopr1_service.device import choose_device
+from shopr1_service.engine import Certainty, TokenGroup
+from workloads import Shape, Workloads
+
+FOLDER = Path(__file__).parent
+SHAPES = (Shape(250, 1, 32), Shape(250, 8, 32), Shape(4000, 8, 32))
+NUM_REQUESTS, NUM_AT_ONCE = 200, 4
+PROCESSES = {"proxy": "ray::ProxyActor", "ingress": "ray::ServeReplica:shopr1:Ingress"}
+TICKS_S = os.sysconf("SC_CLK_TCK")
+
+
+class InstantReplica(EngineReplica):
+    """An engine that takes no time."""
+
+    async def measure(self, group: TokenGroup, kind: Kind) -> Measurements | ProblemError:
+        values = [Certainty((1.0,) * len(completion.measured)) for completion in group.completions]
+        return Measurements(values, self._policy.versions.find(kind.target))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="CPU time of the HTTP side.")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of results")
+    options = parser.parse_args()
+    report = Report(choose_device("auto"), "float32")
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ[COUNTS] = directory
+        with on_ray(Scale(), settings_of(), engine=InstantReplica) as client:
+            front(client, codec(), report)
+    report.write(options.output / "front.csv")
+
+
+def front(client: httpx.Client, tokens: Codec, report: Report) -> None:
+    """Requests of one group each, as text."""
+    workloads = Workloads(tokens)
+    for shape in SHAPES:
+        _send(client, [_body(workloads, tokens, shape) for _ in range(NUM_AT_ONCE)])
+        bodies = [_body(workloads, tokens, shape) for _ in range(NUM_REQUESTS)]
+        report.note(shape, "completions", sum(map(len, workloads.completions(shape))), "tokens")
+        before_s = _cpu_s()
+        _send(client, bodies)
+        for name, after_s in _cpu_s().items():
+            report.note(shape, f"{name}: CPU", 1000 * (after_s - before_s[name]) / NUM_REQUESTS, "ms/request")
+
+
+def _send(client: httpx.Client, bodies: Sequence[Body]) -> None:
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        list(pool.map(lambda body: score(client, body), bodies))
+
+
+def _body(workloads: Workloads, tokens: Codec, shape: Shape) -> Body:
+    completions = [tokens.decode(ids).text for ids in workloads.completions(shape)]
+    prompt = tokens.decode(workloads.prompt_ids(shape.P)).text
+    group = {"prompt": prompt, "ground_truth": {"type": "terminate"}, "completions": completions}
+    return {"groups": [group]}
+
+
+def _cpu_s() -> Mapping[str, float]:
+    """What each process of the HTTP side has used since it began."""
+    return {name: sum(map(_used_s, _processes(title))) for name, title in PROCESSES.items()}
+
+
+def _processes(title: str) -> Iterator[Path]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if command.startswith(title.encode()) and os.getpid() in _ancestors(folder):
+            yield folder
+
+
+def _ancestors(folder: Path) -> Iterator[int]:
+    """Of a process: others may run Ray here, too."""
+    while (parent := int(_stat(folder)[1])) > 1:
+        yield parent
+        folder = folder.with_name(str(parent))
+
+
+def _stat(folder: Path) -> Sequence[str]:
+    """What /proc says behind the name of a process."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
+def _used_s(folder: Path) -> float:
+    user, system = map(int, _stat(folder)[11:13])
+    return (user + system) / TICKS_S
+
+
+if __name__ == "__main__":
+    main()
