@@ -16,10 +16,10 @@ import httpx
 from cluster import COUNTS, codec, on_ray, settings_of
 from report import Report
 from serving import Body, score
-from shopr1_client.errors import ProblemError
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.application import Scale
-from shopr1_service.cluster.replica import EngineReplica
+from shopr1_service.cluster.deployments import EngineDeployment
+from shopr1_service.cluster.view import Route
 from shopr1_service.codec import Codec
 from shopr1_service.device import choose_device
 from shopr1_service.engine import Certainty, TokenGroup
@@ -32,10 +32,10 @@ PROCESSES = {"proxy": "ray::ProxyActor", "ingress": "ray::ServeReplica:shopr1:In
 TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
-class InstantReplica(EngineReplica):
+class InstantEngine(EngineDeployment):
     """An engine that takes no time."""
 
-    async def measure(self, group: TokenGroup, kind: Kind) -> Measurements | ProblemError:
+    async def measure(self, group: TokenGroup, kind: Kind, _route: Route) -> Measurements:
         values = [Certainty((1.0,) * len(completion.measured)) for completion in group.completions]
         return Measurements(values, self._policy.versions.find(kind.target))
 
@@ -47,7 +47,7 @@ def main() -> None:
     report = Report(choose_device("auto"), "float32")
     with tempfile.TemporaryDirectory() as directory:
         os.environ[COUNTS] = directory
-        with on_ray(Scale(), settings_of(), engine=InstantReplica) as client:
+        with on_ray(Scale(), settings_of(), engine=InstantEngine) as client:
             front(client, codec(), report)
     report.write(options.output / "front.csv")
 
