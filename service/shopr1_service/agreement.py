@@ -1,4 +1,4 @@
-"""What the processes that hold one model together must decide alike. Who holds it alone agrees with itself."""
+"""What the processes that hold one model together must decide alike. One that is alone agrees with itself."""
 
 
 class Agreement:

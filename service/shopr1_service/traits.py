@@ -1,4 +1,4 @@
-"""What is read from a model and its tokenizer: lengths, ends, and tokens that its layers must be checked with."""
+"""What is read from model and tokenizer: lengths, ends, and tokens that all layers can be checked with."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

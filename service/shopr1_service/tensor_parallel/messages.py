@@ -51,7 +51,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Least:
-    """What is the least of our numbers?"""
+    """Asks for the least of all numbers."""
 
     number: int
 
@@ -66,10 +66,10 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Tried:
-    """How do we go on?
+    """Asks how to go on after a try.
 
     Attributes:
-        num_collectives: begun so far. Two ranks that failed at different ones would take each other's next one
+        num_collectives: begun so far. Ranks that failed at different ones would take what the others do next
             for something else, and compute nonsense.
     """
 

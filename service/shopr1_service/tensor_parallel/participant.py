@@ -1,14 +1,14 @@
 """One of the processes that hold a policy together: a thread in the one that serves, a process else."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 from transformers import DistributedConfig
 
 from shopr1_service.agreement import Agreement
@@ -19,7 +19,16 @@ from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.loading import build_policy, load_model
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup
-from shopr1_service.tensor_parallel.messages import Done, Failed, Least, Load, Measure, Outcome, Tried, Verdict
+from shopr1_service.tensor_parallel.messages import (
+    Done,
+    Failed,
+    Least,
+    Load,
+    Measure,
+    Outcome,
+    Tried,
+    Verdict,
+)
 
 LOOPBACK = "127.0.0.1"
 
@@ -27,9 +36,9 @@ LOOPBACK = "127.0.0.1"
 class Channel(Protocol):
     """Messages to and from the coordinator. `recv` raises `EOFError` when it is gone."""
 
-    def recv(self) -> Any: ...  # noqa: ANN401, D102
+    def recv(self) -> Any: ...  # noqa: ANN401
 
-    def send(self, message: Any, /) -> None: ...  # noqa: ANN401, D102
+    def send(self, message: Any, /) -> None: ...  # noqa: ANN401
 
 
 class Participant(Agreement):
@@ -38,19 +47,27 @@ class Participant(Agreement):
     Args:
         store: rank 0's, which the others connect to.
         startup: is told how far loading is.
+        prepare: called when the settings are known.
 
     Attributes:
         policy: once it is loaded. It has this rank's part of the weights.
     """
 
     def __init__(
-        self, rank: int, channel: Channel, store: Store | None = None, startup: Startup | None = None
+        self,
+        rank: int,
+        channel: Channel,
+        *,
+        store: Store | None = None,
+        startup: Startup | None = None,
+        prepare: Callable[[Settings], None] = lambda settings: None,
     ) -> None:
         self.policy: LoadedPolicy | None = None
         self._rank = rank
         self._channel = channel
         self._store = store
         self._startup = startup
+        self._prepare = prepare
 
     def run(self) -> None:
         """Returns when the coordinator is gone."""
@@ -86,15 +103,17 @@ class Participant(Agreement):
 
     def _load(self, task: Load) -> Done:
         settings = Settings(**task.settings)
+        self._prepare(settings)
         device = choose_device(settings.device)
         if device.type == "cpu":
             torch.set_num_threads(task.num_threads)
+        self.least(0)  # starting takes each its own time, as does reading; what follows either has a limit
         # What transformers and gloo look at.
         with _environment({"LOCAL_RANK": str(self._rank), "GLOO_SOCKET_IFNAME": "lo"}):
             self._join(task, device.type, timedelta(seconds=settings.engine_timeout_s))
             distributed = DistributedConfig(tp_size=task.num_ranks, tp_plan=dict(task.overrides))
             tokenizer, model = load_model(task.source, settings, distributed)
-        self.least(0)  # reading takes each its own time; what follows has a limit
+        self.least(0)
         self.policy = build_policy(
             model, tokenizer, settings, name=task.source.name, startup=self._startup, agreement=self
         )
@@ -130,7 +149,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 def _num_collectives() -> int:
     group = dist.group.WORLD
     assert group is not None
-    return int(group._get_sequence_number_for_group())
+    number: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # it is not listed
+    return number
 
 
 def _outcome(error: Exception | None) -> Outcome:

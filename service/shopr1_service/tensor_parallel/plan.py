@@ -30,7 +30,7 @@ def plan_overrides(source: Source, settings: Settings) -> dict[str, str]:
     if settings.revision is not None:
         options["revision"] = settings.revision
     if source.gguf_file is not None:
-        raise PolicyError("a GGUF file cannot be split: tensor_parallel needs a policy in safetensors")
+        options["gguf_file"] = source.gguf_file
     config = AutoConfig.from_pretrained(source.path, **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
@@ -40,8 +40,10 @@ def plan_overrides(source: Source, settings: Settings) -> dict[str, str]:
 
 def _check_devices(settings: Settings) -> None:
     device, wanted = choose_device(settings.device), settings.tensor_parallel
-    if device.index is not None:
-        raise PolicyError(f"device {settings.device!r} is one; tensor_parallel = {wanted} takes the first ones")
+    if ":" in settings.device:
+        raise PolicyError(
+            f"device {settings.device!r} is one; tensor_parallel = {wanted} takes the first ones"
+        )
     if device.type == "cuda" and (num := torch.cuda.device_count()) < wanted:
         raise PolicyError(f"tensor_parallel = {wanted}, but there are {num} CUDA devices")
     if device.type == "cpu" and torch.accelerator.is_available():
@@ -54,7 +56,7 @@ def _check_heads(config: Any, num_ranks: int) -> None:  # noqa: ANN401  # every 
         num_heads = getattr(config, name, None)
         if isinstance(num_heads, int) and num_heads % num_ranks:
             raise PolicyError(
-                f"{num_heads} {words} cannot be dealt to {num_ranks} devices: tensor_parallel must divide them"
+                f"tensor_parallel = {num_ranks} does not divide the policy's {num_heads} {words}"
             )
 
 
@@ -67,4 +69,4 @@ def _overrides(model: PreTrainedModel) -> dict[str, str]:
         raise PolicyError(
             f"transformers has no tensor parallel plan of {type(model).__name__}: set tensor_parallel = 1"
         )
-    return {name: _WHOLE for name in sorted(whole & plan.keys())}
+    return dict.fromkeys(sorted(whole & plan.keys()), _WHOLE)

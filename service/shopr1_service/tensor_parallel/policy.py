@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
@@ -54,7 +54,7 @@ class Ranks:
                 master_listen_fd=listener.detach(),
             )
         own, theirs = Pipe()
-        self.participant = Participant(0, theirs, store, startup)
+        self.participant = Participant(0, theirs, store=store, startup=startup)
         self._thread = threading.Thread(target=self.participant.run, name="rank-0", daemon=True)
         self._thread.start()
         connections: list[Connection] = [own]
@@ -116,7 +116,7 @@ class TensorParallelPolicy:
 
 
 class _Heartbeat(Heartbeat):
-    """This process's, until another one has ended: then there is none, also while nothing is measured."""
+    """Of this process, until another one has ended: then there is none, also while nothing is measured."""
 
     def __init__(self, local: Heartbeat, ranks: Ranks) -> None:
         self._local = local

@@ -4,6 +4,7 @@ FD is its end of a pipe to the process that serves. When the other end is closed
 that process dies of anything, this one ends at once, wherever it is.
 """
 
+import contextlib
 import os
 import pickle
 import queue
@@ -11,7 +12,10 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shopr1_service.settings import Settings
 
 
 class _Inbox:
@@ -38,12 +42,23 @@ class _Inbox:
 
 def main(rank: int, fd: int) -> None:
     """Take part until the coordinator is gone."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # sent to all at once; the one that serves says when it is over
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to all at once; the one that serves says when it is over
         signal.signal(name, signal.SIG_IGN)
     inbox = _Inbox(Connection(fd))
+    from shopr1_service.logs import logging_to_stderr
     from shopr1_service.tensor_parallel.participant import Participant  # imports torch: takes seconds
 
-    Participant(rank, inbox).run()
+    with contextlib.ExitStack() as logging:
+
+        def prepare(settings: "Settings") -> None:
+            # What all ranks do, rank 0 tells.
+            quiet = settings.model_copy(update={"log_level": "warning"})
+            logging.enter_context(logging_to_stderr(quiet))
+
+        Participant(rank, inbox, prepare=prepare).run()
 
 
 if __name__ == "__main__":
