@@ -33,7 +33,6 @@ from shopr1_service.head import LinearHead, choose_head, trunk_of
 from shopr1_service.heartbeat import Heartbeat
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.packed_forward import PackedForward
-from shopr1_service.policy import Policy
 from shopr1_service.prefix import PrefixCache
 from shopr1_service.settings import Settings
 from shopr1_service.shared_forward import SharedPrefixForward
@@ -49,7 +48,7 @@ _NUM_PROBE_TOKENS = 4
 _WARM_UP_RULES = SelfCertaintyRecipe(alpha=0.005)
 
 
-def load_policy(settings: Settings, startup: Startup | None = None) -> Policy:
+def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPolicy:
     """Load, check and warm up the policy that the settings name.
 
     Args:

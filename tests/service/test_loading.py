@@ -138,11 +138,9 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 
 
 def load(directory: Path, **settings: Any) -> LoadedPolicy:
-    policy = load_policy(
+    return load_policy(
         Settings(**{"policy": str(directory), "dtype": "float32", "device": "cpu", **settings})
     )
-    assert isinstance(policy, LoadedPolicy)
-    return policy
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -471,7 +469,6 @@ def embedded() -> tuple[LoadedPolicy, PreTrainedModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "build_policy", build)
         policy = load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
-    assert isinstance(policy, LoadedPolicy)
     return policy, models[0]
 
 

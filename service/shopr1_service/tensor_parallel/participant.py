@@ -84,8 +84,11 @@ class Participant(Agreement):
         return int(self._channel.recv())
 
     def settle(self, error: Exception | None) -> None:
-        self._channel.send(Tried(_outcome(error), _num_collectives(), _text(error)))
-        verdict = self._channel.recv()
+        try:
+            self._channel.send(Tried(_outcome(error), _num_collectives(), _text(error)))
+            verdict = self._channel.recv()
+        except (EOFError, OSError) as loss:
+            raise FatalEngineError("the coordinator is gone") from loss
         if error is None and verdict is Verdict.TRY_AGAIN:
             raise torch.OutOfMemoryError("another device ran out of memory")
 
@@ -118,7 +121,7 @@ class Participant(Agreement):
             model, tokenizer, settings, name=task.source.name, startup=self._startup, agreement=self
         )
         if not _num_collectives():
-            raise PolicyError("this version of PyTorch does not tell how many collectives there were")
+            raise PolicyError(f"transformers' plan splits nothing of {self.policy.info.architecture}")
         return Done(self.policy.info.model_copy(update={"device": device.type}))
 
     def _join(self, task: Load, device_type: str, timeout: timedelta) -> None:
