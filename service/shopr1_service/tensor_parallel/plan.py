@@ -1,7 +1,7 @@
 """How a policy is split: transformers' own plan of its architecture, but for embeddings and head.
 
-These stay whole on every device, as the head works with the rows of its weight. It costs each device
-(N−1)/N of their memory more than a split would: at most 2 · V · H numbers.
+These stay whole on every device, as the head multiplies with rows of its weight. On N devices it costs each of
+them (N−1)/N of what they take: 2 · V · H numbers, or half of that where they are tied.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
 from shopr1_service.device import choose_device
 from shopr1_service.errors import PolicyError
@@ -25,6 +26,8 @@ def plan_overrides(source: Source, settings: Settings) -> dict[str, str]:
     Raises:
         PolicyError: it cannot be split over so many devices, or these are not there.
     """
+    if _WHOLE not in ALL_PARALLEL_STYLES:
+        raise PolicyError("tensor_parallel needs transformers 5.23 or newer")
     _check_devices(settings)
     options: dict[str, Any] = {"trust_remote_code": False}
     if settings.revision is not None:
