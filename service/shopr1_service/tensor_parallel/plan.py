@@ -1,7 +1,7 @@
 """How a policy is split: transformers' own plan of its architecture, but for embeddings and head.
 
-These stay whole on every device, as the head multiplies with rows of its weight. On N devices it costs each of
-them (N−1)/N of what they take: 2 · V · H numbers, or half of that where they are tied.
+These stay whole on every device, as the head multiplies with rows of its weight. On N devices it costs each
+of them (N−1)/N of what they take: 2 · V · H numbers, or half of that where they are tied.
 """
 
 from typing import Any
