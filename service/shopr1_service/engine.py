@@ -78,6 +78,7 @@ class Engine:
 
     Args:
         release_memory: frees what can be freed; called before a second try.
+        agree: told the error of each try, or that there was none; raises where others of the same model fail.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Engine:
         max_sequence_tokens: int,
         num_tokenizer_tokens: int,
         release_memory: Callable[[], None] = lambda: None,
+        agree: Callable[[Exception | None], None] = lambda error: None,
         stats: EngineStats | None = None,
     ) -> None:
         self.stats = stats or EngineStats()
@@ -95,6 +97,7 @@ class Engine:
         self._head = head
         self._max_sequence_tokens = max_sequence_tokens
         self._release_memory = release_memory
+        self._agree = agree
         self._num_vocab = {
             Vocabulary.HEAD: head.num_rows,
             Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
@@ -161,17 +164,28 @@ class Engine:
         self._note(error, batch)
         if len(batch) > 1:
             return list(batch)
-        return _halves(batch[0]) if _is_out_of_memory(error) else []
+        return _halves(batch[0]) if is_out_of_memory(error) else []
 
     def _note(self, error: Exception, batch: Sequence[PromptGroup]) -> None:
+        if isinstance(error, FatalEngineError):
+            raise error
         if isinstance(error, torch.AcceleratorError):
             raise FatalEngineError(str(error)) from error
-        self.stats.num_out_of_memory += _is_out_of_memory(error)
+        self.stats.num_out_of_memory += is_out_of_memory(error)
         num_tokens = sum(len(group.prompt_ids) for group in batch)
         logger.error("a forward of %d prompts with %d tokens failed", len(batch), num_tokens, exc_info=error)
 
-    @torch.inference_mode()
     def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        try:
+            measured = self._compute(batch, rules)
+        except Exception as error:
+            self._agree(error)
+            raise
+        self._agree(None)
+        return measured
+
+    @torch.inference_mode()
+    def _compute(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
         hidden = self._forward.batch(batch)
         values_T = divergences(
             torch.cat([states for group in hidden for states in group]),
@@ -191,14 +205,15 @@ def _halves(group: PromptGroup) -> list[PromptGroup]:
     return [PromptGroup(group.prompt_ids, half) for half in halves if half]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less at a time may be possible."""
     # For a CPU's memory PyTorch has no class.
     is_cpu = "DefaultCPUAllocator" in str(error)
     return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _failed(group: PromptGroup, error: Exception) -> Measured:
-    reason = Reason.OUT_OF_MEMORY if _is_out_of_memory(error) else Reason.ENGINE_FAILURE
+    reason = Reason.OUT_OF_MEMORY if is_out_of_memory(error) else Reason.ENGINE_FAILURE
     return [Unmeasurable(reason, type(error).__name__)] * len(group.suffixes)
 
 

@@ -59,7 +59,7 @@ class LoadedPolicy:
         self.weights = Weights(model)
         self.way_back = WayBack(self.weights, staging_dir)
         self._info = info
-        self._engine = engine
+        self.engine = engine
         self._cache = cache
         self._renew = renew
         self._probe = probe
@@ -76,7 +76,7 @@ class LoadedPolicy:
 
     @property
     def stats(self) -> EngineStats:
-        return self._engine.stats
+        return self.engine.stats
 
     def certainties(
         self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
@@ -85,7 +85,7 @@ class LoadedPolicy:
         adapter = self._adapters.get(version.number)
         self._cache.enter(version.number if adapter else None)
         with adapter.applied(self.model) if adapter else nullcontext():
-            return self._engine.certainties(groups, rules)
+            return self.engine.certainties(groups, rules)
 
     def replace_weights(self, stored: Mapping[str, Stored], name: str) -> Version:
         """Put new weights in place of the old ones, all of them or none. The old ones must have been kept.
@@ -134,6 +134,9 @@ class LoadedPolicy:
         gone = list(gone)
         self.versions = self.versions.without(gone)
         self._forget(gone)
+
+    def close(self) -> None:
+        """Nothing can be measured from then on. This one has nothing that would outlive its process."""
 
     def expect(self, number: int) -> None:
         """The next change is to have this number, whatever has happened here."""

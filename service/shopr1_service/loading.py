@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DistributedConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +22,7 @@ from transformers import (
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
+from shopr1_service.agreement import Agreement
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.device import choose_device, choose_dtype, prefix_cache_bytes
 from shopr1_service.engine import Engine, EngineStats, MeasuredCompletion, TokenGroup
@@ -36,18 +38,14 @@ from shopr1_service.settings import Settings
 from shopr1_service.shared_forward import SharedPrefixForward
 from shopr1_service.source import Source, find_source
 from shopr1_service.startup import Startup, Step
+from shopr1_service.traits import NUM_CHECK_TOKENS, UNLIMITED, check_ids, end_ids, longest_sequence
 from shopr1_service.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
-_NUM_CHECK_TOKENS = 24
 _NUM_PROBE_TOKENS = 4
 """Each passes through every weight; more of them would only lengthen the pause of an update."""
-_CHECK_SEED = 0
-# How far a layer sees, or how many tokens it takes at a time, in the words of all architectures.
-_REACHES = ("sliding_window", "attention_chunk_size", "window_size", "chunk_size", "mamba_chunk_size")
 _WARM_UP_RULES = SelfCertaintyRecipe(alpha=0.005)
-_UNLIMITED = 10**9  # transformers gives tokenizers without a limit 10³⁰
 
 
 def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPolicy:
@@ -63,6 +61,10 @@ def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPol
     source = find_source(settings.policy)
     try:
         startup.enter(Step.READING_WEIGHTS)
+        if settings.tensor_parallel > 1:
+            from shopr1_service.tensor_parallel.policy import load_on_all_ranks  # of no use to one device
+
+            return load_on_all_ranks(source, settings, startup)
         tokenizer, model = load_model(source, settings)
         return build_policy(model, tokenizer, settings, name=source.name, startup=startup)
     except PolicyError:
@@ -72,8 +74,14 @@ def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPol
         raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
 
 
-def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model, on the device and in the dtype of the settings."""
+def load_model(
+    source: Source, settings: Settings, distributed: DistributedConfig | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model, on the device and in the dtype of the settings.
+
+    Args:
+        distributed: how the model is split; this process gets its part.
+    """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.deterministic and device.type == "cuda":
@@ -81,7 +89,7 @@ def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerB
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     logger.info("loading %s on %s in %s", source.name, device, dtype)
-    return _load(source, device, dtype, settings.revision)
+    return _load(source, device, dtype, settings.revision, distributed)
 
 
 def build_policy(
@@ -91,19 +99,24 @@ def build_policy(
     *,
     name: str,
     startup: Startup | None = None,
+    agreement: Agreement | None = None,
 ) -> LoadedPolicy:
-    """A policy of a model in memory: chooses head and forward by what they give on random tokens."""
-    startup = startup or Startup()
+    """A policy of a model in memory: chooses head and forward by what they give on random tokens.
+
+    Args:
+        agreement: with the other processes that hold a part of the model.
+    """
+    startup, agreement = startup or Startup(), agreement or Agreement()
     startup.enter(Step.CHECKING)
     model.train(False)
     num_ids = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
-    longest = _longest_sequence(model, tokenizer)
+    longest = longest_sequence(model, tokenizer)
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
         raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
-    random_ids = _random_ids(model, num_ids, longest)
-    head = choose_head(model, torch.tensor([random_ids[:_NUM_CHECK_TOKENS]], device=model.device))
-    cache = PrefixCache(_UNLIMITED)
+    random_ids = check_ids(model, num_ids, longest)
+    head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
+    cache = PrefixCache(UNLIMITED)
     candidates: list[Forward] = [
         SharedPrefixForward(model, cache),
         PackedForward(model),
@@ -116,9 +129,11 @@ def build_policy(
         max_sequence_tokens=max_sequence_tokens,
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
+        agree=agreement.settle,
     )
     startup.enter(Step.WARMING_UP)
-    cache.max_bytes = _cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
+    own_bytes = _cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
+    cache.max_bytes = agreement.least(own_bytes)
     cache.reset()
     engine.stats = EngineStats(cache.stats)
     info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)
@@ -134,7 +149,7 @@ def build_policy(
 
     return LoadedPolicy(
         info,
-        PolicyCodec(tokenizer, num_ids, _end_ids(model, tokenizer)),
+        PolicyCodec(tokenizer, num_ids, end_ids(model, tokenizer)),
         engine,
         heartbeat,
         model,
@@ -196,7 +211,11 @@ def _info(
 
 
 def _load(
-    source: Source, device: torch.device, dtype: torch.dtype, revision: str | None
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+    distributed: DistributedConfig | None,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     options: dict[str, Any] = {"trust_remote_code": False}
     if revision is not None:
@@ -208,6 +227,8 @@ def _load(
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
+    if distributed is not None:
+        options["distributed_config"] = distributed
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **options
     )
@@ -216,31 +237,6 @@ def _load(
     if loading["missing_keys"]:  # transformers makes up random numbers for them
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise PolicyError(f"cannot load policy {source.name!r}: it has no weights for {missing} …")
-    torch.nn.Module.to(model, device)
+    if distributed is None:
+        torch.nn.Module.to(model, device)
     return tokenizer, model
-
-
-def _longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or tokenizer.model_max_length
-    return int(limit) if limit < _UNLIMITED else None
-
-
-def _random_ids(model: PreTrainedModel, num_ids: int, longest: int | None) -> list[int]:
-    """Tokens for the checks: more than any layer sees at once, unless the policy takes no such sequence.
-
-    So the last of them, which stand for completions, see only a part of those before, which are the prompt.
-    """
-    config = model.config.get_text_config()
-    reach = max(getattr(config, name, None) or 0 for name in _REACHES)
-    num_tokens = min(reach + _NUM_CHECK_TOKENS, longest or _UNLIMITED)
-    generator = torch.Generator().manual_seed(_CHECK_SEED)
-    ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
-    return ids
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What may follow an answer without belonging to it: end of turn, end of sequence, padding."""
-    eos = model.generation_config.eos_token_id
-    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return sorted({token_id for token_id in ids if token_id is not None})

@@ -98,7 +98,8 @@ class State:
     def _open_changes(self) -> Changes:
         self.scorer  # noqa: B018  # raises when there is none
         if self._changes is None:
-            raise InvalidRequestError("this policy does not change while it serves")
+            why = ": it is split over several devices" if self.settings.tensor_parallel > 1 else ""
+            raise InvalidRequestError(f"this policy does not change while it serves{why}")
         return self._changes
 
     async def engine_metrics(self) -> Sequence[Metric]:

@@ -115,7 +115,7 @@ def engine_of(model: PreTrainedModel, forward: Forward | None = None) -> Engine:
 
 def chosen_engine(model: PreTrainedModel) -> Engine:
     """With what the service would choose for the model; nothing is kept of prompts."""
-    return policy_of(model, prefix_cache_bytes=0)._engine
+    return policy_of(model, prefix_cache_bytes=0).engine
 
 
 def values_of(engine: Engine) -> list[tuple[float, ...]]:

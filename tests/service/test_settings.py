@@ -46,6 +46,7 @@ def test_defaults() -> None:
         "adapter_versions": 2,
         "max_adapter_bytes": 2_147_483_648,
         "device": "auto",
+        "tensor_parallel": 1,
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
         "prefix_cache_bytes": None,
