@@ -113,7 +113,7 @@ class Stage:
         try:
             self._check_ties()
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         return self.stored
 
     def discard(self) -> None:
@@ -136,7 +136,7 @@ class Stage:
         try:
             self._file.reserve(sum(tensor.nbytes for tensor in tensors if tensor is not None))
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
 
     def _collect(self, entry: TensorEntry, part: memoryview) -> None:
         """Take a copy, until it is worth keeping."""
@@ -153,7 +153,7 @@ class Stage:
         try:
             start = self._file.append(bytes_of(own))
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         self.stored.setdefault(entry.name, Stored(self._file, start, own.dtype))
         if self._num_taken == entry.num_bytes:
             self._coming.popleft()
@@ -222,7 +222,7 @@ def _new_file(directory: Path | None) -> PrivateFile:
     try:
         return PrivateFile(directory)
     except OSError as error:
-        raise _no_room(error) from error
+        raise no_room(error) from error
 
 
 def _numbers(part: memoryview, dtype: torch.dtype) -> torch.Tensor | None:
@@ -239,14 +239,13 @@ def _is_finite(values: torch.Tensor) -> bool:
     integer = _INTEGERS[values.itemsize]
     infinity = int(torch.tensor(math.inf, dtype=values.dtype).view(integer))
     negative_infinity = infinity + (1 << (8 * values.itemsize - 1))
-    signed = values.view(integer).numpy()
-    step = _CHECKED_BYTES // values.itemsize
-    blocks = (signed[first : first + step] for first in range(0, len(signed), step))
+    blocks = (block.numpy() for block in values.view(integer).split(_CHECKED_BYTES // values.itemsize))
+    unsigned = f"u{values.itemsize}"
     return all(
-        block.max() < infinity and int(block.view(f"u{values.itemsize}").max()) < negative_infinity
+        block.max(initial=0) < infinity and int(block.view(unsigned).max(initial=0)) < negative_infinity
         for block in blocks
     )
 
 
-def _no_room(error: OSError) -> StorageError:
+def no_room(error: OSError) -> StorageError:
     return StorageError(f"the new weights cannot be kept in staging_dir: {error.strerror or error}")

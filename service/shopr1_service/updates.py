@@ -36,7 +36,7 @@ from shopr1_service.staging import Stage
 from shopr1_service.transfer import TransferError, receive
 from shopr1_service.upload import Upload, pour
 from shopr1_service.versions import VersionTable
-from shopr1_service.weights import Stored
+from shopr1_service.weights import Stored, Taken
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +44,6 @@ _RETRY_AFTER_S = 2.0
 
 Fill = Callable[[Stage], Awaitable[None]]
 """Brings all tensors of an update."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What an update brought.
-
-    Attributes:
-        names: of tensors.
-        files: of the checkpoint, if it was one.
-    """
-
-    names: frozenset[str]
-    files: frozenset[Signature]
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Stored]) -> "Taken":
-        signatures = {place.file.signature for place in stored.values()}
-        return cls(frozenset(stored), frozenset(each for each in signatures if each is not None))
 
 
 @dataclass

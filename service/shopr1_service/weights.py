@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shopr1_service.open_file import OpenFile, PrivateFile
+from shopr1_service.open_file import OpenFile, PrivateFile, Signature
 
 PIECE_BYTES = 4 * 2**20
 """What is held in memory at a time, by each thread: so little that a core finds it in its cache again."""
@@ -32,6 +32,24 @@ class Stored:
     file: OpenFile
     start: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an update brought.
+
+    Attributes:
+        names: of tensors.
+        files: of the checkpoint, if it was one.
+    """
+
+    names: frozenset[str]
+    files: frozenset[Signature]
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Stored]) -> "Taken":
+        signatures = {place.file.signature for place in stored.values()}
+        return cls(frozenset(stored), frozenset(each for each in signatures if each is not None))
 
 
 class Weights:

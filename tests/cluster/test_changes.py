@@ -26,9 +26,12 @@ pytestmark = pytest.mark.timeout(1200)
 
 NUM_UPDATES = 20
 NUM_CLIENTS = 4
+NUM_BODIES = 7
+"""Another number than of clients: each asks for all of them in turns."""
 PART = "model.layers.7."
 BODIES = [
-    {"groups": [group(answer(rationale=f"Number {i}, please."), prompt=f"page {i} " * 20)]} for i in range(4)
+    {"groups": [group(answer(rationale=f"Number {i}, please."), prompt=f"page {i} " * 20)]}
+    for i in range(NUM_BODIES)
 ]
 
 Rewards = tuple[float, ...]
@@ -103,8 +106,11 @@ class Load:
         with client_of(self.url) as client:
             turn = seed
             while not self.is_over.is_set():
-                turn += 1
-                self._check(turn % len(BODIES), client.post("/score", json=BODIES[turn % len(BODIES)]))
+                turn += NUM_CLIENTS
+                which = turn % len(BODIES)
+                # Each of a run of its own: the same request twice would get the answer that is there.
+                response = client.post("/score", json=BODIES[which], headers={"X-Run-ID": f"run-{turn}"})
+                self._check(which, response)
 
     def _check(self, which: int, response: httpx.Response) -> None:
         flaw = self._flaw(which, response)

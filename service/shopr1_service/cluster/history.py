@@ -9,8 +9,8 @@ its table.
 from dataclasses import dataclass
 
 from shopr1_client.policy_wire import AdapterRequest, UpdateRequest
-from shopr1_service.updates import Taken
 from shopr1_service.versions import VersionTable
+from shopr1_service.weights import Taken
 
 
 @dataclass(frozen=True)

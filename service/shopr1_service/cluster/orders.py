@@ -8,8 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 from shopr1_client.errors import ProblemError
 from shopr1_client.policy_wire import AdapterUpdate, PolicyUpdate
 from shopr1_service.cluster.history import Change, History
-from shopr1_service.updates import Taken
 from shopr1_service.versions import VersionTable
+from shopr1_service.weights import Taken
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

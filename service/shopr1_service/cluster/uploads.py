@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shopr1_client.errors import NotFoundError, StorageError
 from shopr1_service.open_file import PrivateFile
+from shopr1_service.staging import no_room
 
 _IDLE_S = 600.0
 """Whoever sends nothing for so long is gone."""
@@ -42,7 +43,7 @@ class Uploads:
         try:
             file = PrivateFile(self._directory)
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         upload = uuid.uuid4().hex
         self._kept[upload] = _Kept(file)
         return upload
@@ -53,7 +54,7 @@ class Uploads:
         try:
             await asyncio.to_thread(kept.file.append, memoryview(piece))
         except OSError as error:
-            raise _no_room(error) from error
+            raise no_room(error) from error
         kept.touched_s = time.monotonic()
 
     async def read(self, upload: str, start: int, max_bytes: int) -> bytes:
@@ -86,7 +87,3 @@ class Uploads:
         if kept is None:
             raise NotFoundError("the upload is not kept any more")
         return kept
-
-
-def _no_room(error: OSError) -> StorageError:
-    return StorageError(f"the new weights cannot be kept in staging_dir: {error.strerror or error}")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from shopr1_client.policy_wire import AdapterRequest, UpdateRequest
 from shopr1_service.cluster.history import Change, Entry, History, Unloading
-from shopr1_service.updates import Taken
 from shopr1_service.versions import Version, VersionTable
+from shopr1_service.weights import Taken
 
 TENSORS = ("a", "b", "c", "d")
 MAX_KEPT = 2
