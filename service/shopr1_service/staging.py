@@ -239,12 +239,9 @@ def _is_finite(values: torch.Tensor) -> bool:
     integer = _INTEGERS[values.itemsize]
     infinity = int(torch.tensor(math.inf, dtype=values.dtype).view(integer))
     negative_infinity = infinity + (1 << (8 * values.itemsize - 1))
-    blocks = (block.numpy() for block in values.view(integer).split(_CHECKED_BYTES // values.itemsize))
-    unsigned = f"u{values.itemsize}"
-    return all(
-        block.max(initial=0) < infinity and int(block.view(unsigned).max(initial=0)) < negative_infinity
-        for block in blocks
-    )
+    parts = (part.numpy() for part in torch.split(values.view(integer), _CHECKED_BYTES // values.itemsize))
+    pairs = ((part, part.view(f"u{values.itemsize}")) for part in parts)
+    return all(a.max(initial=0) < infinity and int(b.max(initial=0)) < negative_infinity for a, b in pairs)
 
 
 def no_room(error: OSError) -> StorageError:
