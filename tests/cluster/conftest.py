@@ -65,15 +65,30 @@ def serving(folder: Path, args: Mapping[str, Any]) -> Iterator[str]:
     Args:
         args: of the application, beside those that are shipped.
     """
-    port, config = _free_port(), yaml.safe_load((_ROOT / "docker/ray/serve.yaml").read_text())
+    port = _free_port()
+    file = configuration(folder / "serve.yaml", port, args)
+    with _running([_serve(), "run", str(file)], f"http://127.0.0.1:{port}") as url:
+        yield url
+
+
+def configuration(file: Path, port: int, args: Mapping[str, Any]) -> Path:
+    """Write the shipped one, with other arguments of the application."""
+    config = yaml.safe_load((_ROOT / "docker/ray/serve.yaml").read_text())
     config["http_options"]["port"] = port
     config["applications"][0]["args"] |= args
-    file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def deploy(file: Path) -> None:
+    """Change what runs. Returns before it has changed."""
+    subprocess.run([_serve(), "deploy", str(file)], cwd=_ROOT, check=True)
+
+
+def _serve() -> str:
     serve = shutil.which("serve", path=str(Path(sys.executable).parent))
     assert serve is not None
-    with _running([serve, "run", str(file)], f"http://127.0.0.1:{port}") as url:
-        yield url
+    return serve
 
 
 def client_of(url: str, scope: str | None = "score") -> httpx.Client:

@@ -5,11 +5,20 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 from shopr1_client import Client
 from shopr1_client.wire import ScoreRequest
-from tests.cluster.conftest import KEYS, NUM_REPLICAS, client_of, proxy_pids, replica_pids
+from tests.cluster.conftest import (
+    KEYS,
+    NUM_REPLICAS,
+    client_of,
+    configuration,
+    deploy,
+    proxy_pids,
+    replica_pids,
+)
 from tests.service.http import answer, group
 
 NUM_REQUESTS = 48
@@ -72,6 +81,26 @@ def test_a_replica_that_dies_loses_nothing(single: str, cluster: str) -> None:
         )
     assert scores == expected
     until(lambda: len(replica_pids()) == NUM_REPLICAS and victim not in replica_pids())
+
+
+def test_an_engine_that_is_taken_away_finishes_what_it_has(
+    single: str, cluster: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The client does not try again. Afterwards there are two again."""
+    requests, port = bodies("fewer"), int(cluster.rpartition(":")[2])
+    expected = expected_of(single, requests)
+    until(lambda: len(replica_pids()) == NUM_REPLICAS)
+    fewer = configuration(tmp_path / "fewer.yaml", port, {"num_replicas": 1, **settings})
+    with client_of(cluster) as client:
+        scores = scored_while(
+            lambda body: _rewards(client.post("/score", json=body).raise_for_status().json()),
+            requests,
+            lambda: deploy(fewer),
+        )
+    assert scores == expected
+    until(lambda: len(replica_pids()) == 1)
+    deploy(configuration(tmp_path / "more.yaml", port, {"num_replicas": NUM_REPLICAS, **settings}))
+    until(lambda: len(replica_pids()) == NUM_REPLICAS)
 
 
 def test_a_proxy_that_dies_loses_nothing(single: str, cluster: str) -> None:
