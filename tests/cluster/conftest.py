@@ -27,21 +27,23 @@ SETTINGS = {
 NUM_REPLICAS = 2
 START_S = 240.0
 _ROOT = Path(__file__).parents[2]
+_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+"""A token would be that of the process that has started it, and another one could not change it."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def policy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both servers read checkpoints, and keep uploads."""
     return tmp_path_factory.mktemp("policies")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def settings(policy_root: Path) -> dict[str, Any]:
     """Of both servers."""
     return {**SETTINGS, "policy_roots": str(policy_root), "staging_dir": str(policy_root)}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def single(settings: dict[str, Any]) -> Iterator[str]:
     """URL of `shopr1 serve`."""
     port = _free_port()
@@ -51,7 +53,7 @@ def single(settings: dict[str, Any]) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> Iterator[str]:
     """URL of the shipped application with two replicas."""
     with serving(tmp_path_factory.mktemp("ray"), {"num_replicas": NUM_REPLICAS, **settings}) as url:
@@ -82,7 +84,7 @@ def configuration(file: Path, port: int, args: Mapping[str, Any]) -> Path:
 
 def deploy(file: Path) -> None:
     """Change what runs. Returns before it has changed."""
-    subprocess.run([_serve(), "deploy", str(file)], cwd=_ROOT, check=True)
+    subprocess.run([_serve(), "deploy", str(file)], cwd=_ROOT, env={**os.environ, **_RAY}, check=True)
 
 
 def _serve() -> str:
@@ -124,9 +126,9 @@ def _free_port() -> int:
 def _running(command: list[str], url: str) -> Iterator[str]:
     keys = ",".join(f"{scope}:{key}" for scope, key in KEYS.items())
     environment = {
+        **_RAY,
         "SHOPR1_API_KEYS": keys,
         "OMP_NUM_THREADS": "1",  # as Ray sets it where an engine has one CPU: sums depend on it
-        "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_OFFLINE": "1",
     }
     process = subprocess.Popen(command, cwd=_ROOT, env={**os.environ, **environment})

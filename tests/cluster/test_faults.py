@@ -83,26 +83,6 @@ def test_a_replica_that_dies_loses_nothing(single: str, cluster: str) -> None:
     until(lambda: len(replica_pids()) == NUM_REPLICAS and victim not in replica_pids())
 
 
-def test_an_engine_that_is_taken_away_finishes_what_it_has(
-    single: str, cluster: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """The client does not try again. Afterwards there are two again."""
-    requests, port = bodies("fewer"), int(cluster.rpartition(":")[2])
-    expected = expected_of(single, requests)
-    until(lambda: len(replica_pids()) == NUM_REPLICAS)
-    fewer = configuration(tmp_path / "fewer.yaml", port, {"num_replicas": 1, **settings})
-    with client_of(cluster) as client:
-        scores = scored_while(
-            lambda body: _rewards(client.post("/score", json=body).raise_for_status().json()),
-            requests,
-            lambda: deploy(fewer),
-        )
-    assert scores == expected
-    until(lambda: len(replica_pids()) == 1)
-    deploy(configuration(tmp_path / "more.yaml", port, {"num_replicas": NUM_REPLICAS, **settings}))
-    until(lambda: len(replica_pids()) == NUM_REPLICAS)
-
-
 def test_a_proxy_that_dies_loses_nothing(single: str, cluster: str) -> None:
     """With the client library, which asks again when a connection breaks."""
     requests = bodies("proxy")
@@ -116,3 +96,21 @@ def test_a_proxy_that_dies_loses_nothing(single: str, cluster: str) -> None:
         )
     assert scores == expected
     assert victim not in proxy_pids()
+
+
+def test_a_new_configuration_loses_nothing(
+    single: str, cluster: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """All of it is replaced, with one engine fewer; those that go finish what they have."""
+    requests, port = bodies("fewer"), int(cluster.rpartition(":")[2])
+    expected = expected_of(single, requests)
+    until(lambda: len(replica_pids()) == NUM_REPLICAS)
+    fewer = configuration(tmp_path / "fewer.yaml", port, {"num_replicas": 1, **settings})
+    with Client(cluster, api_key=KEYS["score"], timeout_s=WAIT_S) as client:
+        scores = scored_while(
+            lambda body: _rewards(client.score(ScoreRequest(**body)).model_dump()),
+            requests,
+            lambda: deploy(fewer),
+        )
+    assert scores == expected
+    until(lambda: len(replica_pids()) == 1)
