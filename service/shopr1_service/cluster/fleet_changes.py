@@ -2,14 +2,20 @@
 
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from shopr1_client.errors import InvalidRequestError, InvalidWeightsError, NotReadyError
+from shopr1_client.errors import (
+    InvalidRequestError,
+    InvalidWeightsError,
+    NotReadyError,
+    ProblemError,
+    TooLargeError,
+)
 from shopr1_client.policy_wire import (
     AdapterRequest,
     AdapterUpdate,
@@ -37,15 +43,16 @@ See = Callable[[View], None]
 class _HeaderOnly:
     """A `Sink` that refuses what cannot be right, before it is kept anywhere."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, too_large: type[ProblemError]) -> None:
         self._max_bytes = max_bytes
+        self._too_large = too_large
         self._num_missing = 0
         self.num_bytes = 0
 
     def announce(self, entries: Sequence[TensorEntry]) -> None:
         self.num_bytes = self._num_missing = sum(entry.num_bytes for entry in entries)
         if self.num_bytes > self._max_bytes:
-            raise InvalidWeightsError(f"{self.num_bytes} bytes of tensors, {self._max_bytes} at most")
+            raise self._too_large(f"{self.num_bytes} bytes of tensors, {self._max_bytes} at most")
 
     def feed(self, block: memoryview) -> None:
         self._num_missing -= len(block)
@@ -81,9 +88,11 @@ class _Journal:
             self._see(view)
         return answer
 
-    async def keep(self, stream: AsyncIterable[bytes], max_bytes: int) -> tuple[str, int]:
+    async def keep(
+        self, stream: AsyncIterable[bytes], max_bytes: int, too_large: type[ProblemError]
+    ) -> tuple[str, int]:
         """Hand over a safetensors file; its id, and the bytes of its tensors."""
-        sink = _HeaderOnly(max_bytes)
+        sink = _HeaderOnly(max_bytes, too_large)
         checked = Upload(sink)
         upload: str = raised(await self._journal.begin.remote())
         try:
@@ -92,7 +101,8 @@ class _Journal:
                 raised(await self._journal.append.remote(upload, piece))
             checked.end()
         except BaseException:
-            self._journal.discard.remote(upload)
+            with suppress(RayError, RayServeException):
+                await self._journal.discard.remote(upload)
             raise
         return upload, sink.num_bytes
 
@@ -127,7 +137,9 @@ class FleetWeights:
     ) -> PolicyUpdate:
         """Kept once, and read from there by every engine."""
         with self._recorded("upload") as recorded:
-            upload, recorded.num_bytes = await self._journal.keep(stream, self._max_bytes)
+            upload, recorded.num_bytes = await self._journal.keep(
+                stream, self._max_bytes, InvalidWeightsError
+            )
             request = UpdateRequest(path=_UPLOADED, version=version, partial=is_partial)
             return await self._change(Change(request, upload), recorded)
 
@@ -180,11 +192,11 @@ class FleetAdapters:
 
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
         files: AdapterFiles = raised(await self._engines.adapter_files.remote(request.path))
-        upload, _ = await self._journal.keep(_once(files.tensors), self._max_bytes)
+        upload, _ = await self._journal.keep(_once(files.tensors), self._max_bytes, TooLargeError)
         return await self._add(Change(request, upload, files.config))
 
     async def from_upload(self, stream: AsyncIterable[bytes], request: AdapterRequest) -> AdapterUpdate:
-        upload, _ = await self._journal.keep(stream, self._max_bytes)
+        upload, _ = await self._journal.keep(stream, self._max_bytes, TooLargeError)
         return await self._add(Change(request, upload))
 
     async def unload(self, name: str, version: str | None = None) -> None:
