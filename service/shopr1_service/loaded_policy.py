@@ -143,8 +143,15 @@ class LoadedPolicy:
         self.versions = self.versions.before(number)
 
     def agree(self, versions: VersionTable) -> None:
-        """Go by the table of a policy elsewhere, with the same weights; drop the adapters that it has not."""
+        """Go by the table of a policy elsewhere, with the same weights; drop the adapters that it has not.
+
+        Raises:
+            ValueError: it has other weights, or an adapter that is not here: answers would name what they are
+                not of.
+        """
         kept = {version.number for version in versions.loaded()}
+        if versions.base.number != self.versions.base.number or not kept <= self._adapters.keys():
+            raise ValueError(f"its versions are {versions}, these {self.versions}")
         self.remove_adapters(version for version in self.versions.loaded() if version.number not in kept)
         self.versions = versions
 

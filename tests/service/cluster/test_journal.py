@@ -19,7 +19,7 @@ from shopr1_service.cluster.follower import BehindError
 from shopr1_service.cluster.history import Change, Unloading
 from shopr1_service.cluster.replica import EngineFailedError
 from shopr1_service.cluster.view import Elsewhere, Route
-from shopr1_service.versions import Target
+from shopr1_service.versions import Target, Version
 from tests.service.cluster.in_process import Cluster, measured, numbers, running
 from tests.service.http import WAIT_S
 from tests.service.updating import PART, adapter_file, changed_model, file_of, saved, weights_of
@@ -245,6 +245,17 @@ async def test_no_engine_no_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     async with running(monkeypatch, tmp_path) as cluster:
         with pytest.raises(NotReadyError, match="no engine is ready"):
             await cluster.update("x", "x")
+
+
+async def test_an_engine_does_not_go_by_a_table_of_what_it_has_not(cluster: Cluster) -> None:
+    await cluster.load_adapter("lora", adapter_file(4, config=None))
+    policy, before = cluster.engines["a"]._policy, cluster.engines["a"]._policy.versions
+    other = before.with_adapter(Version("x", 9, "lora"), max_kept=2, is_default=True)
+    for table in (other, before.with_base("x", 0.0)):
+        with pytest.raises(ValueError, match="its versions are"):
+            policy.agree(table)
+    assert policy.versions is before
+    policy.agree(before)
 
 
 # --- the journal dies -------------------------------------------------------------------------------
