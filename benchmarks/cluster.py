@@ -33,7 +33,7 @@ from serving import (
     write_rules_only_recipe,
 )
 from shopr1_client.errors import ProblemError
-from shopr1_service import loading, source
+from shopr1_service import building, source
 from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.application import Scale, application
 from shopr1_service.cluster.deployments import EngineDeployment
@@ -105,7 +105,7 @@ def main() -> None:
 def codec() -> Any:  # noqa: ANN401  # transformers'
     settings = settings_of()
     tokenizer, model = load_model(settings)
-    return loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME).codec
+    return building.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME).codec
 
 
 def settings_of(**more: Any) -> Settings:  # noqa: ANN401
@@ -167,7 +167,7 @@ def overhead(workloads: Workloads, directory: Path, report: Report) -> None:
     for workload, shape in MEASURED.items():
         own = settings if shape is None else settings_of()
         tokenizer, model = load_model(own)
-        policy = loading.build_policy(model, tokenizer, own, name=source.EMBEDDED_NAME)
+        policy = building.build_policy(model, tokenizer, own, name=source.EMBEDDED_NAME)
         with served(own, policy) as single, on_ray(Scale(num_cpus=os.cpu_count() or 1), own) as cluster:
             bodies = [_body(workloads, shape, i) for i in range(4 * NUM_TIMED)]
             random.Random(0).shuffle(bodies)

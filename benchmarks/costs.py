@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from report import Report
-from shopr1_service import loading, source
+from shopr1_service import building, source
 from shopr1_service.cluster.affinity import Affinity, Work
 from shopr1_service.device import choose_device
 from shopr1_service.loaded_policy import LoadedPolicy
@@ -69,7 +69,7 @@ def main() -> None:
 def engine(report: Report) -> None:
     settings = load_settings({"dtype": "float32"})
     tokenizer, model = load_model(settings)
-    policy = loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
+    policy = building.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
     torch.set_num_threads(1)
     workloads = Workloads(policy.codec)
     sizes, times_s = list[tuple[int, int, int]](), list[float]()

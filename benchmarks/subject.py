@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shopr1_rewards import load_recipe
-from shopr1_service import loading, source
+from shopr1_service import building, loading, source
 from shopr1_service.engine import TokenGroup
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
@@ -55,7 +55,7 @@ def load_subject(dtype: str, plan: Plan) -> Subject:
     settings = settings.model_copy(update={"max_sequence_tokens": longest})
     bare_settings = settings.model_copy(update={"prefix_cache_bytes": 0})
     policy, bare_policy = (
-        loading.build_policy(model, tokenizer, each, name=source.EMBEDDED_NAME)
+        building.build_policy(model, tokenizer, each, name=source.EMBEDDED_NAME)
         for each in (settings, bare_settings)
     )
     return Subject(settings, tokenizer, model, policy, bare_policy, Workloads(policy.codec))

@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from report import Report
 from serving import request_of, running, score, served
-from shopr1_service import loading, source
+from shopr1_service import building, source
 from shopr1_service.device import choose_device
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.settings import load_settings
@@ -89,7 +89,7 @@ def bench(directory: Path) -> Iterator[Bench]:
         {"dtype": "float32", "policy_roots": [directory], "staging_dir": directory, "log_level": "error"}
     )
     tokenizer, model = load_model(settings)
-    policy: LoadedPolicy = loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
+    policy: LoadedPolicy = building.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
     save_file(dict(policy.weights.tensors), directory / "model.safetensors")
     with served(settings, policy) as client, running(_copier(directory / COPY)) as url:
         yield Bench(client, directory, Workloads(policy.codec), httpx.URL(url))

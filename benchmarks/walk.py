@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from serving import Body, score, served
-from shopr1_service import loading, source
+from shopr1_service import building, source
 from shopr1_service.settings import load_settings
 from subject import load_model
 from traces import Request, scored_groups, trace_of
@@ -61,7 +61,7 @@ def recorded_walk(logs: Sequence[Path]) -> list[Request]:
         log = {"rollout_log": directory, "rollout_log_text": True}
         settings = load_settings({"dtype": "bfloat16", "log_level": "error", **log})
         tokenizer, model = load_model(settings)
-        policy = loading.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
+        policy = building.build_policy(model, tokenizer, settings, name=source.EMBEDDED_NAME)
         if not logs:
             with served(settings, policy) as client, ThreadPoolExecutor(NUM_AT_ONCE) as pool:
                 list(pool.map(lambda seed: _walk(client, seed), range(NUM_SESSIONS)))

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from shopr1_service import loading, server
+from shopr1_service import building, loading, server
 from shopr1_service.head import trunk_of
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.settings import load_settings
@@ -50,7 +50,7 @@ class Fault:
 
 def main() -> int:
     fault = Fault(os.environ["FAULT"], Path(os.environ["FAULTY_WHILE"]))
-    build = loading.build_policy
+    build = building.build_policy
 
     def build_faulty(model: Any, *args: Any, **options: Any) -> LoadedPolicy:
         policy = build(model, *args, **options)

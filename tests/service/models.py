@@ -27,8 +27,8 @@ from transformers import (
 
 from shopr1_rewards import Span
 from shopr1_rewards.recipe import Divergence, Position, SelfCertaintyRecipe, Vocabulary
+from shopr1_service.building import build_policy
 from shopr1_service.loaded_policy import LoadedPolicy
-from shopr1_service.loading import build_policy
 from shopr1_service.settings import Settings
 
 

@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from shopr1_client.wire import Message, PolicyInfo
-from shopr1_service import loading
+from shopr1_service import building, loading
+from shopr1_service.building import build_policy
 from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.forward import Forward, choose_forward
 from shopr1_service.head import trunk_of
 from shopr1_service.loaded_policy import LoadedPolicy
-from shopr1_service.loading import build_policy, load_policy
+from shopr1_service.loading import load_policy
 from shopr1_service.packed_forward import PackedForward
 from shopr1_service.settings import DType, Settings
 from shopr1_service.source import EMBEDDED_INSTALL, EMBEDDED_PACKAGE, Source, find_source
@@ -383,7 +384,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         seen.append(random_ids)
         return choose_forward(model, random_ids, candidates)
 
-    monkeypatch.setattr(loading, "choose_forward", spy)
+    monkeypatch.setattr(building, "choose_forward", spy)
     return seen
 
 

@@ -12,11 +12,12 @@ from torch._C._distributed_c10d import Store, TCPStore
 from transformers import DistributedConfig
 
 from shopr1_service.agreement import Agreement
+from shopr1_service.building import build_policy
 from shopr1_service.device import choose_device
 from shopr1_service.engine import FatalEngineError, is_out_of_memory
 from shopr1_service.errors import PolicyError
 from shopr1_service.loaded_policy import LoadedPolicy
-from shopr1_service.loading import build_policy, load_model
+from shopr1_service.loading import load_model
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup
 from shopr1_service.tensor_parallel.messages import (
