@@ -16,6 +16,7 @@ from shopr1_client.policy_wire import ADAPTER_CONFIG_KEY, BASE, AdapterRequest, 
 from shopr1_service.awaited_version import NewVersions
 from shopr1_service.checkpoint import CheckpointError, adapter_files, open_regular
 from shopr1_service.flaws import flaw
+from shopr1_service.foreign_read import read_foreign
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.lora import Adapter, AdapterError, build_adapter, parse_config
 from shopr1_service.metrics import Metrics
@@ -83,6 +84,7 @@ class AdapterUpdates:
     Raises (every method):
         InvalidWeightsError: it is no adapter of this policy.
         TooLargeError: there are as many as may be, or it is too large.
+        StorageError: its files cannot be read in time.
         UpdateConflictError: the policy's own weights changed meanwhile.
         NotReadyError: the service ends.
     """
@@ -104,12 +106,12 @@ class AdapterUpdates:
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
         """Load an adapter from a directory below `policy_roots`."""
         start_s, base = time.perf_counter(), self._policy.versions.base
-        adapter = await asyncio.to_thread(self._reading, request.path, self._read)
+        adapter = await self._reading(request.path, self._read)
         return await self._add(adapter, request, base, start_s)
 
     async def files(self, path: str) -> AdapterFiles:
         """What stands in a directory below `policy_roots`, not looked at."""
-        return await asyncio.to_thread(self._reading, path, self._files)
+        return await self._reading(path, self._files)
 
     async def from_upload(
         self, stream: AsyncIterable[bytes], request: AdapterRequest, config: str | bytes | None = None
@@ -192,9 +194,12 @@ class AdapterUpdates:
         self._metrics.record_loaded(self._policy.info, num_adapters)
         self._new_versions.tell()
 
-    def _reading(self, path: str, read: Callable[[Path, Path], _Result]) -> _Result:
-        try:
+    async def _reading(self, path: str, read: Callable[[Path, Path], _Result]) -> _Result:
+        def found() -> _Result:
             return read(*adapter_files(path, self._settings.policy_roots))
+
+        try:
+            return await read_foreign(found, self._settings.read_timeout_s)
         except CheckpointError as error:
             raise flaw(InvalidWeightsError, error.location, str(error)) from error
         except OSError as error:

@@ -122,6 +122,8 @@ class Settings(BaseSettings):
     """Seconds a request's head may take to arrive, and then its body."""
     engine_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """A forward that takes longer hangs: the service is not live any more, and ends with exit code 1."""
+    read_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
+    """Seconds in which the files of a checkpoint or an adapter must have been read; then the update fails."""
 
     recipe: str = "shop_r1"
     """Default recipe: a shipped one by name, or a TOML file."""

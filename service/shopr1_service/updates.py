@@ -26,6 +26,7 @@ from shopr1_service.awaited_version import NewVersions
 from shopr1_service.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_regular
 from shopr1_service.compatibility import check_compatible
 from shopr1_service.flaws import flaw
+from shopr1_service.foreign_read import read_foreign
 from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.metrics import Metrics
 from shopr1_service.open_file import ForeignFile, Signature
@@ -92,6 +93,7 @@ class Updates:
         self._policy = policy
         self._scheduler = scheduler
         self._roots = settings.policy_roots
+        self._read_timeout_s = settings.read_timeout_s
         self._staging_dir = settings.staging_dir
         self._metrics = metrics.policy
         self._new_versions = new_versions
@@ -113,7 +115,7 @@ class Updates:
         """
 
         async def fill(stage: Stage) -> None:
-            await asyncio.to_thread(self._read, request.path, stage)
+            await read_foreign(lambda: self._read(request.path, stage), self._read_timeout_s)
             if files is not None and files != Taken.of(stage.stored).files:
                 raise InvalidWeightsError("the checkpoint has been written to since it was taken elsewhere")
 
@@ -143,7 +145,7 @@ class Updates:
     async def _update(self, source: str, version: str, fill: Fill, *, is_partial: bool) -> PolicyUpdate:
         with self._only_one(source, version, is_partial=is_partial) as running:
             await fill(running.stage)
-            stored = await asyncio.to_thread(running.stage.finish)
+            stored = await read_foreign(running.stage.finish, self._read_timeout_s)
             running.name = StageName.KEEPING
             await asyncio.to_thread(self._policy.way_back.keep, list(stored))
             running.name = StageName.SWAPPING

@@ -1,7 +1,10 @@
 """Checkpoints that their trainer goes on writing to, replaces or deletes while the service needs them."""
 
+import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from shopr1_service.open_file import ForeignFile
-from tests.service.http import problem
+from tests.service.http import WAIT_S, metric, problem
 from tests.service.models import one_thread
 from tests.service.updating import (
     HEAD,
@@ -21,6 +24,7 @@ from tests.service.updating import (
     file_of,
     numbers_of,
     saved,
+    saved_adapter,
     updatable,
     weights_of,
 )
@@ -113,6 +117,47 @@ async def test_the_way_back_was_overwritten_at_the_last_moment(service: Service,
     with pytest.raises(OSError, match="was written to"):
         service.policy.way_back.restore(names, lambda: None)
     assert await service.numbers() == await numbers_of(changed_model())
+
+
+# --- file systems that hang -------------------------------------------------------------------------
+
+
+@contextmanager
+def hanging(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever opens a file of weights waits until this ends."""
+    is_over = threading.Event()
+
+    def hang(path: Path) -> Any:
+        assert is_over.wait(WAIT_S)
+        raise FileNotFoundError(path)
+
+    with patch.context() as inner:
+        for module in ("updates", "adapter_updates"):
+            inner.setattr(f"shopr1_service.{module}.open_regular", hang)
+        try:
+            yield
+        finally:
+            is_over.set()
+
+
+async def test_reads_that_never_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "new", changed_model())
+    saved_adapter(tmp_path / "lora")
+    # More of them than the event loop has threads of its own.
+    num_tries = min(32, (os.cpu_count() or 1) + 4) + 1
+    async with updatable(policy_roots=(tmp_path,), read_timeout_s=0.05) as service:
+        with hanging(monkeypatch):
+            async with Unchanged(service):
+                for _ in range(num_tries):
+                    refused = await service.update("new")
+                    assert "within read_timeout_s = 0.05 s" in problem(refused, 507, "storage")["detail"]
+                problem(await service.load_adapter("lora", "lora"), 507, "storage")
+            done(await service.upload(file_of(changed_model(2)), "1"))
+        assert (
+            await metric(service.http, "shopr1_policy_updates_total", source="checkpoint", outcome="failed")
+            == num_tries
+        )
+        assert await service.numbers() == await numbers_of(changed_model(2))
 
 
 def test_a_file_that_was_just_written_is_looked_at_when_its_time_has_passed(tmp_path: Path) -> None:

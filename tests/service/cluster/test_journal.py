@@ -1,6 +1,7 @@
 """Engines that follow one journal: a change is made by all of them or by none, whoever fails or dies."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,21 @@ async def test_an_engine_that_cannot_follow_is_out_of_rotation(cluster: Cluster,
     await cluster.update(path, "y")
     await cluster.start("d")
     assert (await agree(cluster))[1:] == ("y", 2)
+
+
+async def test_an_engine_that_never_gets_a_checkpoint_read_is_out_of_rotation(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    second, is_over = cluster.engines["b"], threading.Event()
+    second._updates._read_timeout_s = 0.05
+    second._updates._read = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
+    try:
+        await cluster.update(saved(tmp_path / "new", NEW), "x")
+        assert (await cluster.until_ready("a")).engines == {"a": 1}
+        with pytest.raises(EngineFailedError, match="have not been read within read_timeout_s"):
+            await second.check_health()
+    finally:
+        is_over.set()
 
 
 async def test_an_engine_that_dies_of_a_change_takes_nobody_with_it(

@@ -1,0 +1,32 @@
+"""Reading files of others: their file system may hang, and nothing else must hang with it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from anyio import to_thread
+
+from shopr1_client.errors import StorageError
+
+_Result = TypeVar("_Result")
+
+
+async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result:
+    """What `read` returns, on a thread that is left to itself if that takes too long.
+
+    Not a thread of the event loop's own pool: some that never return would leave none to anybody else.
+
+    Args:
+        timeout_s: setting `read_timeout_s`.
+
+    Raises:
+        StorageError: it took longer. `read` may still be running then, and what it has must not be closed.
+    """
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            return await to_thread.run_sync(read, abandon_on_cancel=True)
+    except TimeoutError as error:
+        if not deadline.expired():  # the file system itself gave up
+            raise
+        message = f"the files have not been read within read_timeout_s = {timeout_s:g} s"
+        raise StorageError(message) from error
