@@ -48,8 +48,8 @@ test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, 
 	dpkg-deb -x $@.download/$*_*.deb $@.new
 	mv $@.new $@ && rm -rf $@.download
 
-test-ray: .venvs/ray/.installed  ## The service on Ray Serve: the same answers, replicas that die
-	.venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/cluster
+test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: the same answers, replicas that die
+	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/cluster
 
 # An environment of its own: what comes with Ray changes how uvicorn runs elsewhere.
 .venvs/ray/.installed: pyproject.toml constraints.txt

@@ -27,7 +27,9 @@ from workloads import Shape, Workloads
 
 FOLDER = Path(__file__).parent
 SHAPES = (Shape(250, 1, 32), Shape(250, 8, 32), Shape(4000, 8, 32))
-NUM_REQUESTS, NUM_AT_ONCE = 200, 4
+NUM_GROUPS, NUM_AT_ONCE = 256, 4
+TOGETHER = (1, 32)
+"""Groups of a request."""
 PROCESSES = {"proxy": "ray::ProxyActor", "ingress": "ray::ServeReplica:shopr1:Ingress"}
 TICKS_S = os.sysconf("SC_CLK_TCK")
 
@@ -53,16 +55,19 @@ def main() -> None:
 
 
 def front(client: httpx.Client, tokens: Codec, report: Report) -> None:
-    """Requests of one group each, as text."""
+    """Groups as text, alone and together."""
     workloads = Workloads(tokens)
     for shape in SHAPES:
-        _send(client, [_body(workloads, tokens, shape) for _ in range(NUM_AT_ONCE)])
-        bodies = [_body(workloads, tokens, shape) for _ in range(NUM_REQUESTS)]
         report.note(shape, "completions", sum(map(len, workloads.completions(shape))), "tokens")
-        before_s = _cpu_s()
-        _send(client, bodies)
-        for name, after_s in _cpu_s().items():
-            report.note(shape, f"{name}: CPU", 1000 * (after_s - before_s[name]) / NUM_REQUESTS, "ms/request")
+        for num_together in TOGETHER:
+            bodies = list(_bodies(workloads, tokens, shape, num_together))
+            _send(client, bodies[:NUM_AT_ONCE])
+            bodies = bodies[NUM_AT_ONCE:]
+            before_s = _cpu_s()
+            _send(client, bodies)
+            for name, after_s in _cpu_s().items():
+                each_s = (after_s - before_s[name]) / (len(bodies) * num_together)
+                report.note(shape, f"{name}: CPU, {num_together} a request", 1000 * each_s, "ms/group")
 
 
 def _send(client: httpx.Client, bodies: Sequence[Body]) -> None:
@@ -70,11 +75,15 @@ def _send(client: httpx.Client, bodies: Sequence[Body]) -> None:
         list(pool.map(lambda body: score(client, body), bodies))
 
 
-def _body(workloads: Workloads, tokens: Codec, shape: Shape) -> Body:
+def _bodies(workloads: Workloads, tokens: Codec, shape: Shape, num_together: int) -> Iterator[Body]:
+    for _ in range(NUM_AT_ONCE + NUM_GROUPS // num_together):
+        yield {"groups": [_group(workloads, tokens, shape) for _ in range(num_together)]}
+
+
+def _group(workloads: Workloads, tokens: Codec, shape: Shape) -> Body:
     completions = [tokens.decode(ids).text for ids in workloads.completions(shape)]
     prompt = tokens.decode(workloads.prompt_ids(shape.P)).text
-    group = {"prompt": prompt, "ground_truth": {"type": "terminate"}, "completions": completions}
-    return {"groups": [group]}
+    return {"prompt": prompt, "ground_truth": {"type": "terminate"}, "completions": completions}
 
 
 def _cpu_s() -> Mapping[str, float]:

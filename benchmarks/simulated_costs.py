@@ -30,10 +30,10 @@ def measured_costs() -> Costs:
 
 
 def front_costs() -> tuple[float, float, float, float]:
-    """Of a request: the proxy on average, and the ingress as a line through its three shapes."""
+    """Of a request of one group: the proxy on average, the ingress as a line through its three shapes."""
     of_process: dict[str, dict[str, float]] = {"proxy": {}, "ingress": {}}
     for row in _rows("front.csv"):
-        if row["unit"] == "ms/request":
+        if row["quantity"].endswith("CPU, 1 a request"):
             of_process[row["quantity"].split(":")[0]][row["workload"]] = float(row["value"]) / 1e3
     tokens = {row["workload"]: float(row["value"]) for row in _rows("front.csv") if row["unit"] == "tokens"}
     shapes = [(1.0, float(shape.split()[0][1:]), tokens[shape]) for shape in of_process["ingress"]]
