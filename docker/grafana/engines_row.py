@@ -38,8 +38,8 @@ def panels() -> Panels:
             unit=units.PercentUnit,
         ),
         graph(
-            "Memory of each engine",
-            "On its host. Sick: it grows for days.",
+            "Memory of each process",
+            "On its host; of the HTTP side, too, which has no engine's name. Sick: it grows for days.",
             Query(f'process_resident_memory_bytes{{{INSTANCE},job="shopr1"}}', _NAME),
             unit=units.BytesIEC,
         ),

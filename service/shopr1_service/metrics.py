@@ -28,11 +28,31 @@ from shopr1_service.observation import ScoredGroup
 from shopr1_service.policy_metrics import PolicyMetrics
 from shopr1_service.training_metrics import TrainingMetrics
 
-__all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Phase"]
+__all__ = ["CONTENT_TYPE_LATEST", "ENGINE_FAMILIES", "Metrics", "Phase"]
 
 # 1 ms to 131 s in powers of two, then 5 and 10 minutes: a rule-only group to a long prompt on a CPU.
 _SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
 _GROUPS_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+ENGINE_FAMILIES = frozenset(
+    f"shopr1_{name}"
+    for name in (
+        "engine_heartbeat_timestamp_seconds",
+        "queue_tokens",
+        "max_queue_tokens",
+        "engine_tokens",
+        "batch_groups",
+        "out_of_memory",
+        "prefix_cache_tokens",
+        "prefix_cache_bytes",
+        "prefix_cache_evicted_chunks",
+        "policy_info",
+        "policy_number",
+        "policy_loaded_timestamp_seconds",
+        "loaded_adapters",
+    )
+)
+"""What only a process with an engine knows."""
 
 _QUEUE_FULL = "queue_full"
 """Why requests are rejected."""
@@ -192,13 +212,17 @@ class Metrics:
         self._cache_evictions.inc(cache.num_evicted_chunks - former_cache.num_evicted_chunks)
         self._cache_bytes.set(cache.num_bytes)
 
-    def render(self, further: Iterable[Metric] = ()) -> bytes:
+    def render(self, of_engines: Iterable[Metric] | None = None) -> bytes:
         """All in the text format that Prometheus scrapes.
 
         Args:
-            further: families of engines elsewhere; those that are here, too, are joined.
+            of_engines: families of engines elsewhere, in place of those of which this process has nothing to
+                say then, and beside the others. None: the engine is in this process.
         """
-        return generate_latest(_Joined([*self.registry.collect(), *further]))
+        families = list(self.registry.collect())
+        if of_engines is not None:
+            families = [each for each in families if each.name not in ENGINE_FAMILIES] + list(of_engines)
+        return generate_latest(_Joined(families))
 
 
 class _Joined(Collector):

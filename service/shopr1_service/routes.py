@@ -131,9 +131,9 @@ async def get_recipe(name: str, state: AppState) -> Response:
 )
 async def metrics(state: AppState) -> Response:
     """Prometheus text format."""
-    further = await state.engine_metrics()
+    of_engines = await state.engine_metrics()
     # On a thread: with many runs it takes a tenth of a second, and requests need not wait for it.
-    content = await asyncio.to_thread(state.metrics.render, further)
+    content = await asyncio.to_thread(state.metrics.render, of_engines)
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -102,10 +102,10 @@ class State:
             raise InvalidRequestError(f"this policy does not change while it serves{why}")
         return self._changes
 
-    async def engine_metrics(self) -> Sequence[Metric]:
-        """Of engines elsewhere, if there are some."""
+    async def engine_metrics(self) -> Sequence[Metric] | None:
+        """Of engines elsewhere; None: the engine is in this process."""
         policy = self._scorer.policy if self._scorer else None
-        return await policy.scrape() if isinstance(policy, ScrapedPolicy) else ()
+        return await policy.scrape() if isinstance(policy, ScrapedPolicy) else None
 
     @property
     def is_ready(self) -> bool:

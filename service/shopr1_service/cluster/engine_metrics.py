@@ -5,30 +5,16 @@ from dataclasses import dataclass
 
 from prometheus_client import Metric
 
-from shopr1_service.metrics import Metrics
+from shopr1_service.metrics import ENGINE_FAMILIES, Metrics
 
 LABEL = "engine"
-_SHOWN = {
-    f"shopr1_{name}"
-    for name in (
-        "ready",
-        "engine_heartbeat_timestamp_seconds",
-        "queue_tokens",
-        "max_queue_tokens",
-        "rejected_requests",
-        "phase_duration_seconds",
-        "engine_tokens",
-        "batch_groups",
-        "out_of_memory",
-        "prefix_cache_tokens",
-        "prefix_cache_bytes",
-        "prefix_cache_evicted_chunks",
-        "policy_info",
-        "policy_number",
-        "policy_loaded_timestamp_seconds",
-        "loaded_adapters",
-    )
-} | {"process_resident_memory_bytes", "process_cpu_seconds"}
+_SHOWN = ENGINE_FAMILIES | {
+    "shopr1_ready",
+    "shopr1_rejected_requests",
+    "shopr1_phase_duration_seconds",
+    "process_resident_memory_bytes",
+    "process_cpu_seconds",
+}
 """The rest is counted by the HTTP side: requests, rewards, and each update once."""
 
 

@@ -5,7 +5,7 @@ import pickle
 from prometheus_client.parser import text_string_to_metric_families
 
 from shopr1_service.cluster.engine_metrics import Scrape, labelled
-from shopr1_service.metrics import Metrics, Phase
+from shopr1_service.metrics import ENGINE_FAMILIES, Metrics, Phase
 
 
 def test_each_number_has_its_engine() -> None:
@@ -20,7 +20,8 @@ def test_each_number_has_its_engine() -> None:
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert text.count("# TYPE shopr1_queue_tokens ") == 1
     queued = {sample.labels.get("engine"): sample.value for sample in families["shopr1_queue_tokens"].samples}
-    assert queued == {None: 0, "a": 5, "b": 7}
+    assert queued == {"a": 5, "b": 7}  # nothing waits in the HTTP side, and it has no policy
+    assert {sample.labels.get("engine") for sample in families["shopr1_policy_number"].samples} == {"a", "b"}
     sums = {
         (sample.labels["phase"], sample.labels.get("engine")): sample.value
         for sample in families["shopr1_phase_duration_seconds"].samples
@@ -30,10 +31,16 @@ def test_each_number_has_its_engine() -> None:
     assert {sample.labels.get("engine") for sample in families["shopr1_requests"].samples} == {None}
 
 
-def test_without_engines_nothing_changes() -> None:
+def test_what_only_an_engine_knows() -> None:
     metrics = Metrics()
     metrics.record_queue(3)
-    lines = [line for line in metrics.render().decode().splitlines() if line.startswith("shopr1_")]
-    again = [line for line in metrics.render([]).decode().splitlines() if line.startswith("shopr1_")]
-    assert lines == again
-    assert "shopr1_queue_tokens 3.0" in lines
+    here, all_gone = metrics.render().decode(), metrics.render([]).decode()
+    assert "shopr1_queue_tokens 3.0" in here
+    assert "shopr1_queue_tokens" not in all_gone  # not 0: nobody knows
+    assert "shopr1_build_info" in all_gone
+    shown = {family.name for family in text_string_to_metric_families(here)}
+    assert ENGINE_FAMILIES - shown == UNSEEN
+
+
+UNSEEN = {"shopr1_engine_heartbeat_timestamp_seconds"}
+"""There is none before a policy is watched."""
