@@ -84,9 +84,10 @@ class PolicyCodec:
         # A tokenizer.json may cut or pad silently.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._usual = self._backend.encode("a", add_special_tokens=False).ids
-        self._usual_text = self._decode(self._usual)
+        self._before = self._backend.encode("a", add_special_tokens=False).ids
+        self._text_before = self._decode(self._before)
         self._pieces_inside: dict[int, str | None] = {}
+        """By their ids, as far as they have been asked for."""
         self.num_ids = num_ids
         self.end_tokens = tuple(dict.fromkeys(self._decode([token_id]) for token_id in end_ids))
 
@@ -110,7 +111,7 @@ class PolicyCodec:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs: they raise what they like
             raise CodecError(f"the policy's chat template refuses the messages: {error}") from error
-        return list(self._backend.encode(str(text), add_special_tokens=False).ids)
+        return list(self.encode_ids(str(text)))
 
     def decode(self, ids: Sequence[int]) -> Tokens:
         ids = list(ids)
@@ -158,10 +159,10 @@ class PolicyCodec:
     def _piece_inside(self, token_id: int) -> str | None:
         """What a token decodes to behind another one; None if that has not only whole characters."""
         if token_id not in self._pieces_inside:
-            text = self._decode([*self._usual, token_id])
-            piece = text[len(self._usual_text) :]
-            is_whole = text.startswith(self._usual_text) and _REPLACEMENT not in piece
-            self._pieces_inside[token_id] = piece if is_whole else None
+            text = self._decode([*self._before, token_id])
+            piece = text[len(self._text_before) :]
+            is_behind = bool(self._text_before) and text.startswith(self._text_before)
+            self._pieces_inside[token_id] = piece if is_behind and _REPLACEMENT not in piece else None
         return self._pieces_inside[token_id]
 
     def _pieces(self, ids: list[int]) -> list[str]:
