@@ -4,17 +4,14 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-from anyio import to_thread
-
 from shopr1_client.errors import StorageError
+from shopr1_service.daemon_thread import in_daemon_thread
 
 _Result = TypeVar("_Result")
 
 
 async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result:
     """What `read` returns, on a thread that is left to itself if that takes too long.
-
-    Not a thread of the event loop's own pool: some that never return would leave none to anybody else.
 
     Args:
         timeout_s: setting `read_timeout_s`.
@@ -24,7 +21,7 @@ async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result
     """
     try:
         async with asyncio.timeout(timeout_s) as deadline:
-            return await to_thread.run_sync(read, abandon_on_cancel=True)
+            return await in_daemon_thread(read, "foreign-read")
     except TimeoutError as error:
         if not deadline.expired():  # the file system itself gave up
             raise

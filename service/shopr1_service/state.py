@@ -1,11 +1,9 @@
 """What the application holds while it runs."""
 
 import asyncio
-import contextlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 from fastapi import Request
 from prometheus_client import Metric
@@ -13,6 +11,7 @@ from prometheus_client import Metric
 from shopr1_client.errors import InvalidRequestError, NotReadyError
 from shopr1_client.policy_wire import PolicyState
 from shopr1_service.changes import AdapterChanges, Changes, WeightChanges, open_changes
+from shopr1_service.daemon_thread import in_daemon_thread
 from shopr1_service.label_table import LabelTable
 from shopr1_service.metrics import Metrics
 from shopr1_service.patience import RETRY_AFTER_S, Cutoff
@@ -131,7 +130,7 @@ class State:
         Args:
             on_fatal: called when the device is gone; nothing is ready from then on.
         """
-        policy = await _in_daemon_thread(load_policy)
+        policy = await in_daemon_thread(load_policy, "load-policy")
 
         def give_up(error: BaseException) -> None:
             self.drain()
@@ -165,31 +164,6 @@ class State:
             self._scorer.close()
         if self._rollout_log is not None:
             self._rollout_log.close()
-
-
-async def _in_daemon_thread(load_policy: Callable[[], PolicyView]) -> PolicyView:
-    """A daemon, because a load takes minutes and a service that is told to end should not wait for it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[PolicyView] = loop.create_future()
-
-    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        if not future.done():
-            set_outcome(outcome)
-
-    def report(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, set_outcome, outcome)
-
-    def run() -> None:
-        try:
-            policy = load_policy()
-        except BaseException as error:  # handed over, whatever it is
-            report(future.set_exception, error)
-        else:
-            report(future.set_result, policy)
-
-    threading.Thread(target=run, name="load-policy", daemon=True).start()
-    return await future
 
 
 def state_of(request: Request) -> State:

@@ -152,6 +152,9 @@ async def test_reads_that_never_return(tmp_path: Path, monkeypatch: pytest.Monke
                     refused = await service.update("new")
                     assert "within read_timeout_s = 0.05 s" in problem(refused, 507, "storage")["detail"]
                 problem(await service.load_adapter("lora", "lora"), 507, "storage")
+            reads = [thread for thread in threading.enumerate() if thread.name == "foreign-read"]
+            assert len(reads) == num_tries + 1
+            assert all(read.daemon for read in reads)  # the process ends without them
             done(await service.upload(file_of(changed_model(2)), "1"))
         assert (
             await metric(service.http, "shopr1_policy_updates_total", source="checkpoint", outcome="failed")
