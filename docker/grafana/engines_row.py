@@ -1,10 +1,9 @@
 """The dashboard's third row: engines behind Ray Serve, one by one. A server alone has one, without a name."""
 
 from grafana_foundation_sdk.models import units
-from panels import INSTANCE, Panels, Query, graph, total
+from panels import INSTANCE, PROCESS, Panels, Query, graph, total
 
 _EACH = "instance, engine"
-_NAME = "{{instance}} {{engine}}"
 
 
 def panels() -> Panels:
@@ -18,29 +17,29 @@ def panels() -> Panels:
         graph(
             "Version of each engine",
             "Number of the last change. Sick: lines that stay apart.",
-            Query(f"max by ({_EACH}) (shopr1_policy_number{{{INSTANCE}}})", _NAME),
+            Query(f"max by ({_EACH}) (shopr1_policy_number{{{INSTANCE}}})", PROCESS),
         ),
         graph(
             "Queue of each engine",
             "Tokens that wait. Sick: one line high and the others low: prompts are not spread.",
-            Query(f"max by ({_EACH}) (shopr1_queue_tokens{{{INSTANCE}}})", _NAME),
+            Query(f"max by ({_EACH}) (shopr1_queue_tokens{{{INSTANCE}}})", PROCESS),
         ),
         graph(
             "Tokens of each engine",
             "What it is given. Sick: one at 0 while others have a queue.",
-            Query(total("shopr1_engine_tokens_total", _EACH, INSTANCE), _NAME),
+            Query(total("shopr1_engine_tokens_total", _EACH, INSTANCE), PROCESS),
             unit=units.CountsPerSecond,
         ),
         graph(
             "Prompt tokens from each engine's cache",
             "Share. Sick: near 0 although sessions go on: their steps do not reach the engine that has them.",
-            Query(f"{total(tokens, _EACH, hits)} / {total(tokens, _EACH, INSTANCE)}", _NAME),
+            Query(f"{total(tokens, _EACH, hits)} / {total(tokens, _EACH, INSTANCE)}", PROCESS),
             unit=units.PercentUnit,
         ),
         graph(
             "Memory of each process",
             "On its host; of the HTTP side, too, which has no engine's name. Sick: it grows for days.",
-            Query(f'process_resident_memory_bytes{{{INSTANCE},job="shopr1"}}', _NAME),
+            Query(f'process_resident_memory_bytes{{{INSTANCE},job="shopr1"}}', PROCESS),
             unit=units.BytesIEC,
         ),
     ]

@@ -17,7 +17,8 @@ HEIGHT, THIRD, QUARTER, HALF = 8, 8, 6, 12  # the grid is 24 wide
 RUN = 'run=~"$run",recipe=~"$recipe",instance=~"$instance"'
 INSTANCE = 'instance=~"$instance"'
 SCORING = f'{INSTANCE},route=~"/score|/dialects/.+"'
-
+PROCESS = "{{instance}} {{engine}}"
+"""Names a line of one process. Without Ray Serve there is no engine's name."""
 
 Panels = Sequence[Builder[Panel]]
 

@@ -1,7 +1,20 @@
 """The dashboard's second row: whether the service is well."""
 
 from grafana_foundation_sdk.models import units
-from panels import INSTANCE, SCORING, Panels, Query, graph, mean, number, quantile, quantiles, rate, total
+from panels import (
+    INSTANCE,
+    PROCESS,
+    SCORING,
+    Panels,
+    Query,
+    graph,
+    mean,
+    number,
+    quantile,
+    quantiles,
+    rate,
+    total,
+)
 
 
 def state() -> Panels:
@@ -12,18 +25,18 @@ def state() -> Panels:
         number(
             "Ready",
             "1: it can score. Sick: 0 for longer than a load takes.",
-            Query(f"shopr1_ready{{{INSTANCE}}}", "{{instance}} {{engine}}"),
+            Query(f"shopr1_ready{{{INSTANCE}}}", PROCESS),
         ),
         number(
             "Since the engine's last sign",
             "Idle it gives one each second, busy at each pass. Sick: minutes.",
-            Query(since("shopr1_engine_heartbeat_timestamp_seconds"), "{{instance}} {{engine}}"),
+            Query(since("shopr1_engine_heartbeat_timestamp_seconds"), PROCESS),
             units.Seconds,
         ),
         number(
             "Since the policy was loaded",
             "Sick: much longer than the training goes on with other weights.",
-            Query(since("shopr1_policy_loaded_timestamp_seconds"), "{{instance}} {{engine}}"),
+            Query(since("shopr1_policy_loaded_timestamp_seconds"), PROCESS),
             units.Seconds,
         ),
         number(
@@ -62,8 +75,8 @@ def requests() -> Panels:
         graph(
             "Queue",
             "Tokens that wait for the engine, and how many may. Sick: they meet; requests are refused then.",
-            Query(f"shopr1_queue_tokens{{{INSTANCE}}}", "{{instance}} {{engine}}"),
-            Query(f"shopr1_max_queue_tokens{{{INSTANCE}}}", "{{instance}} {{engine}}, most"),
+            Query(f"shopr1_queue_tokens{{{INSTANCE}}}", PROCESS),
+            Query(f"shopr1_max_queue_tokens{{{INSTANCE}}}", f"{PROCESS}, most"),
         ),
         graph(
             "Refused, repeated, in parts",
@@ -107,29 +120,27 @@ def engine() -> Panels:
         graph(
             "Cache",
             "Keys and values of prompts that are kept. Sick: 0 although trainers send prompts again.",
-            Query(f"shopr1_prefix_cache_bytes{{{INSTANCE}}}", "{{instance}} {{engine}}"),
+            Query(f"shopr1_prefix_cache_bytes{{{INSTANCE}}}", PROCESS),
             unit=units.BytesIEC,
         ),
         graph(
             "Memory of the process",
             "On the host. Sick: it grows for days.",
-            Query(f'process_resident_memory_bytes{{{INSTANCE},job="shopr1"}}', "{{instance}} {{engine}}"),
+            Query(f'process_resident_memory_bytes{{{INSTANCE},job="shopr1"}}', PROCESS),
             unit=units.BytesIEC,
         ),
         graph(
             "Want of device memory",
             "Forwards that failed for it, and pieces of the cache dropped to make room. Sick: any forward; "
             "pieces all the time.",
-            Query(rate("shopr1_out_of_memory_total", INSTANCE), "{{instance}} {{engine}}, forwards"),
-            Query(
-                rate("shopr1_prefix_cache_evicted_chunks_total", INSTANCE), "{{instance}} {{engine}}, pieces"
-            ),
+            Query(rate("shopr1_out_of_memory_total", INSTANCE), f"{PROCESS}, forwards"),
+            Query(rate("shopr1_prefix_cache_evicted_chunks_total", INSTANCE), f"{PROCESS}, pieces"),
             unit=units.CountsPerSecond,
         ),
         graph(
             "CPU",
             "Cores in use. Sick on a GPU machine: more than two or three all the time.",
-            Query(rate("process_cpu_seconds_total", f'{INSTANCE},job="shopr1"'), "{{instance}} {{engine}}"),
+            Query(rate("process_cpu_seconds_total", f'{INSTANCE},job="shopr1"'), PROCESS),
         ),
     ]
 
@@ -140,8 +151,8 @@ def updates() -> Panels:
         graph(
             "Versions",
             "Changes of weights and adapters. Sick: it stands still while a training goes on.",
-            Query(f"shopr1_policy_number{{{INSTANCE}}}", "{{instance}} {{engine}}"),
-            Query(f"shopr1_loaded_adapters{{{INSTANCE}}}", "{{instance}} {{engine}}, adapters loaded"),
+            Query(f"shopr1_policy_number{{{INSTANCE}}}", PROCESS),
+            Query(f"shopr1_loaded_adapters{{{INSTANCE}}}", f"{PROCESS}, adapters loaded"),
         ),
         graph(
             "Updates",
