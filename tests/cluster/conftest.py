@@ -25,7 +25,7 @@ SETTINGS = {
     "receive_timeout_s": 20.0,
 }
 NUM_REPLICAS = 2
-START_S = 240.0
+START_S = 480.0
 _ROOT = Path(__file__).parents[2]
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 """A token would be that of the process that has started it, and another one could not change it."""
