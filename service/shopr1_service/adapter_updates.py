@@ -100,6 +100,7 @@ class AdapterUpdates:
         self._policy = policy
         self._scheduler = scheduler
         self._settings = settings
+        self._read_timeout_s = settings.read_timeout_s
         self._metrics = metrics.policy
         self._new_versions = new_versions
 
@@ -199,7 +200,7 @@ class AdapterUpdates:
             return read(*adapter_files(path, self._settings.policy_roots))
 
         try:
-            return await read_foreign(found, self._settings.read_timeout_s)
+            return await read_foreign(found, self._read_timeout_s)
         except CheckpointError as error:
             raise flaw(InvalidWeightsError, error.location, str(error)) from error
         except OSError as error:

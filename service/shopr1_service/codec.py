@@ -116,24 +116,28 @@ class PolicyCodec:
     def decode(self, ids: Sequence[int]) -> Tokens:
         ids = list(ids)
         text = self._decode(ids)
-        tokens = self._windowed_offsets(ids)
-        return tokens if tokens and tokens.text == text else self._prefix_offsets(ids, text)
+        for only_windows in (False, True):
+            tokens = self._windowed_offsets(ids, only_windows=only_windows)
+            if tokens is not None and tokens.text == text:
+                return tokens
+        return self._prefix_offsets(ids, text)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
-    def _windowed_offsets(self, ids: list[int]) -> Tokens | None:
+    def _windowed_offsets(self, ids: list[int], *, only_windows: bool) -> Tokens | None:
         """Offsets in time linear in the tokens: decode only until the bytes at hand are whole characters.
 
         A window starts with the tokens of the one before, because some decoders treat the first token apart.
-        A token of whole characters needs none. All texts are joined; the caller compares them with the text
-        decoded at once.
+        A token of whole characters needs none, unless what it decodes to depends on the one before. All texts
+        are joined; the caller compares them with the text decoded at once.
         """
         text, offsets = "", list[tuple[int, int]]()
         context = 0  # first id of the window; ids[context:done] have been placed already
         done = 0
         for end in range(1, len(ids) + 1):
-            if 0 < done == end - 1 and (piece := self._piece_inside(ids[done])) is not None:
+            piece = self._piece_inside(ids[done]) if 0 < done == end - 1 and not only_windows else None
+            if piece is not None:
                 offsets.append((len(text), len(text) + len(piece)))
                 text += piece
                 context, done = done, end

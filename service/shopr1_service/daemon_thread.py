@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,12 +11,14 @@ _Result = TypeVar("_Result")
 
 
 async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
-    """What `work` returns, on a thread of its own. If this is cancelled, the thread goes on by itself.
+    """What `work` returns, on a thread of its own, with the caller's context variables.
+
+    If this is cancelled, the thread goes on by itself.
 
     Args:
         name: of the thread.
     """
-    loop = asyncio.get_running_loop()
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     future: asyncio.Future[_Result] = loop.create_future()
 
     def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
@@ -28,7 +31,7 @@ async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
 
     def run() -> None:
         try:
-            result = work()
+            result = context.run(work)
         except BaseException as error:  # handed over, whatever it is
             report(future.set_exception, error)
         else:

@@ -17,7 +17,7 @@ async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result
         timeout_s: setting `read_timeout_s`.
 
     Raises:
-        StorageError: it took longer. `read` may still be running then, and what it has must not be closed.
+        StorageError: it took longer. `read` may still be running then.
     """
     try:
         async with asyncio.timeout(timeout_s) as deadline:

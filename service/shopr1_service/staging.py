@@ -44,6 +44,7 @@ class Stage:
         """That have come."""
         self.num_announced_bytes = 0
         self.stored: dict[str, Stored] = {}
+        self._is_discarded = False
         self._weights = weights
         self._is_partial = is_partial
         self._file = _new_file(directory)
@@ -108,7 +109,7 @@ class Stage:
             )
 
     def finish(self) -> Mapping[str, Stored]:
-        """Where all of it is, by the names under which the model has it."""
+        """All has come: where it is (`stored`), by the names under which the model has it."""
         self.end()
         try:
             self._check_ties()
@@ -117,7 +118,8 @@ class Stage:
         return self.stored
 
     def discard(self) -> None:
-        """Give the room back: nothing of it is wanted."""
+        """Give the room back: nothing of it is wanted, and what `refer` reads is not read to its end."""
+        self._is_discarded = True
         self._file.discard()
 
     def _flaw(self, entry: TensorEntry) -> FieldError | None:
@@ -163,6 +165,8 @@ class Stage:
     def _check_part(
         self, entry: TensorEntry, place: Stored, first: int, num_numbers: int, buffers: Buffers
     ) -> None:
+        if self._is_discarded:
+            raise InvalidWeightsError("nobody wants these weights any more")
         values = buffers.read(place, first, num_numbers)
         self._checked(entry, values)
         with self._counting:

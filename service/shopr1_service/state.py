@@ -102,8 +102,10 @@ class State:
         return self._changes
 
     async def engine_metrics(self) -> Sequence[Metric] | None:
-        """Of engines elsewhere; None: the engine is in this process."""
-        policy = self._scorer.policy if self._scorer else None
+        """Of engines elsewhere; None: the engine is in this process. Nothing while there is none anywhere."""
+        if self._scorer is None:
+            return ()
+        policy = self._scorer.policy
         return await policy.scrape() if isinstance(policy, ScrapedPolicy) else None
 
     @property

@@ -10,7 +10,7 @@ The old weights score until the swap. Whatever fails before it, or the sender's 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_S = 2.0
 
 Fill = Callable[[Stage], Awaitable[None]]
-"""Brings all tensors of an update."""
+"""Brings all tensors of an update, and finishes."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Updates:
     Raises (every method that changes the policy):
         InvalidWeightsError: these are no weights of this policy.
         UpdateConflictError: another update is under way.
-        StorageError: they cannot be kept.
+        StorageError: they cannot be kept, or their files not be read, or not in time.
         NotReadyError: the service ends.
     """
 
@@ -130,6 +130,7 @@ class Updates:
             upload = Upload(stage)
             await pour(stream, upload.feed)
             upload.end()
+            await asyncio.to_thread(stage.finish)
 
         return await self._update("upload", version, fill, is_partial=is_partial)
 
@@ -139,15 +140,16 @@ class Updates:
         async def fill(stage: Stage) -> None:
             stage.announce(_entries(request))
             await asyncio.to_thread(self._receive, request, stage)
+            await asyncio.to_thread(stage.finish)
 
         return await self._update("transfer", request.version, fill, is_partial=request.partial)
 
     async def _update(self, source: str, version: str, fill: Fill, *, is_partial: bool) -> PolicyUpdate:
         with self._only_one(source, version, is_partial=is_partial) as running:
             await fill(running.stage)
-            stored = await read_foreign(running.stage.finish, self._read_timeout_s)
+            stored = running.stage.stored
             running.name = StageName.KEEPING
-            await asyncio.to_thread(self._policy.way_back.keep, list(stored))
+            await self._keep_old(list(stored))
             running.name = StageName.SWAPPING
             former, pause_s = await self._scheduler.between_batches(lambda: self._swap(stored, version))
             running.is_done = True
@@ -164,6 +166,14 @@ class Updates:
             )
             logger.info("the policy has changed: %s", update.model_dump_json())
             return update
+
+    async def _keep_old(self, names: Sequence[str]) -> None:
+        way_back = self._policy.way_back
+        try:
+            missing = await read_foreign(lambda: way_back.missing(names), self._read_timeout_s)
+        except (StorageError, OSError):  # a file that does not say whether it is there is not read, either
+            missing = list(names)
+        await asyncio.to_thread(way_back.keep, missing)
 
     @contextmanager
     def _only_one(self, source: str, version: str, *, is_partial: bool) -> Iterator[_Running]:
@@ -209,6 +219,7 @@ class Updates:
             check_compatible(checkpoint.directory, self._policy.model.config, self._policy.codec.tokenizer)
             stage.announce(list(checkpoint.entries))
             _refer_to_all(checkpoint, stage)
+            stage.finish()
         except CheckpointError as error:
             raise flaw(InvalidWeightsError, error.location, str(error)) from error
 

@@ -20,17 +20,20 @@ class WayBack:
         self._directory = directory
         self._stored: dict[str, Stored] = {}
 
+    def missing(self, names: Collection[str]) -> list[str]:
+        """Those that could not be restored. Asks the files of former checkpoints: their disk may hang."""
+        return [name for name in names if not self._is_kept(name)]
+
     def keep(self, names: Collection[str]) -> None:
-        """Make sure that these can be restored. Beside the engine: it changes nothing that the engine reads.
+        """Write these down. Beside the engine: it changes nothing that the engine reads.
 
         Raises:
             StorageError: there is no room.
         """
-        missing = [name for name in names if not self._is_kept(name)]
-        if not missing:
+        if not names:
             return
         try:
-            self._stored.update(self._store(missing))
+            self._stored.update(self._store(names))
         except OSError as error:
             reason = error.strerror or error
             raise StorageError(f"the old weights cannot be kept in staging_dir: {reason}") from error

@@ -39,15 +39,15 @@ def promtool(*arguments: str | Path, given: str = "") -> str:
     return done.stdout + done.stderr
 
 
-def until(get: Callable[[], _T | None], what: str) -> _T:
+def until(get: Callable[[], _T | None], what: str, wait_s: float = WAIT_S) -> _T:
     """What `get` gives as soon as it gives something."""
-    deadline_s = time.monotonic() + WAIT_S
+    deadline_s = time.monotonic() + wait_s
     while time.monotonic() < deadline_s:
         with contextlib.suppress(httpx.TransportError):
             if (found := get()) is not None:
                 return found
         time.sleep(_POLL_S)
-    raise AssertionError(f"{what}: not within {WAIT_S:g} s")
+    raise AssertionError(f"{what}: not within {wait_s:g} s")
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,18 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return _fast(tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
+def word_ends() -> PreTrainedTokenizerFast:
+    """One like GPT-1's: a token says whether it ends a word, and its text depends on the one before."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=100, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(_LINES[:2] * 3, trainer)
+    return _fast(tokenizer, unk_token="<unk>")
+
+
 def wrapped(tokenizer: Tokenizer, *, chat_template: str | None = _CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     return _fast(tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template)
 

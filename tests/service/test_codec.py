@@ -22,6 +22,7 @@ from tests.service.models import (
     normalising,
     slow_overlapping,
     token_bytes,
+    word_ends,
     wrapped,
 )
 
@@ -212,7 +213,8 @@ def test_a_broken_character_belongs_to_the_tokens_that_have_its_bytes(ids: list[
 @given(texts)
 def test_windows_are_enough_for_text(text: str) -> None:
     codec, ids = CODECS["byte_level"], ids_of(TOKENIZERS["byte_level"], text)
-    assert codec._windowed_offsets(ids) == codec._prefix_offsets(ids, text)
+    for only_windows in (False, True):
+        assert codec._windowed_offsets(ids, only_windows=only_windows) == codec._prefix_offsets(ids, text)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +255,7 @@ def test_ids_of_no_token_are_nothing(token_id: int) -> None:
         ("byte_level", "便宜的茶🍵"),
         ("byte_fallback", "cheaper tea, "),
         ("byte_fallback", "便宜的茶🍵"),
+        ("word_ends", "cheaper tea, "),
     ],
 )
 def test_decoding_is_linear_in_the_tokens(name: str, text: str) -> None:
@@ -264,8 +267,9 @@ def test_decoding_is_linear_in_the_tokens(name: str, text: str) -> None:
             CountingCodec.num_decoded += len(ids)
             return super()._decode(ids)
 
-    ids = ids_of(TOKENIZERS[name], text * 100)
-    CountingCodec(TOKENIZERS[name], NUM_ROWS, []).decode(ids)
+    tokenizer = word_ends() if name == "word_ends" else TOKENIZERS[name]
+    ids = ids_of(tokenizer, text * 100)
+    CountingCodec(tokenizer, NUM_ROWS, []).decode(ids)
     assert CountingCodec.num_decoded < 50 * len(ids)
 
 

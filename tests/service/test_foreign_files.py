@@ -112,7 +112,7 @@ async def test_the_way_back_was_overwritten_at_the_last_moment(service: Service,
     file = Path(saved(tmp_path / "new", changed_model())) / "model.safetensors"
     done(await service.update("new", "1"))
     names = list(service.policy.weights.tensors)
-    service.policy.way_back.keep(names)
+    assert service.policy.way_back.missing(names) == []
     file.write_bytes(file.read_bytes())
     with pytest.raises(OSError, match="was written to"):
         service.policy.way_back.restore(names, lambda: None)
@@ -140,27 +140,72 @@ def hanging(patch: pytest.MonkeyPatch) -> Iterator[None]:
             is_over.set()
 
 
-async def test_reads_that_never_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def give_up_soon(patch: pytest.MonkeyPatch, service: Service) -> None:
+    for changes in service.app.state.shopr1._changes:
+        patch.setattr(changes, "_read_timeout_s", 0.05)
+
+
+async def test_reads_that_never_return(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved(tmp_path / "new", changed_model())
     saved_adapter(tmp_path / "lora")
     # More of them than the event loop has threads of its own.
     num_tries = min(32, (os.cpu_count() or 1) + 4) + 1
-    async with updatable(policy_roots=(tmp_path,), read_timeout_s=0.05) as service:
-        with hanging(monkeypatch):
-            async with Unchanged(service):
-                for _ in range(num_tries):
-                    refused = await service.update("new")
-                    assert "within read_timeout_s = 0.05 s" in problem(refused, 507, "storage")["detail"]
-                problem(await service.load_adapter("lora", "lora"), 507, "storage")
-            reads = [thread for thread in threading.enumerate() if thread.name == "foreign-read"]
-            assert len(reads) == num_tries + 1
-            assert all(read.daemon for read in reads)  # the process ends without them
-            done(await service.upload(file_of(changed_model(2)), "1"))
-        assert (
-            await metric(service.http, "shopr1_policy_updates_total", source="checkpoint", outcome="failed")
-            == num_tries
-        )
-        assert await service.numbers() == await numbers_of(changed_model(2))
+    give_up_soon(monkeypatch, service)
+    with hanging(monkeypatch):
+        async with Unchanged(service):
+            for _ in range(num_tries):
+                refused = await service.update("new")
+                assert "within read_timeout_s = 0.05 s" in problem(refused, 507, "storage")["detail"]
+            problem(await service.load_adapter("lora", "lora"), 507, "storage")
+        reads = [thread for thread in threading.enumerate() if thread.name == "foreign-read"]
+        assert len(reads) == num_tries + 1
+        assert all(read.daemon for read in reads)  # the process ends without them
+        done(await service.upload(file_of(changed_model(2)), "1"))
+    name, labels = "shopr1_policy_updates_total", {"source": "checkpoint", "outcome": "failed"}
+    assert await metric(service.http, name, **labels) == num_tries
+    assert await service.numbers() == await numbers_of(changed_model(2))
+
+
+async def test_the_way_back_does_not_lead_to_a_disk_that_hangs(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "new", changed_model())
+    done(await service.update("new", "1"))
+    is_over = threading.Event()
+    monkeypatch.setattr(ForeignFile, "is_intact", property(lambda _: is_over.wait(WAIT_S)))
+    give_up_soon(monkeypatch, service)
+    try:
+        problem(await service.upload(INFINITE, "2"), 422, "invalid_weights")
+        service.forget_prompts()
+        assert await service.numbers() == await numbers_of(changed_model())
+        done(await service.upload(file_of(changed_model(2)), "2"))
+    finally:
+        is_over.set()
+
+
+async def test_a_read_that_is_given_up_ends_when_it_can(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "new", changed_model())
+    is_over, reads = threading.Event(), []
+    original = ForeignFile.read_into
+
+    def hang(file: ForeignFile, *place: Any) -> None:
+        reads.append(place)
+        assert is_over.wait(WAIT_S)
+        original(file, *place)
+
+    monkeypatch.setattr(ForeignFile, "read_into", hang)
+    give_up_soon(monkeypatch, service)
+    problem(await service.update("new"), 507, "storage")
+    num_begun = len(reads)
+    is_over.set()
+    for thread in threading.enumerate():
+        if thread.name == "foreign-read":
+            thread.join(WAIT_S)
+    assert len(reads) == num_begun
 
 
 def test_a_file_that_was_just_written_is_looked_at_when_its_time_has_passed(tmp_path: Path) -> None:
