@@ -235,9 +235,11 @@ async def test_readiness_and_heartbeat_are_metrics() -> None:
     app = create_app(Settings(engine_timeout_s=10_000), load)
     async with app.router.lifespan_context(app), client_of(app) as client:
         assert await metric(client, "shopr1_ready") == 0
+        assert "shopr1_queue_tokens" not in (await client.get("/metrics")).text  # there is no engine yet
         gate.set()
         await until_ready(client)
         assert await metric(client, "shopr1_ready") == 1
+        assert await metric(client, "shopr1_queue_tokens") == 0
         beat_s = await metric(client, "shopr1_engine_heartbeat_timestamp_seconds")
         age_s = time.time() - beat_s
         assert 1000 <= age_s < 1000 + WAIT_S
