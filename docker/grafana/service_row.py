@@ -79,12 +79,11 @@ def requests() -> Panels:
             Query(f"shopr1_max_queue_tokens{{{INSTANCE}}}", f"{PROCESS}, most"),
         ),
         graph(
-            "Refused, repeated, in parts",
-            "Requests without room in the queue; those that got a twin's answer; groups that came in parts. "
-            "Sick: refusals that stay; many twins: trainers give up too soon; incomplete groups.",
+            "Refused, repeated",
+            "Requests without room in the queue; those that got a twin's answer. "
+            "Sick: refusals that stay; many twins: trainers give up too soon.",
             Query(total("shopr1_rejected_requests_total", "reason", INSTANCE), "{{reason}}"),
             Query(total("shopr1_repeated_requests_total", "how", INSTANCE), "twin {{how}}"),
-            Query(total("shopr1_gathered_groups_total", "outcome", INSTANCE), "{{outcome}}"),
             unit=units.CountsPerSecond,
         ),
         graph(

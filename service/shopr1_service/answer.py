@@ -31,9 +31,8 @@ async def answer(
     longest_s = state.settings.request_timeout_s
     origin = Origin(request_id_of(request.scope), run_of(request.scope))
     start = partial(state.scorer.score, body, origin)
-    # What is included is large, and asked for by people, who do not repeat themselves. And two parts of a
-    # group may be equal without being the same.
-    if body.include or any(group.group_id is not None for group in body.groups):
+    # What is included is large, and asked for by people, who do not repeat themselves.
+    if body.include:
         work = start()
     else:
         key = _key(body, state.scorer.policy.settled_number, origin.run)

@@ -122,10 +122,6 @@ class Metrics:
             "Requests that got the answer of a twin: joined it, or it was answered.",
             "how",
         )
-        self._gatherings = counter(
-            "gathered_groups", "Groups that came in parts, by whether all parts came in time.", "outcome"
-        )
-        self._waiting_parts = self._gauge("waiting_parts", "Parts of groups that wait for the rest.")
         self._batch_tokens = counter("engine_tokens", "Tokens that the engine was given.")
         self._batch_groups = self._histogram(
             "batch_groups", "Prompts that were measured together.", buckets=_GROUPS_BUCKETS
@@ -188,12 +184,6 @@ class Metrics:
 
     def record_repeat(self, how: str) -> None:
         self._repeats.labels(how).inc()
-
-    def record_waiting_parts(self, num_parts: int) -> None:
-        self._waiting_parts.set(num_parts)
-
-    def record_gathering(self, *, is_complete: bool) -> None:
-        self._gatherings.labels("complete" if is_complete else "incomplete").inc()
 
     def record_rollout_log_dropped(self, reason: str, num_rollouts: int) -> None:
         self._rollout_log_dropped.labels(reason).inc(num_rollouts)

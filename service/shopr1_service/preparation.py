@@ -150,7 +150,7 @@ def _check_counts(request: ScoreRequest, limits: Limits) -> None:
     if len(request.groups) > limits.max_groups:
         raise TooLargeError(f"{len(request.groups)} groups, max_groups = {limits.max_groups}")
     for i, group in enumerate(request.groups):
-        num_completions = group.group_size or len(group.completions)
+        num_completions = len(group.completions)
         if num_completions > limits.max_completions_per_group:
             raise TooLargeError(
                 f"groups[{i}] has {num_completions} completions, "

@@ -25,8 +25,7 @@ from shopr1_client.wire import (
 from shopr1_rewards import Recipe
 from shopr1_service.awaited_version import NewVersions
 from shopr1_service.backlog import Kind, Measurements, Progress
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
-from shopr1_service.gathering import Gatherings, Membership
+from shopr1_service.engine import Certainty, Unmeasurable
 from shopr1_service.measurer import open_measurer
 from shopr1_service.metrics import Metrics, Phase
 from shopr1_service.observation import Observer, Origin, ScoredGroup, tell
@@ -63,7 +62,6 @@ class Scorer:
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
         self.measurer = open_measurer(policy, settings, metrics, on_fatal)
-        self._gatherings = Gatherings(self.measurer, metrics, settings.group_wait_s)
         metrics.policy.record_loaded(policy.info)
 
     async def score(
@@ -90,7 +88,7 @@ class Scorer:
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
         kind = Kind(recipe.self_certainty, target)
-        measured = await self._measure(token_groups, _memberships(request), kind, progress)
+        measured = await self.measurer.measure(token_groups, kind, progress)
         scores = [
             _group_score(group, measurements, recipe, request.include)
             for group, measurements in zip(groups, measured, strict=True)
@@ -136,28 +134,6 @@ class Scorer:
         with self._metrics.phase(Phase.PREPARE), span("prepare"):
             return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
 
-    async def _measure(
-        self,
-        groups: Sequence[TokenGroup],
-        memberships: Sequence[Membership | None],
-        kind: Kind,
-        progress: Progress | None,
-    ) -> list[Measurements]:
-        """Whole groups are admitted together or not at all; parts of groups wait for the rest of theirs."""
-        whole = [group for group, part_of in zip(groups, memberships, strict=True) if part_of is None]
-        parts = [
-            asyncio.ensure_future(self._gatherings.measure(group, part_of, kind))
-            for group, part_of in zip(groups, memberships, strict=True)
-            if part_of is not None
-        ]
-        try:
-            measured = iter(await self.measurer.measure(whole, kind, progress))
-            gathered = iter(await asyncio.gather(*parts))
-        finally:
-            for part in parts:
-                part.cancel()
-        return [next(measured if part_of is None else gathered) for part_of in memberships]
-
 
 def _target(request: ScoreRequest) -> Target:
     demand = request.policy_version
@@ -180,15 +156,6 @@ def _group_score(
         rewards=rewards,
         prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
     )
-
-
-def _memberships(request: ScoreRequest) -> list[Membership | None]:
-    return [
-        Membership(group.group_id, group.group_size, len(group.completions), f"groups[{i}]")
-        if group.group_id is not None and group.group_size is not None
-        else None
-        for i, group in enumerate(request.groups)
-    ]
 
 
 def _reward(

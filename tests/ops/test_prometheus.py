@@ -49,7 +49,7 @@ def groups(prompt: str) -> list[dict[str, Any]]:
 
 
 def burst(url: str, number: int) -> dict[str, list[Any]]:
-    """Rewards of the runs; beside them a repeat, a group in parts, and a number in place of a reward."""
+    """Rewards of the runs; beside them a repeat, and a number in place of a reward."""
     headers = {"Authorization": f"Bearer {SCORE_KEY}"}
     with httpx.Client(base_url=url, headers=headers, timeout=WAIT_S) as client:
 
@@ -64,15 +64,13 @@ def burst(url: str, number: int) -> dict[str, list[Any]]:
             rewards[run] = [reward for each in scored["groups"] for reward in each["rewards"]]
         for _ in range(2):
             send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]})
-        part = group(answer(), prompt=f"part {number}", group_id=f"g{number}", group_size=1)
-        send("parts", "/score", {"groups": [part]})
         prompt = f"{number} {LONG}"
         asked = {"query": [prompt + answer()], "prompts": [prompt], "labels": [TERMINATE]}
         send("stand-in", "/dialects/openrlhf/get_reward", asked)
     return rewards
 
 
-NUM_ROLLOUTS = 10 * len(RUNS) + 3
+NUM_ROLLOUTS = 10 * len(RUNS) + 2
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,6 @@ def service(root: Path) -> Iterator[Process]:
         "SHOPR1_POLICY_ROOTS": str(root),
         "SHOPR1_ADAPTER_VERSIONS": str(NUM_KEPT),
         "SHOPR1_DTYPE": "float32",
-        "SHOPR1_GROUP_WAIT_S": "60",
         "OMP_NUM_THREADS": "1",
     }
     with process(*EMBEDDED, **settings) as running:

@@ -448,7 +448,7 @@ def send_marks(url: str) -> None:
     """Good, bad and failing requests with the mark wherever a client can put something."""
     marked = group(answer({"type": "click", "name": MARK}, MARK), truth={"type": "click", "name": MARK})
     good = [
-        {**marked, "prompt": MARK, "id": MARK, "group_id": MARK, "group_size": 1},
+        {**marked, "prompt": MARK, "id": MARK},
         {**marked, "prompt": [{"role": MARK, "content": MARK}]},
         {**marked, "prompt": "ids", "completions": [{"text": MARK}, {"token_ids": list(map(ord, MARK))}]},
     ]

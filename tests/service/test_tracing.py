@@ -258,12 +258,6 @@ def raw_request(*groups: Any) -> bytes:
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", body]).encode()
 
 
-def test_parts_of_a_group_are_traced_where_the_first_came_from(collector: Collector) -> None:
-    with served(tracing=True, group_wait_s=0) as url:
-        send(url, group(answer(), group_id="g", group_size=2), traceparent=TRACEPARENT)
-    assert [span.trace_id.hex() for span in collector.named("engine")] == [TRACE_ID]
-
-
 def test_a_client_that_does_not_trace_gets_a_trace_of_its_own(collector: Collector) -> None:
     with served(tracing=True) as url:
         send(url, group(answer()))

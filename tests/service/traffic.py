@@ -94,10 +94,9 @@ class Traffic:
         await self._send(client, next(self._turns), groups, include, target)
 
     async def parts(self, client: int, prompt: str, **target: Any) -> None:
-        """A group in two requests at once. They are measured together, so by one version."""
+        """Rollouts of one prompt in two requests at once. Each names its own version."""
         turn = next(self._turns)
-        name = {"group_id": f"{turn}", "group_size": 4}
-        halves = [group(*texts, prompt=prompt, **name) for texts in (TEXTS[:1], TEXTS[1:4])]
+        halves = [group(*texts, prompt=prompt) for texts in (TEXTS[:1], TEXTS[1:4])]
         await asyncio.gather(*(self._send(client, turn, [half], (), target) for half in halves))
 
     async def _send(
