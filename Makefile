@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-updates bench-ray bench-simulation format openapi dashboard image clean
+.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-updates bench-ray bench-simulation format openapi image clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -108,9 +108,6 @@ format: install  ## Rewrite the code in the house's style
 
 openapi: install  ## Write openapi.yaml from the application
 	$(BIN)/shopr1 openapi > openapi.yaml
-
-dashboard: install  ## Write Grafana's dashboard from docker/grafana/dashboard.py
-	$(BIN)/python docker/grafana/dashboard.py > docker/grafana/dashboards/shopr1.json
 
 image:  ## The container image, with docker, podman or buildah; variables: docker/build.sh
 	docker/build.sh

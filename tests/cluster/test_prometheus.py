@@ -76,7 +76,7 @@ def test_one_target_is_all_engines(running: Prometheus) -> None:
 def test_the_dashboard_shows_each_engine(running: Prometheus, panel: dict[str, Any]) -> None:
     [target] = panel["targets"]
     expr = target["expr"].replace("$__rate_interval", "10m").replace("$instance", ".*")
-    num_lines = {"Engines by version": 1, "Memory of each process": NUM_REPLICAS + 1}
+    num_lines = {"Engines by version": 1, "Host memory of each process": NUM_REPLICAS + 1}
     # A scrape that takes longer than a second is missing, and with it all lines until the next one.
     wait_for(running, f"count({expr})", num_lines.get(panel["title"], NUM_REPLICAS))
     until(lambda: all(map(math.isfinite, running.values(expr))) or None, expr)
