@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.agreement import Agreement
 from shopr1_service.codec import PolicyCodec
 from shopr1_service.device import prefix_cache_bytes
 from shopr1_service.engine import Engine, EngineStats, MeasuredCompletion, TokenGroup
@@ -42,17 +41,13 @@ def build_policy(
     *,
     name: str,
     startup: Startup | None = None,
-    agreement: Agreement | None = None,
 ) -> LoadedPolicy:
     """See the module.
-
-    Args:
-        agreement: with the other processes that hold a part of the model.
 
     Raises:
         PolicyError: its certainty cannot be measured.
     """
-    startup, agreement = startup or Startup(), agreement or Agreement()
+    startup = startup or Startup()
     startup.enter(Step.CHECKING)
     model.train(False)
     num_ids = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
@@ -69,11 +64,9 @@ def build_policy(
         max_sequence_tokens=max_sequence_tokens,
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
-        agree=agreement.settle,
     )
     startup.enter(Step.WARMING_UP)
-    own_bytes = _cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
-    cache.max_bytes = agreement.least(own_bytes)
+    cache.max_bytes = _cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
     cache.reset()
     engine.stats = EngineStats(cache.stats)
     info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)

@@ -64,12 +64,11 @@ class ChangingPolicy(PolicyView, Protocol):
 
 
 def open_changes(scorer: Scorer, settings: Settings, metrics: Metrics) -> Changes | None:
-    """None: the scorer's policy has no weights, or they are split over devices."""
-    policy, is_split = scorer.policy, settings.tensor_parallel > 1
+    """None: the scorer's policy has no weights."""
+    policy = scorer.policy
     if isinstance(policy, ChangingPolicy):
-        changes = policy.open_changes(metrics, scorer.new_versions)  # from now on it sees engines come and go
-        return None if is_split else changes
-    if is_split or not isinstance(policy, LoadedPolicy):
+        return policy.open_changes(metrics, scorer.new_versions)
+    if not isinstance(policy, LoadedPolicy):
         return None
     how = policy, cast("Scheduler", scorer.measurer), settings, metrics, scorer.new_versions
     return Updates(*how), AdapterUpdates(*how)

@@ -78,7 +78,6 @@ class Engine:
 
     Args:
         release_memory: frees what can be freed; called before a second try.
-        agree: told the error of each try, or that there was none; raises where others of the same model fail.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Engine:
         max_sequence_tokens: int,
         num_tokenizer_tokens: int,
         release_memory: Callable[[], None] = lambda: None,
-        agree: Callable[[Exception | None], None] = lambda error: None,
         stats: EngineStats | None = None,
     ) -> None:
         self.stats = stats or EngineStats()
@@ -97,7 +95,6 @@ class Engine:
         self._head = head
         self._max_sequence_tokens = max_sequence_tokens
         self._release_memory = release_memory
-        self._agree = agree
         self._num_vocab = {
             Vocabulary.HEAD: head.num_rows,
             Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
@@ -167,25 +164,14 @@ class Engine:
         return _halves(batch[0]) if is_out_of_memory(error) else []
 
     def _note(self, error: Exception, batch: Sequence[PromptGroup]) -> None:
-        if isinstance(error, FatalEngineError):
-            raise error
         if isinstance(error, torch.AcceleratorError):
             raise FatalEngineError(str(error)) from error
         self.stats.num_out_of_memory += is_out_of_memory(error)
         num_tokens = sum(len(group.prompt_ids) for group in batch)
         logger.error("a forward of %d prompts with %d tokens failed", len(batch), num_tokens, exc_info=error)
 
-    def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
-        try:
-            measured = self._compute(batch, rules)
-        except Exception as error:
-            self._agree(error)
-            raise
-        self._agree(None)
-        return measured
-
     @torch.inference_mode()
-    def _compute(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+    def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
         hidden = self._forward.batch(batch)
         values_T = divergences(
             torch.cat([states for group in hidden for states in group]),

@@ -135,9 +135,6 @@ class LoadedPolicy:
         self.versions = self.versions.without(gone)
         self._forget(gone)
 
-    def close(self) -> None:
-        """Nothing can be measured from then on. This one has nothing that would outlive its process."""
-
     def expect(self, number: int) -> None:
         """The next change is to have this number, whatever has happened here."""
         self.versions = self.versions.before(number)

@@ -12,7 +12,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DistributedConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,10 +41,6 @@ def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPol
     source = find_source(settings.policy)
     try:
         startup.enter(Step.READING_WEIGHTS)
-        if settings.tensor_parallel > 1:
-            from shopr1_service.tensor_parallel.policy import load_on_all_ranks  # of no use to one device
-
-            return load_on_all_ranks(source, settings, startup)
         tokenizer, model = load_model(source, settings)
         return build_policy(model, tokenizer, settings, name=source.name, startup=startup)
     except PolicyError:
@@ -55,14 +50,8 @@ def load_policy(settings: Settings, startup: Startup | None = None) -> LoadedPol
         raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
 
 
-def load_model(
-    source: Source, settings: Settings, distributed: DistributedConfig | None = None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model, on the device and in the dtype of the settings.
-
-    Args:
-        distributed: how the model is split; this process gets its part.
-    """
+def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model, on the device and in the dtype of the settings."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.deterministic and device.type == "cuda":
@@ -70,15 +59,11 @@ def load_model(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     logger.info("loading %s on %s in %s", source.name, device, dtype)
-    return _load(source, device, dtype, settings.revision, distributed)
+    return _load(source, device, dtype, settings.revision)
 
 
 def _load(
-    source: Source,
-    device: torch.device,
-    dtype: torch.dtype,
-    revision: str | None,
-    distributed: DistributedConfig | None,
+    source: Source, device: torch.device, dtype: torch.dtype, revision: str | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     options: dict[str, Any] = {"trust_remote_code": False}
     if revision is not None:
@@ -90,8 +75,6 @@ def _load(
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    if distributed is not None:
-        options["distributed_config"] = distributed
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **options
     )
@@ -100,6 +83,5 @@ def _load(
     if loading["missing_keys"]:  # transformers makes up random numbers for them
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise PolicyError(f"cannot load policy {source.name!r}: it has no weights for {missing} …")
-    if distributed is None:
-        torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, device)
     return tokenizer, model

@@ -1,7 +1,6 @@
 """Running the application under uvicorn."""
 
 import asyncio
-import contextlib
 import ipaddress
 import logging
 import resource
@@ -16,10 +15,8 @@ import uvicorn
 from shopr1_service.app import create_app
 from shopr1_service.connection import connection_class
 from shopr1_service.errors import SettingsError
-from shopr1_service.loaded_policy import LoadedPolicy
 from shopr1_service.loading import load_policy
 from shopr1_service.logs import logging_to_stderr
-from shopr1_service.policy import PolicyView
 from shopr1_service.settings import Settings
 from shopr1_service.startup import Startup
 from shopr1_service.state import State
@@ -70,15 +67,8 @@ def _serve(settings: Settings) -> int:
         failures.append(error)
         server.should_exit = True
 
-    startup, on_end = Startup(), contextlib.ExitStack()
-
-    def load() -> PolicyView:
-        policy = load_policy(settings, startup)
-        if isinstance(policy, LoadedPolicy):
-            on_end.callback(policy.close)
-        return policy
-
-    app = create_app(settings, load, on_failure=stop, startup=startup)
+    startup = Startup()
+    app = create_app(settings, lambda: load_policy(settings, startup), on_failure=stop, startup=startup)
     server = _Server(
         uvicorn.Config(
             app,
@@ -98,8 +88,7 @@ def _serve(settings: Settings) -> int:
     )
     # uvicorn raises the signal that stopped it once more when it is done; a clean end is exit code 0.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
-    with on_end:
-        server.run()
+    server.run()
     return 1 if failures else 0
 
 

@@ -98,8 +98,6 @@ class Settings(BaseSettings):
     """How large an adapter may be."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
-    tensor_parallel: PositiveInt = 1
-    """Devices that the policy is split over, from the first one on, each with a process of its own."""
     dtype: DType = DType.AUTO
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: what the policy's config says."""

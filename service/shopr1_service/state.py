@@ -97,8 +97,7 @@ class State:
     def _open_changes(self) -> Changes:
         self.scorer  # noqa: B018  # raises when there is none
         if self._changes is None:
-            why = ": it is split over several devices" if self.settings.tensor_parallel > 1 else ""
-            raise InvalidRequestError(f"this policy does not change while it serves{why}")
+            raise InvalidRequestError("this policy does not change while it serves")
         return self._changes
 
     async def engine_metrics(self) -> Sequence[Metric] | None:

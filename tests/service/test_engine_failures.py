@@ -61,14 +61,8 @@ def group_of(num_completions: int, *, seed: int) -> TokenGroup:
 class Bench:
     """An engine that fails, and the numbers of one that does not."""
 
-    def __init__(
-        self,
-        error: Exception,
-        fails: Callable[[list[int]], bool],
-        agree: Callable[[Exception | None], None] = lambda error: None,
-    ) -> None:
+    def __init__(self, error: Exception, fails: Callable[[list[int]], bool]) -> None:
         model = tiny_model()
-        self._agree = agree
         self.forward = Failing(model, error, fails)
         self.num_released = 0
         self.engine = self._engine(self.forward, model)
@@ -81,7 +75,6 @@ class Bench:
             max_sequence_tokens=100,
             num_tokenizer_tokens=NUM_TOKENS,
             release_memory=self._release,
-            agree=self._agree if isinstance(forward, Failing) else lambda error: None,
         )
 
     def _release(self) -> None:
@@ -170,37 +163,3 @@ def test_nothing_of_an_empty_batch() -> None:
     bench.check([], [])
     bench.check([TokenGroup([1], [])], [[]])
     assert bench.forward.tries == []
-
-
-# --- with others that hold parts of the same model --------------------------------------------------
-
-
-def test_others_are_told_of_every_try() -> None:
-    told: list[Exception | None] = []
-    bench = Bench(OUT_OF_MEMORY[0], lambda tried: tried[0] > 2, told.append)
-    bench.check([group_of(3, seed=1)], [[None] * 3])
-    assert told == [OUT_OF_MEMORY[0], None, None]
-
-
-def test_memory_that_is_short_elsewhere_is_short_here() -> None:
-    elsewhere = iter([OUT_OF_MEMORY[0], None, None])
-
-    def agree(_error: Exception | None) -> None:
-        if (error := next(elsewhere)) is not None:
-            raise error
-
-    bench = Bench(OUT_OF_MEMORY[0], lambda _tried: False, agree)
-    bench.check([group_of(4, seed=1)], [[None] * 4])
-    assert bench.forward.tries == [[4], [2], [2]]
-    assert bench.engine.stats.num_out_of_memory == 1
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_others_that_cannot_go_on_are_fatal(fails: bool) -> None:
-    def agree(_error: Exception | None) -> None:
-        raise FatalEngineError("the process of device 1 has ended")
-
-    bench = Bench(OUT_OF_MEMORY[0], lambda _tried: fails, agree)
-    with pytest.raises(FatalEngineError, match="device 1"):
-        bench.engine.certainties([group_of(2, seed=1), group_of(1, seed=5)], rules())
-    assert len(bench.forward.tries) == 1
