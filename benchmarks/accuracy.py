@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from baselines import batch_certainties
 from report import Report
 from shopr1_client.wire import Group, ScoreRequest
-from shopr1_service.engine import Certainty, TokenGroup
-from shopr1_service.preparation import prepare
+from shopr1_service.core import Certainty, TokenGroup
+from shopr1_service.scoring.prepare import prepare
 from shopr1_service.settings import DType
 from subject import RECIPE, Subject, load_model
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shopr1_service.engine import TokenGroup
+from shopr1_service.core import TokenGroup
 from workloads import Shape
 
 

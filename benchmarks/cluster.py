@@ -33,14 +33,14 @@ from serving import (
     write_rules_only_recipe,
 )
 from shopr1_client.errors import ProblemError
-from shopr1_service import building, source
-from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.application import Scale, application
 from shopr1_service.cluster.deployments import EngineDeployment
-from shopr1_service.cluster.router import AffinityRouter
-from shopr1_service.cluster.view import Elsewhere, Route
-from shopr1_service.device import choose_device
-from shopr1_service.engine import TokenGroup
+from shopr1_service.cluster.ray_router import AffinityRouter
+from shopr1_service.cluster.routing_view import Elsewhere, Route
+from shopr1_service.core import Kind, Measurements, TokenGroup
+from shopr1_service.engine.device import choose_device
+from shopr1_service.policy import factory as building
+from shopr1_service.policy import loading as source
 from shopr1_service.settings import Settings, load_settings
 from subject import load_model
 from workloads import Shape, Workloads

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from report import Report
-from shopr1_service import building, source
-from shopr1_service.cluster.affinity import Affinity, Work
-from shopr1_service.device import choose_device
-from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.cluster.prefix_affinity import Affinity, Work
+from shopr1_service.engine.device import choose_device
+from shopr1_service.policy import factory as building
+from shopr1_service.policy import loading as source
+from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import load_settings
 from subject import RECIPE, load_model
 from workloads import Shape, Workloads

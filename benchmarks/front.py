@@ -16,13 +16,12 @@ import httpx
 from cluster import COUNTS, codec, on_ray, settings_of
 from report import Report
 from serving import Body, score
-from shopr1_service.backlog import Kind, Measurements
 from shopr1_service.cluster.application import Scale
 from shopr1_service.cluster.deployments import EngineDeployment
-from shopr1_service.cluster.view import Route
-from shopr1_service.codec import Codec
-from shopr1_service.device import choose_device
-from shopr1_service.engine import Certainty, TokenGroup
+from shopr1_service.cluster.routing_view import Route
+from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
+from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.tokenizer import Codec
 from workloads import Shape, Workloads
 
 FOLDER = Path(__file__).parent

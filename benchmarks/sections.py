@@ -27,7 +27,7 @@ from serving import (
     served,
     write_rules_only_recipe,
 )
-from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.policy.local import LoadedPolicy
 from subject import RECIPE, Subject
 from workloads import Shape
 

@@ -16,8 +16,8 @@ from functools import partial
 from itertools import count, islice
 from typing import Protocol
 
-from shopr1_service.backlog import MAX_BATCH_TOKENS
-from shopr1_service.cluster.affinity import Work
+from shopr1_service.cluster.prefix_affinity import Work
+from shopr1_service.scheduling.request_queue import MAX_BATCH_TOKENS
 from simulated_engine import Clock, Costs, Engine, Group, Path, Station
 from traces import Request
 

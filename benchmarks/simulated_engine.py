@@ -1,7 +1,7 @@
 """One engine as a queue, and what else takes time: parts of the simulation.
 
-An engine takes waiting groups as `Backlog` does, by rank and several together, and keeps what it has computed
-as `PrefixCache` does. Other processes serve one after another in the order of arrival.
+An engine takes waiting groups as `RequestQueue` does, by rank and several together, and keeps what it has
+computed as `PrefixCache` does. Other processes serve one after another in the order of arrival.
 """
 
 import heapq
@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 
-from shopr1_service.cluster.affinity import BLOCK_TOKENS, Work
+from shopr1_service.cluster.prefix_affinity import BLOCK_TOKENS, Work
 
 Path = tuple[tuple[Hashable, int], ...]
 """Nodes of the tree of all prompts, and how many tokens are theirs."""

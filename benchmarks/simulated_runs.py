@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from shopr1_service.cluster.affinity import Affinity
+from shopr1_service.cluster.prefix_affinity import Affinity
 from simulated_cluster import Cluster, RoundRobin, Router, Sessions, Size, run_closed, run_open
 from simulated_engine import Costs, Group
 from traces import Request

@@ -8,9 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shopr1_rewards import load_recipe
-from shopr1_service import building, loading, source
-from shopr1_service.engine import TokenGroup
-from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.core import TokenGroup
+from shopr1_service.policy import factory as building
+from shopr1_service.policy import loading
+from shopr1_service.policy import loading as source
+from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
 from workloads import Plan, Shape, Workloads
 

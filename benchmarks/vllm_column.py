@@ -11,7 +11,7 @@ from typing import Any
 
 from meters import time_s
 from report import Report
-from shopr1_service.engine import TokenGroup
+from shopr1_service.core import TokenGroup
 from subject import Subject
 from workloads import Shape
 

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 
 from serving import Body, score, served
-from shopr1_service import building, source
+from shopr1_service.policy import factory as building
+from shopr1_service.policy import loading as source
 from shopr1_service.settings import load_settings
 from subject import load_model
 from traces import Request, scored_groups, trace_of

@@ -14,7 +14,7 @@ from pydantic import (
     Tag,
 )
 
-from shopr1_client.models import (
+from shopr1_client.wire_base import (
     MESSAGES,
     OBJECT,
     STRING,
@@ -24,7 +24,7 @@ from shopr1_client.models import (
     RequestModel,
     UnicodeText,
 )
-from shopr1_client.policy_wire import AdapterName, VersionDemand
+from shopr1_client.wire_policy import AdapterName, VersionDemand
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
 

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from shopr1_service.cluster.affinity import Affinity
+from shopr1_service.cluster.prefix_affinity import Affinity
 from simulated_cluster import Cluster, RoundRobin, Router, Sessions, Size, paged_session, run_closed, run_open
 from simulated_engine import Costs, Group, Kept
 from traces import Request

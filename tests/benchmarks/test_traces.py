@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shopr1_service.cluster.affinity import BLOCK_TOKENS, Work
-from shopr1_service.fake import CharacterCodec
-from shopr1_service.prefix import common_length
+from shopr1_service.cluster.prefix_affinity import BLOCK_TOKENS, Work
+from shopr1_service.engine.prefix_cache import common_length
+from shopr1_service.policy.fake import CharacterCodec
 from simulated_engine import Group
 from traces import paths_of, read_trace, scored_groups, sessions_of, trace_of, write_trace
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shopr1_client import wire
-from shopr1_client.models import is_union_tag
 from shopr1_client.wire import Group, Include, Message, ScoreRequest, Text, TokenIds
+from shopr1_client.wire_base import is_union_tag
 
 TRUTH = {"type": "terminate"}
 HALF_PAIR = "\ud83d"

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from shopr1_service.fake import FakePolicy
+from shopr1_service.http.state import State
+from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.settings import Settings
-from shopr1_service.state import State
-from tests.service.http import running
+from tests.support.http import running
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")

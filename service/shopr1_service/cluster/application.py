@@ -13,19 +13,19 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shopr1_service.app import create_app
 from shopr1_service.cluster.autoscaling import QueuedTokens
 from shopr1_service.cluster.deployments import EngineDeployment, JournalDeployment
-from shopr1_service.cluster.fleet import Fleet
-from shopr1_service.cluster.replica import Description
-from shopr1_service.cluster.router import AffinityRouter
-from shopr1_service.cluster.view import View
-from shopr1_service.request_id import REQUEST_ID_HEADER
+from shopr1_service.cluster.engine_replica import Description
+from shopr1_service.cluster.ray_router import AffinityRouter
+from shopr1_service.cluster.remote_policy import RemoteEngines
+from shopr1_service.cluster.routing_view import View
+from shopr1_service.http.request_context import REQUEST_ID_HEADER
+from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 
 ENGINES = "Engines"
 INGRESS = "Ingress"
-JOURNAL = "Journal"
+JOURNAL = "UpdateCoordinator"
 _MAX_ONGOING = 1_000_000
 """Calls that a replica may have at a time. What bounds them is its `max_queue_tokens`, in tokens."""
 
@@ -139,13 +139,13 @@ class Ingress:
         app.add_middleware(_OneRequestId)
         return app
 
-    def _open_fleet(self) -> Fleet:
+    def _open_fleet(self) -> RemoteEngines:
         """Blocks until there is an engine."""
         description: Description = self._engines.describe.remote().result()
         view: View | None = None
         while view is None:
             view = self._journal.view.remote().result()
-        return Fleet(self._engines, self._journal, description, view)
+        return RemoteEngines(self._engines, self._journal, description, view)
 
 
 class _OneRequestId:

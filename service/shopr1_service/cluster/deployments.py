@@ -1,4 +1,4 @@
-"""Journal and engines as Ray Serve deployments: what of them needs Ray."""
+"""UpdateCoordinator and engines as Ray Serve deployments: what of them needs Ray."""
 
 import asyncio
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError
 
-from shopr1_service.cluster.journal import Journal
-from shopr1_service.cluster.replica import EngineReplica
+from shopr1_service.cluster.engine_replica import EngineReplica
+from shopr1_service.cluster.update_coordinator import UpdateCoordinator
 from shopr1_service.settings import Settings
 
 _LIFE_S = 5.0
 """Whoever does not answer within this is taken for busy."""
 
 
-class JournalDeployment(Journal):
+class JournalDeployment(UpdateCoordinator):
     """One replica, for all engines.
 
     Args:

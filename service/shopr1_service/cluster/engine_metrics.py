@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from prometheus_client import Metric
 
-from shopr1_service.metrics import ENGINE_FAMILIES, Metrics
+from shopr1_service.monitoring.metrics import ENGINE_FAMILIES, Metrics
 
 LABEL = "engine"
 _SHOWN = ENGINE_FAMILIES | {

@@ -14,8 +14,8 @@ from typing import Any
 from shopr1_rewards import GroundTruthError, Recipe, read_ground_truth
 from shopr1_rewards.format_error import InvalidFormatError
 from shopr1_rewards.strict_json import load
-from shopr1_service.label_table import Label
-from shopr1_service.recipe_book import RecipeBook
+from shopr1_service.scoring.label_store import Label
+from shopr1_service.scoring.recipe_book import RecipeBook
 
 _TRUTH = "ground_truth"
 

@@ -13,13 +13,14 @@ from shopr1_client.errors import (
 from shopr1_client.wire import GroundTruth
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
-from shopr1_service.dialects.outcome import BODY_PROBLEMS, TAG, AppState, json_response
-from shopr1_service.dialects.reading import Prompt, TextOrMessages
-from shopr1_service.flaws import refuse_if_any
-from shopr1_service.label_table import Label
-from shopr1_service.openapi import problem_responses
-from shopr1_service.recipe_book import RecipeBook
-from shopr1_service.state import State
+from shopr1_service.dialects.requests import Prompt, TextOrMessages
+from shopr1_service.dialects.results import BODY_PROBLEMS, TAG, AppState
+from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.responses import json_response
+from shopr1_service.http.state import State
+from shopr1_service.scoring.label_store import Label
+from shopr1_service.scoring.recipe_book import RecipeBook
 
 router = APIRouter(tags=[TAG])
 

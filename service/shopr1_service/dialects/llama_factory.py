@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
-from shopr1_client.models import UnicodeText
+from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
-from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
-from shopr1_service.request_id import request_id_of
-from shopr1_service.state import State
+from shopr1_service.dialects.requests import Reading, Rollout, TrainerRequest
+from shopr1_service.dialects.results import PROBLEMS, TAG, AppState, Dialect, score
+from shopr1_service.http.request_context import request_id_of
+from shopr1_service.http.responses import json_response
+from shopr1_service.http.state import State
 
 DIALECT = Dialect("llama_factory", timeout_s=None)
 """LLaMA-Factory waits for ever: the service's own deadline is the only one."""

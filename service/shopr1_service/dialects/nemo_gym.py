@@ -20,20 +20,12 @@ from shopr1_client.errors import (
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_missing
 from shopr1_service.dialects.nemo_gym_metrics import AggregateMetrics, aggregate
-from shopr1_service.dialects.outcome import (
-    BODY_PROBLEMS,
-    PROBLEMS,
-    TAG,
-    AppState,
-    Dialect,
-    Outcome,
-    json_response,
-    score,
-)
-from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
+from shopr1_service.dialects.requests import Reading, Rollout, TrainerRequest
 from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
-from shopr1_service.openapi import problem_responses
-from shopr1_service.state import State
+from shopr1_service.dialects.results import BODY_PROBLEMS, PROBLEMS, TAG, AppState, Dialect, Outcome, score
+from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.responses import json_response
+from shopr1_service.http.state import State
 
 DIALECT = Dialect("nemo_gym", timeout_s=55.0)
 """verifiers gives up after 60 s. NeMo Gym itself waits for ever."""

@@ -10,21 +10,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
-from shopr1_client.logs import LOG_KEYS, PREFIX
-from shopr1_client.models import UnicodeText
+from shopr1_client.reward_logs import LOG_KEYS, PREFIX
+from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.outcome import (
-    PROBLEMS,
-    TAG,
-    AppState,
-    Dialect,
-    Outcome,
-    json_response,
-    score,
-)
-from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
-from shopr1_service.flaws import refuse_if_any
-from shopr1_service.state import State
+from shopr1_service.dialects.requests import Reading, Rollout, TrainerRequest
+from shopr1_service.dialects.results import PROBLEMS, TAG, AppState, Dialect, Outcome, score
+from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.http.responses import json_response
+from shopr1_service.http.state import State
 
 DIALECT = Dialect("openrlhf", timeout_s=170.0)
 """OpenRLHF gives up after 180 s, and asks again."""

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Tag
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.models import UnicodeText
 from shopr1_client.wire import Message
-from shopr1_service.dialects.reading import LIST, STRING, TrainerRequest, kind
+from shopr1_client.wire_base import UnicodeText
+from shopr1_service.dialects.requests import LIST, STRING, TrainerRequest, kind
 
 
 class _Part(TrainerRequest):

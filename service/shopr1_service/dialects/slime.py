@@ -9,8 +9,9 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from pydantic import Field
 
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
-from shopr1_service.dialects.reading import Reading, TextOrMessages, TrainerRequest
+from shopr1_service.dialects.requests import Reading, TextOrMessages, TrainerRequest
+from shopr1_service.dialects.results import PROBLEMS, TAG, AppState, Dialect, score
+from shopr1_service.http.responses import json_response
 
 DIALECT = Dialect("slime", timeout_s=110.0)
 """slime gives up after 120 s, and asks again."""

@@ -5,7 +5,7 @@ import pickle
 from prometheus_client.parser import text_string_to_metric_families
 
 from shopr1_service.cluster.engine_metrics import Scrape, labelled
-from shopr1_service.metrics import ENGINE_FAMILIES, Metrics, Phase
+from shopr1_service.monitoring.metrics import ENGINE_FAMILIES, Metrics, Phase
 
 
 def test_each_number_has_its_engine() -> None:

@@ -8,20 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.codec import CodecError
-from shopr1_service.fake import CharacterCodec, FakePolicy
-from tests.service.dialects.trainers import (
-    AIOHTTP,
-    LOG_KEYS,
-    MAX_TOKENS,
-    TOO_LONG,
-    VERIFY,
-    axolotl,
-    register,
-    send,
-    told,
-)
-from tests.service.http import (
+from shopr1_service.core import CodecError
+from shopr1_service.policy.fake import CharacterCodec, FakePolicy
+from tests.support.http import (
     CLICK,
     SEARCH,
     TERMINATE,
@@ -32,6 +21,17 @@ from tests.service.http import (
     running,
     score,
     served,
+)
+from tests.support.trainer_requests import (
+    AIOHTTP,
+    LOG_KEYS,
+    MAX_TOKENS,
+    TOO_LONG,
+    VERIFY,
+    axolotl,
+    register,
+    send,
+    told,
 )
 
 pytestmark = pytest.mark.anyio

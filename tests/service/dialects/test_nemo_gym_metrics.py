@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.fake import FakePolicy
+from shopr1_service.policy.fake import FakePolicy
 from tests.service.dialects.test_nemo_gym import PREFIX, verify
-from tests.service.dialects.trainers import MAX_TOKENS, TOO_LONG, VERIFY, send, told
-from tests.service.http import problem, running
+from tests.support.http import problem, running
+from tests.support.trainer_requests import MAX_TOKENS, TOO_LONG, VERIFY, send, told
 
 pytestmark = pytest.mark.anyio
 
