@@ -19,7 +19,7 @@ from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.ray_router import AffinityRouter
 from shopr1_service.cluster.remote_policy import RemoteEngines
 from shopr1_service.cluster.routing_view import View
-from shopr1_service.http.request_context import REQUEST_ID_HEADER
+from shopr1_service.http.problems import REQUEST_ID_HEADER
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 
