@@ -20,7 +20,7 @@ from shopr1_service.cluster.application import Scale
 from shopr1_service.cluster.deployments import EngineDeployment
 from shopr1_service.cluster.routing_view import Route
 from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.policy.tokenizer import Codec
 from workloads import Shape, Workloads
 
