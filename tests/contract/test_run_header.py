@@ -8,11 +8,14 @@ import yaml
 
 from shopr1_service.http.openapi import build_document, to_yaml
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import answer, group, metric, post, problem, running
 
-DOCUMENT: dict[str, Any] = yaml.safe_load(to_yaml(build_document(create_app(Settings(), FakePolicy))))
+DOCUMENT: dict[str, Any] = yaml.safe_load(
+    to_yaml(build_document(create_app(Settings(), LocalEngine.opener(FakePolicy))))
+)
 SCORING = {
     "/score",
     "/dialects/openrlhf/get_reward",

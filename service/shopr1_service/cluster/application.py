@@ -20,6 +20,8 @@ from shopr1_service.cluster.ray_router import AffinityRouter
 from shopr1_service.cluster.remote_policy import RemoteEngines
 from shopr1_service.cluster.routing_view import View
 from shopr1_service.http.request_context import REQUEST_ID_HEADER
+from shopr1_service.monitoring.metrics import Metrics
+from shopr1_service.scheduling.engine_client import OnFatal
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 
@@ -135,17 +137,19 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray, in the replica: an application cannot be sent to it."""
-        app = create_app(self._settings, self._open_fleet)
+        app = create_app(self._settings, self._open_engines)
         app.add_middleware(_OneRequestId)
         return app
 
-    def _open_fleet(self) -> RemoteEngines:
-        """Blocks until there is an engine."""
-        description: Description = self._engines.describe.remote().result()
+    async def _open_engines(self, _settings: Settings, metrics: Metrics, _on_fatal: OnFatal) -> RemoteEngines:
+        """Returns when there is an engine."""
+        description: Description = await self._engines.describe.remote()
         view: View | None = None
         while view is None:
-            view = self._journal.view.remote().result()
-        return RemoteEngines(self._engines, self._journal, description, view)
+            view = await self._journal.view.remote()
+        engines = RemoteEngines(self._engines, self._journal, description, view, metrics)
+        engines.watch()
+        return engines
 
 
 class _OneRequestId:
