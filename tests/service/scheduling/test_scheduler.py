@@ -269,6 +269,7 @@ async def test_when_the_device_is_gone_everybody_is_told(
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
         await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
+    await asyncio.to_thread(scheduler._thread.join, WAIT_S)  # it reports the error last
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
 
