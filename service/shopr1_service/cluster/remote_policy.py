@@ -26,8 +26,8 @@ from shopr1_client.wire_policy import (
 )
 from shopr1_service.cluster.engine_metrics import Scrape, labelled
 from shopr1_service.cluster.engine_replica import Description
+from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_updates import FleetAdapters, FleetWeights
-from shopr1_service.cluster.routing_view import Elsewhere, Route, View
 from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.tokenizer import Codec
@@ -59,7 +59,7 @@ class RemoteEngines(EngineClient):
         engines: Any,  # noqa: ANN401
         journal: Any,  # noqa: ANN401
         description: Description,
-        view: View,
+        view: ClusterView,
         metrics: Metrics,
     ) -> None:
         self.view = view
@@ -86,7 +86,7 @@ class RemoteEngines(EngineClient):
 
     @property
     def settled_number(self) -> int:
-        return self.view.floor
+        return self.view.min_number
 
     @property
     def codec(self) -> Codec:
@@ -166,7 +166,7 @@ class RemoteEngines(EngineClient):
                 if view is not None:
                     self._see(view)
 
-    def _see(self, view: View) -> None:
+    def _see(self, view: ClusterView) -> None:
         if view.revision < self.view.revision:  # an answer that was overtaken by a later one
             return
         is_new = view.table.num_changes != self.view.table.num_changes
@@ -183,10 +183,10 @@ class RemoteEngines(EngineClient):
         )
         refused: set[str] = set()
         for _ in range(_NUM_TRIES):
-            holders = self.view.holders(kind.target)
+            holders = self.view.engines_with(kind.target)
             if refused and holders <= refused:
                 break
-            outcome = await self._try(group, kind, Route(holders - refused or None, self.view.floor))
+            outcome = await self._try(group, kind, Route(holders - refused or None, self.view.min_number))
             if isinstance(outcome, Measurements):
                 return outcome
             if isinstance(outcome, ProblemError):
@@ -198,7 +198,7 @@ class RemoteEngines(EngineClient):
 
     async def _try(
         self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Elsewhere | None:
+    ) -> Measurements | ProblemError | Declined | None:
         """None: the replica has died."""
         try:
             return await self._call(group, kind, route)
@@ -212,10 +212,10 @@ class RemoteEngines(EngineClient):
 
     async def _call(
         self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Elsewhere:
+    ) -> Measurements | ProblemError | Declined:
         response = self._engines.measure.remote(group, kind, route)
         try:
-            outcome: Measurements | ProblemError | Elsewhere = await response
+            outcome: Measurements | ProblemError | Declined = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
