@@ -31,7 +31,7 @@ class ShutdownSignal:
             self._future = asyncio.get_running_loop().create_future()
         return self._future
 
-    def come(self) -> None:
+    def set(self) -> None:
         if not self.future.done():
             self.future.set_result(None)
 

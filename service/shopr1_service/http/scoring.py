@@ -35,9 +35,9 @@ async def answer(
     if body.include:
         work = start()
     else:
-        key = _key(body, state.scorer.policy.settled_number, origin.run)
-        work = state.repeats.answer(key, start)
-    given = await within(work, request, min(timeout_s or longest_s, longest_s), state.cutoff)
+        key = _key(body, state.engine.settled_number, origin.run)
+        work = state.deduplicator.score(key, start)
+    given = await within(work, request, min(timeout_s or longest_s, longest_s), state.shutdown)
     return given.model_copy(update={"request_id": origin.request_id})
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,8 @@ from shopr1_service.http.routes import health
 from shopr1_service.http.routes import policy as policy_routes
 from shopr1_service.http.routes.score import router
 from shopr1_service.http.state import State
-from shopr1_service.policy.base import PolicyView
 from shopr1_service.policy.load_progress import LoadProgress
+from shopr1_service.scheduling.engine_client import OnFatal, OpenEngine
 from shopr1_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,24 +46,24 @@ its rationale, and a hierarchical action reward (type → attribute → value) s
 
 def create_app(
     settings: Settings,
-    load_policy: Callable[[], PolicyView],
-    on_failure: Callable[[BaseException], None] = lambda error: None,
+    open_engine: OpenEngine,
+    on_failure: OnFatal = lambda error: None,
     startup: LoadProgress | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
     Args:
-        load_policy: called once at start, in a thread; until it returns, the service is live but not ready.
-        on_failure: called when it raises, or when the engine fails or hangs for good. The service cannot
-            score then and should end.
-        startup: how far loading is, which `load_policy` writes; shown as long as the service is not ready.
+        open_engine: called once at start; until it returns, the service is live but not ready.
+        on_failure: called when `open_engine` raises, or when the engine fails or hangs for good. The service
+            cannot score then and should end.
+        startup: progress of loading, shown until the service is ready.
     """
     state = State(settings, startup)
     tracer = open_tracer() if settings.tracing else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(state.load(load_policy, on_failure))
+        loading = asyncio.create_task(state.load(open_engine, on_failure))
         loading.add_done_callback(_report_failure)
         watching = asyncio.create_task(state.watch(on_failure))
         yield

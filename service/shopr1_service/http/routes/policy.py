@@ -71,7 +71,7 @@ async def update(
 
     All is checked before anything changes. The answer comes when the new weights score.
     """
-    return json_answer(await state.updates.from_checkpoint(body))
+    return json_answer(await state.engine.load_checkpoint(body))
 
 
 @stream_router.put(
@@ -92,7 +92,7 @@ async def upload(
 
     They are checked as they come, in bounded memory. If the connection breaks, nothing has changed.
     """
-    update = await state.updates.from_upload(received(request), version, is_partial=partial)
+    update = await state.engine.load_upload(received(request), version, is_partial=partial)
     return json_answer(update)
 
 
@@ -107,7 +107,7 @@ async def transfer(
     body: Annotated[TransferRequest, Body(openapi_examples=examples.TRANSFER_REQUESTS)], state: AppState
 ) -> Response:
     """Joins the trainer's torch.distributed group of two, and takes the tensors that it broadcasts."""
-    return json_answer(await state.updates.from_trainer(body))
+    return json_answer(await state.engine.receive_broadcast(body))
 
 
 @router.post(
@@ -124,7 +124,7 @@ async def load_adapter(
 
     Under a known name it is a further version of it, and the last `adapter_versions` stay loaded.
     """
-    return json_answer(await state.adapters.from_directory(body))
+    return json_answer(await state.engine.load_adapter(body))
 
 
 @stream_router.put(
@@ -146,7 +146,7 @@ async def upload_adapter(
 ) -> Response:
     """PEFT's `adapter_model.safetensors`, with the text of its config as `adapter_config` in the metadata."""
     wanted = AdapterRequest(name=name, path="-", version=version, default=default)
-    return json_answer(await state.adapters.from_upload(received(request), wanted))
+    return json_answer(await state.engine.load_uploaded_adapter(received(request), wanted))
 
 
 @router.delete(
@@ -162,7 +162,7 @@ async def unload_adapter(
     version: Annotated[VersionName | None, Query(description="Default: all versions.")] = None,
 ) -> Response:
     """Requests that name it get 422 from then on; those without a name are scored without it."""
-    await state.adapters.unload(name, version)
+    await state.engine.unload_adapter(name, version)
     return json_answer(state.policy_state)
 
 
