@@ -86,7 +86,7 @@ class EngineReplica:
         await follower.catch_up()
         self._following = asyncio.create_task(follower.follow(self._fail))
 
-    async def measure(
+    async def compute_certainties(
         self, group: TokenGroup, kind: Kind, route: Route
     ) -> Measurements | ProblemError | Declined:
         """As `Scheduler.compute_certainties`, but problems are returned: Ray would log a traceback."""

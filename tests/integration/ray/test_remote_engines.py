@@ -1,4 +1,4 @@
-"""The HTTP side's client of the engines, without Ray's processes: handles are fakes, Ray's errors are real."""
+"""The HTTP side's client of the engines, without Ray's processes: handles are fakes, errors are Ray's."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -246,8 +246,8 @@ async def test_an_upload_that_is_too_large_is_not_stored(front: Front) -> None:
     front.client._description = Description(info, codec, max_weight_bytes=100, max_adapter_bytes=100)
     with pytest.raises(InvalidWeightsError, match="100 at most"):
         await front.client.load_upload(blocks(NEW), "x", is_partial=False)
+    request = AdapterRequest(name="a", path="-")
     with pytest.raises(TooLargeError, match="100 at most"):
-        request = AdapterRequest(name="a", path="-")
         await front.client.load_uploaded_adapter(blocks(adapter_file()), request)
     assert front.num_uploads == 0
 
