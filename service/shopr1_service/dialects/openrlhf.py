@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
-from shopr1_client.reward_logs import LOG_KEYS, PREFIX
+from shopr1_client.reward_logs import PREFIX, log_keys
 from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Reading, Rollout, TrainerRequest
@@ -74,7 +74,7 @@ async def get_reward(
         {
             "rewards": [outcome.reward for outcome in outcomes],
             "scores": [outcome.logs[f"{PREFIX}exact_match"] for outcome in outcomes],
-            "extra_logs": _extra_logs(outcomes),
+            "extra_logs": _extra_logs(outcomes, state.recipes.default.components),
         }
     )
 
@@ -100,8 +100,9 @@ def _rollouts(body: GetReward, state: State) -> list[Rollout]:
     return reading.done()
 
 
-def _extra_logs(outcomes: Sequence[Outcome]) -> dict[str, float | list[float]]:
+def _extra_logs(outcomes: Sequence[Outcome], components: Sequence[str]) -> dict[str, float | list[float]]:
     # OpenRLHF makes a tensor of [value]: of a number it gets one per sample, like its own entries.
     if len(outcomes) == 1:
         return {**outcomes[0].logs}
-    return {key: [outcome.logs[key] for outcome in outcomes] for key in LOG_KEYS}
+    keys = outcomes[0].logs if outcomes else log_keys(components)
+    return {key: [outcome.logs[key] for outcome in outcomes] for key in keys}

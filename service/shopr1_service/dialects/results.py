@@ -69,8 +69,8 @@ class Outcome:
 
     Attributes:
         reward: the reward, or the operator's number where there is none.
-        terms: the weighted terms; 0 for the one that could not be measured.
-        logs: numbers under `LOG_KEYS`.
+        terms: the weighted terms; 0 for one that could not be measured.
+        logs: numbers under `log_keys`.
         failure: why the rollout cannot be scored, or None.
     """
 
