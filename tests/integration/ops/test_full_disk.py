@@ -10,8 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.ops.process import FAKE, process
 from tests.support.http import WAIT_S, answer, group
+from tests.support.process import FAKE, process
 
 NUM_DISK_BYTES = 256 * 1024
 NUM_COMPLETIONS = 16

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pytest
 from shopr1_client import Client
 from tests.integration.ops import containers
 from tests.integration.ops.containers import Checkout, Chroot, Runner
+from tests.support.http import free_port
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -70,11 +70,6 @@ def runner(request: pytest.FixtureRequest, builder: str) -> Runner:
     if request.param == "engine":
         return containers.working_engine(builder) or pytest.skip("no engine runs containers on this machine")
     return Chroot() if builder == "buildah" else pytest.skip("needs buildah")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def printed(runner: Runner, *command: str) -> list[str]:

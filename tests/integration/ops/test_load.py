@@ -17,8 +17,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.ops.process import EMBEDDED, Process, process
 from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, group
+from tests.support.process import EMBEDDED, Process, process
 
 LOAD_S = float(os.environ.get("LOAD_SECONDS", "300"))
 pytestmark = pytest.mark.timeout(int(LOAD_S) * 3 + 900)

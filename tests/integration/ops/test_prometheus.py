@@ -13,7 +13,9 @@ import safetensors.torch
 
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from tests.integration.ops.prometheus import (
+from tests.support.http import CLICK, SEARCH, TERMINATE, WAIT_S, answer, group, serving
+from tests.support.models import policy_of, tiny_model
+from tests.support.prometheus import (
     CONFIG,
     ROOT,
     RULES,
@@ -23,8 +25,6 @@ from tests.integration.ops.prometheus import (
     promtool,
     until,
 )
-from tests.support.http import CLICK, SEARCH, TERMINATE, WAIT_S, answer, group, serving
-from tests.support.models import policy_of, tiny_model
 from tests.support.updating import NORM
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "shopr1.json").read_text("utf-8"))

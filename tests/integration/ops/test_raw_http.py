@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.integration.ops.fake_server import HELD
-from tests.integration.ops.process import FAKE, Process, Resources, process, request
+from tests.support.fake_server import HELD
 from tests.support.http import WAIT_S
+from tests.support.process import FAKE, Process, Resources, process, request
 
 BODY = json.dumps(request()).encode()
 SCORE = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.ops.process import EMBEDDED, FAKE, process
 from tests.support.http import CLICK, answer
+from tests.support.process import EMBEDDED, FAKE, process
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[2] / "openapi.yaml"

@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.http import WAIT_S
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docker" / "prometheus" / "prometheus.yml"
 RULES = ROOT / "docker" / "prometheus" / "alerts.yml"
 RULES_TEST = ROOT / "docker" / "prometheus" / "alerts_test.yml"

@@ -15,12 +15,12 @@ import httpx
 
 from shopr1_client import Client
 from shopr1_client.errors import NotReadyError, TransportError
-from tests.integration.ops.fake_server import CENSUS
+from tests.support.fake_server import CENSUS
 from tests.support.http import TERMINATE, WAIT_S, answer, group
 
-FAKE = ("-m", "tests.integration.ops.fake_server")
+FAKE = ("-m", "tests.support.fake_server")
 EMBEDDED = ("-m", "shopr1_service", "serve", "--set", "device=cpu")
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
 
 
 _numbers = itertools.count()
