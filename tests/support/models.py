@@ -46,9 +46,9 @@ def one_thread() -> Iterator[None]:
 # --- tokenizers -------------------------------------------------------------------------------------
 
 NUM_TOKENS = 371
-"""Of the byte-level tokenizer. 256 bytes, 3 special tokens and 112 merges: most of CJK stays in pieces."""
+"""Vocabulary of the byte-level tokenizer: 256 bytes, 3 special tokens, 112 merges; most of CJK stays split."""
 NUM_ROWS = 389
-"""Of every head, unless a family says otherwise: 18 rows are padding."""
+"""Number of rows of the LM head of most families: 18 rows are padding."""
 
 _LINES = [
     '{"rationale": "I want the cheaper tea, the price is lower.", "action": {"type": "terminate"}}',
@@ -119,7 +119,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 def word_ends() -> PreTrainedTokenizerFast:
-    """One like GPT-1's: a token says whether it ends a word, and its text depends on the one before."""
+    """One like GPT-1's: a token marks the end of a word, and its text depends on the one before."""
     tokenizer = Tokenizer(BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
@@ -151,7 +151,7 @@ def _shown_bytes() -> dict[str, int]:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
-    """What each token stands for, by the spelling of its piece and not by any decoder."""
+    """Bytes of each token, from the spelling of its piece and not from a decoder."""
     pieces = [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in ids]
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
     if "▁" not in tokenizer.get_vocab():
@@ -166,7 +166,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def slow_overlapping(tokens: Sequence[bytes], text: str, span: Span) -> list[int]:
-    """Which tokens have a byte of the span, from the bytes themselves."""
+    """Tokens with a byte of the span, from the bytes themselves."""
     assert b"".join(tokens) == text.encode()
     start, end = len(text[: span.start].encode()), len(text[: span.end].encode())
     position, overlapping = 0, []
@@ -391,7 +391,7 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **option
 
 @torch.no_grad()
 def _disturb(model: PreTrainedModel) -> None:
-    """Make biases and the weights of norms random too: at 0 and 1 nobody would miss them."""
+    """Make biases and the weights of norms random too: at 0 and 1 a missing one would have no effect."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""Who can reach the service: addresses, keys, TLS."""
+"""Access to the service: addresses, keys, TLS."""
 
 import contextlib
 import os

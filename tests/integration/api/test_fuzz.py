@@ -1,4 +1,4 @@
-"""Whatever a policy writes is scored, and whatever a stranger sends is answered."""
+"""Every completion is scored, and every request gets a response."""
 
 import json
 import math
