@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
 # --- tokenizers -------------------------------------------------------------------------------------
 
 NUM_TOKENS = 371
-"""Vocabulary of the byte-level tokenizer: 256 bytes, 3 special tokens, 112 merges; most of CJK stays split."""
+"""Vocabulary of the byte-level tokenizer: 256 bytes, 3 special tokens and 112 merges, few of them CJK."""
 NUM_ROWS = 389
 """Number of rows of the LM head of most families: 18 rows are padding."""
 

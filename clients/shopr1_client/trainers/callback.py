@@ -49,8 +49,8 @@ def _step(state: TrainerState) -> str:
 class PolicyPush(TrainerCallback):
     """Sends the weights when training begins and after every N-th optimiser step, and waits until they score.
 
-    The main process sends. The others continue until their next collective operation: TRL has one before it asks
-    for rewards. Of a model with PEFT's adapters only the active adapter is sent, and scores whatever
+    The main process sends. The others continue until their next collective operation: TRL has one before
+    it asks for rewards. Of a model with PEFT's adapters only the active adapter is sent, and scores whatever
     names no adapter.
 
     Args:
