@@ -440,6 +440,12 @@ def model_of(name: str) -> PreTrainedModel:
     return tiny_model(FAMILIES[name].kind, **FAMILIES[name].options)
 
 
+@functools.cache
+def shared_model(name: str) -> PreTrainedModel:
+    """`model_of`, made once for all tests that only read it."""
+    return model_of(name)
+
+
 def policy_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any
 ) -> LoadedPolicy:

@@ -18,27 +18,24 @@ from shopr1_service.engine.forward import shared_prefix as shared_forward
 from shopr1_service.engine.forward.base import IndependentForward, PromptGroup, Suffix
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.prefix_cache import PrefixCache
-from tests.support.models import model_of, random_ids, tiny_model
+from tests.support.models import model_of, random_ids, shared_model, tiny_model
 
 LEAD = [7, 8, 9]
-"""What every completion begins with."""
+"""The beginning of every completion."""
 
 
 def suffix(*rest: int, num_measured: int | None = None) -> Suffix:
-    """A completion: the lead, then measured tokens. The last is not fed: it is only predicted."""
+    """A completion of the lead and scored tokens. The last token is predicted, not fed."""
     num_measured = len(rest) if num_measured is None else num_measured
     return Suffix((*LEAD, *rest[:-1]), tuple(range(len(LEAD) - 1, len(LEAD) - 1 + num_measured)))
 
 
-@functools.cache
-def llama() -> PreTrainedModel:
-    """A model for tests that only read it."""
-    return model_of("llama")
+LLAMA = shared_model("llama")
 
 
 @functools.cache
 def expected_of_llama(prompt: tuple[int, ...], suffix: Suffix) -> Tensor:
-    return IndependentForward(llama()).hidden_states(prompt, [suffix])[0]
+    return IndependentForward(LLAMA).hidden_states(prompt, [suffix])[0]
 
 
 class Counting:
@@ -71,7 +68,7 @@ def assert_expected(actual: Sequence[Tensor], prompt: Sequence[int], suffixes: S
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Keys and values in fp32."""
+    """Bytes of keys and values of a token, in fp32."""
     return 2 * 4 * sum(p.shape[0] for n, p in model.named_parameters() if n.endswith("k_proj.weight"))
 
 
@@ -96,7 +93,7 @@ def test_any_requests_in_any_order(
     groups: list[tuple[list[int], list[Suffix]]], max_tokens: int, max_pass_tokens: int, is_matmul: bool
 ) -> None:
     """Common beginnings of prompts, leads that are cut, evictions, small passes: always the same numbers."""
-    forward = SharedPrefixForward(llama(), PrefixCache(max_tokens * bytes_per_token(llama())))
+    forward = SharedPrefixForward(LLAMA, PrefixCache(max_tokens * bytes_per_token(LLAMA)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
         if is_matmul:
@@ -121,7 +118,7 @@ def test_any_groups_together(
     min_shared_tokens: int,
 ) -> None:
     """Groups that share passes or beginnings, or are equal: each gets the numbers it would get alone."""
-    forward = SharedPrefixForward(llama(), PrefixCache(max_tokens * bytes_per_token(llama())))
+    forward = SharedPrefixForward(LLAMA, PrefixCache(max_tokens * bytes_per_token(LLAMA)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
         patch.setattr(shared_forward, "MIN_SHARED_TOKENS", min_shared_tokens)
@@ -203,7 +200,7 @@ def test_passes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counting.take() == [16, 16, 11, 14, 14, 7]  # 43; then 7 each, two at a time
 
 
-def test_completions_leave_nothing_behind() -> None:
+def test_completions_are_not_cached() -> None:
     cache = PrefixCache(10**9)
     forward = SharedPrefixForward(tiny_model(), cache)
     prompt = random_ids(40, seed=1)
@@ -231,7 +228,7 @@ def test_two_models_do_not_share_a_layout() -> None:
             check(forward, model, prompt, [suffix(1, 2), suffix(3)])
 
 
-def test_a_broken_completion_touches_no_other() -> None:
+def test_a_broken_completion_affects_no_other() -> None:
     model = tiny_model()
     broken_id = 99
     embeddings = model.get_input_embeddings()
@@ -248,4 +245,4 @@ def test_a_broken_completion_touches_no_other() -> None:
         (first, second), IndependentForward(model).hidden_states(prompt, sound), strict=True
     ):
         assert_close(actual, expected, rtol=0, atol=1e-4)
-    check(forward, model, prompt, sound)  # nor does it stay behind in the cache
+    check(forward, model, prompt, sound)  # the cache is not affected either
