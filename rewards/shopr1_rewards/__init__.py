@@ -1,4 +1,4 @@
-"""The Shop-R1 reward of a rollout, without HTTP and without a model.
+"""What a rollout is worth: the Shop-R1 reward, without HTTP and without a model.
 
 Only `shopr1_rewards.self_certainty` needs torch; it is not imported here.
 """

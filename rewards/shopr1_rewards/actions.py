@@ -27,7 +27,7 @@ class Action:
 
 @dataclass(frozen=True)
 class PredictedAction:
-    """The policy's action and its mistakes, none of which alone invalidates the format.
+    """The policy's action and its flaws, none of which invalidates the format by itself.
 
     Attributes:
         is_known_type: whether the action space has the type.

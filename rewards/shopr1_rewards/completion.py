@@ -2,12 +2,12 @@
 
     {"rationale": "<why>", "action": {"type": "<type>", "<attribute>": "<value>", …}}
 
-Keys come in any order. Each mistake of a policy has a name (`FormatError`); nothing it writes
+Keys come in any order. What a policy may write wrong has a name (`FormatError`); nothing it writes
 raises. The parser knows JSON and the envelope only: which types and attributes exist is the action
 space's business (`actions.py`).
 
 It walks the members of the outer object itself, because it must know *where* the rationale's characters
-are in the raw text.
+stand in the raw text.
 """
 
 import json
@@ -39,7 +39,7 @@ class Envelope:
 
     Attributes:
         rationale: the decoded rationale.
-        rationale_span: position of its content in the raw completion: between the quotes, escapes as
+        rationale_span: where its content stands in the raw completion: between the quotes, escapes as
             written.
         action_type: the action's `type`.
         fields: the action's other members, of any JSON type.

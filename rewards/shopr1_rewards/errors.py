@@ -1,10 +1,10 @@
-"""Errors in a *configuration* of the reward.
+"""What can be wrong with a *configuration* of the reward.
 
     RewardsError
     ├── RecipeError        a recipe file that cannot be read or is not valid
     └── GroundTruthError   a ground truth that the recipe's action space does not describe
 
-An error in a *completion* is no exception: it is a `FormatError` code on the parsed
+What can be wrong with a *completion* is no exception: it is a `FormatError` code on the parsed
 completion (`completion.py`), because a policy that writes nonsense is data, not a failure.
 """
 

@@ -14,7 +14,7 @@ class FormatError(StrEnum):
     NOT_AN_OBJECT = "not_an_object"
     """JSON, but a list, a string, a number …"""
     EXTRA_TEXT = "extra_text"
-    """Text before or after the object."""
+    """Something stands before or after the object."""
     NO_OBJECT = "no_object"
     """Tolerant reading only: no object anywhere in the text."""
     DUPLICATE_KEY = "duplicate_key"

@@ -5,7 +5,7 @@ A recipe that ships with the package is loaded by name, your own by path:
 >>> load_recipe("shop_r1").self_certainty.alpha
 0.005
 
-The digest of a recipe is in every response, so that a logged reward can be traced to its numbers.
+The digest of a recipe stands in every answer, so that a logged reward can be traced to its numbers.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 class Component(StrEnum):
     """Name of a term of the reward."""
 
-    # `terms.py` has the rule of each, and explains how to add one.
+    # `terms.py` has the rule of each, and says how to add one.
 
     FORMAT = "format"
     ACTION_TYPE = "action_type"
@@ -51,17 +51,17 @@ class Component(StrEnum):
 
 
 class Reading(StrEnum):
-    """The part of a completion that counts as the answer."""
+    """What counts as the answer in a completion."""
 
     STRICT = "strict"
     TOLERANT = "tolerant"
 
 
 class OnFlaw(StrEnum):
-    """The cost of a mistake in a well-formed answer."""
+    """What a flaw in a well-formed answer costs."""
 
     ACCEPT = "accept"
-    """A missing attribute earns nothing; the format stays valid."""
+    """What is missing earns nothing; the format stays valid."""
     REJECT = "reject"
     """The format is invalid."""
 
@@ -74,7 +74,7 @@ class Threshold(StrEnum):
 
 
 class Divergence(StrEnum):
-    """Definition of self-certainty per token, in nats (`eq3`: nats / V)."""
+    """What self-certainty measures, per token, in nats (`eq3`: nats / V)."""
 
     KL_U_P = "kl_u_p"
     KL_P_U = "kl_p_u"
@@ -82,14 +82,14 @@ class Divergence(StrEnum):
 
 
 class SpanChoice(StrEnum):
-    """The tokens over which self-certainty is averaged."""
+    """Which tokens self-certainty is averaged over."""
 
     RATIONALE = "rationale"
     COMPLETION = "completion"
 
 
 class Position(StrEnum):
-    """The distribution that belongs to a token."""
+    """Which distribution belongs to a token."""
 
     PREDICT = "predict"
     """The one that predicts it, from everything before it."""
@@ -98,7 +98,7 @@ class Position(StrEnum):
 
 
 class Vocabulary(StrEnum):
-    """The tokens that V counts."""
+    """What V counts."""
 
     HEAD = "head"
     """All rows of the language-model head."""
@@ -135,7 +135,7 @@ class SimilarityRecipe(_Part):
 
 
 class SelfCertaintyRecipe(_Part):
-    """Definition and weight of self-certainty. `alpha = 0` turns the policy's forward off."""
+    """What self-certainty is and what it weighs. `alpha = 0` turns the policy's forward off."""
 
     alpha: Weight
     divergence: Divergence = Divergence.KL_U_P
@@ -155,7 +155,7 @@ ValueWeight = Annotated[
 
 
 class AttributeRecipe(_Part):
-    """Value of an attribute: `presence` if it is not empty, `value · R(x)` if it is similar."""
+    """What an attribute earns: `presence` when it is not empty, `value · R(x)` when it is alike."""
 
     presence: Weight = 0.0
     value: ValueWeight = 0.0
@@ -163,7 +163,7 @@ class AttributeRecipe(_Part):
 
 
 class ActionTypeRecipe(_Part):
-    """Value and attributes of an action type. The human's action has all attributes."""
+    """What an action of this type earns, and its attributes. The human's action has all of them."""
 
     reward: Weight
     attributes: dict[str, AttributeRecipe] = {}
@@ -256,7 +256,7 @@ def _read(name_or_path: str) -> str:
 
 
 def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
-    """A recipe from TOML text; `origin` appears in error messages.
+    """A recipe from TOML text; `origin` stands in error messages.
 
     Raises:
         RecipeError: not TOML, an unknown or missing key, or an impossible value.

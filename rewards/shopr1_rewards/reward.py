@@ -15,7 +15,7 @@ Shop-R1's (arXiv 2507.17842, Table 1):
 Attribute and value are earned only when the type is right. Each component is already weighted, so that they
 sum to the reward. `terms.py` has their rules.
 
-There are two halves, because only the second needs a model: `judge` applies the rules to the text and reports
+There are two halves, because only the second needs a model: `judge` applies the rules to the text and says
 where self-certainty is to be measured; `Judgement.components` adds the measured terms.
 """
 

@@ -79,7 +79,7 @@ def _unicode_tokens(text: str) -> list[str]:
         if kind is _CharKind.BREAK:
             last = kind
         elif kind is _CharKind.MARK or (kind is last is _CharKind.WORD):
-            if last is not _CharKind.BREAK:  # a mark without a base character is dropped
+            if last is not _CharKind.BREAK:  # a mark with nothing to stand on is dropped
                 tokens[-1] += char
         else:
             tokens.append(char)

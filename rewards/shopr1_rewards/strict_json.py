@@ -87,7 +87,7 @@ def check_depth(text: str, start: int) -> None:
 
 def _check_new(key: str, seen: Container[str]) -> None:
     if key in seen:
-        raise InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} appears twice")
+        raise InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} stands twice")
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ SLIME = "/dialects/slime/reward"
 LLAMA_FACTORY = "/dialects/llama_factory/v1/score/evaluation"
 VERIFY = "/dialects/nemo_gym/verify"
 
-# Headers that these libraries add. None of the trainers can send the service's own headers.
+# What these libraries add by themselves. None of the trainers can send a header of ours.
 AIOHTTP = {
     "Accept": "*/*",
     "Accept-Encoding": "gzip, deflate",

@@ -27,7 +27,7 @@ def reward_fn(
         ground_truth: a column of the data set, the human's action, as an object or as JSON in a string.
 
     Raises:
-        UnscorableError: it cannot be scored, and no number is configured as its reward.
+        UnscorableError: it cannot be scored, and no number may stand for its reward.
     """
     service = Service.find()
     rewards = service.score_sync([sampled(prompt_ids, completion_ids, ground_truth)])

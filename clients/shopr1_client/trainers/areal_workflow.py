@@ -31,7 +31,7 @@ async def async_reward_fn(
     """The reward of one rollout; its terms go to AReaL's statistics.
 
     Raises:
-        UnscorableError: it cannot be scored, and no number is configured as its reward. AReaL rejects it.
+        UnscorableError: it cannot be scored, and no number may stand for its reward. AReaL rejects it.
     """
     service = Service.find()
     rewards = await service.score([sampled(prompt_ids, completion_ids, ground_truth)])

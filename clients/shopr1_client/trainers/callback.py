@@ -2,7 +2,7 @@
 
     GRPOTrainer(…, callbacks=[PolicyPush("http://127.0.0.1:8000")])
 
-The order of steps in TRL 1.16, and the version of each. It counts micro-steps, of which an optimiser step has
+How TRL 1.16 goes on, and which version does what. It counts micro-steps, of which an optimiser step has
 `gradient_accumulation_steps`; `global_step` is how many optimiser steps were taken.
 
 1. At every micro-step that `steps_per_generation * num_iterations` divides it samples completions with the
@@ -49,7 +49,7 @@ def _step(state: TrainerState) -> str:
 class PolicyPush(TrainerCallback):
     """Sends the weights when training begins and after every N-th optimiser step, and waits until they score.
 
-    The main process sends. The others continue until their next collective operation: TRL has one before
+    The main process sends. The others go on, and wait in their next collective operation: TRL has one before
     it asks for rewards. Of a model with PEFT's adapters only the active adapter is sent, and scores whatever
     names no adapter.
 
@@ -58,7 +58,7 @@ class PolicyPush(TrainerCallback):
             `trainers/service.py`). Default: the environment's. The key needs the scope `admin`.
         every_n_steps: N, from 1 on.
         version: names the weights. Default: `global_step`.
-        on_error: `raise` ends the training; `log` continues with the old weights in the service.
+        on_error: `raise` ends the training; `log` goes on with the old weights in the service.
         options: see `UpdateOptions`.
 
     Raises (in every process, when training begins):
@@ -119,7 +119,7 @@ class PolicyPush(TrainerCallback):
         except ShopR1Error as error:
             if self._on_error == "raise":
                 raise
-            _logger.error("the service continues without version %s: %r", version, error)
+            _logger.error("the service goes on without version %s: %r", version, error)
 
     def _send(self, model: Module, version: str) -> None:
         if isinstance(self._client, Client):

@@ -29,7 +29,7 @@ class ShopR1(AsyncORM):  # type: ignore[misc]  # checked where there is no ms-sw
         """Rewards in the order of the completions, the last message of each conversation.
 
         Raises:
-            UnscorableError: a rollout cannot be scored, and no number is configured as its reward. ms-swift
+            UnscorableError: a rollout cannot be scored, and no number may stand for its reward. ms-swift
                 takes None as well, but counts it as a reward of 0 like any other.
         """
         service = Service.find()

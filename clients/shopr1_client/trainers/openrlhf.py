@@ -1,7 +1,7 @@
 """OpenRLHF: `--reward.remote_url /path/to/this/file.py`, instead of a URL.
 
-A URL needs no code (docs/trainers/openrlhf.md). This waits for a service that is full or restarts, and
-logs errors.
+A URL needs no code (docs/trainers/openrlhf.md). This waits for a service that is full or starts anew, and
+says what is wrong.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def reward_func(
         labels: the human's actions, as objects or as JSON in strings.
 
     Raises:
-        UnscorableError: a rollout cannot be scored, and no number is configured as its reward.
+        UnscorableError: a rollout cannot be scored, and no number may stand for its reward.
     """
     service = Service.find()
     rollouts = [

@@ -1,4 +1,4 @@
-"""Base of all shims: from a trainer's rollouts to rewards."""
+"""What all shims have in common: from a trainer's rollouts to rewards."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,7 +88,7 @@ class Service:
         """For trainers that know no missing reward.
 
         Raises:
-            UnscorableError: a reward is missing, and no number is configured for it.
+            UnscorableError: a reward is missing, and no number may stand for it.
         """
         missing: list[FieldError] = [
             {"location": f"rollouts[{i}]", "message": f"{reward.reason}: {reward.message}"}
@@ -122,7 +122,7 @@ def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer
 
 
 def noted_version(state: Any) -> str | None:  # noqa: ANN401
-    """The newest version that was sent to the service; None if unknown, as before the training."""
+    """The newest version that the service was sent; None: nobody said so, as before the training."""
     return getattr(state, _PUSHED_VERSION, None)
 
 

@@ -35,7 +35,7 @@ class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no
         """Ends the episode.
 
         Raises:
-            UnscorableError: the answer cannot be scored, and no number is configured as its reward.
+            UnscorableError: the answer cannot be scored, and no number may stand for its reward.
         """
         service = Service.find()
         rollout = Rollout(prompt=self._prompt, completion=Text(text=action), ground_truth=self._truth)
@@ -46,5 +46,5 @@ class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no
         )
 
     def get_metrics(self) -> dict[str, Any]:
-        """Values that SkyRL logs as means under `environment/`."""
+        """What SkyRL logs as a mean under `environment/`."""
         return self._logs

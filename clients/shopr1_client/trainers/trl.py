@@ -57,7 +57,7 @@ def _rollouts(
     return [
         Rollout(
             prompt=prompt if isinstance(prompt, str) else chat(prompt),
-            # The sampled token ids: tokenising the text again may give others.
+            # What was sampled, not what it looks like: tokenising text again drifts.
             completion=_text(completions[i]) if ids is None else TokenIds(token_ids=list(ids[i])),
             ground_truth=_truth(truths[i]),
         )

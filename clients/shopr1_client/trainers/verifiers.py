@@ -33,8 +33,8 @@ async def shop_r1(task: vf.TaskData, trace: vf.Trace) -> float:
     """The reward of a rollout of one turn. The numbers for the log become metrics of the trace.
 
     Raises:
-        UnscorableError: it cannot be scored, and no number is configured as its reward.
-        ValueError: the trace does not contain the policy's whole prompt and completion.
+        UnscorableError: it cannot be scored, and no number may stand for its reward.
+        ValueError: what the policy saw and wrote cannot be told from the trace.
     """
     service = Service.find()
     rewards = await service.score([_rollout(task, trace)])
@@ -51,7 +51,7 @@ def _rollout(task: vf.TaskData, trace: vf.Trace) -> Rollout:
 
 
 def _tokens(branch: vf.Branch) -> tuple[TokenIds, TokenIds]:
-    """Token ids of the training client, exactly as sampled."""
+    """Of the training client: exactly what was sampled."""
     places = list(zip(branch.token_ids, branch.sampled_mask, strict=True))
     prompt, completion = ([token for token, sampled in places if sampled is own] for own in (False, True))
     return TokenIds(token_ids=prompt), TokenIds(token_ids=completion)

@@ -30,7 +30,7 @@ async def compute_score(
 
     Raises:
         ValueError: `extra_info` has no `raw_prompt`.
-        UnscorableError: the rollout cannot be scored, and no number is configured as its reward.
+        UnscorableError: the rollout cannot be scored, and no number may stand for its reward.
     """
     service = Service.find(url, api_key, recipe, unscorable)
     rollout = Rollout(
@@ -40,7 +40,7 @@ async def compute_score(
 
 
 def told(service: Service, reward: Reward) -> ScoreAndLogs:
-    """The result of a rollout for verl."""
+    """What verl gets for a rollout."""
     return {"score": service.numbers([reward])[0], **log_values(reward)}
 
 

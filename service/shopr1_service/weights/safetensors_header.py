@@ -131,7 +131,7 @@ def build_header(
     start = 0
     for name, dtype, shape in tensors:
         if name in members:
-            raise HeaderError("appears twice", name)
+            raise HeaderError("stands twice", name)
         end = start + _num_bytes(name, shape, _dtype(name, dtype))
         members[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         start = end
@@ -164,7 +164,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {reprlib.repr(twice)} appears twice")
+        raise ValueError(f"key {reprlib.repr(twice)} stands twice")
     for key, value in pairs:  # half surrogate pairs can be escaped, and then nobody can write them out again
         key.encode()
         if isinstance(value, str):

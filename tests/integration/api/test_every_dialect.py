@@ -1,4 +1,4 @@
-"""Behaviour that all dialects share."""
+"""What all dialects have in common."""
 
 import threading
 from collections.abc import AsyncIterator
@@ -102,7 +102,7 @@ async def test_a_service_that_loads_its_policy(path: str) -> None:
 
 # --- deadlines --------------------------------------------------------------------------------------
 
-# Timeouts of the trainers, by their sources; LLaMA-Factory and NeMo Gym itself have none.
+# What the trainers wait for, by their sources; LLaMA-Factory and NeMo Gym itself wait for ever.
 TRAINERS_OWN_S = {OPENRLHF: 180.0, SLIME: 120.0, LLAMA_FACTORY: None, VERIFY: 60.0}
 
 

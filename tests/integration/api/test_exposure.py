@@ -1,4 +1,4 @@
-"""Access to the service: addresses, keys, TLS."""
+"""Who can reach the service: addresses, keys, TLS."""
 
 import contextlib
 import os

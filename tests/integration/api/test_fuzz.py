@@ -1,4 +1,4 @@
-"""Every completion is scored, and every request gets a response."""
+"""Whatever a policy writes is scored, and whatever a stranger sends is answered."""
 
 import json
 import math

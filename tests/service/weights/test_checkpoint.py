@@ -478,7 +478,7 @@ def test_a_shard_that_is_missing(directory: Path) -> None:
         (b"{}", "weight_map must be an object with tensors"),
         (b'{"weight_map": {}}', "weight_map must be an object with tensors"),
         (b'{"weight_map": ["w"]}', "weight_map must be an object with tensors"),
-        (b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "not JSON: key 'w' appears twice"),
+        (b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "not JSON: key 'w' stands twice"),
         (b'{"weight_map": {"\\ud800": "a.safetensors"}}', "not JSON: 'utf-8' codec"),
         (b'{"metadata": NaN}', "not JSON: NaN"),
         (b'{"metadata": ' + b"[" * 10**5, "not JSON: "),

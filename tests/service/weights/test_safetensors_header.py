@@ -291,10 +291,10 @@ def test_metadata_are_strings(value: str) -> None:
         (b'{"\\ud800": 1}', "not JSON: 'utf-8' codec"),
         (b'{"__metadata__": {"a": "\\udc00"}}', "not JSON: 'utf-8' codec"),
         (b'{"a\nb": 1}', "not JSON: Invalid control character"),
-        (b'{"w": 1, "v": 2, "\\u0077": 1}', "not JSON: key 'w' appears twice"),
-        (b'{"__metadata__": {}, "__metadata__": {}}', "not JSON: key '__metadata__' appears twice"),
-        (b'{"w": {"dtype": "F32", "dtype": "F32"}}', "not JSON: key 'dtype' appears twice"),
-        (b'{"__metadata__": {"a": "b", "a": "b"}}', "not JSON: key 'a' appears twice"),
+        (b'{"w": 1, "v": 2, "\\u0077": 1}', "not JSON: key 'w' stands twice"),
+        (b'{"__metadata__": {}, "__metadata__": {}}', "not JSON: key '__metadata__' stands twice"),
+        (b'{"w": {"dtype": "F32", "dtype": "F32"}}', "not JSON: key 'dtype' stands twice"),
+        (b'{"__metadata__": {"a": "b", "a": "b"}}', "not JSON: key 'a' stands twice"),
         (b'{"w": ' + b"[" * 10**6, "not JSON: "),
         (b'{"w": ' * 10**5, "not JSON: "),
         (b'{"' + b"w" * 1025 + b'": 1}', "a tensor's name has more than 1024 characters"),
@@ -380,4 +380,4 @@ def test_many_tensors(tmp_path: Path) -> None:
 def test_one_of_many_keys_stands_twice() -> None:
     # Found in one pass: a search for each key would take minutes.
     keys = ",".join(f'"{number}":0' for number in range(200_000))
-    assert "key '7' appears twice" in str(refused(f'{{{keys},"7":0}}'))
+    assert "key '7' stands twice" in str(refused(f'{{{keys},"7":0}}'))
