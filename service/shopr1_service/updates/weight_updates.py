@@ -18,7 +18,7 @@ from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConfli
 from shopr1_client.wire_policy import PolicyUpdate, TransferRequest, UpdateProgress, UpdateRequest
 from shopr1_client.wire_policy import Stage as StageName
 from shopr1_service.concurrency import read_foreign
-from shopr1_service.field_errors import flaw
+from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
@@ -216,7 +216,7 @@ class Updates:
             _refer_to_all(checkpoint, stage)
             stage.finish()
         except CheckpointError as error:
-            raise flaw(InvalidWeightsError, error.location, str(error)) from error
+            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
 
     def _receive(self, request: TransferRequest, stage: Stage) -> None:
         try:

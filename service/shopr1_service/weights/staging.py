@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from shopr1_client.errors import FieldError, InvalidWeightsError, StorageError
-from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.field_errors import raise_if_any
 from shopr1_service.weights.files import AnonymousTempFile, CheckpointFile
 from shopr1_service.weights.safetensors_header import TensorEntry
 from shopr1_service.weights.tensors import PIECE_BYTES, Buffers, Stored, Weights, bytes_of, on_threads
@@ -64,7 +64,7 @@ class Stage:
             self._names.add(entry.name)
         if not self._is_partial:
             errors += self._missing()
-        refuse_if_any(errors, InvalidWeightsError)
+        raise_if_any(errors, InvalidWeightsError)
         if not entries:
             raise InvalidWeightsError("there are no tensors")
         self._coming.extend(entries)
@@ -180,7 +180,7 @@ class Stage:
         if not _is_finite(own):
             is_finite = bool(values.double().isfinite().all())
             what = f"values too large for {own.dtype}" if is_finite else "NaN or infinite values"
-            refuse_if_any([{"location": entry.name, "message": what}], InvalidWeightsError)
+            raise_if_any([{"location": entry.name, "message": what}], InvalidWeightsError)
         return own
 
     def _skip_empty(self) -> None:
@@ -202,7 +202,7 @@ class Stage:
                 own, twin, owner
             ):
                 message = f"it differs from {owner}, with which it is one in the policy"
-                refuse_if_any([{"location": alias, "message": message}], InvalidWeightsError)
+                raise_if_any([{"location": alias, "message": message}], InvalidWeightsError)
 
     def _is_equal(self, some: Stored, others: Stored, name: str) -> bool:
         tensor, some_buffers, other_buffers = self._weights.tensors[name], Buffers(), Buffers()
