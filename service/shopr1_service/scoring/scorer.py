@@ -4,7 +4,7 @@ The one way from a request to an answer; every route and the command line go thr
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
@@ -38,11 +38,9 @@ from shopr1_service.core import (
 )
 from shopr1_service.monitoring.metrics import Metrics, Phase
 from shopr1_service.monitoring.spans import span
-from shopr1_service.policy.base import PolicyView
-from shopr1_service.scheduling.engine_client import open_engine_client
+from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.scoring.recipe_book import RecipeBook, reference
-from shopr1_service.scoring.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 
 _NUM_PREPARE_THREADS = 2
@@ -56,22 +54,18 @@ class Scorer:
 
     def __init__(
         self,
-        policy: PolicyView,
+        engine: EngineClient,
         recipes: RecipeBook,
         settings: Settings,
         metrics: Metrics,
-        on_fatal: Callable[[BaseException], None] = lambda error: None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.policy = policy
-        self.new_versions = VersionWaiter(policy)
+        self.engine = engine
         self._observers = observers
         self._recipes = recipes
         self._limits = settings.limits
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
-        self.measurer = open_engine_client(policy, settings, metrics, on_fatal)
-        metrics.policy.record_loaded(policy.info)
 
     async def score(
         self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
@@ -80,7 +74,7 @@ class Scorer:
 
         Args:
             origin: who asks.
-            progress: see `EngineClient.measure`.
+            progress: see `EngineClient.compute_certainties`.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is at fault.
@@ -90,14 +84,14 @@ class Scorer:
         """
         recipe = self._recipe(request.recipe)
         target = _target(request)
-        await self.new_versions.wait_for(target)
-        self.measurer.refuse_if_full()
+        await self.engine.new_versions.wait_for(target)
+        self.engine.refuse_if_full()
         loop = asyncio.get_running_loop()
         in_context = copy_context().run  # whose request it is: for logs and traces
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
         kind = Kind(recipe.self_certainty, target)
-        measured = await self.measurer.measure(token_groups, kind, progress)
+        measured = await self.engine.compute_certainties(token_groups, kind, progress)
         scores = [
             _group_score(group, measurements, recipe, request.include)
             for group, measurements in zip(groups, measured, strict=True)
@@ -111,14 +105,10 @@ class Scorer:
             groups=scores,
         )
 
-    def stack(self) -> str:
-        """Where the engine's thread is."""
-        return self.measurer.stack()
-
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        self.measurer.close()
+        self.engine.close()
 
     def _recipe(self, name: str | None) -> Recipe:
         recipe = self._recipes.get(name)
@@ -129,10 +119,10 @@ class Scorer:
         return recipe
 
     def _newest(self, measured: Sequence[Measurements], target: Target) -> PolicyRef:
-        versions = [measurements.version for measurements in measured] or [self.policy.versions.find(target)]
+        versions = [measurements.version for measurements in measured] or [self.engine.versions.find(target)]
         newest = max(versions, key=lambda version: version.number)
         return PolicyRef(
-            model=self.policy.info.model,
+            model=self.engine.info.model,
             version=newest.name,
             number=newest.number,
             adapter=newest.adapter,
@@ -141,7 +131,7 @@ class Scorer:
     def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
         wants_ids = Include.TOKEN_IDS in request.include
         with self._metrics.phase(Phase.PREPARE), span("prepare"):
-            return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
+            return prepare(request, recipe, self.engine.codec, self._limits, wants_ids=wants_ids)
 
 
 def _target(request: ScoreRequest) -> Target:

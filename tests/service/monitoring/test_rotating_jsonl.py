@@ -11,6 +11,7 @@ import pytest
 from shopr1_service.errors import SettingsError
 from shopr1_service.monitoring.rotating_jsonl import RotatingJsonl
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.rollout_files import FullDisk, contents, files
@@ -138,9 +139,9 @@ def test_writing_goes_on_where_somebody_has_deleted_file_or_directory(tmp_path: 
 def test_a_directory_that_cannot_be_written_is_told_at_start(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="rollout_log: cannot write into"):
-        create_app(Settings(rollout_log=tmp_path / where), FakePolicy)
+        create_app(Settings(rollout_log=tmp_path / where), LocalEngine.opener(FakePolicy))
 
 
 def test_a_directory_is_made(tmp_path: Path) -> None:
-    create_app(Settings(rollout_log=tmp_path / "a" / "b"), FakePolicy)
+    create_app(Settings(rollout_log=tmp_path / "a" / "b"), LocalEngine.opener(FakePolicy))
     assert list((tmp_path / "a" / "b").iterdir()) == []
