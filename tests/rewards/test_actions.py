@@ -78,7 +78,7 @@ def test_missing_attributes_are_reported(action: dict[str, str], missing: tuple[
         ({"type": "click", "name": "a", "text": "b", "why": None}, {}, ("action.text", "action.why")),
         ({"type": "terminate"}, {"confidence": 0.9}, ("confidence",)),
         ({"type": "terminate", "x": {}}, {"a": 1, "b": [2]}, ("a", "b", "action.x")),
-        # What an unknown type says of itself is its attributes, as far as it is text.
+        # The attributes of an unknown type are its text fields.
         ({"type": "scroll", "direction": "down", "pixels": 5}, {}, ("action.pixels",)),
     ],
 )
@@ -266,7 +266,7 @@ def test_ground_truth_that_is_no_json_object(text: str, message: str) -> None:
     assert caught.value.field is None
 
 
-def test_ground_truth_may_stand_in_white_space() -> None:
+def test_ground_truth_with_surrounding_whitespace() -> None:
     assert read_ground_truth(' \n{"type": "terminate"}\t', SPACE) == Action("terminate", {})
 
 

@@ -1,4 +1,4 @@
-"""What is sent of a module, read by the library whose format it is."""
+"""The upload of a module, read with the safetensors library."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -161,7 +161,7 @@ def test_a_submodule_called_module_is_no_wrapper() -> None:
     assert of_module(model).tensors.keys() == {"module.weight"}
 
 
-# --- what cannot be sent ----------------------------------------------------------------------------
+# --- invalid modules --------------------------------------------------------------------------------
 
 
 def refusal(tensor: Tensor) -> str:
@@ -184,7 +184,7 @@ def test_sharded_modules() -> None:
             of_module(nn.Sequential(sharded))
 
 
-def test_what_a_rank_has_not() -> None:
+def test_tensors_missing_on_a_rank() -> None:
     assert "ZeRO-3" in refusal(torch.empty(0))
     assert "offloaded" in refusal(torch.ones(2, device="meta"))
 

@@ -28,7 +28,7 @@ def test_files_grow_to_their_size(tmp_path: Path) -> None:
     assert contents(tmp_path) == [b"1234\n5678\n", b"9\n"]
 
 
-def test_what_is_larger_than_a_file_gets_one_of_its_own(tmp_path: Path) -> None:
+def test_a_part_larger_than_a_file_gets_its_own_file(tmp_path: Path) -> None:
     log = jsonl(tmp_path)
     for part in (b"1\n", b"a long line\nand another\n", b"2\n"):
         log.append(part)
@@ -136,7 +136,7 @@ def test_writing_goes_on_where_somebody_has_deleted_file_or_directory(tmp_path: 
 
 
 @pytest.mark.parametrize("where", ["file/log", "/proc/log", "/proc/self"])
-def test_a_directory_that_cannot_be_written_is_told_at_start(tmp_path: Path, where: str) -> None:
+def test_a_read_only_directory_is_reported_at_start(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="rollout_log: cannot write into"):
         create_app(Settings(rollout_log=tmp_path / where), LocalEngine.opener(FakePolicy))
