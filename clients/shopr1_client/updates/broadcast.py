@@ -17,7 +17,7 @@ What passes between the two, for whoever writes a trainer's side without this mo
 import json
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Self
@@ -26,11 +26,15 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from shopr1_client.updates.chunks import cut
 from shopr1_client.updates.process_group import Deadline, Group, GroupError, check_backend
 
 JOINED, FAILED = "joined", "failed"
-"""Keys in the store, see the module."""
+"""Keys in the store, see the protocol above."""
+PIECE_BYTES = 16 * 2**20
+"""The most that one broadcast carries.
+
+From 4 MiB on, gloo is about as fast as the loopback; the receiver's memory grows with it.
+"""
 
 _POLL_S = 0.02
 _NUM_ASKS = 10
@@ -199,3 +203,19 @@ def _send(group: Group, tensor: Tensor, device: str) -> None:
         piece = flat[first:end]
         on_device = piece if piece.device.type == device else piece.to(device)
         group.broadcast(on_device.view(torch.uint8), 0)
+
+
+def cut(num_elements: int, element_bytes: int) -> Iterator[tuple[int, int]]:
+    """First element of each piece and the one after its last; none where there are no elements.
+
+    Args:
+        element_bytes: of one element, at most `PIECE_BYTES`.
+
+    >>> list(cut(5 * 2**20, 8))
+    [(0, 2097152), (2097152, 4194304), (4194304, 5242880)]
+    >>> list(cut(1, 2)), list(cut(0, 4))
+    ([(0, 1)], [])
+    """
+    step = PIECE_BYTES // element_bytes
+    for first in range(0, num_elements, step):
+        yield first, min(first + step, num_elements)

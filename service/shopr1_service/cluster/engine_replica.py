@@ -20,7 +20,7 @@ from shopr1_service.scheduling.scheduler import Scheduler
 from shopr1_service.scoring.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterFiles, AdapterUpdates
-from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.updates.weight_updates import WeightUpdates
 
 _RETRY_AFTER_S = 2.0
 _MAX_NUMBER_BYTES = 8
@@ -69,7 +69,7 @@ class EngineReplica:
         self._metrics.watch(lambda: self._failure is None, lambda: self._policy.heartbeat.age_s)
         self._metrics.policy.record_loaded(self._policy.info)
         how = self._policy, self._scheduler, self._settings, self._metrics, VersionWaiter(self._policy)
-        self._updates, self._adapters = Updates(*how), AdapterUpdates(*how)
+        self._updates, self._adapters = WeightUpdates(*how), AdapterUpdates(*how)
 
     async def join(self, journal: Any, actor: Any) -> None:  # noqa: ANN401
         """Be brought to where the other engines are, and make every change from then on.

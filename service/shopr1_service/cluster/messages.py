@@ -9,7 +9,7 @@ from shopr1_client.errors import ProblemError
 from shopr1_client.wire_policy import AdapterUpdate, PolicyUpdate
 from shopr1_service.cluster.update_log import Change, History
 from shopr1_service.policy.versions import VersionTable
-from shopr1_service.weights.tensors import Taken
+from shopr1_service.weights.tensors import UpdateContents
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ class Outcome:
 
     table: VersionTable
     answer: Answer = None
-    taken: Taken | None = None
+    taken: UpdateContents | None = None
     problem: ProblemError | None = None
 
 

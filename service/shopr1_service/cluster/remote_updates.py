@@ -1,7 +1,7 @@
 """The policy's changes as routes ask for them, handed to the journal."""
 
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +29,8 @@ from shopr1_service.cluster.routing_view import View
 from shopr1_service.cluster.update_log import Change, Unloading
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.updates.adapter_updates import AdapterFiles
-from shopr1_service.weights.safetensors_header import TensorEntry
-from shopr1_service.weights.safetensors_stream import Upload
+from shopr1_service.weights.safetensors_header import Header
+from shopr1_service.weights.safetensors_stream import SafetensorsStream
 
 _PIECE_BYTES = 16 * 2**20
 _RETRY_AFTER_S = 5.0
@@ -38,30 +38,6 @@ _UPLOADED = "-"
 """A path where there is none."""
 
 See = Callable[[View], None]
-
-
-class _HeaderOnly:
-    """A `Sink` that refuses what cannot be right, before it is kept anywhere."""
-
-    def __init__(self, max_bytes: int, too_large: type[ProblemError]) -> None:
-        self._max_bytes = max_bytes
-        self._too_large = too_large
-        self._num_missing = 0
-        self.num_bytes = 0
-
-    def announce(self, entries: Sequence[TensorEntry]) -> None:
-        self.num_bytes = self._num_missing = sum(entry.num_bytes for entry in entries)
-        if self.num_bytes > self._max_bytes:
-            raise self._too_large(f"{self.num_bytes} bytes of tensors, {self._max_bytes} at most")
-
-    def feed(self, block: memoryview) -> None:
-        self._num_missing -= len(block)
-        if self._num_missing < 0:
-            raise InvalidWeightsError(f"{-self._num_missing} bytes more than the header announces")
-
-    def end(self) -> None:
-        if self._num_missing:
-            raise InvalidWeightsError(f"the weights end {self._num_missing} bytes too early")
 
 
 class _Journal:
@@ -92,23 +68,27 @@ class _Journal:
         self, stream: AsyncIterable[bytes], max_bytes: int, too_large: type[ProblemError]
     ) -> tuple[str, int]:
         """Hand over a safetensors file; its id, and the bytes of its tensors."""
-        sink = _HeaderOnly(max_bytes, too_large)
-        checked = Upload(sink)
+
+        def check_size(header: Header) -> None:
+            if header.num_bytes > max_bytes:
+                raise too_large(f"{header.num_bytes} bytes of tensors, {max_bytes} at most")
+
+        parser = SafetensorsStream(check_size, lambda _: None)
         upload: str = raised(await self._journal.begin.remote())
         try:
             async for piece in _in_pieces(stream):
-                checked.feed(memoryview(piece))
+                parser.feed(memoryview(piece))
                 raised(await self._journal.append.remote(upload, piece))
-            checked.end()
+            num_bytes = parser.finish().num_bytes
         except BaseException:
             with suppress(RayError, RayServeException):
                 await self._journal.discard.remote(upload)
             raise
-        return upload, sink.num_bytes
+        return upload, num_bytes
 
 
 class FleetWeights:
-    """As `Updates`, of engines elsewhere (`WeightChanges`)."""
+    """As `WeightUpdates`, of engines elsewhere (`WeightChanges`)."""
 
     def __init__(
         self,

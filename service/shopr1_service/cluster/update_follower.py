@@ -22,7 +22,7 @@ from shopr1_service.cluster.update_log import Change, Entry, History
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.scheduling.scheduler import Scheduler
 from shopr1_service.updates.adapter_updates import AdapterUpdates
-from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.updates.weight_updates import WeightUpdates
 from shopr1_service.weights.files import Signature
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Follower:
         actor: Any,  # noqa: ANN401
         policy: LoadedPolicy,
         scheduler: Scheduler,
-        updates: Updates,
+        updates: WeightUpdates,
         adapters: AdapterUpdates,
     ) -> None:
         self._journal = journal
@@ -119,13 +119,13 @@ class Follower:
             answer = await self._make(trial.number, trial.change)
         except ProblemError as error:
             return Outcome(self._policy.versions, problem=error)
-        taken = self._updates.taken if isinstance(trial.change.request, UpdateRequest) else None
+        taken = self._updates.contents if isinstance(trial.change.request, UpdateRequest) else None
         return Outcome(self._policy.versions, answer, taken)
 
     async def _follow(self, history: History) -> None:
         for entry in history.missing(self._policy.versions.num_changes):
             await self._repeat(entry)
-        await self._scheduler.between_batches(lambda: self._policy.agree(history.table))
+        await self._scheduler.between_batches(lambda: self._policy.sync_versions(history.table))
         self._history, self._known = history, history.number
 
     async def _repeat(self, entry: Entry) -> None:
@@ -138,7 +138,7 @@ class Follower:
             raise BehindError(f"change {entry.number} cannot be made here: {error}") from error
 
     async def _make(self, number: int, change: Change, files: frozenset[Signature] | None = None) -> Answer:
-        await self._scheduler.between_batches(lambda: self._policy.expect(number))
+        await self._scheduler.between_batches(lambda: self._policy.set_next_number(number))
         request = change.request
         if isinstance(request, UpdateRequest):
             if change.upload is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shopr1_client.wire_policy import AdapterRequest, UpdateRequest
 from shopr1_service.policy.versions import VersionTable
-from shopr1_service.weights.tensors import Taken
+from shopr1_service.weights.tensors import UpdateContents
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Entry:
 
     number: int
     change: Change
-    taken: Taken | None = None
+    taken: UpdateContents | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class History:
         """Ids of those that are still needed."""
         return frozenset(entry.change.upload for entry in self.entries if entry.change.upload)
 
-    def after(self, change: Change, table: VersionTable, taken: Taken | None = None) -> "History":
+    def after(self, change: Change, table: VersionTable, taken: UpdateContents | None = None) -> "History":
         """With a further change.
 
         Args:

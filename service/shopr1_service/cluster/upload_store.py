@@ -9,7 +9,6 @@ from pathlib import Path
 
 from shopr1_client.errors import NotFoundError, StorageError
 from shopr1_service.weights.files import AnonymousTempFile
-from shopr1_service.weights.staging import no_room
 
 _IDLE_S = 600.0
 """Whoever sends nothing for so long is gone."""
@@ -40,10 +39,7 @@ class Uploads:
 
     def begin(self) -> str:
         """The id of a new one."""
-        try:
-            file = AnonymousTempFile(self._directory)
-        except OSError as error:
-            raise no_room(error) from error
+        file = AnonymousTempFile(self._directory)
         upload = uuid.uuid4().hex
         self._kept[upload] = _Kept(file)
         return upload
@@ -51,10 +47,7 @@ class Uploads:
     async def append(self, upload: str, piece: bytes) -> None:
         """One piece after another."""
         kept = self._find(upload)
-        try:
-            await asyncio.to_thread(kept.file.append, memoryview(piece))
-        except OSError as error:
-            raise no_room(error) from error
+        await asyncio.to_thread(kept.file.append, memoryview(piece))
         kept.touched_s = time.monotonic()
 
     async def read(self, upload: str, start: int, max_bytes: int) -> bytes:

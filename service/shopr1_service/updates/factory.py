@@ -19,11 +19,11 @@ from shopr1_service.scoring.scorer import Scorer
 from shopr1_service.scoring.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterUpdates
-from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.updates.weight_updates import WeightUpdates
 
 
 class WeightChanges(Protocol):
-    """Of the policy's own weights. `Updates` says what each does and raises."""
+    """Of the policy's own weights. `WeightUpdates` says what each does and raises."""
 
     @property
     def progress(self) -> UpdateProgress | None: ...
@@ -71,4 +71,4 @@ def open_changes(scorer: Scorer, settings: Settings, metrics: Metrics) -> Change
     if not isinstance(policy, LoadedPolicy):
         return None
     how = policy, cast("Scheduler", scorer.measurer), settings, metrics, scorer.new_versions
-    return Updates(*how), AdapterUpdates(*how)
+    return WeightUpdates(*how), AdapterUpdates(*how)

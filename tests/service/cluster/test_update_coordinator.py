@@ -21,6 +21,7 @@ from shopr1_service.cluster.routing_view import Elsewhere, Route
 from shopr1_service.cluster.update_follower import BehindError
 from shopr1_service.cluster.update_log import Change, Unloading
 from shopr1_service.core import Target, Version
+from shopr1_service.weights.staging import StagedWeights
 from tests.support.http import WAIT_S
 from tests.support.in_process_cluster import Cluster, measured, numbers, running
 from tests.support.updating import PART, adapter_file, changed_model, file_of, saved, weights_of
@@ -194,19 +195,19 @@ async def test_an_engine_that_cannot_follow_is_out_of_rotation(cluster: Cluster,
     """The checkpoint is another one when its turn comes."""
     path = saved(tmp_path / "new", NEW)
     second = cluster.engines["b"]
-    original = second._updates._read
+    original = second._updates._open
 
-    def read(path: str, stage: Any) -> None:
+    def read(path: str, staged: StagedWeights) -> None:
         saved(Path(path), NEWER)
-        original(path, stage)
+        original(path, staged)
 
-    second._updates._read = read  # type: ignore[method-assign]
+    second._updates._open = read  # type: ignore[method-assign]
     await cluster.update(path, "x")
     view = await cluster.until_ready("a")
     assert view.floor == 1
     refused = await measured(second, Route(floor=view.floor))
     assert isinstance(refused, Elsewhere)
-    with pytest.raises(EngineFailedError, match="change 1 cannot be made here: the checkpoint has been writ"):
+    with pytest.raises(EngineFailedError, match="change 1 cannot be made here: the checkpoint was writ"):
         await second.check_health()
     with pytest.raises(BehindError):  # nor can its successor
         await cluster.start("c")
@@ -221,7 +222,7 @@ async def test_an_engine_that_never_gets_a_checkpoint_read_is_out_of_rotation(
 ) -> None:
     second, is_over = cluster.engines["b"], threading.Event()
     second._updates._read_timeout_s = 0.05
-    second._updates._read = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
+    second._updates._open = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
     try:
         await cluster.update(saved(tmp_path / "new", NEW), "x")
         assert (await cluster.until_ready("a")).engines == {"a": 1}
@@ -269,9 +270,9 @@ async def test_an_engine_does_not_go_by_a_table_of_what_it_has_not(cluster: Clus
     other = before.with_adapter(Version("x", 9, "lora"), max_kept=2, is_default=True)
     for table in (other, before.with_base("x", 0.0)):
         with pytest.raises(ValueError, match="its versions are"):
-            policy.agree(table)
+            policy.sync_versions(table)
     assert policy.versions is before
-    policy.agree(before)
+    policy.sync_versions(before)
 
 
 # --- the journal dies -------------------------------------------------------------------------------
