@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-updates bench-ray bench-simulation format openapi image clean
+.PHONY: help install demo test test-ops test-ray test-trainers lint prose audit bench bench-growth bench-updates bench-ray bench-simulation format openapi image clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -72,12 +72,16 @@ test-trainer-%: install .venvs/%/.installed
 	if [ -f $(<:.txt=.no-deps.txt) ]; then .venvs/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.no-deps.txt); fi
 	@touch $@
 
-lint: install  ## Style, types, the OpenAPI document, and no secrets in any file
+lint: install  ## Style, imports, types, the OpenAPI document, and no secrets in any file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/openapi-spec-validator openapi.yaml
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --base64-limit 5
+
+prose: install  ## Phrases and beginnings of sentences that the project's prose avoids
+	$(BIN)/python docs/style/check_prose.py
 
 audit: install  ## Known vulnerabilities of what is installed; needs PyPI's advisory database
 	$(BIN)/python -m pip install --quiet pip-audit

@@ -180,7 +180,8 @@ class AdapterUpdates:
     def _build(self, files: AdapterFiles) -> Adapter:
         try:
             config = parse_config(files.config)
-            return build_adapter(self._policy.model, config, load_safetensors(files.tensors))
+            tensors = dict(sorted(load_safetensors(files.tensors).items()))  # the library's order is random
+            return build_adapter(self._policy.model, config, tensors)
         except AdapterError as error:
             raise flaw(InvalidWeightsError, error.location, str(error)) from error
         except SafetensorError as error:  # stricter than our own check of the header; not known to happen

@@ -58,7 +58,7 @@ def before_the_swap(patch: pytest.MonkeyPatch, service: Service, act: Callable[[
         act()
         save(names)
 
-    patch.setattr(service.policy.backup, "keep", acting)
+    patch.setattr(service.policy.backup, "save", acting)
 
 
 @pytest.mark.parametrize("is_torn", [False, True])
