@@ -22,7 +22,7 @@ from shopr1_service.cluster.messages import ClusterView
 from shopr1_service.cluster.ray_router import AffinityRouter
 from shopr1_service.cluster.remote_policy import RemoteEngines
 from shopr1_service.cluster.update_coordinator import UpdateCoordinator
-from shopr1_service.http.request_context import REQUEST_ID_HEADER
+from shopr1_service.http.problems import REQUEST_ID_HEADER
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 

@@ -1,11 +1,11 @@
-"""From rollouts to what a trainer is told of each: what the dialects have in common on the way out."""
+"""Scores of rollouts in a trainer's terms: the common output side of the dialects."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from shopr1_client.errors import (
     DeadlineExceededError,
@@ -23,10 +23,10 @@ from shopr1_client.grouping import Grouping
 from shopr1_client.reward_logs import log_values, terms
 from shopr1_client.wire import Reward, ScoreRequest
 from shopr1_service.dialects.requests import Rollout
-from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.problem_responses import problem_responses
-from shopr1_service.http.scoring import answer
-from shopr1_service.http.state import State, state_of
+from shopr1_service.http.scoring import score_request
+from shopr1_service.http.state import State
 
 TAG = "trainers"
 BODY_PROBLEMS = problem_responses(
@@ -43,9 +43,7 @@ PROBLEMS = problem_responses(
     NotReadyError,
     DeadlineExceededError,
 )
-"""Of every route that scores."""
-
-AppState = Annotated[State, Depends(state_of)]
+"""Problems of a route that scores."""
 
 _PROMPT_PATH = re.compile(r"groups\[(\d+)\]\.prompt(.*)")
 
@@ -55,8 +53,8 @@ class Dialect:
     """A trainer's protocol.
 
     Attributes:
-        name: as it stands in metrics.
-        timeout_s: how long the trainer waits, less some seconds for the way; None: as long as it takes.
+        name: its name in metrics.
+        timeout_s: seconds that the trainer waits, less a few for the network; None: without limit.
     """
 
     name: str
@@ -64,13 +62,13 @@ class Dialect:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a trainer is told of a rollout.
+class TrainerResult:
+    """The score of a rollout, as a trainer gets it.
 
     Attributes:
         reward: the reward, or the operator's number where there is none.
-        terms: the weighted terms; 0 for the one that could not be measured.
-        logs: numbers under `LOG_KEYS`.
+        terms: the weighted terms; 0 for one that could not be computed.
+        logs: numbers for the trainer's logs, under `LOG_KEYS`.
         failure: why the rollout cannot be scored, or None.
     """
 
@@ -80,31 +78,31 @@ class Outcome:
     failure: str | None
 
 
-async def score(
+async def score_rollouts(
     rollouts: Sequence[Rollout],
     dialect: Dialect,
     unscorable: float | Literal["error"],
     request: Request,
     state: State,
-) -> list[Outcome]:
-    """What the trainer is told of each rollout, in their order.
+) -> list[TrainerResult]:
+    """The result of each rollout, in their order.
 
     Args:
-        unscorable: the number that stands for a reward where there is none, or "error".
+        unscorable: the number that replaces a missing reward, or "error".
 
     Raises:
-        UnscorableError: a rollout has no reward, and no number may stand for it.
-        ProblemError: as `answer` raises it, with the paths of the trainer's request.
+        UnscorableError: a rollout has no reward, and no number replaces it.
+        ProblemError: as `score_request` raises it, with the paths of the trainer's request.
     """
     rewards = await _rewards(rollouts, dialect, request, state)
     if unscorable == "error":
         _raise_if_unscorable(rewards, rollouts)
-        unscorable = 0.0  # stands for nothing: all are scored
+        unscorable = 0.0  # not used: every rollout has a reward
     for reward in rewards:
         if reward.reason is not None:
             state.metrics.record_fallback(dialect.name, reward.reason)
     return [
-        Outcome(
+        TrainerResult(
             reward=unscorable if reward.reward is None else reward.reward,
             terms=terms(reward),
             logs=log_values(reward),
@@ -121,20 +119,20 @@ async def _rewards(
     recipe = rollouts[0].label.recipe if rollouts else None
     body = ScoreRequest(recipe=recipe, groups=grouping.groups)
     try:
-        return grouping.in_order(await answer(body, request, state, dialect.timeout_s))
+        return grouping.in_order(await score_request(body, request, state, dialect.timeout_s))
     except InvalidRequestError as error:
-        refuse_if_any(_in_trainers_paths(error, grouping.indices, rollouts))
+        raise_if_any(_in_trainer_paths(error, grouping.indices, rollouts))
         raise
 
 
-def _in_trainers_paths(
+def _in_trainer_paths(
     error: InvalidRequestError, groups: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
 ) -> list[FieldError]:
-    """A trainer has a prompt per rollout and no groups. Prompts are all that the core can still refuse."""
+    """Errors at the trainer's own paths: it sends a prompt per rollout. Scoring can refuse only prompts."""
     return [
-        {"location": rollouts[i].prompt_path + match[2], "message": flaw["message"]}
-        for flaw in error.errors
-        if (match := _PROMPT_PATH.fullmatch(flaw["location"]))
+        {"location": rollouts[i].prompt_path + match[2], "message": each["message"]}
+        for each in error.errors
+        if (match := _PROMPT_PATH.fullmatch(each["location"]))
         for i in groups[int(match[1])]
     ]
 

@@ -8,9 +8,7 @@ import yaml
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from shopr1_client.errors import (
-    DeadlineExceededError,
-)
+from shopr1_client.errors import DeadlineExceededError
 from shopr1_client.wire import Problem
 from shopr1_service.http.middleware.auth import OPEN_PATHS
 from shopr1_service.http.middleware.run_id import RUN_HEADER

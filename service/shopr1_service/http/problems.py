@@ -1,4 +1,15 @@
-"""Every error as `application/problem+json` (RFC 9457): one handler, one table (`shopr1_client.errors`)."""
+"""Maps every error to an `application/problem+json` response (RFC 9457).
+
+The classes, with their statuses and codes, are in `shopr1_client.errors`. Who decides:
+
+    400, 422                 FastAPI and pydantic; `scoring/prepare.py` for what needs the recipe or tokenizer
+    401, 403                 `middleware/auth.py`
+    408, 413                 `middleware/body_limits.py`
+    409                      `policy/versions.py`, `updates/`
+    429                      `scheduling/scheduler.py`, where the request queue is full
+    503                      `state.py` while loading or ending, `scheduling/` when the engine has failed
+    504                      `deadline.py`
+"""
 
 import logging
 import math
@@ -6,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
+from asgi_correlation_id import correlation_id
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -24,14 +36,15 @@ from shopr1_client.errors import (
     TooLargeError,
 )
 from shopr1_client.wire_base import is_union_tag
-from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.field_errors import summary
 from shopr1_service.http.deadline import ClientDisconnectedError
-from shopr1_service.http.request_context import REQUEST_ID_HEADER, request_id_of
 
 logger = logging.getLogger(__name__)
 
+REQUEST_ID_HEADER = "X-Request-ID"
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for requests whose client has gone. It stands in metrics only: nobody reads the answer."""
+"""nginx's status for a client that has disconnected. It appears in metrics only: nobody reads the
+response."""
 
 _BY_STATUS: dict[int, type[ProblemError]] = {
     problem.status: problem
@@ -44,7 +57,7 @@ _BY_STATUS: dict[int, type[ProblemError]] = {
     )
 }
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-_DECODING: dict[type, str] = {
+_DECODING_ERRORS: dict[type, str] = {
     UnicodeDecodeError: "the body is not UTF-8",
     RecursionError: "the body is nested too deeply",
 }
@@ -55,48 +68,45 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(ClientDisconnectedError, _on_client_gone)
+    app.add_exception_handler(ClientDisconnectedError, _on_client_disconnected)
     app.add_exception_handler(Exception, _on_bug)
 
 
-def problem_response(
-    problem: ProblemError, request_id: str, headers: dict[str, str] | None = None
-) -> Response:
-    """The answer for a problem."""
-    # Answers to bugs do not pass the middleware that adds the id to all others.
-    headers = {**(headers or {}), REQUEST_ID_HEADER: request_id}
+def problem_response(problem: ProblemError, headers: dict[str, str] | None = None) -> Response:
+    """The response for a problem."""
+    headers = headers or {}
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
     return Response(
-        orjson.dumps(problem.to_problem(request_id)),
+        orjson.dumps(problem.to_problem(correlation_id.get())),
         status_code=problem.status,
         media_type=PROBLEM_MEDIA_TYPE,
         headers=headers,
     )
 
 
-async def _on_problem(request: Request, error: Exception) -> Response:
+async def _on_problem(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)  # starlette dispatches by class
-    return problem_response(error, request_id_of(request.scope))
+    return problem_response(error)
 
 
-async def _on_invalid(request: Request, error: Exception) -> Response:
+async def _on_invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return problem_response(_invalid(error.errors()), request_id_of(request.scope))
+    return problem_response(_invalid(error.errors()))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem_class = _BY_STATUS.get(error.status_code, InternalError)
     # FastAPI hides why a body could not be decoded behind a general sentence.
-    detail = _DECODING.get(type(error.__cause__), str(error.detail))
+    detail = _DECODING_ERRORS.get(type(error.__cause__), str(error.detail))
     headers = dict(error.headers or {})
     if problem_class is MethodNotAllowedError:
-        headers["Allow"] = ", ".join(_allowed(request))
-    return problem_response(problem_class(detail), request_id_of(request.scope), headers)
+        headers["Allow"] = ", ".join(_allowed_methods(request))
+    return problem_response(problem_class(detail), headers)
 
 
-def _allowed(request: Request) -> list[str]:
+def _allowed_methods(request: Request) -> list[str]:
     """The methods of a path. Starlette names those of one route only, and a path may have several."""
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     return [
@@ -106,27 +116,24 @@ def _allowed(request: Request) -> list[str]:
     ]
 
 
-async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+async def _on_client_disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    request_id = request_id_of(request.scope)
+    request_id = correlation_id.get() or ""
     logger.error("%s %s failed, request %s", request.method, request.url.path, request_id, exc_info=error)
     detail = "The service failed on this request. Its log has the details under the request id."
-    return problem_response(InternalError(detail), request_id)
+    # This response does not pass the middleware that adds the id to all others.
+    return problem_response(InternalError(detail), {REQUEST_ID_HEADER: request_id})
 
 
 def _invalid(details: Sequence[Any]) -> ProblemError:
     if details and details[0]["type"] == "json_invalid":
-        what = details[0]["ctx"]["error"].removesuffix(" at")  # as some of the decoder's messages end
-        return MalformedBodyError(f"{what} at character {details[0]['loc'][-1]}")
+        reason = details[0]["ctx"]["error"].removesuffix(" at")  # some of the decoder's messages end so
+        return MalformedBodyError(f"{reason} at character {details[0]['loc'][-1]}")
     errors: list[FieldError] = [{"location": _path(d["loc"]), "message": d["msg"]} for d in details]
-    try:
-        refuse_if_any(errors)
-    except InvalidRequestError as problem:
-        return problem
-    return InvalidRequestError("the request is not valid")
+    return InvalidRequestError(summary(errors) or "the request is not valid", errors=errors)
 
 
 def _path(location: Sequence[str | int]) -> str:

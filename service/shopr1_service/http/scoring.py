@@ -1,48 +1,49 @@
-"""From a request to its answer: what every route that scores has in common."""
+"""Scores a request: the common part of every route that scores."""
 
 import hashlib
 import json
 from functools import partial
 
+from asgi_correlation_id import correlation_id
 from fastapi import Request
 
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.core import Origin
-from shopr1_service.http.deadline import within
-from shopr1_service.http.middleware.run_id import run_of
-from shopr1_service.http.request_context import record_sizes, request_id_of
+from shopr1_service.http.deadline import run_until_deadline
+from shopr1_service.http.middleware.request_recorder import SIZES
 from shopr1_service.http.state import State
+from shopr1_service.monitoring.logs import current_run
 
 
-async def answer(
+async def score_request(
     body: ScoreRequest, request: Request, state: State, timeout_s: float | None = None
 ) -> ScoreResponse:
-    """Score a request, as long as its client is there and its time is not up.
+    """Score a request until its deadline, or until its client disconnects.
 
     Args:
-        timeout_s: how long the client will wait; at most, and by default, `request_timeout_s`.
+        timeout_s: seconds that the client waits; at most, and by default, `request_timeout_s`.
 
     Raises:
         ProblemError: of any class.
-        ClientDisconnectedError: nobody waits for the answer any more.
+        ClientDisconnectedError: the client has closed the connection.
     """
     num_rollouts = sum(len(group.completions) for group in body.groups)
-    record_sizes(request.scope, num_groups=len(body.groups), num_rollouts=num_rollouts)
+    request.scope[SIZES] = {"num_groups": len(body.groups), "num_rollouts": num_rollouts}
     longest_s = state.settings.request_timeout_s
-    origin = Origin(request_id_of(request.scope), run_of(request.scope))
+    origin = Origin(correlation_id.get() or "", current_run.get())
     start = partial(state.scorer.score, body, origin)
-    # What is included is large, and asked for by people, who do not repeat themselves.
+    # Requests with `include` have large responses and come from people, who do not send duplicates.
     if body.include:
         work = start()
     else:
         key = _key(body, state.scorer.policy.settled_number, origin.run)
         work = state.repeats.answer(key, start)
-    given = await within(work, request, min(timeout_s or longest_s, longest_s), state.cutoff)
-    return given.model_copy(update={"request_id": origin.request_id})
+    response = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.cutoff)
+    return response.model_copy(update={"request_id": origin.request_id})
 
 
 def _key(body: ScoreRequest, settled_number: int, run: str) -> bytes:
-    """Equal for requests that must get the same answer and count once, by whatever route they come."""
+    """Digest that is equal for duplicate requests, by whichever route they arrive."""
     # Escapes half surrogate pairs, which pydantic's own JSON refuses.
     text = json.dumps([settled_number, run, body.model_dump()])
     return hashlib.blake2b(text.encode()).digest()

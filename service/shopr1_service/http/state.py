@@ -14,7 +14,7 @@ from shopr1_client.errors import (
 )
 from shopr1_client.wire_policy import PolicyState
 from shopr1_service.concurrency import in_daemon_thread
-from shopr1_service.http.deadline import RETRY_AFTER_S, ShutdownSignal
+from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_log import open_rollout_log
 from shopr1_service.policy.base import PolicyView, ScrapedPolicy
@@ -42,7 +42,7 @@ class State:
 
     def __init__(self, settings: Settings, startup: LoadProgress | None = None) -> None:
         self.settings = settings
-        self.cutoff = ShutdownSignal()
+        self.cutoff = asyncio.Event()
         self.recipes = RecipeBook(settings.recipe)
         self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
         self.repeats = RequestDeduplicator(self.metrics)
@@ -155,7 +155,7 @@ class State:
         stack = self._scorer.stack() if self._scorer else ""
         logger.critical("no sign of the engine for %.0f s; it is here:\n%s", self.heartbeat_age_s, stack)
         self.drain()
-        self.cutoff.come()
+        self.cutoff.set()
         on_fatal(EngineHangsError(f"no sign for {self.settings.engine_timeout_s:g} s"))
 
     def drain(self) -> None:

@@ -10,12 +10,13 @@ import logging
 import math
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TextIO
 
+from asgi_correlation_id import correlation_id
 from fastapi.exceptions import ValidationException
 from pydantic import ValidationError
 
@@ -24,13 +25,8 @@ from shopr1_rewards.errors import RewardsError
 from shopr1_service.core import CodecError
 from shopr1_service.settings import LogFormat, Settings
 
-current_request_id: ContextVar[str] = ContextVar("shopr1_request_id", default="")
 current_run: ContextVar[str] = ContextVar("shopr1_run", default="")
-"""Of the request that is worked on. The engine's thread works for many at once, and has none."""
-
-_access = logging.getLogger("shopr1_service.access")
-_QUIET_ROUTES = ("/health/", "/metrics")
-"""Asked every few seconds, by machines."""
+"""Run of the current request. The engine's thread works for many requests at once, and has none."""
 
 _QUOTING = (ProblemError, RewardsError, CodecError, ValidationError, ValidationException, KeyError)
 """Exceptions whose messages quote what a client sent."""
@@ -58,19 +54,6 @@ def logging_to_stderr(settings: Settings) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         logging.captureWarnings(False)
-
-
-def log_access(method: str, route: str, status: int, duration_s: float, sizes: Mapping[str, int]) -> None:
-    """A line for a request that was answered.
-
-    Args:
-        route: the route's template; what strangers put into paths is their own.
-        sizes: how much was to be scored, where that is known.
-    """
-    level = logging.DEBUG if route.startswith(_QUIET_ROUTES) else logging.INFO
-    if _access.isEnabledFor(level):
-        fields = {"method": method, "route": route, "status": status, "duration_s": round(duration_s, 6)}
-        _access.log(level, "%s %s %d", method, route, status, extra={**fields, **sizes})
 
 
 class JsonFormatter(logging.Formatter):
@@ -128,7 +111,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _request() -> dict[str, str]:
-    fields = {"request_id": current_request_id.get(), "run": current_run.get()}
+    fields = {"request_id": correlation_id.get(), "run": current_run.get()}
     return {name: value for name, value in fields.items() if value}
 
 

@@ -17,7 +17,7 @@ from shopr1_service.core import (
     PreparedRollout,
     Tokens,
 )
-from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.field_errors import raise_if_any
 from shopr1_service.policy.tokenizer import Codec
 
 
@@ -115,7 +115,7 @@ def prepare(
     preparation = _Preparation(codec, recipe, wants_ids, limits.max_request_tokens)
     for i, group in enumerate(request.groups):
         preparation.add(group, f"groups[{i}]")
-    refuse_if_any(preparation.errors)
+    raise_if_any(preparation.errors)
     return preparation.groups
 
 

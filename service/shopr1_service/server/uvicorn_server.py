@@ -1,4 +1,4 @@
-"""Running the application under uvicorn."""
+"""Runs the application under uvicorn: TLS, open files, an orderly end."""
 
 import asyncio
 import ipaddress
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 _SOCKET_BACKLOG = 4096
 """Trainers open a connection for each rollout of a batch, all at once."""
 _ANSWER_S = 2.0
-"""How long before the end of the grace time those who still wait are told so."""
+"""Seconds before the end of the grace time at which open requests are answered with 503."""
 
 
 class _Server(uvicorn.Server):
-    """Ends in order: begins nothing more, finishes what is under way, and tells the rest in time."""
+    """Server that ends in order: accepts no more, finishes what is running, and answers the rest in time."""
 
     def __init__(self, config: uvicorn.Config, state: State, grace_s: float) -> None:
         super().__init__(config)
@@ -39,8 +39,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._state.drain()
-        patience_s = self._grace_s - min(_ANSWER_S, self._grace_s / 4)
-        asyncio.get_running_loop().call_later(patience_s, self._state.cutoff.come)
+        finish_s = self._grace_s - min(_ANSWER_S, self._grace_s / 4)
+        asyncio.get_running_loop().call_later(finish_s, self._state.cutoff.set)
         await super().shutdown(sockets)
 
 
@@ -51,15 +51,15 @@ def serve(settings: Settings) -> int:
         The exit code: 0, or 1 if the policy cannot be loaded or its engine fails or hangs for good.
 
     Raises:
-        SettingsError: everybody could get in, or certificate and key are no pair.
+        SettingsError: the service would be open to strangers, or certificate and key do not match.
     """
-    refuse_open_door(settings)
+    check_exposure(settings)
     with logging_to_stderr(settings):
         return _serve(settings)
 
 
 def _serve(settings: Settings) -> int:
-    logger.info("these are the settings", extra={"settings": settings.model_dump(mode="json")})
+    logger.info("settings", extra={"settings": settings.model_dump(mode="json")})
     _allow_many_connections()
     failures: list[BaseException] = []
 
@@ -77,8 +77,8 @@ def _serve(settings: Settings) -> int:
             host=settings.host,
             port=settings.port,
             log_level=settings.log_level,
-            log_config=None,  # its lines go the way of all others
-            access_log=False,  # its lines have URLs, and in URLs are keys; `request_id.py` writes our own
+            log_config=None,  # its lines take the same way as all others
+            access_log=False,  # its lines hold URLs, and with them keys; `request_recorder.py` writes ours
             backlog=_SOCKET_BACKLOG,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
             **_tls(settings),
@@ -86,19 +86,19 @@ def _serve(settings: Settings) -> int:
         app.state.shopr1,
         settings.shutdown_grace_s,
     )
-    # uvicorn raises the signal that stopped it once more when it is done; a clean end is exit code 0.
+    # uvicorn raises the signal that stopped it again when it is done; a clean end is exit code 0.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
     server.run()
     return 1 if failures else 0
 
 
-def refuse_open_door(settings: Settings) -> None:
-    """Raise a `SettingsError` if strangers could reach the service and nothing asked who they are."""
+def check_exposure(settings: Settings) -> None:
+    """Raise a `SettingsError` if strangers could reach the service without a key."""
     has_keys = settings.api_keys or settings.api_key_file
     if not (has_keys or settings.allow_unauthenticated or _is_loopback(settings.host)):
         raise SettingsError(
             f"host {settings.host!r} can be reached by others, and there are no API keys; set api_keys or "
-            "api_key_file, or allow_unauthenticated = true where the network keeps everybody else out"
+            "api_key_file, or allow_unauthenticated = true where the network keeps strangers out"
         )
 
 
@@ -124,7 +124,7 @@ def _tls(settings: Settings) -> Mapping[str, Any]:
 
 
 def _allow_many_connections() -> None:
-    """As many open files as the system lets this process have: shells often give it 1,024 to begin with."""
+    """Raise the limit of open files to the most that the system allows; shells often start with 1,024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    logger.info("open files, and with them connections: at most %d", hard)
+    logger.info("at most %d open files, and with them connections", hard)

@@ -13,7 +13,7 @@ from shopr1_client.errors import InvalidWeightsError, NotFoundError, TooLargeErr
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE, AdapterRequest, AdapterUpdate
 from shopr1_service.concurrency import read_foreign
 from shopr1_service.core import Version
-from shopr1_service.field_errors import flaw
+from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.lora import Adapter, AdapterError, build_adapter, parse_config
@@ -73,7 +73,7 @@ class AdapterUpdates:
         try:
             return await read_foreign(lambda: self._read(path), self._read_timeout_s)
         except CheckpointError as error:
-            raise flaw(InvalidWeightsError, error.location, str(error)) from error
+            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
         except OSError as error:
             raise InvalidWeightsError(f"the adapter cannot be read: {error.strerror or error}") from error
 
@@ -183,6 +183,6 @@ class AdapterUpdates:
             tensors = dict(sorted(load_safetensors(files.tensors).items()))  # the library's order is random
             return build_adapter(self._policy.model, config, tensors)
         except AdapterError as error:
-            raise flaw(InvalidWeightsError, error.location, str(error)) from error
+            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
         except SafetensorError as error:  # stricter than our own check of the header; not known to happen
             raise InvalidWeightsError(str(error)) from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConflictError
 from shopr1_client.wire_policy import PolicyUpdate, Stage, TransferRequest, UpdateProgress, UpdateRequest
 from shopr1_service.concurrency import read_foreign
-from shopr1_service.field_errors import flaw
+from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
@@ -214,7 +214,7 @@ class WeightUpdates:
             staged.check()
             checkpoint.check_unchanged()
         except CheckpointError as error:
-            raise flaw(InvalidWeightsError, error.location, str(error)) from error
+            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
 
     def _receive(self, request: TransferRequest, staged: StagedWeights) -> None:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from shopr1_client.errors import FieldError, InvalidWeightsError
-from shopr1_service.field_errors import flaw
+from shopr1_service.field_errors import field_problem
 from shopr1_service.weights.checkpoint import CheckpointDirectory
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def _read(reader: Any, directory: str, name: str) -> Any:  # noqa: ANN401  # tra
         return reader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # damaged files raise anything; the text may quote them
         logger.warning("%s of a checkpoint cannot be read: %s", name, error)
-        raise flaw(InvalidWeightsError, name, f"{name} cannot be read: {type(error).__name__}") from error
+        raise field_problem(
+            InvalidWeightsError, name, f"{name} cannot be read: {type(error).__name__}"
+        ) from error
 
 
 def _config_flaws(given: PretrainedConfig, own: PretrainedConfig) -> list[FieldError]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, Callable
 from typing import TypeVar
 
 from shopr1_client.errors import InvalidWeightsError
-from shopr1_service.field_errors import flaw
+from shopr1_service.field_errors import field_problem
 from shopr1_service.weights.safetensors_header import (
     LENGTH_BYTES,
     Header,
@@ -106,4 +106,4 @@ def _checked(read: Callable[[bytes], _Result], data: bytes) -> _Result:
     try:
         return read(data)
     except HeaderError as error:
-        raise flaw(InvalidWeightsError, error.tensor, str(error)) from error
+        raise field_problem(InvalidWeightsError, error.tensor, str(error)) from error

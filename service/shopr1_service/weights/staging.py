@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from shopr1_client.errors import FieldError, InvalidWeightsError
-from shopr1_service.field_errors import refuse_if_any
+from shopr1_service.field_errors import raise_if_any
 from shopr1_service.weights.checkpoint import Shard
 from shopr1_service.weights.files import AnonymousTempFile
 from shopr1_service.weights.safetensors_header import TensorEntry
@@ -98,7 +98,7 @@ class StagedWeights:
             owners = {self._weights.aliases.get(name, name) for name in names}
             missing = [name for name in self._weights.tensors if name not in owners]
             errors += [{"location": name, "message": "it is missing"} for name in missing]
-        refuse_if_any(errors, InvalidWeightsError)
+        raise_if_any(errors, InvalidWeightsError)
         if not entries:
             raise InvalidWeightsError("there are no tensors")
         self.num_expected_bytes = sum(entry.num_bytes for entry in entries)
@@ -133,7 +133,7 @@ class StagedWeights:
         own = given.to(tensor.dtype)
         if not _is_finite(own):
             message = f"values too large for {own.dtype}" if _is_finite(given) else "NaN or infinite values"
-            refuse_if_any([{"location": name, "message": message}], InvalidWeightsError)
+            raise_if_any([{"location": name, "message": message}], InvalidWeightsError)
         if location.file is not self._file:
             with self._counting:
                 self.num_bytes += given.nbytes
@@ -146,7 +146,7 @@ class StagedWeights:
             kept = self.locations.setdefault(owner, given)
             if kept is not given and not self._is_equal(kept, given, owner):
                 message = f"it differs from {owner}, and the policy has one tensor for both"
-                refuse_if_any([{"location": alias, "message": message}], InvalidWeightsError)
+                raise_if_any([{"location": alias, "message": message}], InvalidWeightsError)
 
     def _is_equal(self, one: TensorLocation, other: TensorLocation, name: str) -> bool:
         tensor, buffers = self._weights.tensors[name], (Buffers(), Buffers())

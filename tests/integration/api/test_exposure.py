@@ -29,12 +29,12 @@ def test_an_open_door_to_the_network_is_refused(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
-    server.refuse_open_door(Settings(host=host))
+    server.check_exposure(Settings(host=host))
 
 
 @pytest.mark.parametrize("more", [{"api_keys": (KEY,)}, {"allow_unauthenticated": True}])
 def test_with_a_key_or_on_demand_any_address_may_listen(more: dict[str, Any]) -> None:
-    server.refuse_open_door(Settings(host="0.0.0.0", **more))
+    server.check_exposure(Settings(host="0.0.0.0", **more))
 
 
 # --- TLS --------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_hanging_engine_ends_the_server(
         assert server.serve(service.settings) == 1
         answered = asked.result()
         policy.gate.set()
-    assert problem(answered, 503, "not_ready")["detail"] == "the service ends, this was not scored"
+    assert problem(answered, 503, "not_ready")["detail"] == "the service is shutting down; not scored"
     # The log says where it hangs.
     assert "no sign of the engine" in caplog.text
     assert "assert self.gate.wait(WAIT_S)" in caplog.text
@@ -210,7 +210,7 @@ def test_what_was_begun_or_waits_is_finished_after_sigterm(
 
 def test_what_is_not_done_in_the_grace_time_is_told_so(monkeypatch: pytest.MonkeyPatch, policy: Held) -> None:
     for each in stopped(Service(monkeypatch, policy, shutdown_grace_s=2), policy):
-        assert problem(each, 503, "not_ready")["detail"] == "the service ends, this was not scored"
+        assert problem(each, 503, "not_ready")["detail"] == "the service is shutting down; not scored"
         assert int(each.headers["Retry-After"]) >= 1
 
 

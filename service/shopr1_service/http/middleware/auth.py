@@ -1,13 +1,13 @@
-"""Asks every request for its API key.
+"""API keys of requests.
 
-A key comes as a bearer token or, from trainers that cannot send headers, in the URL:
+A key is sent as a bearer token or, by trainers that cannot send headers, in the URL:
 
     Authorization: Bearer <key>
     http://host:8000/key/<key>/dialects/slime/reward         before any route
     http://host:8000/dialects/slime/reward?api_key=<key>
 
-URLs end up in other people's logs: a header is better where it can be sent. In this service's own logs no key
-stands: it is taken out of the URL before anything else sees it.
+URLs end up in other people's logs: a header is better where it can be sent. This service's own logs and spans
+hold no key: it is taken out of the URL before anything else reads it.
 """
 
 from collections.abc import MutableMapping
@@ -20,10 +20,8 @@ from starlette.types import Scope as AsgiScope
 
 from shopr1_client.errors import ForbiddenError, ProblemError, UnauthenticatedError
 from shopr1_service.http.api_keys import ApiKeys, Scope
-from shopr1_service.http.middleware.run_id import IN_PATH as RUN_IN_PATH
-from shopr1_service.http.middleware.url_prefix import prefix_pattern, take_prefix
+from shopr1_service.http.middleware.run_id import RUN_IN_PATH, prefix_pattern, take_prefix
 from shopr1_service.http.problems import problem_response
-from shopr1_service.http.request_context import request_id_of
 
 OPEN_PATHS = "/health/"
 """Supervisors and load balancers have no keys."""
@@ -35,14 +33,14 @@ ADMIN_PATHS = frozenset(
         *("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
     }
 )
-"""What changes the policy."""
+"""Routes that change the policy."""
 QUERY_NAME = "api_key"
 
 _IN_PATH = prefix_pattern("key")
 
 
 class Authentication:
-    """ASGI middleware: answers 401 to who has no key, and 403 to whose key is for something else."""
+    """ASGI middleware: 401 without a valid key, 403 with one whose scopes do not cover the route."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -52,26 +50,26 @@ class Authentication:
         app = self._app
         if scope["type"] == "http":
             given = _take_key(scope)
-            problem = self._obstacle(scope["path"], given)
+            problem = self._problem(scope["path"], given)
             if problem is not None:
-                app = problem_response(problem, request_id_of(scope), {"WWW-Authenticate": "Bearer"})
+                app = problem_response(problem, {"WWW-Authenticate": "Bearer"})
         await app(scope, receive, send)
 
-    def _obstacle(self, path: str, given: bytes | None) -> ProblemError | None:
+    def _problem(self, path: str, given: bytes | None) -> ProblemError | None:
         if path.startswith(OPEN_PATHS):
             return None
         scopes, needed = self._keys.scopes(given), _needed(path)
         if not scopes:
-            what = "no API key" if given is None else "not a valid API key"
-            return UnauthenticatedError(f"{what}; send `Authorization: Bearer <key>`")
+            reason = "no API key" if given is None else "not a valid API key"
+            return UnauthenticatedError(f"{reason}; send `Authorization: Bearer <key>`")
         if needed not in scopes:
             return ForbiddenError(f"this key is for {', '.join(sorted(scopes))}, not for {needed}")
         return None
 
 
 def _needed(path: str) -> Scope:
-    # Routes match paths as they are, but for the run's id, which is taken out later: no other spelling of a
-    # path gets past this to another one's route.
+    # Routes match paths literally, but for the run's id, which is taken out later: no other spelling of a
+    # path reaches another route than the one that is checked here.
     route = {"path": path}
     take_prefix(route, RUN_IN_PATH)
     path = route["path"]
@@ -81,7 +79,7 @@ def _needed(path: str) -> Scope:
 
 
 def _take_key(scope: MutableMapping[str, Any]) -> bytes | None:
-    """The key of a request, which is taken out of its URL: from the header, else the path, else the query."""
+    """The key of a request: from the header, else the path, else the query; the URL loses it."""
     in_query = _take_from_query(scope)
     in_path = take_prefix(scope, _IN_PATH)
     scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")

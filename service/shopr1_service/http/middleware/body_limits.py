@@ -1,7 +1,8 @@
-"""How a request's body comes in: bounded in bytes and in time, and nothing is read of one that is refused.
+"""Limits on a request's body, in bytes and in time. Nothing is read of a body that is refused.
 
-Weights are larger than any bound, and take as long as they take: of them every piece must come in time. Only
-who has an admin's key gets so far; how much of them is taken is decided when their header has come.
+Uploads of weights are larger and take longer than any fixed limit: each chunk of them must arrive in time.
+They need a key with the admin scope; how many bytes are accepted is decided when their safetensors header is
+there.
 """
 
 import asyncio
@@ -14,16 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shopr1_client.errors import RequestTimeoutError, TooLargeError
 from shopr1_service.http.problems import problem_response
-from shopr1_service.http.request_context import request_id_of
 
-MORE_TIME = "shopr1.more_time"
-"""In a request's scope: to be called by whoever lets a body take longer, each time that a piece has come."""
+EXTEND_TIMEOUT = "shopr1.extend_timeout"
+"""In a request's scope: called for each chunk of a body that may take longer than the connection's
+timeout."""
 
 _STREAMED = re.compile("/policy/(weights|adapters/[^/]+)")
 
 
 def is_streamed(scope: Scope) -> bool:
-    """Whether a request's body is weights."""
+    """Whether a request uploads weights."""
     return scope["method"] == "PUT" and _STREAMED.fullmatch(scope["path"]) is not None
 
 
@@ -31,8 +32,8 @@ class BodyLimits:
     """ASGI middleware.
 
     Args:
-        max_body_bytes: what announces more gets 413. The routes count what is streamed without a length.
-        timeout_s: after which a body that has not come whole gets 408.
+        max_body_bytes: a longer `Content-Length` gets 413. The routes count bodies that announce no length.
+        timeout_s: after which a body that is not complete gets 408.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
@@ -45,12 +46,11 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         if is_streamed(scope):
-            await self._app(
-                scope, _InTime(receive, self._timeout_s, scope.get(MORE_TIME, _no_connection)), send
-            )
+            extend = scope.get(EXTEND_TIMEOUT, _no_connection)
+            await self._app(scope, _TimedReceive(receive, self._timeout_s, extend), send)
             return
         app = self._refusal(scope) or self._app
-        await app(scope, _InTime(receive, self._timeout_s), send)
+        await app(scope, _TimedReceive(receive, self._timeout_s), send)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         length = Headers(scope=scope).get("content-length", "")
@@ -58,42 +58,40 @@ class BodyLimits:
         if length.isdecimal() and (len(length) > 20 or int(length) > self._max_body_bytes):
             length = length[:20]
             detail = f"the body has {length} bytes, max_body_bytes = {self._max_body_bytes}"
-            return problem_response(TooLargeError(detail), request_id_of(scope))
+            return problem_response(TooLargeError(detail))
         return None
 
 
 def _no_connection() -> None:
-    """Where the application is called without a socket."""
+    """The application is called without a socket."""
 
 
-class _InTime:
-    """ASGI's `receive`, as long as there is time for the body.
+class _TimedReceive:
+    """ASGI's `receive` with a timeout for the body.
 
     Args:
-        more_time: of the connection; given, every piece has `timeout_s`, else all of the body together.
+        extend: extends the connection's own timeout. With it each chunk has `timeout_s`, else the whole body.
     """
 
-    def __init__(
-        self, receive: Receive, timeout_s: float, more_time: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, receive: Receive, timeout_s: float, extend: Callable[[], None] | None = None) -> None:
         self._receive = receive
-        self._more_time = more_time
+        self._extend = extend
         self._timeout_s = timeout_s
         self._due_s = asyncio.get_running_loop().time() + timeout_s
-        self._is_whole = False
+        self._is_complete = False
 
     async def __call__(self) -> Message:
-        if self._is_whole:  # what comes now is that the client goes
+        if self._is_complete:  # the next message says that the client has disconnected
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._due_s):
                 message = await self._receive()
         except TimeoutError:
-            detail = f"the body did not come within receive_timeout_s = {self._timeout_s:g}"
-            # As an HTTPException: FastAPI takes every other for a body that cannot be parsed.
+            detail = f"the body did not arrive within receive_timeout_s = {self._timeout_s:g}"
+            # An HTTPException: FastAPI turns any other into "the body cannot be parsed".
             raise HTTPException(RequestTimeoutError.status, detail) from None
-        if self._more_time is not None:
-            self._more_time()
+        if self._extend is not None:
+            self._extend()
             self._due_s = asyncio.get_running_loop().time() + self._timeout_s
-        self._is_whole = not message.get("more_body", False)
+        self._is_complete = not message.get("more_body", False)
         return message

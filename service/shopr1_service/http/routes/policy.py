@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Path, Query, Request, Response
+from fastapi import APIRouter, Body, Path, Query, Request
 from starlette.requests import ClientDisconnect
 
 from shopr1_client.errors import (
@@ -25,7 +25,6 @@ from shopr1_client.wire_policy import (
 from shopr1_service.http import examples
 from shopr1_service.http.deadline import ClientDisconnectedError
 from shopr1_service.http.problem_responses import CHANGE_PROBLEMS, problem_responses
-from shopr1_service.http.responses import json_answer
 from shopr1_service.http.state import AppState
 
 TAG = "policy"
@@ -47,36 +46,33 @@ _SAFETENSORS = {
 
 @router.get(
     "/policy",
-    response_model=PolicyState,
     operation_id="policy",
     summary="What is loaded, and whether an update is under way",
     responses=problem_responses(InternalError, NotReadyError),
 )
-async def policy(state: AppState) -> Response:
+async def policy(state: AppState) -> PolicyState:
     """Versions of the policy's weights and of adapters on them."""
-    return json_answer(state.policy_state)
+    return state.policy_state
 
 
 @router.post(
     "/policy/update",
-    response_model=PolicyUpdate,
     operation_id="updatePolicy",
     summary="Take the weights of a checkpoint",
     responses=CHANGE_PROBLEMS,
 )
 async def update(
     body: Annotated[UpdateRequest, Body(openapi_examples=examples.UPDATE_REQUESTS)], state: AppState
-) -> Response:
+) -> PolicyUpdate:
     """Weights from a directory below one of the service's `policy_roots`.
 
     All is checked before anything changes. The answer comes when the new weights score.
     """
-    return json_answer(await state.updates.from_checkpoint(body))
+    return await state.updates.from_checkpoint(body)
 
 
 @stream_router.put(
     "/policy/weights",
-    response_model=PolicyUpdate,
     operation_id="uploadWeights",
     summary="Send new weights",
     responses=CHANGE_PROBLEMS,
@@ -87,49 +83,45 @@ async def upload(
     state: AppState,
     version: Version,
     partial: Annotated[bool, Query(description="Some tensors only; the others stay as they are.")] = False,
-) -> Response:
+) -> PolicyUpdate:
     """Weights as one safetensors file, under the names of `model.state_dict()`.
 
     They are checked as they come, in bounded memory. If the connection breaks, nothing has changed.
     """
-    update = await state.updates.from_upload(received(request), version, is_partial=partial)
-    return json_answer(update)
+    return await state.updates.from_upload(received(request), version, is_partial=partial)
 
 
 @router.post(
     "/policy/transfer",
-    response_model=PolicyUpdate,
     operation_id="transferWeights",
     summary="Receive weights that a trainer broadcasts",
     responses=CHANGE_PROBLEMS,
 )
 async def transfer(
     body: Annotated[TransferRequest, Body(openapi_examples=examples.TRANSFER_REQUESTS)], state: AppState
-) -> Response:
+) -> PolicyUpdate:
     """Joins the trainer's torch.distributed group of two, and takes the tensors that it broadcasts."""
-    return json_answer(await state.updates.from_trainer(body))
+    return await state.updates.from_trainer(body)
 
 
 @router.post(
     "/policy/adapters",
-    response_model=AdapterUpdate,
     operation_id="loadAdapter",
     summary="Load a LoRA adapter from a directory",
     responses=CHANGE_PROBLEMS,
 )
 async def load_adapter(
     body: Annotated[AdapterRequest, Body(openapi_examples=examples.ADAPTER_REQUESTS)], state: AppState
-) -> Response:
+) -> AdapterUpdate:
     """An adapter as PEFT saves it, below one of the service's `policy_roots`.
 
     Under a known name it is a further version of it, and the last `adapter_versions` stay loaded.
     """
-    return json_answer(await state.adapters.from_directory(body))
+    return await state.adapters.from_directory(body)
 
 
 @stream_router.put(
     "/policy/adapters/{name}",
-    response_model=AdapterUpdate,
     operation_id="uploadAdapter",
     summary="Send a LoRA adapter",
     responses=CHANGE_PROBLEMS,
@@ -143,15 +135,14 @@ async def upload_adapter(
     default: Annotated[
         bool, Query(description="From now on it scores the requests that name no adapter.")
     ] = False,
-) -> Response:
+) -> AdapterUpdate:
     """PEFT's `adapter_model.safetensors`, with the text of its config as `adapter_config` in the metadata."""
     wanted = AdapterRequest(name=name, path="-", version=version, default=default)
-    return json_answer(await state.adapters.from_upload(received(request), wanted))
+    return await state.adapters.from_upload(received(request), wanted)
 
 
 @router.delete(
     "/policy/adapters/{name}",
-    response_model=PolicyState,
     operation_id="unloadAdapter",
     summary="Unload a LoRA adapter",
     responses=problem_responses(NotFoundError, InvalidRequestError, InternalError, NotReadyError),
@@ -160,10 +151,10 @@ async def unload_adapter(
     name: Name,
     state: AppState,
     version: Annotated[VersionName | None, Query(description="Default: all versions.")] = None,
-) -> Response:
+) -> PolicyState:
     """Requests that name it get 422 from then on; those without a name are scored without it."""
     await state.adapters.unload(name, version)
-    return json_answer(state.policy_state)
+    return state.policy_state
 
 
 async def received(request: Request) -> AsyncIterator[bytes]:

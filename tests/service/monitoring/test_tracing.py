@@ -21,13 +21,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.datastructures import Headers
 
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service import __version__
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.errors import SettingsError
-from shopr1_service.http.middleware import tracing
+from shopr1_service.monitoring import tracing
 from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.server.app import create_app, open_tracer
 from shopr1_service.settings import Settings
@@ -349,7 +348,7 @@ def test_a_variable_that_makes_no_sense_is_told_at_start(monkeypatch: pytest.Mon
 
 
 def test_without_the_extra_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "shopr1_service.http.middleware.tracing")
+    monkeypatch.delitem(sys.modules, "shopr1_service.monitoring.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SettingsError, match=r"sdk.trace is missing\): pip install 'shopr1\[otel\]'"):
         create_app(Settings(tracing=True), FakePolicy)
@@ -360,7 +359,7 @@ def test_without_tracing_nothing_of_it_is_imported() -> None:
         "import sys; from shopr1_service.server.app import create_app; "
         "from shopr1_service.policy.fake import FakePolicy; "
         "from shopr1_service.settings import Settings; create_app(Settings(), FakePolicy); "
-        "names = ('shopr1_service.http.middleware.tracing', 'opentelemetry.sdk', 'opentelemetry.exporter'); "
+        "names = ('shopr1_service.monitoring.tracing', 'opentelemetry.sdk', 'opentelemetry.exporter'); "
         "sys.exit(any(name in sys.modules for name in names))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -425,7 +424,7 @@ def test_an_outage_that_is_over_is_told_and_the_next_again(
     collector.statuses = [400, 400, 200, 200, 400]
     tracer = open_tracer()
     for i in range(5):
-        tracer.begin("GET", Headers()).end("GET", "", 200, {})
+        tracer.start_request("GET", {}).end("GET", "", 200, {})
         collector.wait_for(i + 1)  # each is sent by itself
     tracer.close()
     assert told(caplog) == ["ERROR opentelemetry", "INFO shopr1_service", "ERROR opentelemetry"]
