@@ -1,4 +1,4 @@
-"""Engines behind a Ray Serve handle, as a policy that measures elsewhere.
+"""Engines behind a Ray Serve handle.
 
 Ray chooses the replica of each group. When a replica dies, what it was measuring is sent to another one:
 measuring changes nothing, so that nothing is lost and nothing is counted twice.
@@ -6,7 +6,7 @@ measuring changes nothing, so that nothing is lost and nothing is counted twice.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from contextvars import Context
 from typing import Any
 
@@ -16,17 +16,24 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from shopr1_client.errors import NotReadyError, OverloadedError, ProblemError
 from shopr1_client.wire import PolicyInfo
+from shopr1_client.wire_policy import (
+    AdapterRequest,
+    AdapterUpdate,
+    PolicyUpdate,
+    TransferRequest,
+    UpdateProgress,
+    UpdateRequest,
+)
 from shopr1_service.cluster.engine_metrics import Scrape, labelled
 from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_updates import FleetAdapters, FleetWeights
 from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
-from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
-from shopr1_service.scoring.version_waiter import VersionWaiter
-from shopr1_service.updates.factory import Changes
+from shopr1_service.scheduling.engine_client import EngineClient
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 
 logger = logging.getLogger(__name__)
 
@@ -39,29 +46,34 @@ _PATIENCE_S = 1.0
 """Before the journal is asked again when it did not answer."""
 
 
-class _NoHeartbeat(Heartbeat):
-    """There is no engine in this process; Ray watches those elsewhere."""
-
-    @property
-    def age_s(self) -> float:
-        return 0.0
-
-
-class RemoteEngines:
-    """See the module: a `PolicyView`, a `EngineClient` and a `ChangingPolicy`.
+class RemoteEngines(EngineClient):
+    """The engines of a Ray application, whose heartbeats Ray checks.
 
     Args:
         engines: Ray's handle of them.
         journal: and of the journal.
     """
 
-    def __init__(self, engines: Any, journal: Any, description: Description, view: ClusterView) -> None:  # noqa: ANN401
-        self.heartbeat: Heartbeat = _NoHeartbeat()
+    def __init__(
+        self,
+        engines: Any,  # noqa: ANN401
+        journal: Any,  # noqa: ANN401
+        description: Description,
+        view: ClusterView,
+        metrics: Metrics,
+    ) -> None:
         self.view = view
+        self.new_versions = VersionWaiter(lambda: self.versions)
         self._engines = engines
         self._journal = journal
         self._description = description
+        self._metrics = metrics
+        self._weights = FleetWeights(
+            journal, lambda: self.view, self._see, metrics, description.max_weight_bytes
+        )
+        self._adapters = FleetAdapters(journal, engines, self._see, description.max_adapter_bytes)
         self._watching: asyncio.Task[None] | None = None
+        metrics.policy.record_loaded(self.info)
 
     @property
     def info(self) -> PolicyInfo:
@@ -80,22 +92,11 @@ class RemoteEngines:
     def codec(self) -> Codec:
         return self._description.codec
 
-    def open_changes(self, metrics: Metrics, new_versions: VersionWaiter) -> Changes:
-        def see(view: ClusterView) -> None:
-            if view.revision < self.view.revision:  # an answer that was overtaken by a later one
-                return
-            is_new = view.table.num_changes != self.view.table.num_changes
-            self.view = view
-            if is_new:
-                metrics.policy.record_loaded(self.info, len(self.versions.loaded()))
-            new_versions.tell()
+    def watch(self) -> None:
+        """Begin to follow the journal."""
+        self._watching = asyncio.create_task(self._watch())
 
-        self._watching = asyncio.create_task(self._watch(see))
-        limits = self._description
-        weights = FleetWeights(self._journal, lambda: self.view, see, metrics, limits.max_weight_bytes)
-        return weights, FleetAdapters(self._journal, self._engines, see, limits.max_adapter_bytes)
-
-    async def measure(
+    async def compute_certainties(
         self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
     ) -> list[Measurements]:
         """As `EngineClient` says. Each group has a replica of its own choice; if one is refused, all are."""
@@ -109,16 +110,36 @@ class RemoteEngines:
                 call.cancel()
 
     async def scrape(self) -> list[Metric]:
-        """As `ScrapedPolicy` says."""
+        """Metrics of all engines, with the label `engine`. Those that do not answer are missing."""
         calls = [asyncio.create_task(self._scrape(name), context=Context()) for name in self.view.engines]
         scrapes = await asyncio.gather(*calls)
         return labelled({each.engine: each for each in scrapes if each is not None}.values())
 
-    def refuse_if_full(self) -> None:
-        """Each engine refuses for itself."""
+    @property
+    def update_progress(self) -> UpdateProgress | None:
+        return self._weights.progress
 
-    def stack(self) -> str:
-        return "the engines run elsewhere"
+    async def load_checkpoint(self, request: UpdateRequest) -> PolicyUpdate:
+        return await self._weights.from_checkpoint(request)
+
+    async def load_upload(
+        self, stream: AsyncIterable[bytes], version: str, *, is_partial: bool
+    ) -> PolicyUpdate:
+        return await self._weights.from_upload(stream, version, is_partial=is_partial)
+
+    async def receive_broadcast(self, request: TransferRequest) -> PolicyUpdate:
+        return await self._weights.from_trainer(request)
+
+    async def load_adapter(self, request: AdapterRequest) -> AdapterUpdate:
+        return await self._adapters.from_directory(request)
+
+    async def load_uploaded_adapter(
+        self, stream: AsyncIterable[bytes], request: AdapterRequest
+    ) -> AdapterUpdate:
+        return await self._adapters.from_upload(stream, request)
+
+    async def unload_adapter(self, name: str, version: str | None = None) -> None:
+        await self._adapters.unload(name, version)
 
     def close(self) -> None:
         """Ray ends the engines."""
@@ -133,7 +154,7 @@ class RemoteEngines:
             return None
         return scrape
 
-    async def _watch(self, see: Any) -> None:  # noqa: ANN401
+    async def _watch(self) -> None:
         """Follow what the journal knows."""
         while True:
             try:
@@ -143,7 +164,16 @@ class RemoteEngines:
                 await asyncio.sleep(_PATIENCE_S)
             else:
                 if view is not None:
-                    see(view)
+                    self._see(view)
+
+    def _see(self, view: ClusterView) -> None:
+        if view.revision < self.view.revision:  # an answer that was overtaken by a later one
+            return
+        is_new = view.table.num_changes != self.view.table.num_changes
+        self.view = view
+        if is_new:
+            self._metrics.policy.record_loaded(self.info, len(self.versions.loaded()))
+        self.new_versions.notify()
 
     async def _measure(self, group: TokenGroup, kind: Kind) -> Measurements:
         if not group.completions:

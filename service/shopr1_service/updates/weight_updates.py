@@ -22,7 +22,7 @@ from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.scheduler import Scheduler
-from shopr1_service.scoring.version_waiter import VersionWaiter
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.weights.broadcast_receiver import TransferError, receive
 from shopr1_service.weights.checkpoint import CheckpointDirectory, CheckpointError
@@ -203,7 +203,7 @@ class WeightUpdates:
     def _announce(self, source: str, pause_s: float) -> None:
         self._metrics.record_swap(source, pause_s)
         self._metrics.record_loaded(self._policy.info)  # no adapters: they belonged to the old weights
-        self._new_versions.tell()
+        self._new_versions.notify()
 
     def _open(self, path: str, staged: StagedWeights) -> None:
         policy = self._policy

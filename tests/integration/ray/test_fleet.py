@@ -15,6 +15,7 @@ from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_policy import RemoteEngines
 from shopr1_service.core import Certainty, Kind, MeasuredCompletion, Measurements, Target, TokenGroup, Version
+from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
 
 pytestmark = pytest.mark.anyio
@@ -63,21 +64,20 @@ class Handle:
 
 def fleet_of(handle: Handle) -> RemoteEngines:
     policy = FakePolicy()
-    return RemoteEngines(
-        handle, None, Description(policy.info, policy.codec, 1, 1), ClusterView(0, policy.versions)
-    )
+    description = Description(policy.info, policy.codec, 1, 1)
+    return RemoteEngines(handle, None, description, ClusterView(0, policy.versions), Metrics())
 
 
 async def test_work_of_a_replica_that_dies_goes_to_another() -> None:
     handle = Handle(DIED, ActorUnavailableError("x", b"0" * 16), MEASURED)
-    assert await fleet_of(handle).measure([GROUP], KIND) == [MEASURED]
+    assert await fleet_of(handle).compute_certainties([GROUP], KIND) == [MEASURED]
     assert len(handle.responses) == 3
 
 
 async def test_work_that_kills_replicas_is_given_up() -> None:
     handle = Handle(*[DIED] * 9)
     with pytest.raises(NotReadyError, match="5 replicas died"):
-        await fleet_of(handle).measure([GROUP], KIND)
+        await fleet_of(handle).compute_certainties([GROUP], KIND)
     assert len(handle.responses) == 5
 
 
@@ -85,7 +85,7 @@ async def test_work_that_kills_replicas_is_given_up() -> None:
 async def test_a_refused_group_refuses_all_and_the_others_are_cancelled(refusal: Exception) -> None:
     handle = Handle(None, refusal, None)
     with pytest.raises(OverloadedError) as caught:
-        await fleet_of(handle).measure([GROUP] * 3, KIND)
+        await fleet_of(handle).compute_certainties([GROUP] * 3, KIND)
     assert caught.value.retry_after_s
     await asyncio.sleep(0)
     assert [response.is_cancelled for response in handle.responses] == [True, False, True]
@@ -96,7 +96,7 @@ async def test_a_replica_that_must_not_answer_is_not_asked_again() -> None:
     handle = Handle(behind, MEASURED)
     fleet = fleet_of(handle)
     fleet.view = ClusterView(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
-    assert await fleet.measure([GROUP], KIND) == [MEASURED]
+    assert await fleet.compute_certainties([GROUP], KIND) == [MEASURED]
     assert [route.among for route in handle.routes] == [frozenset("ab"), frozenset("b")]
 
 
@@ -105,7 +105,7 @@ async def test_when_none_may_answer_the_last_one_says_why() -> None:
     fleet = fleet_of(handle)
     fleet.view = ClusterView(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
     with pytest.raises(NotReadyError, match="b is behind"):
-        await fleet.measure([GROUP], KIND)
+        await fleet.compute_certainties([GROUP], KIND)
 
 
 async def test_a_demand_goes_to_those_that_can_meet_it() -> None:
@@ -114,7 +114,7 @@ async def test_a_demand_goes_to_those_that_can_meet_it() -> None:
     old = fleet.versions
     new = old.with_base("x", 0.0)
     fleet.view = ClusterView(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
-    await fleet.measure([GROUP], Kind(KIND.rules, Target(demand=VersionDemand(exact="x"))))
+    await fleet.compute_certainties([GROUP], Kind(KIND.rules, Target(demand=VersionDemand(exact="x"))))
     assert handle.routes == [Route(frozenset("b"), 0)]
 
 
@@ -131,6 +131,6 @@ def test_answers_of_versions_that_are_going_are_not_those_of_the_next() -> None:
 
 async def test_nothing_to_measure_needs_nobody() -> None:
     handle = Handle()
-    [measured] = await fleet_of(handle).measure([TokenGroup((), [])], KIND)
+    [measured] = await fleet_of(handle).compute_certainties([TokenGroup((), [])], KIND)
     assert measured.values == []
     assert measured.version.name == "0"
