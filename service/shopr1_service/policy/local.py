@@ -133,7 +133,7 @@ class LoadedPolicy:
 
     def set_next_number(self, number: int) -> None:
         """Number of the next change, whatever was counted here."""
-        self.versions = self.versions.before(number)
+        self.versions = self.versions.with_next_number(number)
 
     def sync_versions(self, versions: VersionTable) -> None:
         """Take over the table of another engine with the same weights; unload adapters that it lacks.

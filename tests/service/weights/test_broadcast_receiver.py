@@ -349,8 +349,8 @@ def test_tensors_that_were_not_announced_harm_nobody(sent: list[Tensor], said: s
 @pytest.mark.skipif(torch.distributed.is_nccl_available(), reason="this torch has NCCL")
 def test_a_backend_that_is_not_there() -> None:
     said, _ = failure(request(1, large(), backend="nccl"))
-    assert said.startswith("this torch comes without nccl")
-    with serve_store(HOST, WAIT_S) as store, pytest.raises(BroadcastError, match="comes without nccl"):
+    assert said.startswith("this torch lacks nccl")
+    with serve_store(HOST, WAIT_S) as store, pytest.raises(BroadcastError, match="lacks nccl"):
         broadcast(store, large(), backend="nccl", timeout_s=WAIT_S)
 
 
