@@ -43,7 +43,7 @@ class CharacterCodec:
 
 
 class FakePolicy:
-    """See the module.
+    """A policy without a model, for tests.
 
     Args:
         base_nats: certainty of a completion's first token.

@@ -48,7 +48,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 
 async def merged_numbers(seed: int) -> list[float]:
-    """Of a service whose weights have the adapter in them."""
+    """Self-certainty from a service whose weights contain the merged adapter."""
     model = tiny_model()
     model.load_state_dict(merged(model, random_tensors(model, seed=seed))._model.state_dict())
     return await numbers_of(model)
@@ -142,7 +142,7 @@ async def test_the_last_versions_stay(service: Service) -> None:
     assert "Retry-After" not in refused.headers
 
 
-async def test_who_waits_for_an_adapters_version(service: Service) -> None:
+async def test_waiting_for_a_version_of_an_adapter(service: Service) -> None:
     done(await service.upload_adapter("a", adapter_file(4)))
     demand = {"at_least": 2, "wait_s": 120.0}
     waiting = asyncio.create_task(service.numbers(adapter="a", policy_version=demand))
@@ -212,7 +212,7 @@ async def test_weights_that_change_meanwhile(service: Service, monkeypatch: pyte
     assert (await service.state())["adapters"] == []
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- rejections -------------------------------------------------------------------------------------
 
 
 def _with(**changes: Any) -> bytes:
