@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shopr1_client.grouping import Grouping, Rollout
-from shopr1_client.wire import GroupScore, Message, ScoreResponse, TokenIds
+from shopr1_client.wire import GroupScore, Message, Reward, ScoreResponse, TokenIds
 
 TRUTH = {"type": "terminate"}
 CLICK = {"type": "click", "name": "b"}
@@ -43,5 +43,6 @@ def test_groups_share_prompt_and_ground_truth(first: Rollout, second: Rollout, n
 
 def test_rewards_are_in_the_order_of_the_rollouts() -> None:
     grouping = Grouping([rollout(prompt, completion) for prompt, completion in ("ax", "by", "az")])
-    groups = [GroupScore.model_construct(rewards=names) for names in (["a1", "a2"], ["b1"])]
-    assert grouping.in_order(ScoreResponse.model_construct(groups=groups)) == ["a1", "b1", "a2"]
+    a1, a2, b1 = (Reward.model_construct(message=name) for name in ("a1", "a2", "b1"))
+    groups = [GroupScore.model_construct(rewards=rewards) for rewards in ([a1, a2], [b1])]
+    assert grouping.in_order(ScoreResponse.model_construct(groups=groups)) == [a1, b1, a2]
