@@ -216,7 +216,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(score: Score) -
 
 
 @both
-def test_a_server_that_is_gone_is_replaced_by_another(score: Score) -> None:
+def test_a_failed_server_is_replaced_by_another(score: Score) -> None:
     request = request_of(*(f"prompt {i}" for i in range(40)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gone = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -243,7 +243,7 @@ def test_permanent_errors_are_not_repeated(score: Score) -> None:
 
 
 @both
-def test_the_request_contains_the_client_timeout(score: Score) -> None:
+def test_requests_have_the_clients_timeout(score: Score) -> None:
     may_go_on = threading.Event()
 
     def hold() -> None:

@@ -67,7 +67,7 @@ async def test_a_line_for_each_rollout(tmp_path: Path) -> None:
     assert wrong["reward"] == pytest.approx(0.63)  # 0.5 + 0.005 · 26
 
 
-async def test_unscorable_rollouts_have_a_reason(tmp_path: Path) -> None:
+async def test_unscorable_rollouts_have_their_reason(tmp_path: Path) -> None:
     async with running(FakePolicy(max_sequence_tokens=10), rollout_log=tmp_path) as client:
         await score(client, group(answer()))
     [line] = lines(tmp_path)
@@ -99,7 +99,7 @@ async def test_no_text_unless_it_is_asked_for(tmp_path: Path) -> None:
         await score(client, asked(PROMPT), include=["tokens", "token_ids"])
     [file] = files(tmp_path)
     assert "secret" not in file.read_text()
-    # Token ids are text to anyone with the tokenizer.
+    # The tokenizer turns ids into text.
     assert "token_ids" not in file.read_text()
     assert len(lines(tmp_path)) == 3
 
