@@ -1,4 +1,7 @@
-"""The `shopr1` command."""
+"""The `shopr1` command.
+
+Typer, not pydantic-settings' CLI: that would cover `serve` only, and put the help of 45 settings into it.
+"""
 
 import asyncio
 import contextlib
@@ -18,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shopr1_client import Client, ShopR1Error
 from shopr1_rewards import RecipeError, load_recipe
-from shopr1_service.cli import summary_table as report
 from shopr1_service.cli.score_file import (
     InputLine,
     ScoreCall,
@@ -27,6 +29,7 @@ from shopr1_service.cli.score_file import (
     read_output,
     score_lines,
 )
+from shopr1_service.cli.summary_table import summary
 from shopr1_service.errors import RolloutFileError, ServiceError, SettingsError
 from shopr1_service.settings import Settings, load_settings
 
@@ -36,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Show and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 
 _errors = Console(stderr=True)
@@ -75,13 +78,13 @@ def serve(
 ) -> None:
     """Serve rewards over HTTP until SIGTERM."""
     settings = _settings(config, options, policy=policy, recipe=recipe, host=host, port=port)
-    _keep_bars_out_of_logs()
+    _disable_progress_bars()
     from shopr1_service.server.uvicorn_server import serve as run  # imports torch
 
     code = run(settings)
     if any(thread.daemon for thread in threading.enumerate()):
-        # A load or a forward that nobody waits for. It cannot be stopped, and an interpreter that ends under
-        # a thread inside of torch is aborted.
+        # An abandoned load or forward pass. It cannot be stopped, and an interpreter that exits while a
+        # thread is inside torch is aborted.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -149,8 +152,8 @@ def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) 
     return load_settings(given, config)
 
 
-def _keep_bars_out_of_logs() -> None:
-    """Transformers draws bars with tqdm, which has to be told so before it is imported."""
+def _disable_progress_bars() -> None:
+    """Keep transformers' progress bars out of logs; tqdm reads the variable when it is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -163,14 +166,14 @@ def _score_call(
     policy: str | None,
     recipe: str | None,
 ) -> Iterator[ScoreCall]:
-    """A function that scores a request: a running server's, or this process's own engine."""
+    """A function that scores a request with a running server, or with an engine in this process."""
     if url is not None:
         with Client(url) as client:
-            # A wrong URL is told at once; a server that goes away later is waited for.
+            # A wrong URL fails at once; a server that goes away later is waited for.
             client.wait_until_ready(timeout_s=0)
             yield client.score
         return
-    _keep_bars_out_of_logs()
+    _disable_progress_bars()
     from shopr1_service.core import Origin
     from shopr1_service.monitoring.metrics import Metrics
     from shopr1_service.policy.loading import load_policy  # imports torch
@@ -209,4 +212,4 @@ def _with_progress(scored: Iterator[ScoredLine], num_lines: int, num_done: int) 
 
 def _print_summary(lines: Sequence[InputLine], scored: Sequence[ScoredLine]) -> None:
     groups = [line.group for line in lines]
-    _errors.print(report.summary(groups, [line.group.rewards for line in scored]))
+    _errors.print(summary(groups, [line.group.rewards for line in scored]))

@@ -1,4 +1,4 @@
-"""Examples in the API's document. A test scores the request and compares the answer."""
+"""Examples in the OpenAPI document. A test scores the request and compares the response."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ _IDS_REQUEST: dict[str, Any] = {
 
 SCORE_REQUESTS: dict[str, Example] = {
     "text": {"summary": "A templated prompt and a completion as text", "value": SCORE_REQUEST},
-    "chat": {"summary": "Chat messages; per-token values in the answer", "value": _CHAT_REQUEST},
+    "chat": {"summary": "Chat messages; per-token values in the response", "value": _CHAT_REQUEST},
     "token_ids": {"summary": "Token ids, and a policy version that must be loaded", "value": _IDS_REQUEST},
 }
 
@@ -76,7 +76,7 @@ TRANSFER_REQUESTS: dict[str, Example] = {
 }
 ADAPTER_REQUESTS: dict[str, Example] = {
     "default": {
-        "summary": "An adapter that scores whoever names none",
+        "summary": "An adapter for requests that name none",
         "value": {"name": "grpo", "path": _PATH, "version": "120", "default": True},
     },
 }
@@ -215,4 +215,4 @@ ANSWERS: dict[str, Any] = {
     "live": {"status": "live"},
     "ready": {"status": "ready"},
 }
-"""By operation id."""
+"""Responses by operation id."""

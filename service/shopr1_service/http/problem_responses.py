@@ -1,4 +1,4 @@
-"""OpenAPI responses of the errors that a route may return."""
+"""OpenAPI responses for the problems that a route may return."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,19 +20,19 @@ from shopr1_client.errors import (
 )
 
 _RETRIED = {problem.status for problem in (PolicyVersionError, OverloadedError, NotReadyError)}
-"""Answers that may say when to try again; 409 only if the version may still come."""
+"""Statuses that may have `Retry-After`; 409 only if the version may still be loaded."""
 
 SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` for errors, with an example each."""
+    """FastAPI's `responses` for problems, with an example each."""
     statuses = dict.fromkeys(problem.status for problem in problems)
     return {status: _problem_response([p for p in problems if p.status == status]) for status in statuses}
 
 
 def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
-    """The response for problems that have their status in common."""
+    """The response for problems of the same status."""
     bodies = {p.code: p("What happened, for people.", request_id="4f3c").to_problem() for p in problems}
     content: dict[str, Any] = {"schema": {"$ref": SCHEMA_REF.format(model="Problem")}}
     if len(bodies) == 1:

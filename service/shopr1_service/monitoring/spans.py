@@ -1,8 +1,8 @@
-"""Where the time of a request goes, for whoever traces it.
+"""Time spans of a request, for its trace.
 
-The scoring core says when something began and ended; who listens is in the context of the request that is
-worked on: a contextvar, which goes along into tasks and prepare threads. Without tracing nobody listens, and
-nothing of OpenTelemetry is imported.
+The scoring core records when a step began and ended. The trace that receives it is in the request's context:
+a contextvar, which tasks and prepare threads inherit. Without tracing there is none, and OpenTelemetry is not
+imported.
 """
 
 import time
