@@ -16,9 +16,8 @@ import httpx
 from cluster import COUNTS, codec, on_ray, settings_of
 from report import Report
 from serving import Body, score
-from shopr1_service.cluster.application import Scale
-from shopr1_service.cluster.deployments import EngineDeployment
-from shopr1_service.cluster.routing_view import Route
+from shopr1_service.cluster.application import EngineDeployment, Scale
+from shopr1_service.cluster.messages import Route
 from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
 from shopr1_service.engine.device import choose_device
 from shopr1_service.policy.tokenizer import Codec

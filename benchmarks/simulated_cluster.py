@@ -1,8 +1,8 @@
 """A cluster of engines as queues: who waits where, and when everything is done.
 
 A group passes the proxy, then one of the HTTP sides ("ingresses"), which asks its router; then it waits for
-an engine. The router is the service's own (`cluster/affinity.py`): it knows what it was told, and neither
-what engines really keep nor what other ingresses have sent.
+an engine. The router is the service's own (`cluster/prefix_affinity.py`): it knows what it was told, and
+neither what engines really keep nor what other ingresses have sent.
 
 What is left out: the network, replicas that die, refusals, memory other than that of kept prompts. All of the
 HTTP side's work is done before the engine's.

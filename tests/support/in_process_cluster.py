@@ -1,4 +1,4 @@
-"""A journal and its engines in one process, which talk as they do through Ray: everything is pickled."""
+"""An update coordinator and its engines in one process. Calls and results are pickled, as Ray does."""
 
 import asyncio
 import pickle
@@ -14,8 +14,7 @@ from shopr1_client.wire_policy import AdapterRequest, PolicyUpdate, UpdateReques
 from shopr1_rewards import load_recipe
 from shopr1_service.cluster import engine_replica as module
 from shopr1_service.cluster.engine_replica import EngineReplica
-from shopr1_service.cluster.messages import raised
-from shopr1_service.cluster.routing_view import Route, View
+from shopr1_service.cluster.messages import ClusterView, Route, raise_problem
 from shopr1_service.cluster.update_coordinator import GRACE_S, UpdateCoordinator
 from shopr1_service.cluster.update_log import Change
 from shopr1_service.core import Certainty, Kind, MeasuredCompletion, Measurements, Target, TokenGroup
@@ -25,10 +24,11 @@ from tests.support.models import policy_of, random_ids, tiny_model
 
 RULES = load_recipe("shop_r1").self_certainty
 GROUP = TokenGroup(random_ids(40), [MeasuredCompletion(random_ids(9, seed=1), range(9))])
+_CHUNK_BYTES = 5000
 
 
 class Handle:
-    """Of something in this process, as Ray's are."""
+    """A handle like Ray's, of an object in this process."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -36,20 +36,18 @@ class Handle:
         self._death = asyncio.Event()
 
     def replace(self, target: Any) -> None:
-        """What was there dies, and another one comes in its place."""
-        if (life := self.target._roster._life) is not None:
-            life.cancel()
+        """Let the object die, with its open calls, and put another one in its place."""
+        self.target._members.close()
         self._death.set()
         self._death = asyncio.Event()
         self.target = target
 
     async def close(self) -> None:
-        """End what has been asked and not answered."""
+        """Cancel all open calls."""
         for call in self._calls:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
-        if (life := self.target._roster._life) is not None:
-            life.cancel()
+        self.target._members.close()
 
     def call(self, name: str, sent: bytes) -> "asyncio.Task[Any]":
         call = asyncio.create_task(self._call(name, sent))
@@ -84,31 +82,31 @@ class _Method:
 
 
 class Cluster:
-    """Engines of a tiny model by their names."""
+    """A coordinator, and engines of a tiny model by their names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, *, is_rolling: bool = False) -> None:
         self.settings = Settings(policy_roots=(directory,), staging_dir=directory, max_adapters=2)
         self.dead: set[str] = set()
         self.engines: dict[str, EngineReplica] = {}
         self._is_rolling = is_rolling
-        self.journal = Handle(self.new_journal(grace_s=0.0))
+        self.coordinator = Handle(self.new_coordinator(grace_s=0.0))
         monkeypatch.setattr(module, "load_policy", lambda _settings: policy_of(tiny_model()))
 
-    def new_journal(self, grace_s: float = GRACE_S) -> UpdateCoordinator:
+    def new_coordinator(self, grace_s: float = GRACE_S) -> UpdateCoordinator:
         directory, is_rolling = self.settings.staging_dir, self._is_rolling
-        return UpdateCoordinator(directory, is_rolling=is_rolling, lives=self._lives, grace_s=grace_s)
+        return UpdateCoordinator(directory, is_rolling=is_rolling, is_alive=self._is_alive, grace_s=grace_s)
 
-    async def _lives(self, actor: Any) -> bool:
+    async def _is_alive(self, actor: Any) -> bool:
         return actor not in self.dead
 
     def engine(self, name: str) -> EngineReplica:
-        """One that has not asked the journal for anything."""
+        """A new engine that has not polled the coordinator yet."""
         self.engines[name] = EngineReplica(self.settings.model_dump(), name)
         return self.engines[name]
 
     async def start(self, *names: str) -> None:
         for name in names:
-            await self.engine(name).join(self.journal, name)
+            await self.engine(name).join(self.coordinator, name)
 
     async def kill(self, name: str) -> None:
         engine = self.engines.pop(name)
@@ -118,7 +116,7 @@ class Cluster:
         engine._scheduler.close()
 
     async def change(self, change: Change) -> Any:
-        return raised(await self.journal.change.remote(change))
+        return raise_problem(await self.coordinator.change.remote(change))
 
     async def update(self, path: str, version: str, *, partial: bool = False) -> PolicyUpdate:
         update = await self.change(Change(UpdateRequest(path=path, version=version, partial=partial)))
@@ -126,31 +124,32 @@ class Cluster:
         return update
 
     async def upload(self, content: bytes) -> str:
-        upload: str = raised(await self.journal.begin.remote())
-        for start in range(0, len(content), 5000):
-            raised(await self.journal.append.remote(upload, content[start : start + 5000]))
+        upload: str = raise_problem(await self.coordinator.create_upload.remote())
+        for start in range(0, len(content), _CHUNK_BYTES):
+            chunk = content[start : start + _CHUNK_BYTES]
+            raise_problem(await self.coordinator.append.remote(upload, chunk))
         return upload
 
     async def load_adapter(self, name: str, content: bytes, **fields: Any) -> Any:
         request = AdapterRequest(name=name, path="-", **fields)
         return await self.change(Change(request, await self.upload(content), ADAPTER_CONFIG.encode()))
 
-    async def view(self) -> View:
-        view: View | None = await self.journal.view.remote()
+    async def view(self) -> ClusterView:
+        view: ClusterView | None = await self.coordinator.view.remote()
         assert view is not None
         return view
 
-    async def until_ready(self, *names: str) -> View:
-        """As soon as these are in rotation, and no others."""
+    async def next_view(self, view: ClusterView) -> ClusterView:
+        """The view after this one; the same, if nothing changes for some time."""
+        seen: ClusterView | None = await self.coordinator.view.remote(view.revision)
+        return seen or view
+
+    async def until_ready(self, *names: str) -> ClusterView:
+        """Wait until these engines are ready, and no others."""
         view = await self.view()
         while set(view.engines) != set(names):
-            view = await self.after(view)
+            view = await self.next_view(view)
         return view
-
-    async def after(self, view: View) -> View:
-        """The next one, or, if nothing happens for some time, the same."""
-        seen: View | None = await self.journal.view.remote(view.revision)
-        return seen or view
 
 
 @asynccontextmanager
@@ -166,17 +165,17 @@ async def running(
     finally:
         for name in list(cluster.engines):
             await cluster.kill(name)
-        await cluster.journal.close()
+        await cluster.coordinator.close()
 
 
 async def measured(engine: EngineReplica, route: Route | None = None, **target: Any) -> Any:
-    """What an engine says to a piece of work, always the same one."""
+    """An engine's answer to a group, always the same one."""
     return await engine.measure(GROUP, Kind(RULES, Target(**target)), route or Route())
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Equal if they are close: what was kept from before changes the last bits."""
+    """Values that are equal if they are close: the prefix cache changes the last bits."""
 
     nats: Sequence[float]
 
@@ -185,9 +184,18 @@ class Values:
 
 
 async def numbers(engine: EngineReplica, **target: Any) -> tuple[Values, str, int]:
-    """Values, and name and number of the version that they are of."""
+    """Values of `GROUP`, and name and number of the version that computed them."""
     outcome = await measured(engine, **target)
     assert isinstance(outcome, Measurements), outcome
     [certainty] = outcome.values
     assert isinstance(certainty, Certainty)
     return Values(certainty.values), outcome.version.name, outcome.version.number
+
+
+async def agree(cluster: Cluster, **target: Any) -> tuple[Values, str, int]:
+    """`numbers` of all engines, after a check that all have the same numbers and tables."""
+    first, *others = [await numbers(engine, **target) for engine in cluster.engines.values()]
+    assert all(other == first for other in others)
+    tables = [engine._policy.versions for engine in cluster.engines.values()]
+    assert all(table == tables[0] for table in tables)
+    return first

@@ -1,11 +1,11 @@
-"""Which replica has the least left to compute for a prompt: what it keeps of it counts, and what waits there.
+"""Chooses the engine that will be done with a prompt soonest, given its queue and its prefix cache.
 
-Completions of one prompt, and the steps of one shopping session, begin with the same tokens. A replica that
-has computed them keeps their keys and values (`prefix.py`), and has only the rest to do. But it must not be
-preferred when more work waits there than another one would need for the whole prompt.
+Completions of one prompt, and the steps of one shopping session, start with the same tokens. An engine that
+has computed them keeps their KV in its prefix cache, and computes only the rest. It is not preferred if more
+tokens are queued there than another engine would need for the whole prompt.
 
-What a replica keeps is guessed from what was sent to it: blocks of tokens, least recently used ones go first.
-No Ray here: `router.py` asks, and so does a simulation.
+The content of an engine's cache is estimated from the prompts that were sent to it: an LRU of token blocks.
+This module does not know Ray; a simulation uses it, too.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from itertools import takewhile
 from typing import Generic, TypeVar
 
 BLOCK_TOKENS = 64
-"""What is known of a prompt is known in steps of this."""
+"""Size of the blocks in which prompts are compared."""
 MAX_KEPT_TOKENS = 1_000_000
-"""Taken for what a replica can keep, unless somebody says otherwise."""
+"""Assumed capacity of an engine's prefix cache."""
 _PRIME = 2**61 - 1
 
 Replica = TypeVar("Replica", bound=Hashable)
@@ -27,12 +27,12 @@ Replica = TypeVar("Replica", bound=Hashable)
 
 @dataclass(frozen=True)
 class Work:
-    """What a group asks of an engine.
+    """Cost of a group.
 
     Attributes:
-        blocks: digests of the prompt's beginnings, each a block longer than the one before.
-        num_prompt_tokens: of the prompt.
-        num_own_tokens: of its completions.
+        blocks: digests of the prompt's prefixes of 1, 2, 3 … blocks.
+        num_prompt_tokens: length of the prompt.
+        num_own_tokens: length of the completions.
     """
 
     blocks: tuple[bytes, ...]
@@ -41,15 +41,16 @@ class Work:
 
     @classmethod
     def of(cls, prompt_ids: Sequence[int], num_own_tokens: int) -> "Work":
-        return cls(tuple(_blocks(prompt_ids)), len(prompt_ids), num_own_tokens)
+        """Cost of a prompt and its completions."""
+        return cls(tuple(_prefix_digests(prompt_ids)), len(prompt_ids), num_own_tokens)
 
 
 @dataclass
-class _Guess:
-    """What is known of a replica.
+class _Estimate:
+    """Estimated queue and prefix cache of a replica.
 
     Attributes:
-        factor, summand: its own, below `_PRIME`.
+        factor, summand: parameters of the replica's hash function, below `_PRIME`.
     """
 
     factor: int
@@ -58,30 +59,28 @@ class _Guess:
     kept: "OrderedDict[bytes, None]" = field(default_factory=OrderedDict)
 
     @classmethod
-    def of(cls, replica: Hashable) -> "_Guess":
+    def of(cls, replica: Hashable) -> "_Estimate":
         digest = hashlib.blake2b(repr(replica).encode(), digest_size=32).digest()
         return cls(int.from_bytes(digest[:16]) % _PRIME, int.from_bytes(digest[16:]) % _PRIME)
 
     def rank(self, work: Work, prompt: int, missing_weight: int) -> tuple[int, int]:
-        """What there is to do before the work is done; the lowest is best.
+        """Tokens until the work is done (lowest is best), and a tie-breaker.
 
-        Args:
-            prompt: a number that stands for it. Among equals it decides: so several routers that know nothing
-                of each other agree.
+        The tie-breaker is a universal hash of the prompt's number: independent routers agree on it, and it
+        is far cheaper than a digest for each of 256 replicas.
         """
         num_tokens = self.num_waiting_tokens + missing_weight * self.num_missing_tokens(work)
-        # A universal hash: of 256 replicas each is asked for every group, and a digest takes far longer.
         return num_tokens, (self.factor * prompt + self.summand) % _PRIME
 
     def num_missing_tokens(self, work: Work) -> int:
-        """How much of it the replica would have to compute."""
+        """Tokens that the replica has to compute."""
+        num_tokens = work.num_prompt_tokens + work.num_own_tokens
         if not work.blocks or work.blocks[0] not in self.kept:  # most replicas, most of the time
-            return work.num_prompt_tokens + work.num_own_tokens
-        num_kept_blocks = sum(1 for _ in takewhile(self.kept.__contains__, work.blocks))
-        return work.num_prompt_tokens - num_kept_blocks * BLOCK_TOKENS + work.num_own_tokens
+            return num_tokens
+        return num_tokens - BLOCK_TOKENS * sum(1 for _ in takewhile(self.kept.__contains__, work.blocks))
 
     def keep(self, work: Work, max_blocks: int) -> None:
-        # From the end: of a prompt that is used again, its beginning is what stays longest.
+        """Add a prompt to the cache. Its longest prefixes are evicted first."""
         for block in reversed(work.blocks):
             self.kept[block] = None
             self.kept.move_to_end(block)
@@ -90,59 +89,56 @@ class _Guess:
 
 
 class Affinity(Generic[Replica]):
-    """See the module.
+    """Ranks replicas by prefix affinity.
 
     Args:
-        max_kept_tokens: what a replica can keep.
-        missing_weight: how many tokens that wait a token is worth that would have to be computed. With 1 a
-            group goes where it is done soonest. What is computed twice keeps others waiting, too, which more
-            than 1 allows for.
+        max_kept_tokens: capacity of a replica's prefix cache.
+        missing_weight: number of queued tokens that count as much as one token to compute. With 1, a group
+            goes where it is done soonest. Higher values also count the delay of others by repeated work.
     """
 
     def __init__(self, max_kept_tokens: int = MAX_KEPT_TOKENS, *, missing_weight: int = 1) -> None:
         self._missing_weight = missing_weight
         self._max_blocks = max_kept_tokens // BLOCK_TOKENS
-        self._guesses: dict[Replica, _Guess] = {}
+        self._estimates: dict[Replica, _Estimate] = {}
         self._running: dict[Hashable, tuple[Replica, int]] = {}
 
     def ranked(self, work: Work, replicas: Sequence[Replica]) -> list[Replica]:
         """Replicas, the one first that will be done soonest."""
         prompt = int.from_bytes(work.blocks[-1]) % _PRIME if work.blocks else 0
         weight = self._missing_weight
-        return sorted(replicas, key=lambda replica: self._guess(replica).rank(work, prompt, weight))
+        return sorted(replicas, key=lambda replica: self._estimate(replica).rank(work, prompt, weight))
 
     def begin(self, key: Hashable, work: Work, replica: Replica) -> None:
-        """Work was sent to a replica, perhaps because another one did not take it.
+        """Record that work was sent to a replica, perhaps after another one has not accepted it.
 
         Args:
-            key: by which its end will be told.
+            key: id of the work, as `end` gets it.
         """
         self.end(key)
-        guess = self._guess(replica)
-        num_tokens = guess.num_missing_tokens(work)
-        guess.num_waiting_tokens += num_tokens
-        guess.keep(work, self._max_blocks)
+        estimate = self._estimate(replica)
+        num_tokens = estimate.num_missing_tokens(work)
+        estimate.num_waiting_tokens += num_tokens
+        estimate.keep(work, self._max_blocks)
         self._running[key] = replica, num_tokens
 
     def end(self, key: Hashable) -> None:
-        """Work is done, or has failed."""
+        """Record that work is done, or has failed."""
         replica, num_tokens = self._running.pop(key, (None, 0))
-        if replica is not None and replica in self._guesses:
-            self._guesses[replica].num_waiting_tokens -= num_tokens
+        if replica is not None and replica in self._estimates:
+            self._estimates[replica].num_waiting_tokens -= num_tokens
 
     def keep_only(self, replicas: Sequence[Replica]) -> None:
-        """The others are gone, and with them what they kept."""
-        alive = set(replicas)
-        self._guesses = {replica: guess for replica, guess in self._guesses.items() if replica in alive}
+        """Forget all other replicas: they do not exist any more."""
+        self._estimates = {each: self._estimates[each] for each in replicas if each in self._estimates}
 
-    def _guess(self, replica: Replica) -> _Guess:
-        guess = self._guesses.get(replica)
-        if guess is None:
-            guess = self._guesses[replica] = _Guess.of(replica)
-        return guess
+    def _estimate(self, replica: Replica) -> _Estimate:
+        if replica not in self._estimates:
+            self._estimates[replica] = _Estimate.of(replica)
+        return self._estimates[replica]
 
 
-def _blocks(prompt_ids: Sequence[int]) -> Iterator[bytes]:
+def _prefix_digests(prompt_ids: Sequence[int]) -> Iterator[bytes]:
     ids, digest = array("q", prompt_ids), hashlib.blake2b(digest_size=16)
     for end in range(BLOCK_TOKENS, len(ids) + 1, BLOCK_TOKENS):
         digest.update(ids[end - BLOCK_TOKENS : end].tobytes())

@@ -1,28 +1,28 @@
-"""Ray Serve's request router, by prefix affinity: `Affinity` ranks, Ray sends to the first that has room."""
+"""Request router of Ray Serve: `Affinity` ranks the engines, Ray sends to the first that has room."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
+from shopr1_service.cluster.messages import Route
 from shopr1_service.cluster.prefix_affinity import MAX_KEPT_TOKENS, Affinity, Work
-from shopr1_service.cluster.routing_view import Route
 from shopr1_service.core import TokenGroup
 
 
 class AffinityRouter(RequestRouter):
-    """See the module. Calls whose first argument is no `TokenGroup` go to whoever has least to do."""
+    """Routes calls with a `TokenGroup` by prefix affinity, others to the engine with the shortest queue."""
 
     def initialize_state(self, max_kept_tokens: int = MAX_KEPT_TOKENS, missing_weight: int = 1) -> None:
-        """Called by Ray with `request_router_kwargs`."""
+        """Create the router's state. Ray passes `request_router_kwargs`."""
         self._affinity: Affinity[ReplicaID] = Affinity(max_kept_tokens, missing_weight=missing_weight)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of one, of which Ray takes the first that has room."""
+        """Ranks of one replica each; Ray takes the first one that has room."""
         if pending_request is not None:
-            # All are among those that are given. Otherwise Ray would ask again at once, and again.
+            # Every replica is in a rank. Without this, Ray would ask again at once if none has room.
             pending_request.routing_context.should_backoff = True
         allowed, work = _allowed(candidate_replicas, pending_request), _work(pending_request)
         if work is None:
@@ -45,16 +45,19 @@ class AffinityRouter(RequestRouter):
 
 
 def _allowed(replicas: list[RunningReplica], request: PendingRequest | None) -> list[RunningReplica]:
-    """Those that the request's `Route` names; all, if none of them is there: they refuse for themselves."""
-    routes = [argument for argument in request.args if isinstance(argument, Route)] if request else []
-    among = routes[0].among if routes else None
-    allowed = [replica for replica in replicas if among is None or replica.replica_id.unique_id in among]
-    return allowed or replicas
+    """Replicas that the request's `Route` names; all if none of them exists, as each declines for itself."""
+    for route in _arguments(request, Route):
+        return [
+            each for each in replicas if route.among is None or each.replica_id.unique_id in route.among
+        ] or replicas
+    return replicas
 
 
 def _work(request: PendingRequest | None) -> Work | None:
-    arguments: Sequence[Any] = request.args if request else ()
-    if not arguments or not isinstance(arguments[0], TokenGroup):
-        return None
-    group = arguments[0]
-    return Work.of(group.prompt_ids, sum(len(completion.ids) for completion in group.completions))
+    for group in _arguments(request, TokenGroup):
+        return Work.of(group.prompt_ids, sum(len(completion.ids) for completion in group.completions))
+    return None
+
+
+def _arguments(request: PendingRequest | None, kind: type) -> Iterator[Any]:
+    return (argument for argument in (request.args if request else ()) if isinstance(argument, kind))

@@ -18,8 +18,8 @@ from shopr1_client.errors import NotReadyError, OverloadedError, ProblemError
 from shopr1_client.wire import PolicyInfo
 from shopr1_service.cluster.engine_metrics import Scrape, labelled
 from shopr1_service.cluster.engine_replica import Description
+from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_updates import FleetAdapters, FleetWeights
-from shopr1_service.cluster.routing_view import Elsewhere, Route, View
 from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.monitoring.metrics import Metrics
@@ -55,7 +55,7 @@ class RemoteEngines:
         journal: and of the journal.
     """
 
-    def __init__(self, engines: Any, journal: Any, description: Description, view: View) -> None:  # noqa: ANN401
+    def __init__(self, engines: Any, journal: Any, description: Description, view: ClusterView) -> None:  # noqa: ANN401
         self.heartbeat: Heartbeat = _NoHeartbeat()
         self.view = view
         self._engines = engines
@@ -74,14 +74,14 @@ class RemoteEngines:
 
     @property
     def settled_number(self) -> int:
-        return self.view.floor
+        return self.view.min_number
 
     @property
     def codec(self) -> Codec:
         return self._description.codec
 
     def open_changes(self, metrics: Metrics, new_versions: VersionWaiter) -> Changes:
-        def see(view: View) -> None:
+        def see(view: ClusterView) -> None:
             if view.revision < self.view.revision:  # an answer that was overtaken by a later one
                 return
             is_new = view.table.num_changes != self.view.table.num_changes
@@ -153,10 +153,10 @@ class RemoteEngines:
         )
         refused: set[str] = set()
         for _ in range(_NUM_TRIES):
-            holders = self.view.holders(kind.target)
+            holders = self.view.engines_with(kind.target)
             if refused and holders <= refused:
                 break
-            outcome = await self._try(group, kind, Route(holders - refused or None, self.view.floor))
+            outcome = await self._try(group, kind, Route(holders - refused or None, self.view.min_number))
             if isinstance(outcome, Measurements):
                 return outcome
             if isinstance(outcome, ProblemError):
@@ -168,7 +168,7 @@ class RemoteEngines:
 
     async def _try(
         self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Elsewhere | None:
+    ) -> Measurements | ProblemError | Declined | None:
         """None: the replica has died."""
         try:
             return await self._call(group, kind, route)
@@ -182,10 +182,10 @@ class RemoteEngines:
 
     async def _call(
         self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Elsewhere:
+    ) -> Measurements | ProblemError | Declined:
         response = self._engines.measure.remote(group, kind, route)
         try:
-            outcome: Measurements | ProblemError | Elsewhere = await response
+            outcome: Measurements | ProblemError | Declined = await response
         except asyncio.CancelledError:
             response.cancel()
             raise

@@ -24,9 +24,8 @@ from shopr1_client.wire_policy import (
     UpdateProgress,
     UpdateRequest,
 )
-from shopr1_service.cluster.messages import Answer, raised
-from shopr1_service.cluster.routing_view import View
-from shopr1_service.cluster.update_log import Change, Unloading
+from shopr1_service.cluster.messages import Answer, ClusterView, raise_problem
+from shopr1_service.cluster.update_log import Change, UnloadRequest
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.updates.adapter_updates import AdapterFiles
 from shopr1_service.weights.safetensors_header import TensorEntry
@@ -37,7 +36,7 @@ _RETRY_AFTER_S = 5.0
 _UPLOADED = "-"
 """A path where there is none."""
 
-See = Callable[[View], None]
+See = Callable[[ClusterView], None]
 
 
 class _HeaderOnly:
@@ -78,7 +77,7 @@ class _Journal:
             NotReadyError: the journal died; whether the change was made, `GET /policy` tells.
         """
         try:
-            answer: Answer = raised(await self._journal.change.remote(change))
+            answer: Answer = raise_problem(await self._journal.change.remote(change))
             view = await self._journal.view.remote()
         except (RayError, RayServeException) as error:
             raise NotReadyError(
@@ -94,15 +93,15 @@ class _Journal:
         """Hand over a safetensors file; its id, and the bytes of its tensors."""
         sink = _HeaderOnly(max_bytes, too_large)
         checked = Upload(sink)
-        upload: str = raised(await self._journal.begin.remote())
+        upload: str = raise_problem(await self._journal.create_upload.remote())
         try:
             async for piece in _in_pieces(stream):
                 checked.feed(memoryview(piece))
-                raised(await self._journal.append.remote(upload, piece))
+                raise_problem(await self._journal.append.remote(upload, piece))
             checked.end()
         except BaseException:
             with suppress(RayError, RayServeException):
-                await self._journal.discard.remote(upload)
+                await self._journal.delete_upload.remote(upload)
             raise
         return upload, sink.num_bytes
 
@@ -113,7 +112,7 @@ class FleetWeights:
     def __init__(
         self,
         journal: Any,  # noqa: ANN401
-        view: Callable[[], View],
+        view: Callable[[], ClusterView],
         see: See,
         metrics: Metrics,
         max_bytes: int,
@@ -191,7 +190,7 @@ class FleetAdapters:
         self._max_bytes = max_bytes
 
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
-        files: AdapterFiles = raised(await self._engines.adapter_files.remote(request.path))
+        files: AdapterFiles = raise_problem(await self._engines.adapter_files.remote(request.path))
         upload, _ = await self._journal.keep(_once(files.tensors), self._max_bytes, TooLargeError)
         return await self._add(Change(request, upload, files.config))
 
@@ -200,7 +199,7 @@ class FleetAdapters:
         return await self._add(Change(request, upload))
 
     async def unload(self, name: str, version: str | None = None) -> None:
-        await self._journal.change(Change(Unloading(name, version)))
+        await self._journal.change(Change(UnloadRequest(name, version)))
 
     async def _add(self, change: Change) -> AdapterUpdate:
         start_s = time.perf_counter()

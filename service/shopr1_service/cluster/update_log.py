@@ -1,11 +1,11 @@
-"""The policy's changes, as far as an engine that starts now has to make them.
+"""Log of the policy's changes, reduced to those that a new engine has to apply.
 
-Every engine starts with the same weights. The changes since then, in order, bring it to where the others
-are. Those that later ones have undone are left out: weights whose tensors have all been replaced, and
-adapters that are not loaded any more. Numbers and names come from the first engine that made a change, in
-its table.
+Every engine starts with the same weights. Applied in order, the entries of the log give it the weights and
+adapters of the others. Entries that later ones have undone are dropped: weights whose tensors have all been
+replaced, and adapters that are no longer loaded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shopr1_client.wire_policy import AdapterRequest, UpdateRequest
@@ -14,36 +14,31 @@ from shopr1_service.weights.tensors import Taken
 
 
 @dataclass(frozen=True)
-class Unloading:
-    """Of an adapter, or of one version of it."""
+class UnloadRequest:
+    """Request to unload an adapter, or one version of it."""
 
     name: str
-    version: str | None
+    version: str | None = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is to be done.
+    """A change of the policy.
 
     Attributes:
-        request: its path means something only if there is no upload.
-        upload: id of bytes that the journal keeps.
-        config: of an adapter, beside its upload.
+        request: its `path` counts only if `upload` is None.
+        upload: id of bytes in the coordinator's `UploadStore`.
+        config: text of the `adapter_config.json` that belongs to an uploaded adapter.
     """
 
-    request: UpdateRequest | AdapterRequest | Unloading
+    request: UpdateRequest | AdapterRequest | UnloadRequest
     upload: str | None = None
     config: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A change that was made.
-
-    Attributes:
-        number: of the version that it made.
-        taken: of the policy's own weights.
-    """
+    """A change that was applied, and the number of the version that it made."""
 
     number: int
     change: Change
@@ -51,54 +46,49 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class History:
-    """See the module.
-
-    Attributes:
-        table: after all of them.
-    """
+class UpdateLog:
+    """The entries that are still needed, and the version table after all of them."""
 
     table: VersionTable
     entries: tuple[Entry, ...] = ()
 
     @property
     def number(self) -> int:
-        """Of the last change."""
+        """Number of the last change."""
         return self.table.num_changes
 
     @property
     def uploads(self) -> frozenset[str]:
-        """Ids of those that are still needed."""
+        """Ids of the uploads that are still needed."""
         return frozenset(entry.change.upload for entry in self.entries if entry.change.upload)
 
-    def after(self, change: Change, table: VersionTable, taken: Taken | None = None) -> "History":
-        """With a further change.
+    def append(self, change: Change, table: VersionTable, taken: Taken | None = None) -> "UpdateLog":
+        """A new log with a further change.
 
         Args:
-            table: of the engine that has made it.
+            table: version table of the engine that has applied it.
         """
-        entry = Entry(table.num_changes, change, taken)
-        return History(table, _needed((*self.entries, entry), table))
+        entries = (*self.entries, Entry(table.num_changes, change, taken))
+        return UpdateLog(table, tuple(_needed(entries, table))[::-1])
 
-    def missing(self, number: int) -> tuple[Entry, ...]:
-        """What an engine has still to do whose last change has this number."""
+    def after(self, number: int) -> tuple[Entry, ...]:
+        """The entries that an engine has still to apply whose last change has this number."""
         return tuple(entry for entry in self.entries if entry.number > number)
 
 
-def _needed(entries: tuple[Entry, ...], table: VersionTable) -> tuple[Entry, ...]:
-    """From the end: what comes later covers what was before."""
+def _needed(entries: tuple[Entry, ...], table: VersionTable) -> Iterator[Entry]:
+    """The entries whose effect no later one has undone, last one first."""
     adapters = {version.number for version in table.loaded()}
-    covered: set[str] = set()
-    kept: list[Entry] = []
+    replaced: set[str] = set()
     is_whole = False
     for entry in reversed(entries):
-        if isinstance(entry.change.request, UpdateRequest):
-            names = entry.taken.names if entry.taken else frozenset()
-            if is_whole or names <= covered:
-                continue
-            covered |= names
-            is_whole = not entry.change.request.partial
-            kept.append(entry)
-        elif entry.number in adapters:
-            kept.append(entry)
-    return tuple(reversed(kept))
+        if not isinstance(entry.change.request, UpdateRequest):
+            if entry.number in adapters:
+                yield entry
+            continue
+        names = entry.taken.names if entry.taken else frozenset()
+        if is_whole or names <= replaced:
+            continue
+        replaced |= names
+        is_whole = not entry.change.request.partial
+        yield entry

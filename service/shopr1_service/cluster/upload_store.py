@@ -1,4 +1,4 @@
-"""Bytes that wait for the engines: of uploads, each in a private file."""
+"""Uploaded files that engines read from the coordinator, each in an anonymous file in `staging_dir`."""
 
 import asyncio
 import time
@@ -12,78 +12,76 @@ from shopr1_service.weights.files import AnonymousTempFile
 from shopr1_service.weights.staging import no_room
 
 _IDLE_S = 600.0
-"""Whoever sends nothing for so long is gone."""
+"""An incomplete upload that has grown by nothing for this long is abandoned."""
 
 
 @dataclass
-class _Kept:
+class _Upload:
     file: AnonymousTempFile
-    is_coming: bool = True
-    touched_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_given_up(self) -> bool:
-        return self.is_coming and time.monotonic() - self.touched_s > _IDLE_S
+    last_append_s: float = field(default_factory=time.monotonic)
+    is_complete: bool = False
 
 
-class Uploads:
-    """See the module. Used from one event loop.
+class UploadStore:
+    """Uploads by their ids. Used from one event loop.
 
     Raises (every method):
-        NotFoundError: there is no such upload any more.
-        StorageError: there is no room.
+        NotFoundError: the upload does not exist any more.
+        StorageError: the disk is full, or fails.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._kept: dict[str, _Kept] = {}
+        self._uploads: dict[str, _Upload] = {}
 
-    def begin(self) -> str:
-        """The id of a new one."""
+    def __len__(self) -> int:
+        return len(self._uploads)
+
+    def create(self) -> str:
+        """Create an empty upload, and return its id."""
         try:
             file = AnonymousTempFile(self._directory)
         except OSError as error:
             raise no_room(error) from error
         upload = uuid.uuid4().hex
-        self._kept[upload] = _Kept(file)
+        self._uploads[upload] = _Upload(file)
         return upload
 
-    async def append(self, upload: str, piece: bytes) -> None:
-        """One piece after another."""
-        kept = self._find(upload)
+    async def append(self, upload: str, chunk: bytes) -> None:
+        """Append a chunk. Not to be called again before it has returned."""
+        found = self._find(upload)
         try:
-            await asyncio.to_thread(kept.file.append, memoryview(piece))
+            await asyncio.to_thread(found.file.append, memoryview(chunk))
         except OSError as error:
             raise no_room(error) from error
-        kept.touched_s = time.monotonic()
+        found.last_append_s = time.monotonic()
 
     async def read(self, upload: str, start: int, max_bytes: int) -> bytes:
-        """What stands there; nothing behind its end."""
+        """Read a chunk; an empty one is the end."""
         file = self._find(upload).file
-        piece = bytearray(max(0, min(max_bytes, file.num_bytes - start)))
+        chunk = bytearray(max(0, min(max_bytes, file.num_bytes - start)))
         try:
-            await asyncio.to_thread(file.read_into, memoryview(piece), start)
+            await asyncio.to_thread(file.read_into, memoryview(chunk), start)
         except OSError as error:
             raise StorageError(f"an upload cannot be read again: {error.strerror or error}") from error
-        return bytes(piece)
+        return bytes(chunk)
 
-    def end(self, upload: str) -> None:
-        """Nothing more comes of it."""
-        self._find(upload).is_coming = False
+    def complete(self, upload: str) -> None:
+        """Mark an upload as complete: it is deleted once no log needs it."""
+        self._find(upload).is_complete = True
 
-    def discard(self, upload: str) -> None:
-        self._kept.pop(upload, None)
+    def delete(self, upload: str) -> None:
+        """Delete an upload, if it exists."""
+        self._uploads.pop(upload, None)
 
-    def keep_only(self, uploads: Collection[str]) -> None:
-        """The others are not needed, unless they are still coming."""
-        self._kept = {
-            upload: kept
-            for upload, kept in self._kept.items()
-            if upload in uploads or (kept.is_coming and not kept.is_given_up)
-        }
+    def prune(self, needed: Collection[str]) -> None:
+        """Delete complete uploads that are not needed, and abandoned ones."""
+        abandoned_s = time.monotonic() - _IDLE_S
+        for upload, found in list(self._uploads.items()):
+            if upload not in needed and (found.is_complete or found.last_append_s < abandoned_s):
+                del self._uploads[upload]
 
-    def _find(self, upload: str) -> _Kept:
-        kept = self._kept.get(upload)
-        if kept is None:
-            raise NotFoundError("the upload is not kept any more")
-        return kept
+    def _find(self, upload: str) -> _Upload:
+        if upload not in self._uploads:
+            raise NotFoundError("the upload is not stored any more")
+        return self._uploads[upload]

@@ -12,8 +12,8 @@ from shopr1_client.errors import NotReadyError, OverloadedError
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_service.cluster.engine_replica import Description
+from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_policy import RemoteEngines
-from shopr1_service.cluster.routing_view import Elsewhere, Route, View
 from shopr1_service.core import Certainty, Kind, MeasuredCompletion, Measurements, Target, TokenGroup, Version
 from shopr1_service.policy.fake import FakePolicy
 
@@ -63,7 +63,9 @@ class Handle:
 
 def fleet_of(handle: Handle) -> RemoteEngines:
     policy = FakePolicy()
-    return RemoteEngines(handle, None, Description(policy.info, policy.codec, 1, 1), View(0, policy.versions))
+    return RemoteEngines(
+        handle, None, Description(policy.info, policy.codec, 1, 1), ClusterView(0, policy.versions)
+    )
 
 
 async def test_work_of_a_replica_that_dies_goes_to_another() -> None:
@@ -90,18 +92,18 @@ async def test_a_refused_group_refuses_all_and_the_others_are_cancelled(refusal:
 
 
 async def test_a_replica_that_must_not_answer_is_not_asked_again() -> None:
-    behind = Elsewhere("a", NotReadyError("behind", retry_after_s=1.0))
+    behind = Declined("a", NotReadyError("behind", retry_after_s=1.0))
     handle = Handle(behind, MEASURED)
     fleet = fleet_of(handle)
-    fleet.view = View(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
+    fleet.view = ClusterView(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
     assert await fleet.measure([GROUP], KIND) == [MEASURED]
     assert [route.among for route in handle.routes] == [frozenset("ab"), frozenset("b")]
 
 
 async def test_when_none_may_answer_the_last_one_says_why() -> None:
-    handle = Handle(*(Elsewhere(name, NotReadyError(f"{name} is behind")) for name in "ab"))
+    handle = Handle(*(Declined(name, NotReadyError(f"{name} is behind")) for name in "ab"))
     fleet = fleet_of(handle)
-    fleet.view = View(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
+    fleet.view = ClusterView(1, fleet.versions, 0, {0: fleet.versions}, {"a": 0, "b": 0})
     with pytest.raises(NotReadyError, match="b is behind"):
         await fleet.measure([GROUP], KIND)
 
@@ -111,7 +113,7 @@ async def test_a_demand_goes_to_those_that_can_meet_it() -> None:
     fleet = fleet_of(handle)
     old = fleet.versions
     new = old.with_base("x", 0.0)
-    fleet.view = View(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
+    fleet.view = ClusterView(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
     await fleet.measure([GROUP], Kind(KIND.rules, Target(demand=VersionDemand(exact="x"))))
     assert handle.routes == [Route(frozenset("b"), 0)]
 
@@ -121,9 +123,9 @@ def test_answers_of_versions_that_are_going_are_not_those_of_the_next() -> None:
     fleet = fleet_of(Handle())
     old = fleet.versions
     new = old.with_base("x", 0.0)
-    fleet.view = View(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
+    fleet.view = ClusterView(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
     assert (fleet.settled_number, fleet.info.version) == (0, "x")
-    fleet.view = View(2, new, 1, {1: new}, {"a": 1, "b": 1})
+    fleet.view = ClusterView(2, new, 1, {1: new}, {"a": 1, "b": 1})
     assert fleet.settled_number == 1
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from shopr1_client.errors import InvalidRequestError, InvalidWeightsError, NotFoundError, TooLargeError
 from shopr1_client.wire_policy import AdapterRequest, TensorSpec, TransferRequest, UpdateRequest
+from shopr1_service.cluster.messages import ClusterView
 from shopr1_service.cluster.remote_updates import FleetAdapters, FleetWeights
-from shopr1_service.cluster.routing_view import View
 from shopr1_service.monitoring.metrics import Metrics
 from tests.support.http import WAIT_S
 from tests.support.in_process_cluster import Cluster, Handle, numbers, running
@@ -26,18 +26,18 @@ class Front:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.metrics = Metrics()
-        self.views: list[View] = []
+        self.views: list[ClusterView] = []
         see = self.views.append
-        self.weights = FleetWeights(cluster.journal, lambda: self.views[-1], see, self.metrics, MAX_BYTES)
+        self.weights = FleetWeights(cluster.coordinator, lambda: self.views[-1], see, self.metrics, MAX_BYTES)
         engines = Handle(cluster.engines["a"])
-        self.adapters = FleetAdapters(cluster.journal, engines, see, MAX_BYTES)
+        self.adapters = FleetAdapters(cluster.coordinator, engines, see, MAX_BYTES)
 
     async def versions(self) -> set[tuple[str, int]]:
         return {(await numbers(engine))[1:] for engine in self.cluster.engines.values()}
 
     @property
     def num_kept(self) -> int:
-        return len(self.cluster.journal.target._uploads._kept)
+        return len(self.cluster.coordinator.target._uploads)
 
     def updates(self, source: str, outcome: str) -> float | None:
         labels = {"source": source, "outcome": outcome}
@@ -65,7 +65,7 @@ async def dying(content: bytes) -> AsyncIterator[bytes]:
 async def test_an_upload_reaches_all_engines(front: Front, size: int) -> None:
     update = await front.weights.from_upload(pieces(NEW, size), "x", is_partial=False)
     assert await front.versions() == {("x", 1)}
-    assert front.views[-1].floor == update.current.number == 1
+    assert front.views[-1].min_number == update.current.number == 1
     assert front.updates("upload", "done") == 1
     assert front.num_kept == 1  # for engines that start late
 

@@ -1,4 +1,4 @@
-"""An engine as Ray sees it: what it measures, what it refuses, and when it is not well."""
+"""An engine behind Ray: its answers, its refusals and its health."""
 
 import asyncio
 import pickle
@@ -13,7 +13,7 @@ from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_service.cluster import engine_replica as module
 from shopr1_service.cluster.engine_replica import EngineFailedError, EngineReplica
-from shopr1_service.cluster.routing_view import Elsewhere, Route
+from shopr1_service.cluster.messages import Declined, Route
 from shopr1_service.core import (
     Certainty,
     FatalEngineError,
@@ -38,7 +38,9 @@ def replica_of(policy: FakePolicy, monkeypatch: pytest.MonkeyPatch, **settings: 
     return EngineReplica(Settings(**settings).model_dump(), "a")  # type: ignore[arg-type]
 
 
-async def test_it_measures_and_what_it_gives_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_computes_certainties_and_its_answers_can_be_pickled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = replica_of(FakePolicy(26.0, 1.0), monkeypatch)
     measured = await engine.measure(*pickle.loads(pickle.dumps((GROUP, KIND, Route()))))
     sent = cast("Measurements", pickle.loads(pickle.dumps(measured)))
@@ -51,21 +53,21 @@ async def test_it_measures_and_what_it_gives_can_be_sent(monkeypatch: pytest.Mon
     assert description.max_weight_bytes == (4 * 2 + 2) * 8
 
 
-async def test_a_refusal_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refusal_is_returned_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
     kind = Kind(KIND.rules, Target(demand=VersionDemand(exact="7")))
     refused = await engine.measure(GROUP, kind, Route())
-    assert isinstance(refused, Elsewhere)
+    assert isinstance(refused, Declined)
     sent = pickle.loads(pickle.dumps(refused))
     assert sent.engine == "a"
     assert isinstance(sent.problem, PolicyVersionError)
     assert sent.problem.detail == refused.problem.detail
 
 
-async def test_work_that_wants_a_later_change_is_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_declines_groups_that_need_a_later_change(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
-    refused = await engine.measure(GROUP, KIND, Route(floor=1))
-    assert isinstance(refused, Elsewhere)
+    refused = await engine.measure(GROUP, KIND, Route(min_number=1))
+    assert isinstance(refused, Declined)
     assert isinstance(refused.problem, NotReadyError)
     assert refused.problem.retry_after_s
 
@@ -90,21 +92,23 @@ async def test_its_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(await second, Measurements)
 
 
-async def test_it_is_well_as_long_as_the_engine_gives_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_healthy_as_long_as_the_engine_has_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = FakePolicy()
     engine = replica_of(policy, monkeypatch, engine_timeout_s=5.0)
     await engine.check_health()
     monkeypatch.setattr(type(policy.heartbeat), "age_s", 6.0)
-    with pytest.raises(EngineFailedError, match=r"no sign for 6 s; it is here:[^$]*scheduler\.py"):
+    with pytest.raises(EngineFailedError, match=r"no heartbeat for 6 s; stack:[^$]*scheduler\.py"):
         await engine.check_health()
 
 
-async def test_it_is_not_well_when_the_device_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_unhealthy_when_the_device_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise FatalEngineError("the device is gone")
 
     engine = replica_of(FakePolicy(before_scoring=fail), monkeypatch)
     await engine.measure(GROUP, KIND, Route())
-    await asyncio.to_thread(engine._scheduler._thread.join, WAIT_S)  # the engine's thread ends by telling
+    await asyncio.to_thread(
+        engine._scheduler._thread.join, WAIT_S
+    )  # the thread reports the failure at its end
     with pytest.raises(EngineFailedError, match="the device is gone"):
         await engine.check_health()

@@ -1,4 +1,4 @@
-"""Where work goes: by hand on small cases, and the numbers of a trace of shopping sessions."""
+"""Ranks of replicas: small cases by hand, and traces of shopping sessions."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ REPLICAS = ["a", "b", "c"]
 
 
 def prompt(*blocks: int, rest: int = 0) -> list[int]:
-    """Blocks of equal tokens, and tokens that fill no block."""
+    """Blocks of equal tokens, and tokens that do not fill a block."""
     return [token for block in blocks for token in [block] * BLOCK_TOKENS] + [0] * rest
 
 
@@ -21,14 +21,14 @@ def work_of(*blocks: int, rest: int = 0, num_own_tokens: int = 10) -> Work:
     return Work.of(prompt(*blocks, rest=rest), num_own_tokens)
 
 
-def test_a_block_is_known_by_all_that_comes_before_it() -> None:
+def test_the_digest_of_a_block_depends_on_all_blocks_before_it() -> None:
     some, others = work_of(1, 2, 3, rest=5), work_of(9, 2, 3)
     assert some.num_prompt_tokens == 3 * BLOCK_TOKENS + 5
     assert len(set(some.blocks) | set(others.blocks)) == 6
     assert work_of(1, 2).blocks == some.blocks[:2]
 
 
-def test_a_prompt_that_goes_on_goes_where_it_began() -> None:
+def test_a_longer_prompt_goes_where_its_prefix_is_cached() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "b")
     affinity.end("first")
@@ -36,12 +36,12 @@ def test_a_prompt_that_goes_on_goes_where_it_began() -> None:
     assert affinity.ranked(work_of(1, 9), REPLICAS)[0] == "b"
 
 
-def test_it_goes_elsewhere_when_more_waits_there_than_is_saved() -> None:
+def test_work_goes_elsewhere_when_the_queue_costs_more_than_the_cache_saves() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "b")
     affinity.end("first")
     saved = 2 * BLOCK_TOKENS
-    # Waiting: prompt and completions of something else. As much as is saved is still not more.
+    # Prompt and completions of other work are queued: as many tokens as the cache saves are not too many.
     affinity.begin("other", Work((), saved - 11, 10), "b")
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "b"
     affinity.begin("more", Work((), 2, 0), "b")
@@ -50,7 +50,7 @@ def test_it_goes_elsewhere_when_more_waits_there_than_is_saved() -> None:
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "b"
 
 
-def test_it_stays_longer_where_what_is_missing_counts_twice() -> None:
+def test_missing_weight_makes_the_cache_count_twice() -> None:
     affinity = Affinity[str](missing_weight=2)
     affinity.begin("first", work_of(1, 2), "b")
     affinity.end("first")
@@ -60,9 +60,9 @@ def test_it_stays_longer_where_what_is_missing_counts_twice() -> None:
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] != "b"
 
 
-def test_what_waits_is_what_is_not_kept() -> None:
+def test_cached_tokens_do_not_count_as_queued() -> None:
     affinity = Affinity[str]()
-    affinity.begin("first", work_of(1, 2), "b")  # 2 blocks and 10 tokens wait
+    affinity.begin("first", work_of(1, 2), "b")  # 2 blocks and 10 tokens are queued
     affinity.begin("second", work_of(1, 2), "b")  # 10 more
     affinity.begin("a", Work((), 2 * BLOCK_TOKENS + 21, 0), "a")
     assert affinity.ranked(work_of(7), ["a", "b"])[0] == "b"
@@ -70,37 +70,37 @@ def test_what_waits_is_what_is_not_kept() -> None:
     assert affinity.ranked(work_of(7), ["a", "b"])[0] == "a"
 
 
-def test_work_that_is_sent_elsewhere_waits_in_one_place() -> None:
+def test_work_that_is_sent_again_is_queued_once() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "a")
     affinity.begin("first", work_of(1, 2), "b")
     affinity.end("first")
-    assert [guess.num_waiting_tokens for guess in affinity._guesses.values()] == [0, 0]
+    assert [estimate.num_waiting_tokens for estimate in affinity._estimates.values()] == [0, 0]
 
 
-def test_what_has_not_been_used_for_long_is_forgotten() -> None:
+def test_least_recently_used_blocks_are_evicted() -> None:
     affinity = Affinity[str](max_kept_tokens=3 * BLOCK_TOKENS)
     for key, work in enumerate([work_of(1, 2), work_of(5, 6)]):
         affinity.begin(key, work, "b")
         affinity.end(key)
-    # Of the older prompt the beginning is still there.
+    # The first block of the older prompt is still cached.
     affinity.begin("c", Work((), BLOCK_TOKENS - 10, 0), "b")
     assert affinity.ranked(work_of(1, 2), ["b", "c"])[0] == "b"
     affinity.begin("d", Work((), 11, 0), "b")
     assert affinity.ranked(work_of(1, 2), ["b", "c"])[0] == "c"
 
 
-def test_a_replica_that_is_gone_keeps_nothing() -> None:
+def test_a_replica_that_is_gone_is_forgotten() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "b")
     affinity.keep_only(["a", "c"])
-    affinity.end("first")  # of a replica that is gone: nothing to do
+    affinity.end("first")  # its replica is gone: nothing to do
     affinity.begin("second", work_of(1), "a")
     affinity.end("second")
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "a"
 
 
-def test_routers_that_know_nothing_agree_and_spread() -> None:
+def test_independent_routers_agree_and_spread_work() -> None:
     works = [work_of(i) for i in range(300)]
     first, second = Affinity[str](), Affinity[str]()
     chosen = [first.ranked(work, REPLICAS)[0] for work in works]
@@ -108,14 +108,14 @@ def test_routers_that_know_nothing_agree_and_spread() -> None:
     assert min(chosen.count(replica) for replica in REPLICAS) > 70  # of 100; by chance, 4 standard deviations
 
 
-def test_many_replicas_are_filled_evenly() -> None:
+def test_many_replicas_get_equal_shares() -> None:
     affinity, replicas = Affinity[str](), [f"engine-{i}" for i in range(32)]
     chosen = Counter(affinity.ranked(work_of(i), replicas)[0] for i in range(3200))
     assert max(abs(chosen[replica] - 100) for replica in replicas) < 50  # by chance, 5 standard deviations
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=40))
-def test_when_all_is_done_nothing_waits(steps: Sequence[tuple[int, int, bool]]) -> None:
+def test_when_all_work_is_done_nothing_is_queued(steps: Sequence[tuple[int, int, bool]]) -> None:
     affinity = Affinity[str]()
     running = []
     for key, (first, second, ends) in enumerate(steps):
@@ -126,11 +126,11 @@ def test_when_all_is_done_nothing_waits(steps: Sequence[tuple[int, int, bool]]) 
             affinity.end(running.pop(0))
     for key in running:
         affinity.end(key)
-    assert all(guess.num_waiting_tokens == 0 for guess in affinity._guesses.values())
+    assert all(estimate.num_waiting_tokens == 0 for estimate in affinity._estimates.values())
 
 
-def test_steps_of_sessions_stay_together() -> None:
-    """8 steps each, in any order between sessions, nothing waiting: every step finds its session."""
+def test_all_steps_of_a_session_go_to_one_replica() -> None:
+    """20 interleaved sessions of 8 steps each, with empty queues."""
     affinity, chance = Affinity[str](), random.Random(5)
     homes: dict[int, str] = {}
     steps = [session for session in range(20) for _ in range(8)]

@@ -1,10 +1,8 @@
-"""Engines that follow one journal: a change is made by all of them or by none, whoever fails or dies."""
+"""Engines with one update coordinator: all of them apply a change or none does, whichever fails or dies."""
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,14 +14,12 @@ from shopr1_client.errors import (
     UpdateConflictError,
 )
 from shopr1_client.wire_policy import UpdateRequest, VersionDemand
-from shopr1_service.cluster.engine_replica import EngineFailedError
-from shopr1_service.cluster.routing_view import Elsewhere, Route
-from shopr1_service.cluster.update_follower import BehindError
-from shopr1_service.cluster.update_log import Change, Unloading
-from shopr1_service.core import Target, Version
+from shopr1_service.cluster.messages import BehindError, Declined
+from shopr1_service.cluster.update_log import Change, UnloadRequest
+from shopr1_service.core import Target
 from tests.support.http import WAIT_S
-from tests.support.in_process_cluster import Cluster, measured, numbers, running
-from tests.support.updating import PART, adapter_file, changed_model, file_of, saved, weights_of
+from tests.support.in_process_cluster import Cluster, agree, measured, running
+from tests.support.updating import adapter_file, changed_model, file_of, saved, weights_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(WAIT_S)]
 
@@ -37,19 +33,10 @@ async def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncItera
         yield cluster
 
 
-async def agree(cluster: Cluster, **target: Any) -> tuple[Any, str, int]:
-    """What all engines say, which is the same."""
-    first, *others = [await numbers(engine, **target) for engine in cluster.engines.values()]
-    assert all(other == first for other in others)
-    tables = [engine._policy.versions for engine in cluster.engines.values()]
-    assert all(table == tables[0] for table in tables)
-    return first
-
-
 # --- changes ----------------------------------------------------------------------------------------
 
 
-async def test_all_engines_take_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+async def test_all_engines_load_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     before, *_ = await agree(cluster)
     update = await cluster.update(saved(tmp_path / "new", NEW), "x")
     assert (update.former.version, update.current.version, update.current.number) == ("0", "x", 1)
@@ -57,16 +44,16 @@ async def test_all_engines_take_a_checkpoint(cluster: Cluster, tmp_path: Path) -
     assert after[1:] == ("x", 1)
     assert after[0] != before
     view = await cluster.view()
-    assert (view.floor, view.engines, view.table.base.name) == (1, {"a": 1, "b": 1}, "x")
+    assert (view.min_number, view.engines, view.table.base.name) == (1, {"a": 1, "b": 1}, "x")
 
 
-async def test_all_engines_take_an_upload(cluster: Cluster) -> None:
+async def test_all_engines_load_an_upload(cluster: Cluster) -> None:
     upload = await cluster.upload(file_of(NEW))
     await cluster.change(Change(UpdateRequest(path="-", version="x"), upload))
     assert (await agree(cluster))[1:] == ("x", 1)
 
 
-async def test_adapters_come_and_go_everywhere(cluster: Cluster) -> None:
+async def test_all_engines_load_and_unload_adapters(cluster: Cluster) -> None:
     base, *_ = await agree(cluster)
     for seed in (4, 5, 6):
         await cluster.load_adapter("lora", adapter_file(seed, config=None), default=seed == 5)
@@ -75,15 +62,15 @@ async def test_adapters_come_and_go_everywhere(cluster: Cluster) -> None:
     assert own[0] != base
     older = await agree(cluster, adapter="lora", demand=VersionDemand(exact="2"))
     assert older[0] != own[0]
-    await cluster.change(Change(Unloading("lora", "3")))
+    await cluster.change(Change(UnloadRequest("lora", "3")))
     assert await agree(cluster) == older
     with pytest.raises(NotFoundError):
-        await cluster.change(Change(Unloading("other", None)))
-    await cluster.change(Change(Unloading("lora", None)))
+        await cluster.change(Change(UnloadRequest("other")))
+    await cluster.change(Change(UnloadRequest("lora")))
     assert (await agree(cluster))[0] == base
 
 
-async def test_what_one_engine_refuses_no_engine_takes(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_change_that_the_canary_refuses_is_applied_nowhere(cluster: Cluster, tmp_path: Path) -> None:
     before = await agree(cluster)
     broken = weights_of(NEW)
     broken["model.norm.weight"][0] = float("nan")
@@ -93,8 +80,8 @@ async def test_what_one_engine_refuses_no_engine_takes(cluster: Cluster, tmp_pat
     with pytest.raises(InvalidWeightsError, match="nothing of this name"):
         await cluster.update("nowhere", "x")
     assert await agree(cluster) == before
-    with pytest.raises(NotFoundError):  # nothing is kept of it
-        await cluster.journal.target._uploads.read(upload, 0, 1)
+    with pytest.raises(NotFoundError):  # the upload is deleted
+        await cluster.coordinator.target._uploads.read(upload, 0, 1)
     assert (await cluster.update(saved(tmp_path / "new", NEW), "x")).current.number == 1
 
 
@@ -103,7 +90,7 @@ async def test_one_change_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
     first = asyncio.create_task(cluster.update(path, "x"))
     view = await cluster.view()
     while view.progress is None:
-        view = await cluster.after(view)
+        view = await cluster.next_view(view)
     with pytest.raises(UpdateConflictError, match="'x' is under way") as caught:
         await cluster.update(path, "y")
     assert caught.value.retry_after_s
@@ -112,24 +99,26 @@ async def test_one_change_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
     await first
 
 
-async def test_it_goes_on_when_whoever_asked_is_gone(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_change_goes_on_when_the_caller_disconnects(cluster: Cluster, tmp_path: Path) -> None:
     update = asyncio.create_task(cluster.update(saved(tmp_path / "new", NEW), "x"))
     view = await cluster.view()
     while view.progress is None:
-        view = await cluster.after(view)
+        view = await cluster.next_view(view)
     update.cancel()
-    while view.floor < 1:
-        view = await cluster.after(view)
+    while view.min_number < 1:
+        view = await cluster.next_view(view)
     assert (await agree(cluster))[1:] == ("x", 1)
 
 
-async def test_rolling_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_a_rolling_update_changes_one_engine_after_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     async with running(monkeypatch, tmp_path, "a", "b", "c", is_rolling=True) as cluster:
         path, seen = saved(tmp_path / "new", NEW), []
         update = asyncio.create_task(cluster.update(path, "x"))
         while not update.done():
             seen.append(sorted(engine._policy.versions.num_changes for engine in cluster.engines.values()))
-            # Engines whose weights are on their way while the others still serve the old ones.
+            # Engines that are loading new weights while they serve the old ones.
             busy = [name for name, engine in cluster.engines.items() if engine._updates.progress]
             assert len(busy) <= 1
             await asyncio.sleep(0)
@@ -138,10 +127,13 @@ async def test_rolling_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [0, 1, 1] in seen
 
 
-# --- who may answer ---------------------------------------------------------------------------------
+async def test_without_engines_a_change_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with running(monkeypatch, tmp_path) as cluster:
+        with pytest.raises(NotReadyError, match="no engine is ready"):
+            await cluster.update("x", "x")
 
 
-async def test_a_demanded_version_goes_to_those_that_have_it(
+async def test_a_demanded_version_is_looked_for_where_it_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with running(monkeypatch, tmp_path, "a", "b", is_rolling=True) as cluster:
@@ -149,152 +141,84 @@ async def test_a_demanded_version_goes_to_those_that_have_it(
         holders = []
         update = asyncio.create_task(cluster.update(saved(tmp_path / "new", NEW), "x"))
         view = await cluster.view()
-        while view.floor == 0:
-            holders.append((view.holders(old), view.holders(new)))
-            view = await cluster.after(view)
+        while view.min_number == 0:
+            holders.append((view.engines_with(old), view.engines_with(new)))
+            view = await cluster.next_view(view)
         await update
         assert holders[0] == (frozenset("ab"), frozenset())
         assert (frozenset("b"), frozenset("a")) in holders
-        assert (view.holders(old), view.holders(new)) == (frozenset(), frozenset("ab"))
+        assert (view.engines_with(old), view.engines_with(new)) == (frozenset(), frozenset("ab"))
         refused = await measured(cluster.engines["a"], demand=VersionDemand(exact="0"))
-        assert isinstance(refused, Elsewhere)
+        assert isinstance(refused, Declined)
         assert isinstance(refused.problem, PolicyVersionError)
 
 
-async def test_an_engine_that_is_behind_does_not_answer(cluster: Cluster, tmp_path: Path) -> None:
-    await cluster.update(saved(tmp_path / "new", NEW), "x")
-    late = cluster.engine("late")
-    floor = (await cluster.view()).floor
-    refused = await measured(late, Route(floor=floor))
-    assert isinstance(refused, Elsewhere)
-    await late.join(cluster.journal, "late")
-    assert (await agree(cluster))[1:] == ("x", 1)
+# --- engines die ------------------------------------------------------------------------------------
 
 
-# --- engines that start late, fail or die -----------------------------------------------------------
-
-
-async def test_a_late_engine_is_where_the_others_are_before_it_is_ready(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    await cluster.update(saved(tmp_path / "old", NEWER), "w")
-    await cluster.update(saved(tmp_path / "new", NEW), "x")
-    upload = await cluster.upload(file_of(weights_of(NEWER, PART)))
-    await cluster.change(Change(UpdateRequest(path="-", version="y", partial=True), upload))
-    await cluster.load_adapter("lora", adapter_file(4, config=None), version="z")
-    await cluster.start("late")
-    assert (await agree(cluster))[1:] == ("y", 3)
-    assert (await agree(cluster, adapter="lora"))[1:] == ("z", 4)
-    await cluster.until_ready("a", "b", "late")
-    assert (await cluster.update(saved(tmp_path / "newest", NEWER), "last")).current.number == 5
-    assert (await agree(cluster))[1:] == ("last", 5)
-
-
-async def test_an_engine_that_cannot_follow_is_out_of_rotation(cluster: Cluster, tmp_path: Path) -> None:
-    """The checkpoint is another one when its turn comes."""
-    path = saved(tmp_path / "new", NEW)
-    second = cluster.engines["b"]
-    original = second._updates._read
-
-    def read(path: str, stage: Any) -> None:
-        saved(Path(path), NEWER)
-        original(path, stage)
-
-    second._updates._read = read  # type: ignore[method-assign]
-    await cluster.update(path, "x")
-    view = await cluster.until_ready("a")
-    assert view.floor == 1
-    refused = await measured(second, Route(floor=view.floor))
-    assert isinstance(refused, Elsewhere)
-    with pytest.raises(EngineFailedError, match="change 1 cannot be made here: the checkpoint has been writ"):
-        await second.check_health()
-    with pytest.raises(BehindError):  # nor can its successor
-        await cluster.start("c")
-    del cluster.engines["b"], cluster.engines["c"]
-    await cluster.update(path, "y")
-    await cluster.start("d")
-    assert (await agree(cluster))[1:] == ("y", 2)
-
-
-async def test_an_engine_that_never_gets_a_checkpoint_read_is_out_of_rotation(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    second, is_over = cluster.engines["b"], threading.Event()
-    second._updates._read_timeout_s = 0.05
-    second._updates._read = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
-    try:
-        await cluster.update(saved(tmp_path / "new", NEW), "x")
-        assert (await cluster.until_ready("a")).engines == {"a": 1}
-        with pytest.raises(EngineFailedError, match="have not been read within read_timeout_s"):
-            await second.check_health()
-    finally:
-        is_over.set()
-
-
-async def test_an_engine_that_dies_of_a_change_takes_nobody_with_it(
+async def test_when_the_canary_dies_nothing_changes(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("shopr1_service.cluster.membership._LIFE_S", 0.01)
+    monkeypatch.setattr("shopr1_service.cluster.update_coordinator._LIVENESS_S", 0.01)
 
     async def hang(*_: object) -> None:
         await cluster.kill("a")
         await asyncio.Event().wait()
 
     cluster.engines["a"]._updates.from_checkpoint = hang  # type: ignore[assignment, method-assign]
-    with pytest.raises(NotReadyError, match="the engine that tried it has died"):
+    with pytest.raises(NotReadyError, match="the engine that tried the change has died"):
         await cluster.update(saved(tmp_path / "new", NEW), "x")
     assert (await agree(cluster))[1:] == ("0", 0)
     await cluster.update(str(tmp_path / "new"), "x")
     assert (await agree(cluster))[1:] == ("x", 1)
 
 
-async def test_an_update_does_not_wait_for_the_dead(
+async def test_when_the_canary_dies_after_its_trial_the_others_apply_the_change(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("shopr1_service.cluster.membership._LIFE_S", 0.01)
+    monkeypatch.setattr("shopr1_service.cluster.update_coordinator._LIVENESS_S", 0.01)
+    coordinator, report = cluster.coordinator.target, cluster.coordinator.target.report_trial
+
+    async def report_and_die(engine: str, result: object) -> None:
+        await report(engine, result)
+        await cluster.kill(engine)
+
+    coordinator.report_trial = report_and_die
+    assert (await cluster.update(saved(tmp_path / "new", NEW), "x")).current.number == 1
+    assert set(cluster.engines) == {"b"}
+    assert (await agree(cluster))[1:] == ("x", 1)
+
+
+async def test_an_update_does_not_wait_for_dead_engines(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("shopr1_service.cluster.update_coordinator._LIVENESS_S", 0.01)
     await cluster.kill("b")
     await cluster.update(saved(tmp_path / "new", NEW), "x")
     assert (await cluster.view()).engines == {"a": 1}
 
 
-async def test_no_engine_no_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async with running(monkeypatch, tmp_path) as cluster:
-        with pytest.raises(NotReadyError, match="no engine is ready"):
-            await cluster.update("x", "x")
+# --- the coordinator dies ---------------------------------------------------------------------------
 
 
-async def test_an_engine_does_not_go_by_a_table_of_what_it_has_not(cluster: Cluster) -> None:
-    await cluster.load_adapter("lora", adapter_file(4, config=None))
-    policy, before = cluster.engines["a"]._policy, cluster.engines["a"]._policy.versions
-    other = before.with_adapter(Version("x", 9, "lora"), max_kept=2, is_default=True)
-    for table in (other, before.with_base("x", 0.0)):
-        with pytest.raises(ValueError, match="its versions are"):
-            policy.agree(table)
-    assert policy.versions is before
-    policy.agree(before)
-
-
-# --- the journal dies -------------------------------------------------------------------------------
-
-
-async def test_the_next_journal_learns_from_the_engines(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_new_coordinator_restores_the_log_of_the_engines(cluster: Cluster, tmp_path: Path) -> None:
     await cluster.update(saved(tmp_path / "new", NEW), "x")
-    cluster.journal.replace(cluster.new_journal())
+    cluster.coordinator.replace(cluster.new_coordinator())
     await cluster.start("late")
     assert (await agree(cluster))[1:] == ("x", 1)
     view = await cluster.view()
-    assert (view.floor, view.table.base.name) == (1, "x")
+    assert (view.min_number, view.table.base.name) == (1, "x")
     await cluster.update(saved(tmp_path / "newer", NEWER), "y")
     assert (await agree(cluster))[1:] == ("y", 2)
 
 
-async def test_uploads_go_with_the_journal(cluster: Cluster, tmp_path: Path) -> None:
+async def test_uploads_are_lost_with_the_coordinator(cluster: Cluster, tmp_path: Path) -> None:
     upload = await cluster.upload(file_of(NEW))
     await cluster.change(Change(UpdateRequest(path="-", version="x"), upload))
-    cluster.journal.replace(cluster.new_journal())
+    cluster.coordinator.replace(cluster.new_coordinator())
     late = cluster.engine("late")
-    with pytest.raises(BehindError, match="the upload is not kept any more"):
-        await late.join(cluster.journal, "late")
+    with pytest.raises(BehindError, match="the upload is not stored any more"):
+        await late.join(cluster.coordinator, "late")
     await cluster.kill("late")
     await cluster.until_ready("a", "b")
     await cluster.update(saved(tmp_path / "new", NEWER), "y")
@@ -302,9 +226,9 @@ async def test_uploads_go_with_the_journal(cluster: Cluster, tmp_path: Path) -> 
     assert (await agree(cluster))[1:] == ("y", 2)
 
 
-async def test_an_engine_with_a_change_of_its_own_begins_anew(cluster: Cluster, tmp_path: Path) -> None:
-    """The journal died when one engine had tried it, and nobody had heard of that."""
+async def test_an_engine_with_a_change_of_its_own_restarts(cluster: Cluster, tmp_path: Path) -> None:
+    """A coordinator that died in a trial has told nobody about the change that the canary has applied."""
     lone = cluster.engine("lone")
     await lone._updates.from_checkpoint(UpdateRequest(path=saved(tmp_path / "new", NEW), version="x"))
     with pytest.raises(BehindError, match="a change that the others have not"):
-        await lone.join(cluster.journal, "lone")
+        await lone.join(cluster.coordinator, "lone")
