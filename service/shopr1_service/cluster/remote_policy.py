@@ -22,6 +22,7 @@ from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_updates import FleetAdapters, FleetWeights
 from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
 from shopr1_service.engine.heartbeat import Heartbeat
+from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_TRIES = 5
 """Of a group: so many replicas may die under it."""
-_RETRY_AFTER_S = 5.0
 _SCRAPE_S = 3.0
 """Prometheus waits for 10 s, for all of them."""
 _PATIENCE_S = 1.0
@@ -149,7 +149,7 @@ class RemoteEngines:
         if not group.completions:
             return Measurements([], self.versions.find(kind.target))
         problem: ProblemError = NotReadyError(
-            f"{_NUM_TRIES} replicas died of it", retry_after_s=_RETRY_AFTER_S
+            f"{_NUM_TRIES} replicas died of it", retry_after_s=RETRY_AFTER_S
         )
         refused: set[str] = set()
         for _ in range(_NUM_TRIES):
@@ -176,9 +176,9 @@ class RemoteEngines:
             logger.warning("a replica is gone, its work goes to another one: %s", error)
             return None
         except BackPressureError as error:
-            raise OverloadedError(str(error), retry_after_s=_RETRY_AFTER_S) from error
+            raise OverloadedError(str(error), retry_after_s=RETRY_AFTER_S) from error
         except DeploymentUnavailableError as error:
-            raise NotReadyError("the engines do not start", retry_after_s=_RETRY_AFTER_S) from error
+            raise NotReadyError("the engines do not start", retry_after_s=RETRY_AFTER_S) from error
 
     async def _call(
         self, group: TokenGroup, kind: Kind, route: Route

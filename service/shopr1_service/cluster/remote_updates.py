@@ -26,13 +26,13 @@ from shopr1_client.wire_policy import (
 )
 from shopr1_service.cluster.messages import Answer, ClusterView, raise_problem
 from shopr1_service.cluster.update_log import Change, UnloadRequest
+from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.updates.adapter_updates import AdapterFiles
 from shopr1_service.weights.safetensors_header import TensorEntry
 from shopr1_service.weights.safetensors_stream import Upload
 
 _PIECE_BYTES = 16 * 2**20
-_RETRY_AFTER_S = 5.0
 _UPLOADED = "-"
 """A path where there is none."""
 
@@ -81,7 +81,7 @@ class _Journal:
             view = await self._journal.view.remote()
         except (RayError, RayServeException) as error:
             raise NotReadyError(
-                "who brings changes to the engines has died", retry_after_s=_RETRY_AFTER_S
+                "who brings changes to the engines has died", retry_after_s=RETRY_AFTER_S
             ) from error
         if view is not None:
             self._see(view)
