@@ -9,9 +9,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -29,7 +28,8 @@ from shopr1_service.policy.fake import CharacterCodec, FakePolicy
 from shopr1_service.server import uvicorn_server as server
 from shopr1_service.settings import LogFormat, Settings
 from tests.support.http import WAIT_S, answer, free_port, group, post, running
-from tests.support.trainer_requests import SLIME, slime
+from tests.support.log_lines import noting
+from tests.support.trainer_requests import SLIME
 
 pytestmark = pytest.mark.anyio
 
@@ -236,30 +236,6 @@ def test_a_broken_stream_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- whose request ----------------------------------------------------------------------------------
 
 
-class Noting(logging.Handler):
-    """Lines as they would be written, of one logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[Any] = []
-
-    def emit(self, made: logging.LogRecord) -> None:
-        self.lines.append(json.loads(JsonFormatter().format(made)))
-
-
-@contextmanager
-def noting(name: str) -> Iterator[list[Any]]:
-    logger, handler = logging.getLogger(name), Noting()
-    former = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(former)
-
-
 class TalkingCodec(CharacterCodec):
     def encode_text(self, text: str) -> Tokens:
         logging.getLogger("talking").info("%s", text)
@@ -319,61 +295,6 @@ def test_text_lines_name_the_request_too() -> None:
             return stream.getvalue()
 
     assert re.search(r"^\S+ INFO talking \[r1 a\]: here$", asyncio.run(formatted()), re.M)
-
-
-# --- access -----------------------------------------------------------------------------------------
-
-
-async def test_a_line_for_each_request() -> None:
-    with noting("shopr1_service.access") as lines:
-        async with running(access_log=True) as client:
-            lines.clear()
-            groups = [group(answer(), answer()), group(answer(), prompt="another")]
-            headers = {"X-Request-ID": "r1", "X-Run-ID": "a"}
-            await post(client, {"groups": groups}, **headers)
-            await client.post(SLIME, json=slime())
-            await post(client, {"groups": "none"})
-            await client.get("/recipes/nope")
-            await client.get("/nowhere/at/all")
-            await client.request("BREW", "/score")
-    [first, *_] = lines
-    assert 0 < first.pop("duration_s") < WAIT_S
-    assert first.pop("time")
-    assert first == {
-        "level": "info",
-        "logger": "shopr1_service.access",
-        "message": "POST /score 200",
-        "request_id": "r1",
-        "run": "a",
-        "method": "POST",
-        "route": "/score",
-        "status": 200,
-        "num_groups": 2,
-        "num_rollouts": 3,
-    }
-    assert [(line["message"], line.get("num_rollouts")) for line in lines[1:]] == [
-        (f"POST {SLIME} 200", 1),
-        ("POST /score 422", None),
-        ("GET /recipes/{name} 404", None),
-        ("GET unknown 404", None),
-        ("unknown /score 405", None),
-    ]
-
-
-async def test_machines_that_ask_all_the_time_are_logged_at_debug_only() -> None:
-    with noting("shopr1_service.access") as lines:
-        async with running(access_log=True) as client:
-            lines.clear()
-            for path in ("/health/live", "/health/ready", "/metrics", "/info"):
-                await client.get(path)
-    assert [line["level"] for line in lines] == ["debug", "debug", "debug", "info"]
-
-
-async def test_no_access_log_no_lines() -> None:
-    with noting("shopr1_service.access") as lines:
-        async with running(access_log=False) as client:
-            await post(client, {"groups": [group(answer())]})
-    assert lines == []
 
 
 # --- a whole service --------------------------------------------------------------------------------

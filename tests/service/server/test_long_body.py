@@ -14,6 +14,7 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from shopr1_service.server import http_protocol as connection_module
-from shopr1_service.server import http_protocol as long_body
+from shopr1_service.server import http_protocol
 from shopr1_service.server.http_protocol import connection_class
 from tests.support.http import WAIT_S, serving
 
@@ -36,7 +36,7 @@ Heard = list[Any]
 @pytest.fixture(scope="module", autouse=True)
 def _small_buffers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_body, "BUFFER_BYTES", BUFFER_BYTES)
+        patch.setattr(http_protocol, "BUFFER_BYTES", BUFFER_BYTES)
         yield
 
 
@@ -187,7 +187,7 @@ def test_a_client_that_goes_in_the_middle(noting: tuple[str, Heard]) -> None:
 
 def test_nothing_is_read_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit the server would fill its memory."""
-    monkeypatch.setattr(long_body, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(http_protocol, "BUFFER_BYTES", 2**20)
     is_free, num_bytes = threading.Event(), 64 * 2**20
 
     async def wait(request: Request) -> Response:
@@ -232,10 +232,23 @@ def test_over_tls(certificate: tuple[Path, Path]) -> None:
             assert BUFFER_BYTES in said["sizes"]
 
 
+def test_h11_keeps_the_number_of_missing_bytes_where_we_read_and_reset_it() -> None:
+    """The attribute is private. Before a new h11 is added here, check how its readers use `_remaining`."""
+    assert h11.__version__ in {"0.16.0"}
+    h11_connection = h11.Connection(h11.SERVER)
+    h11_connection.receive_data(head("/digest", 10) + b"abc")
+    assert isinstance(h11_connection.next_event(), h11.Request)
+    assert http_protocol.num_bytes_left(h11_connection) == 10
+    assert isinstance(h11_connection.next_event(), h11.Data)
+    assert http_protocol.num_bytes_left(h11_connection) == 7
+    h11_connection._reader._remaining = 0  # type: ignore[union-attr]
+    assert isinstance(h11_connection.next_event(), h11.EndOfMessage)
+
+
 def test_h11_takes_all_where_it_does_not_tell_what_is_left(
     monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
-    monkeypatch.setattr(connection_module, "num_bytes_left", lambda _connection: 0)
+    monkeypatch.setattr(http_protocol, "num_bytes_left", lambda _connection: 0)
     content = body_of(3 * BUFFER_BYTES)
     with connection(server) as client:
         client.sendall(head("/digest", len(content)) + content[:1])
