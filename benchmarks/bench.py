@@ -12,7 +12,7 @@ import sections
 from accuracy import accuracy
 from growth import measure_growth
 from report import Report
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 from subject import Subject, load_subject
 from trainer_burst import trainer_burst
 from vllm_column import vllm_column

@@ -15,9 +15,9 @@ import torch
 
 from report import Report
 from shopr1_service.cluster.prefix_affinity import Affinity, Work
-from shopr1_service.engine.device import choose_device
 from shopr1_service.policy import factory as building
 from shopr1_service.policy import loading as source
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import load_settings
 from subject import RECIPE, load_model

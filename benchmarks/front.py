@@ -19,7 +19,7 @@ from serving import Body, score
 from shopr1_service.cluster.application import EngineDeployment, Scale
 from shopr1_service.cluster.messages import Route
 from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.policy.tokenizer import Codec
 from workloads import Shape, Workloads
 

@@ -28,9 +28,9 @@ from starlette.routing import Route
 
 from report import Report
 from serving import request_of, running, score, served
-from shopr1_service.engine.device import choose_device
 from shopr1_service.policy import factory as building
 from shopr1_service.policy import loading as source
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import load_settings
 from subject import load_model
