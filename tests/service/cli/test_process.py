@@ -175,9 +175,11 @@ def test_every_line_that_a_server_writes_is_json() -> None:
     port = free_port()
     command = [sys.executable, "-m", "shopr1_service", "serve", "--port", str(port)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
-        with Client(f"http://127.0.0.1:{port}") as client:
-            client.wait_until_ready(WAIT_S)
-        process.terminate()
+        try:
+            with Client(f"http://127.0.0.1:{port}") as client:
+                client.wait_until_ready(WAIT_S)
+        finally:
+            process.terminate()
         _, written = process.communicate()
     lines = [json.loads(line) for line in written.splitlines()]
     # The embedded policy has been loaded, for which transformers likes to draw bars.
