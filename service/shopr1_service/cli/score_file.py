@@ -15,14 +15,7 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shopr1_client.errors import InvalidRequestError
-from shopr1_client.wire import (
-    Group,
-    GroupScore,
-    PolicyRef,
-    RecipeRef,
-    ScoreRequest,
-    ScoreResponse,
-)
+from shopr1_client.wire import Group, GroupScore, PolicyRef, RecipeRef, ScoreRequest, ScoreResponse
 from shopr1_client.wire_base import is_union_tag
 from shopr1_service.errors import RolloutFileError
 

@@ -39,8 +39,7 @@ class LabelEntry(BaseModel):
         Field(description="As the trainer will send it: the templated text, or messages."),
     ]
     ground_truth: Annotated[
-        GroundTruth,
-        Field(description="An action, `{ground_truth, recipe}`, or either as JSON in a string."),
+        GroundTruth, Field(description="An action, `{ground_truth, recipe}`, or either as JSON in a string.")
     ]
 
 
@@ -59,10 +58,7 @@ class LabelCount(BaseModel):
 
 
 @router.put(
-    "/labels",
-    operation_id="putLabels",
-    summary="Register ground truths by prompt",
-    responses=BODY_PROBLEMS,
+    "/labels", operation_id="putLabels", summary="Register ground truths by prompt", responses=BODY_PROBLEMS
 )
 async def put_labels(
     body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState

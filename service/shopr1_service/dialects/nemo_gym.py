@@ -93,10 +93,7 @@ class AggregateMetrics(BaseModel):
 
 
 @router.post(
-    "/seed_session",
-    operation_id="nemoGymSeedSession",
-    summary="Begin a rollout",
-    responses=BODY_PROBLEMS,
+    "/seed_session", operation_id="nemoGymSeedSession", summary="Begin a rollout", responses=BODY_PROBLEMS
 )
 async def seed_session(
     body: Annotated[dict[str, Any], Body(openapi_examples=examples.NEMO_GYM_ROW)],

@@ -53,10 +53,7 @@ class Rewards(BaseModel):
 
 
 @router.post(
-    "/get_reward",
-    operation_id="openrlhfGetReward",
-    summary="OpenRLHF's remote reward",
-    responses=PROBLEMS,
+    "/get_reward", operation_id="openrlhfGetReward", summary="OpenRLHF's remote reward", responses=PROBLEMS
 )
 async def get_reward(
     body: Annotated[GetReward, Body(openapi_examples=examples.OPENRLHF)], request: Request, state: AppState

@@ -7,42 +7,19 @@ from typing import Literal
 
 from fastapi import Request
 
-from shopr1_client.errors import (
-    DeadlineExceededError,
-    FieldError,
-    InternalError,
-    InvalidRequestError,
-    MalformedBodyError,
-    NotReadyError,
-    OverloadedError,
-    RequestTimeoutError,
-    TooLargeError,
-    UnscorableError,
-)
+from shopr1_client.errors import FieldError, InvalidRequestError, UnscorableError
 from shopr1_client.grouping import Grouping
 from shopr1_client.reward_logs import log_values, terms
 from shopr1_client.wire import Reward, ScoreRequest
 from shopr1_service.dialects.requests import Rollout
 from shopr1_service.field_errors import raise_if_any
-from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.problem_responses import BODY, SCORING, problem_responses
 from shopr1_service.http.scoring import score_request
 from shopr1_service.http.state import State
 
 TAG = "trainers"
-BODY_PROBLEMS = problem_responses(
-    MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
-)
-PROBLEMS = problem_responses(
-    MalformedBodyError,
-    RequestTimeoutError,
-    TooLargeError,
-    InvalidRequestError,
-    UnscorableError,
-    OverloadedError,
-    InternalError,
-    NotReadyError,
-    DeadlineExceededError,
-)
+BODY_PROBLEMS = problem_responses(*BODY)
+PROBLEMS = problem_responses(*SCORING, UnscorableError)
 """Problems of a route that scores."""
 
 _PROMPT_PATH = re.compile(r"groups\[(\d+)\]\.prompt(.*)")

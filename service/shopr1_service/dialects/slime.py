@@ -36,12 +36,7 @@ class RemoteRm(TrainerRequest):
     ] = None
 
 
-@router.post(
-    "/reward",
-    operation_id="slimeReward",
-    summary="slime's remote reward",
-    responses=PROBLEMS,
-)
+@router.post("/reward", operation_id="slimeReward", summary="slime's remote reward", responses=PROBLEMS)
 async def reward(
     body: Annotated[RemoteRm, Body(openapi_examples=examples.SLIME)],
     request: Request,

@@ -59,7 +59,7 @@ SCORE_REQUESTS: dict[str, Example] = {
 _PATH = "/checkpoints/step-120"
 
 UPDATE_REQUESTS: dict[str, Example] = {
-    "full": {"summary": "All weights of a checkpoint", "value": {"path": _PATH, "version": "120"}},
+    "full": {"summary": "All weights of a checkpoint", "value": {"path": _PATH, "version": "120"}}
 }
 TRANSFER_REQUESTS: dict[str, Example] = {
     "one": {
@@ -72,19 +72,19 @@ TRANSFER_REQUESTS: dict[str, Example] = {
             "timeout_s": 1.0,
             "tensors": [{"name": "model.norm.weight", "dtype": "F32", "shape": [576]}],
         },
-    },
+    }
 }
 ADAPTER_REQUESTS: dict[str, Example] = {
     "default": {
         "summary": "An adapter for requests that name none",
         "value": {"name": "grpo", "path": _PATH, "version": "120", "default": True},
-    },
+    }
 }
 SGLANG_UPDATES: dict[str, Example] = {
-    "one": {"summary": "As slime sends it", "value": {"model_path": _PATH, "weight_version": "120"}},
+    "one": {"summary": "As slime sends it", "value": {"model_path": _PATH, "weight_version": "120"}}
 }
 LORA_LOADS: dict[str, Example] = {
-    "one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v7", "lora_path": _PATH}},
+    "one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v7", "lora_path": _PATH}}
 }
 LORA_UNLOADS: dict[str, Example] = {"one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v6"}}}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from shopr1_client.errors import (
     PROBLEM_MEDIA_TYPE,
+    DeadlineExceededError,
     InternalError,
     InvalidRequestError,
     InvalidWeightsError,
@@ -26,8 +27,8 @@ SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` for problems, with an example each."""
-    statuses = dict.fromkeys(problem.status for problem in problems)
+    """FastAPI's `responses` for problems, by status, with an example each."""
+    statuses = sorted({problem.status for problem in problems})
     return {status: _problem_response([p for p in problems if p.status == status]) for status in statuses}
 
 
@@ -49,15 +50,10 @@ def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
     return response
 
 
-_CHANGES: tuple[type[ProblemError], ...] = (
-    MalformedBodyError,
-    RequestTimeoutError,
-    UpdateConflictError,
-    TooLargeError,
-    InvalidRequestError,
-    InvalidWeightsError,
-    InternalError,
-    NotReadyError,
-    StorageError,
+BODY = (MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError)
+"""Problems of every route that takes a body."""
+SCORING = (*BODY, OverloadedError, NotReadyError, DeadlineExceededError)
+"""Problems of every route that scores."""
+CHANGE_PROBLEMS = problem_responses(
+    *BODY, UpdateConflictError, InvalidWeightsError, NotReadyError, StorageError
 )
-CHANGE_PROBLEMS = problem_responses(*_CHANGES)
