@@ -164,7 +164,7 @@ _add_lora_routes("", "SGLang")
 
 
 def _refuse_if_loaded(body: LoadLora, adapters: Container[str]) -> None:
-    """Raise as both engines do, so that nobody mistakes the old weights for the new ones."""
+    """Raise as both engines do: a client must not mistake the old weights for the new ones."""
     if body.lora_name in adapters and not body.load_inplace:
         message = f"an adapter {body.lora_name!r} is loaded already; unload it, or set load_inplace"
         raise InvalidRequestError(message, errors=[{"location": "lora_name", "message": message}])

@@ -146,7 +146,7 @@ def test_without_a_file_standard_output_is_jsonl(shopr1: Run, url: str, tmp_path
     assert output.read_text("utf-8") == ended.out
 
 
-def test_a_torn_run_goes_on(shopr1: Run, url: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_resumed(shopr1: Run, url: str, tmp_path: Path) -> None:
     rollouts, output = write_lines(tmp_path / "in.jsonl", *groups(20)), tmp_path / "out.jsonl"
     shopr1("score", rollouts, "-o", output, "--url", url)
     whole, before = output.read_bytes(), num_rollouts(url)

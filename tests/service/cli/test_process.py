@@ -72,7 +72,7 @@ cli.main()
 """
 
 
-"""`shopr1 serve` with a policy that is loaded at once, and that scores when it is told to."""
+"""`shopr1 serve` with a policy that loads at once, and that scores for each line of standard input."""
 
 
 class Serving:
@@ -82,7 +82,7 @@ class Serving:
         self.process = process
         self.log: list[str] = []
         self.url = self._read_url(self._pipe(process.stderr))
-        # Somebody must read on, or the server would block on a full pipe.
+        # Without a reader the server would block on a full pipe.
         self._reader = threading.Thread(target=self.log.extend, args=(process.stderr,))
         self._reader.start()
 
@@ -101,7 +101,7 @@ class Serving:
     def wait_until_scoring(self) -> None:
         assert self._pipe(self.process.stdout).readline() == "scoring\n"
 
-    def go_on(self, how: str = "") -> None:
+    def resume(self, how: str = "") -> None:
         stdin = self._pipe(self.process.stdin)
         stdin.write(f"{how}\n")
         stdin.flush()
@@ -123,7 +123,7 @@ def serve_fake() -> Iterator[Serving]:
             process.kill()
 
 
-# A shell's convention for Ctrl+C is 130; 0 where whoever started the process ignores it.
+# A shell's convention for Ctrl+C is 130; 0 where the parent process ignores the signal.
 @pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, {0}), (signal.SIGINT, {0, 130})])
 def test_serve_until_a_signal(sent: signal.Signals, codes: set[int]) -> None:
     with serve_fake() as serving:
@@ -149,9 +149,9 @@ def test_open_requests_are_answered_before_the_end() -> None:
         asking.start()
         serving.wait_until_scoring()
         serving.process.send_signal(signal.SIGTERM)
-        serving.go_on()
+        serving.resume()
         serving.wait_until_scoring()
-        serving.go_on()
+        serving.resume()
         asking.join()
         assert serving.end() == 0, "".join(serving.log)
     [response] = answers
@@ -159,15 +159,15 @@ def test_open_requests_are_answered_before_the_end() -> None:
     assert [scored["rewards"][0]["reward"] for scored in response.json()["groups"]] == [0.93, 0.93]
 
 
-def test_a_forward_that_nobody_waits_for_does_not_hold_up_the_end() -> None:
+def test_an_abandoned_forward_does_not_delay_the_end() -> None:
     with serve_fake() as serving:
-        serving.go_on("never")
+        serving.resume("never")
         headers = {"X-Request-Timeout": "0.5"}
         late = httpx.post(f"{serving.url}/score", json={"groups": [group(answer())]}, headers=headers)
         assert late.status_code == 504
         serving.wait_until_scoring()
         serving.process.send_signal(signal.SIGTERM)
-        # The engine's thread is inside of torch, and cannot be told to stop.
+        # The engine's thread is inside torch, and cannot be stopped.
         assert serving.end() == 0, "".join(serving.log)
 
 

@@ -1,4 +1,4 @@
-"""Who has no key gets 401 and nothing else; a key gets in however it travels, and into no log."""
+"""Keys and scopes: where they are read, which are valid, how they are rotated."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_a_file_without_keys_opens_nothing(tmp_path: Path, content: str | None) 
 @pytest.mark.parametrize(
     "key", ["short", "with a space in the middle", "a/b/c/d/e/f/g/h/i/j", "%41" * 8, "é" * 20]
 )
-def test_what_is_no_key(key: str) -> None:
+def test_malformed_keys_are_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="API key 2: must be") as caught:
         create_app(Settings(api_keys=(KEY, key)), FakePolicy)  # type: ignore[arg-type]
     assert key not in str(caught.value)
@@ -100,7 +100,7 @@ async def test_a_key_is_good_for_its_scopes_only(name: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("scopes", ["score+", "+", "", "Score", "score,metrics", "root", "score:metrics"])
-def test_what_is_no_scope(scopes: str) -> None:
+def test_malformed_scopes_are_refused(scopes: str) -> None:
     with pytest.raises(
         SettingsError, match=r"API key 1: its scopes must be of score, metrics, admin"
     ) as caught:
@@ -144,7 +144,7 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path, clock: list[float]
 
 
 @pytest.mark.parametrize("broken", ["", "short", "root:0123456789abcdef", None])
-def test_a_file_that_breaks_locks_nobody_out_and_lets_nobody_in(
+def test_a_broken_file_changes_no_key(
     tmp_path: Path, clock: list[float], caplog: pytest.LogCaptureFixture, broken: str | None
 ) -> None:
     file = tmp_path / "keys"

@@ -1,4 +1,4 @@
-"""What is refused, how it is said, and that nothing is scored of it."""
+"""Refused requests: their problems, and that nothing of them is scored."""
 
 import logging
 import re
@@ -38,7 +38,7 @@ ABSENT = object()
 
 
 def with_field(key: str, value: Any) -> dict[str, Any]:
-    """A request that is right but for one field of its second group; `/x` is a field of the request."""
+    """A request that is right except for one field of its second group; `/x` is a field of the request."""
     first, second = group(answer(), id="right"), group(answer(), answer(), id="wrong")
     body: dict[str, Any] = {"groups": [first, second]}
     target = body if key.startswith("/") else second
@@ -220,7 +220,7 @@ async def test_a_body_of_another_media_type(service: httpx.AsyncClient, content_
         (b'{"groups": [],}', "at character 14"),
         (b'{"groups": []} {}', "at character 15"),
         (b"{'groups': []}", "at character 1"),
-        # { stands at 0, the quotes at 1 and 3, and at 4 the colon is missing. In bytes it would be 5.
+        # { is at 0, the quotes at 1 and 3, and at 4 the colon is missing. In bytes it would be 5.
         ('{"é"}'.encode(), "at character 4"),
         (b'{"groups": "\x00"}', "at character 12"),
         (b'{"groups": "\xff"}', "not UTF-8"),
@@ -315,7 +315,7 @@ class Buggy(FakePolicy):
         return super().certainties(groups, rules, version)
 
 
-async def test_a_bug_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_logged_and_its_details_are_not_returned(caplog: pytest.LogCaptureFixture) -> None:
     policy = Buggy()
     async with running(policy) as client:
         response = await post(client, {"groups": [group(answer())] * 3}, **{"X-Request-ID": "bug-1"})

@@ -1,4 +1,4 @@
-"""What a log line looks like, whose request it names, and what never stands in one."""
+"""Log lines: their format, the request that they name, and the secrets that none contains."""
 
 import asyncio
 import io
@@ -66,7 +66,7 @@ def raised(error: Exception, cause: Exception | None = None) -> Exception:
 # --- lines ------------------------------------------------------------------------------------------
 
 
-def test_what_a_line_says() -> None:
+def test_fields_of_a_line() -> None:
     assert as_json(record("%d of %s", 3, "four", num_tokens=5, ratio=0.5, is_new=True)) == {
         "time": "1970-01-01T00:00:00.000001Z",
         "level": "warning",
@@ -90,7 +90,7 @@ def test_an_exception_has_type_message_and_stack() -> None:
     assert re.search(r"ValueError: the first\n.*in raised\n.*RuntimeError: the last\n$", line["stack"], re.S)
 
 
-def test_exceptions_of_a_group_are_all_told() -> None:
+def test_all_exceptions_of_a_group_are_logged() -> None:
     error = raised(ExceptionGroup("two", [ValueError("one"), raised(TypeError("other"))]))
     stack = as_json(record("failed", error=error))["exception"]["stack"]
     assert [part in stack for part in ("ValueError: one\n", "TypeError: other\n")] == [True, True]
@@ -103,7 +103,7 @@ def test_exceptions_in_a_circle_end() -> None:
     assert stack.count("ValueError: o") == 2
 
 
-def test_what_json_has_no_word_for() -> None:
+def test_values_that_json_cannot_express() -> None:
     line = as_json(
         record(
             "half \ud800", text="\udfff", number=float("nan"), thing={"a": {1}, "b": [2, None]}, level="mine"
@@ -208,7 +208,7 @@ def test_a_terminal_gets_text(
     assert stream.getvalue().startswith("{") == is_json
 
 
-def test_libraries_write_like_everybody(capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_use_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
     stubborn = logging.getLogger("stubborn")
     stubborn.addHandler(logging.StreamHandler(sys.stderr))
     stubborn.propagate = False
@@ -227,7 +227,7 @@ class BrokenPipe(io.StringIO):
         raise BrokenPipeError
 
 
-def test_a_broken_stream_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_stream_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", BrokenPipe())
     with logging_to_stderr(Settings()):
         logging.getLogger("some.module").error("nobody hears")
@@ -406,7 +406,7 @@ def send_marks(url: str) -> None:
 
 
 def headers(**more: str) -> dict[str, str]:
-    """With a mark in each, but for the ids of request and run, which are there to be logged."""
+    """With a mark in each, except the ids of request and run, which are there to be logged."""
     given = {
         "Content-Type": "application/json",
         "User-Agent": MARK,

@@ -1,4 +1,4 @@
-"""Who can reach the server: addresses, keys, TLS. How it ends when its device is gone."""
+"""Addresses, keys, TLS; the end of a server whose device has failed."""
 
 import contextlib
 import os
@@ -105,7 +105,7 @@ class Dying(FakePolicy):
         raise FatalEngineError("CUDA error: an illegal memory access was encountered")
 
 
-def test_a_device_that_is_gone_ends_the_server(
+def test_a_failed_device_ends_the_server(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(server, "load_policy", lambda _settings, _startup: Dying())
@@ -119,7 +119,7 @@ def test_a_device_that_is_gone_ends_the_server(
 
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(ask)
-        # Nobody signals it: it returns by itself, with a code that makes a supervisor start it anew.
+        # Without a signal it returns a code for which a supervisor restarts it.
         assert server.serve(settings) == 1
         answered = asked.result()
     assert "the engine has failed" in problem(answered, 503, "not_ready")["detail"]

@@ -81,7 +81,7 @@ class _TimedReceive:
         self._is_complete = False
 
     async def __call__(self) -> Message:
-        if self._is_complete:  # the next message says that the client has disconnected
+        if self._is_complete:  # the next message is the client's disconnect
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._due_s):

@@ -36,7 +36,7 @@ async def score(
 ) -> ScoreResponse:
     """Rewards of every completion, in the order of the request, each with its weighted terms.
 
-    A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
+    A completion that is not valid JSON is scored 0, with the reason. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
     return await score_request(body, request, state, timeout_s)

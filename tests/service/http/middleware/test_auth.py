@@ -113,7 +113,7 @@ async def test_a_trainer_that_knows_only_a_url() -> None:
         assert "reward" in (await client.post(path, json=slime())).json()
 
 
-def test_a_key_stands_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_contains_a_key(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     # uvicorn's access log, which writes each request's URL.
     with served(api_keys=(KEY,), log_level="debug") as url:

@@ -37,7 +37,7 @@ def test_routes_that_score_take_it_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("run", ["", "a", "grpo-7", "A.b_c-9", "x" * 64])
-async def test_what_the_document_allows_is_accepted(run: str) -> None:
+async def test_ids_that_the_document_allows_are_accepted(run: str) -> None:
     assert re.search(parameters()["/score"]["schema"]["pattern"], run)
     async with running() as client:
         response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})
@@ -46,7 +46,7 @@ async def test_what_the_document_allows_is_accepted(run: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["x" * 65, "a b", "a/b", 'a"b', "a{b}"])
-async def test_what_it_does_not_allow_is_refused(run: str) -> None:
+async def test_ids_that_it_does_not_allow_are_refused(run: str) -> None:
     assert not re.search(parameters()["/score"]["schema"]["pattern"], run)
     async with running() as client:
         response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})
