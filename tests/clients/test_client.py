@@ -24,6 +24,7 @@ from shopr1_client.wire import Group, Include, ScoreRequest, Status, Text, Token
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
@@ -128,7 +129,7 @@ class Loader:
 @contextmanager
 def loading() -> Iterator[tuple[str, Loader]]:
     load = Loader()
-    with serving(create_app(Settings(), load)) as url:
+    with serving(create_app(Settings(), LocalEngine.opener(load))) as url:
         try:
             yield url, load
         finally:

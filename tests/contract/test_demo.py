@@ -65,7 +65,7 @@ def test_every_number_of_every_row(printed: str) -> None:
 def test_a_table_per_session(printed: str) -> None:
     titles = [line for line in printed.splitlines() if ": the human did " in line]
     assert [title.partition(":")[0] for title in titles] == list(EARNED)
-    header = "predicted format type attribute value certainty reward why"
+    header = "predicted format action_type attribute value self_certainty reward why"
     assert [" ".join(re.findall(r"\w+", line)) for line in printed.splitlines() if line.startswith("┃")] == [
         header
     ] * len(EARNED)

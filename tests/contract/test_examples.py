@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shopr1_client.wire import Group
-from shopr1_rewards import FormatError, Judgement, judge, load_recipe, read_ground_truth
+from shopr1_rewards import FormatError, Judgement, judge, load_recipe, read_ground_truth, total
 
 SESSIONS = Path(__file__).parents[2] / "examples" / "sessions.jsonl"
 GROUPS = [Group.model_validate_json(line) for line in SESSIONS.read_bytes().splitlines()]
@@ -60,9 +60,9 @@ def judgements() -> Iterator[tuple[str, int, Judgement]]:
     ("name", "i", "judgement"), [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in judgements()]
 )
 def test_what_a_rollout_earns(name: str, i: int, judgement: Judgement) -> None:
-    earned = (judgement.format, judgement.action_type, judgement.attribute, judgement.value)
-    assert earned == pytest.approx(EARNED[name][i], rel=1e-12)
-    assert judgement.components(0.0).reward == pytest.approx(sum(EARNED[name][i]), rel=1e-12)
+    assert list(judgement.earned) == ["format", "action_type", "attribute", "value", "self_certainty"]
+    assert tuple(judgement.earned.values()) == pytest.approx((*EARNED[name][i], 0.0), rel=1e-12)
+    assert total(judgement.earned) == pytest.approx(sum(EARNED[name][i]), rel=1e-12)
     is_measured = judgement.failure is None and (name, i) != NO_RATIONALE
     assert (judgement.certainty_span is not None) is is_measured
 
@@ -94,7 +94,7 @@ def test_every_kind_of_flaw_is_shown() -> None:
         attributes = judgement.prediction.action.attributes
         flaws |= {
             "unknown type" if not judgement.prediction.is_known_type else "",
-            "wrong type" if judgement.action_type == 0 else "right type",
+            "wrong type" if not judgement.is_type_match else "right type",
             *("absent" if n not in attributes else "empty" for n in judgement.prediction.missing_attributes),
             *("unlike" if 0 < s < 0.75 else "" for s in judgement.similarity.values()),
             *("at the threshold" if s == 0.75 else "" for s in judgement.similarity.values()),

@@ -17,6 +17,7 @@ from shopr1_client.wire import ScoreRequest
 from shopr1_service.http.examples import SCORE_REQUEST, SCORE_RESPONSE
 from shopr1_service.http.openapi import to_yaml
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import answer, group, post, running
@@ -114,14 +115,14 @@ each_example = pytest.mark.parametrize(
 
 
 def test_the_file_is_the_document_of_the_application() -> None:
-    document = create_app(Settings(), FakePolicy).openapi()
+    document = create_app(Settings(), LocalEngine.opener(FakePolicy)).openapi()
     assert document == DOCUMENT
     assert to_yaml(document) == FILE.read_text("utf-8"), "run `make openapi`"
 
 
 def test_settings_do_not_change_it() -> None:
     settings = Settings(port=1, max_groups=2, max_body_bytes=3, policy="x", log_level="debug")
-    assert create_app(settings, FakePolicy).openapi() == DOCUMENT
+    assert create_app(settings, LocalEngine.opener(FakePolicy)).openapi() == DOCUMENT
 
 
 async def test_it_is_served() -> None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from shopr1_client.wire import ScoreRequest, ScoreResponse
-from shopr1_rewards import load_recipe
+from shopr1_rewards import load_recipe, total
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -26,10 +26,10 @@ def test_printed_answer_is_a_valid_answer_of_the_shipped_recipe() -> None:
     answer = ScoreResponse.model_validate(json.loads(_blocks("json")[0]))
     reward = answer.groups[0].rewards[0]
     assert answer.recipe.digest == load_recipe("shop_r1").digest
-    assert reward.reward == sum(value for _, value in reward.components)
+    assert reward.reward == total(reward.components)
     assert reward.details.self_certainty_nats is not None
     alpha = load_recipe("shop_r1").self_certainty.alpha
-    assert reward.components.self_certainty == alpha * reward.details.self_certainty_nats
+    assert reward.components["self_certainty"] == alpha * reward.details.self_certainty_nats
 
 
 def test_make_targets_it_names_exist() -> None:

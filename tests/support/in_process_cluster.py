@@ -170,7 +170,7 @@ async def running(
 
 async def measured(engine: EngineReplica, route: Route | None = None, **target: Any) -> Any:
     """An engine's answer to a group, always the same one."""
-    return await engine.measure(GROUP, Kind(RULES, Target(**target)), route or Route())
+    return await engine.compute_certainties(GROUP, Kind(RULES, Target(**target)), route or Route())
 
 
 @dataclass(frozen=True, eq=False)

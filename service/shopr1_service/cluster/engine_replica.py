@@ -16,7 +16,7 @@ from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.policy.tokenizer import Codec
 from shopr1_service.scheduling.scheduler import Scheduler
-from shopr1_service.scoring.version_waiter import VersionWaiter
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterFiles, AdapterUpdates
 from shopr1_service.updates.weight_updates import Updates
@@ -66,7 +66,8 @@ class EngineReplica:
         )
         self._metrics.watch(lambda: self._failure is None, lambda: self._policy.heartbeat.age_s)
         self._metrics.policy.record_loaded(self._policy.info)
-        how = self._policy, self._scheduler, self._settings, self._metrics, VersionWaiter(self._policy)
+        new_versions = VersionWaiter(lambda: self._policy.versions)
+        how = self._policy, self._scheduler, self._settings, self._metrics, new_versions
         self._updates, self._adapters = Updates(*how), AdapterUpdates(*how)
 
     async def join(self, coordinator: Any, actor: Any) -> None:  # noqa: ANN401
@@ -85,14 +86,14 @@ class EngineReplica:
         await follower.catch_up()
         self._following = asyncio.create_task(follower.follow(self._fail))
 
-    async def measure(
+    async def compute_certainties(
         self, group: TokenGroup, kind: Kind, route: Route
     ) -> Measurements | ProblemError | Declined:
-        """As `Scheduler.measure`, but problems are returned: Ray would wrap them, and log a traceback."""
+        """As `Scheduler.compute_certainties`, but problems are returned: Ray would log a traceback."""
         if (reason := self._reason_to_decline(route)) is not None:
             return Declined(self._name, NotReadyError(reason, retry_after_s=RETRY_UPDATE_AFTER_S))
         try:
-            [measurements] = await self._scheduler.measure([group], kind)
+            [measurements] = await self._scheduler.compute_certainties([group], kind)
         except (NotReadyError, PolicyVersionError, InvalidRequestError) as error:
             return Declined(self._name, error)
         except ProblemError as error:

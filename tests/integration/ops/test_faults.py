@@ -144,7 +144,7 @@ def test_a_device_that_hangs(policy: Path, expected: list[list[GroupScore]], tmp
         how = service.ends()
     assert how, "it has not ended"
     assert all("exit status 1; not expected" in line for line in how), how
-    assert "no sign of the engine" in service.log.read_text()
+    assert "no heartbeat of the engine" in service.log.read_text()
 
 
 # --- clients that misbehave ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import safetensors.torch
 
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 from tests.integration.ops.prometheus import (
     CONFIG,
     ROOT,
@@ -97,7 +98,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     settings = Settings.model_validate({**keys, "openrlhf_unscorable": 0.5})
     directory = tmp_path_factory.mktemp("prometheus")
     with (
-        serving(create_app(settings, lambda: policy_of(tiny_model()))) as url,
+        serving(create_app(settings, UpdatableEngine.opener(lambda: policy_of(tiny_model())))) as url,
         prometheus(directory, url.removeprefix("http://"), METRICS_KEY) as running,
     ):
         until(lambda: httpx.get(f"{url}/health/ready").is_success or None, "the service is ready")

@@ -9,9 +9,13 @@ from typing import Any
 
 import httpx
 
+from shopr1_client.reward_logs import log_keys
+from shopr1_rewards import load_recipe
+
 ROOT = Path(__file__).parents[3]
 API_KEY = "trainers-0123456789abcdef"  # pragma: allowlist secret
 TIMEOUT_S = 600.0
+LOG_KEYS = log_keys(load_recipe("shop_r1").components)
 
 ROUNDING = 1e-7
 """Absolute. Values depend on what is computed together, by 1e-6 nats (docs/engine.md): 5e-9 of the reward."""

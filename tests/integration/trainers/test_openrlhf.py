@@ -55,9 +55,9 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noq
 from openrlhf.utils.agent import SingleTurnAgentExecutor  # noqa: E402
 
 from shopr1_client.base import BaseClient  # noqa: E402
-from shopr1_client.reward_logs import LOG_KEYS  # noqa: E402
 from tests.integration.trainers.live import (  # noqa: E402
     API_KEY,
+    LOG_KEYS,
     ROUNDING,
     TIMEOUT_S,
     TOO_LONG,

@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
-from shopr1_client.reward_logs import LOG_KEYS
-from tests.integration.trainers.live import ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.integration.trainers.live import LOG_KEYS, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.integration.trainers.tokenizer import save_tokenizer
 
 BATCHED = pytest.mark.parametrize("batched", [False, True], ids=["agent_loop", "batched"])

@@ -44,13 +44,14 @@ from trl import GRPOConfig, GRPOTrainer
 from shopr1_client import Client
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError
-from shopr1_client.reward_logs import LOG_KEYS, log_values
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.callback import PolicyPush
 from shopr1_client.trainers.trl import shop_r1_reward, shop_r1_reward_sync
 from shopr1_client.wire import Reward, ScoreResponse
 from shopr1_client.wire_policy import PolicyState
 from tests.integration.trainers.live import (
     API_KEY,
+    LOG_KEYS,
     ROOT,
     ROUNDING,
     TIMEOUT_S,

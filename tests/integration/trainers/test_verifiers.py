@@ -22,9 +22,10 @@ from verifiers.v1.cli.eval.runner import run_eval
 from verifiers.v1.configs.cli.eval import EvalConfig
 
 from shopr1_client.base import BaseClient
-from shopr1_client.reward_logs import LOG_KEYS, log_values
+from shopr1_client.reward_logs import log_values
 from shopr1_client.wire import Reward
 from tests.integration.trainers.live import (
+    LOG_KEYS,
     ROOT,
     ROUNDING,
     TIMEOUT_S,

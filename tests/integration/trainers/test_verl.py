@@ -25,10 +25,18 @@ from verl.utils.config import validate_config
 
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
-from shopr1_client.reward_logs import LOG_KEYS
 from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.verl_manager import ShopR1RewardManager
-from tests.integration.trainers.live import API_KEY, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.integration.trainers.live import (
+    API_KEY,
+    LOG_KEYS,
+    ROUNDING,
+    TOO_LONG,
+    Live,
+    Rollout,
+    free_port,
+    rollouts,
+)
 from tests.integration.trainers.scripts import arguments
 from tests.integration.trainers.tokenizer import save_tokenizer
 

@@ -7,6 +7,7 @@ import pytest
 from shopr1_service.errors import SettingsError
 from shopr1_service.http.api_keys import ApiKeys
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 from tests.support.http import problem, running
@@ -41,7 +42,7 @@ def test_a_file_without_keys_opens_nothing(tmp_path: Path, content: str | None) 
     if content is not None:
         file.write_text(content)
     with pytest.raises(SettingsError, match="api_key_file"):
-        create_app(Settings(api_key_file=file), FakePolicy)
+        create_app(Settings(api_key_file=file), LocalEngine.opener(FakePolicy))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_file_without_keys_opens_nothing(tmp_path: Path, content: str | None) 
 )
 def test_malformed_keys_are_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="API key 2: must be") as caught:
-        create_app(Settings(api_keys=(KEY, key)), FakePolicy)  # type: ignore[arg-type]
+        create_app(Settings(api_keys=(KEY, key)), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     assert key not in str(caught.value)
 
 
@@ -104,7 +105,7 @@ def test_malformed_scopes_are_refused(scopes: str) -> None:
     with pytest.raises(
         SettingsError, match=r"API key 1: its scopes must be of score, metrics, admin"
     ) as caught:
-        create_app(Settings(api_keys=(f"{scopes}:{KEY}",)), FakePolicy)  # type: ignore[arg-type]
+        create_app(Settings(api_keys=(f"{scopes}:{KEY}",)), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     assert KEY not in str(caught.value)
 
 

@@ -12,6 +12,7 @@ from shopr1_client.errors import PROBLEMS
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.held import Loader
@@ -372,7 +373,9 @@ IDLE = [expected for expected in PROBLEMS if expected.code not in ELSEWHERE]
 @pytest.mark.parametrize("expected", IDLE, ids=lambda problem_class: problem_class.code)
 async def test_every_problem_has_every_key(expected: Any) -> None:
     load = Loader()
-    app = create_app(Settings(max_groups=8), load if expected.code == "not_ready" else Buggy)
+    app = create_app(
+        Settings(max_groups=8), LocalEngine.opener(load if expected.code == "not_ready" else Buggy)
+    )
     async with app.router.lifespan_context(app), client_of(app) as client:
         if expected.code != "not_ready":
             await until_ready(client)

@@ -9,6 +9,7 @@ import pytest
 
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.held import Loader
@@ -71,7 +72,7 @@ def assert_not_ready(response: httpx.Response, detail: str) -> None:
 
 async def test_live_but_not_ready_while_the_policy_loads() -> None:
     load = Loader()
-    app = create_app(Settings(), load)
+    app = create_app(Settings(), LocalEngine.opener(load))
     async with app.router.lifespan_context(app), client_of(app) as client:
         try:
             for response in (
@@ -91,7 +92,7 @@ async def test_live_but_not_ready_while_the_policy_loads() -> None:
 
 
 async def test_not_ready_after_shutdown() -> None:
-    app = create_app(Settings(), FakePolicy)
+    app = create_app(Settings(), LocalEngine.opener(FakePolicy))
     async with client_of(app) as client:
         async with app.router.lifespan_context(app):
             await until_ready(client)
@@ -103,7 +104,7 @@ async def test_not_ready_after_shutdown() -> None:
 async def test_shutdown_while_the_policy_loads() -> None:
     failures: list[BaseException] = []
     load = Loader()
-    app = create_app(Settings(), load, on_failure=failures.append)
+    app = create_app(Settings(), LocalEngine.opener(load), on_failure=failures.append)
     async with client_of(app) as client:
         try:
             async with app.router.lifespan_context(app):
@@ -128,7 +129,7 @@ async def test_load_failure(error: Exception, caplog: pytest.LogCaptureFixture) 
         failures.append(failure)
         has_failed.set()
 
-    app = create_app(Settings(), load, on_failure=on_failure)
+    app = create_app(Settings(), LocalEngine.opener(load), on_failure=on_failure)
     async with app.router.lifespan_context(app), client_of(app) as client:
         await asyncio.wait_for(has_failed.wait(), WAIT_S)
         assert (await client.get("/health/ready")).status_code == 503

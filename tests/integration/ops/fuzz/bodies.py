@@ -18,6 +18,7 @@ import httpx
 from fastapi import FastAPI
 
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.settings import Settings
 from tests.integration.api.test_fuzz import places
 from tests.integration.ops.fuzz.harness import fuzz
@@ -63,7 +64,7 @@ class Service:
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner()
-        self._client = self._runner.run(self._start(create_app(Settings(), FakePolicy)))
+        self._client = self._runner.run(self._start(create_app(Settings(), LocalEngine.opener(FakePolicy))))
 
     async def _start(self, app: FastAPI) -> httpx.AsyncClient:
         self._lifespan = app.router.lifespan_context(app)

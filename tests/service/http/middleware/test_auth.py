@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from shopr1_service.http.api_keys import ApiKeys
 from shopr1_service.http.middleware.auth import Authentication
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import answer, client_of, group, problem, running, served
@@ -79,7 +80,7 @@ async def test_nothing_else_does(headers: dict[str, str], path: str) -> None:
 
 
 async def test_every_route_but_health_asks_for_it() -> None:
-    app = create_app(keyed(), FakePolicy)
+    app = create_app(keyed(), LocalEngine.opener(FakePolicy))
     async with app.router.lifespan_context(app), client_of(app) as client:
         for path, methods in app.openapi()["paths"].items():
             for method, operation in methods.items():
@@ -160,7 +161,7 @@ async def test_nothing_behind_sees_a_key(target: str) -> None:
 async def test_every_route_refuses_what_is_not_allowed(
     keys: tuple[str, ...], headers: dict[str, str], status: int
 ) -> None:
-    app = create_app(Settings(api_keys=keys), FakePolicy)  # type: ignore[arg-type]
+    app = create_app(Settings(api_keys=keys), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     async with app.router.lifespan_context(app), client_of(app) as client:
         routes = [(path, method) for path, ops in app.openapi()["paths"].items() for method in ops]
         assert len(routes) > 15

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import answer, group, metric, post, problem, running
 
-DOCUMENT: dict[str, Any] = create_app(Settings(), FakePolicy).openapi()
+DOCUMENT: dict[str, Any] = create_app(Settings(), LocalEngine.opener(FakePolicy)).openapi()
 SCORING = {
     "/score",
     "/dialects/openrlhf/get_reward",
