@@ -65,7 +65,7 @@ class CountingEngine(EngineDeployment):
         self, group: TokenGroup, kind: Kind, route: Route
     ) -> Measurements | ProblemError | Declined:
         measured = await super().compute_certainties(group, kind, route)
-        cache = self._policy.stats.cache
+        cache = self._engine.policy.stats.cache
         counts = {"missed": cache.num_missed_tokens, "hit": cache.num_hit_tokens}
         (Path(os.environ[COUNTS]) / f"{os.getpid()}.json").write_text(json.dumps(counts))
         return measured

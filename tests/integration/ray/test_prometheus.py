@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.integration.ops.prometheus import ROOT, Prometheus, prometheus, promtool, until
 from tests.integration.ray.conftest import KEYS, NUM_REPLICAS, START_S, client_of, replica_pids
 from tests.support.http import answer, group
+from tests.support.prometheus import ROOT, Prometheus, prometheus, promtool, until
 
 NUM_BODIES = 12
 _NORM = safetensors.torch.save({"model.norm.weight": torch.ones(576)})

@@ -46,7 +46,7 @@ async def test_it_computes_certainties_and_its_answers_can_be_pickled(
     sent = cast("Measurements", pickle.loads(pickle.dumps(measured)))
     assert sent.values == [Certainty((26.0, 27.0))]
     assert sent.version.name == "0"
-    monkeypatch.setattr(engine._policy, "model", torch.nn.Linear(4, 2), raising=False)
+    monkeypatch.setattr(engine._engine.policy, "model", torch.nn.Linear(4, 2), raising=False)
     description = pickle.loads(pickle.dumps(await engine.describe()))
     assert description.info.model == "fake"
     assert description.codec.encode_text("ab").ids == [97, 98]
@@ -108,7 +108,7 @@ async def test_it_is_unhealthy_when_the_device_is_gone(monkeypatch: pytest.Monke
     engine = replica_of(FakePolicy(before_scoring=fail), monkeypatch)
     await engine.compute_certainties(GROUP, KIND, Route())
     await asyncio.to_thread(
-        engine._scheduler._thread.join, WAIT_S
+        engine._engine.scheduler._thread.join, WAIT_S
     )  # the thread reports the failure at its end
     with pytest.raises(EngineFailedError, match="the device is gone"):
         await engine.check_health()
