@@ -11,13 +11,13 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import orjson
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from shopr1_client import Client, ShopR1Error
 from shopr1_rewards import RecipeError, load_recipe
@@ -113,7 +113,7 @@ def score(
         recipe_name = recipe if url else None
         former = done[-1] if done else None
         fresh = score_lines(lines[len(done) :], call, recipe_name, sink, former)
-        scored = [*done, *_with_progress(fresh, len(lines), len(done))]
+        scored = [*done, *track(fresh, "scoring", len(lines), len(done), console=_errors)]
     _print_summary(lines, scored)
 
 
@@ -191,26 +191,13 @@ def _score_call(
         yield lambda request: runner.run(scorer.score(request, Origin(uuid.uuid4().hex)))
 
 
-@contextlib.contextmanager
-def _open(output: Path | None) -> Iterator[Any]:
+def _open(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
     if output is None:
-        yield sys.stdout
-        return
+        return contextlib.nullcontext(sys.stdout)
     try:
-        file = output.open("a", encoding="utf-8")
+        return output.open("a", encoding="utf-8")
     except OSError as error:
         raise RolloutFileError(f"{output}: {error.strerror}") from error
-    with file:
-        yield file
-
-
-def _with_progress(scored: Iterator[ScoredLine], num_lines: int, num_done: int) -> Iterator[ScoredLine]:
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_errors) as progress:
-        task = progress.add_task("scoring", total=num_lines, completed=num_done)
-        for line in scored:
-            yield line
-            progress.advance(task)
 
 
 def _print_summary(lines: Sequence[InputLine], scored: Sequence[ScoredLine]) -> None:

@@ -3,11 +3,12 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Body
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
 from shopr1_client.errors import FieldError, InternalError
 from shopr1_client.wire import GroundTruth
+from shopr1_client.wire_base import RequestModel
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.requests import Prompt, TextOrMessages
@@ -28,10 +29,8 @@ def _check_not_empty(prompt: Prompt) -> Prompt:
     return prompt
 
 
-class LabelEntry(BaseModel):
+class LabelEntry(RequestModel):
     """A ground truth for a prompt."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Annotated[
         TextOrMessages,
@@ -43,10 +42,8 @@ class LabelEntry(BaseModel):
     ]
 
 
-class Labels(BaseModel):
+class Labels(RequestModel):
     """Ground truths to register."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: list[LabelEntry]
 

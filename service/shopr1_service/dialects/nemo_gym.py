@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shopr1_client.errors import InternalError, MalformedBodyError
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_missing
-from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
 from shopr1_service.dialects.results import (
     BODY_PROBLEMS,
@@ -177,9 +177,7 @@ def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
         body.responses_create_params.messages(),
         body.response.text,
         getattr(body, name),
-        prompt_path="responses_create_params.input",
-        completion_path="response.output",
-        label_path=name,
+        Paths("responses_create_params.input", "response.output", name),
     )
     return reader.finish()
 

@@ -107,7 +107,7 @@ def _in_trainer_paths(
 ) -> list[FieldError]:
     """Errors at the trainer's own paths: it sends a prompt per rollout. Scoring can refuse only prompts."""
     return [
-        {"location": rollouts[i].prompt_path + match[2], "message": each["message"]}
+        {"location": rollouts[i].paths.prompt + match[2], "message": each["message"]}
         for each in error.errors
         if (match := _PROMPT_PATH.fullmatch(each["location"]))
         for i in groups[int(match[1])]
@@ -116,7 +116,7 @@ def _in_trainer_paths(
 
 def _raise_if_unscorable(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> None:
     errors: list[FieldError] = [
-        {"location": rollout.completion_path, "message": _failure(reward)}
+        {"location": rollout.paths.completion, "message": _failure(reward)}
         for rollout, reward in zip(rollouts, rewards, strict=True)
         if reward.reward is None
     ]
