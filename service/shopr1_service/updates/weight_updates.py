@@ -18,6 +18,7 @@ from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConfli
 from shopr1_client.wire_policy import PolicyUpdate, TransferRequest, UpdateProgress, UpdateRequest
 from shopr1_client.wire_policy import Stage as StageName
 from shopr1_service.concurrency import read_foreign
+from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
@@ -36,7 +37,6 @@ from shopr1_service.weights.tensors import Stored, Taken
 
 logger = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = 2.0
 
 Fill = Callable[[Stage], Awaitable[None]]
 """Brings all tensors of an update, and finishes."""
@@ -174,7 +174,8 @@ class Updates:
     def _only_one(self, source: str, version: str, *, is_partial: bool) -> Iterator[_Running]:
         if self._running is not None:
             raise UpdateConflictError(
-                f"an update to version {self._running.version!r} is under way", retry_after_s=_RETRY_AFTER_S
+                f"an update to version {self._running.version!r} is under way",
+                retry_after_s=RETRY_UPDATE_AFTER_S,
             )
         try:
             stage = Stage(self._policy.weights, self._staging_dir, is_partial=is_partial)
