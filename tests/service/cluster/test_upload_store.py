@@ -61,7 +61,7 @@ async def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytes
     store = UploadStore(tmp_path)
     upload = store.create()
     await store.append(upload, b"x")
-    monkeypatch.setattr(AnonymousTempFile, "append", fail)
+    monkeypatch.setattr("os.pwrite", fail)
     monkeypatch.setattr(AnonymousTempFile, "read_into", fail)
     with pytest.raises(StorageError, match="cannot be kept in staging_dir: No space left"):
         await store.append(upload, b"x")
