@@ -28,7 +28,6 @@ from shopr1_service.weights.safetensors_stream import SafetensorsStream, feed_in
 logger = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True)
 class AdapterFiles:
     """Contents of an adapter's config and safetensors file."""
