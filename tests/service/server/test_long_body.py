@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.client import HTTPResponse
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_over_tls(certificate: tuple[Path, Path]) -> None:
 
 def test_h11_keeps_the_number_of_missing_bytes_where_we_read_and_reset_it() -> None:
     """The attribute is private. Before a new h11 is added here, check how its readers use `_remaining`."""
-    assert h11.__version__ in {"0.16.0"}
+    assert version("h11") in {"0.16.0"}
     h11_connection = h11.Connection(h11.SERVER)
     h11_connection.receive_data(head("/digest", 10) + b"abc")
     assert isinstance(h11_connection.next_event(), h11.Request)
