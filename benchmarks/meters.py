@@ -72,16 +72,17 @@ def _status_bytes(key: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
+    """Free memory of the device, on CUDA with what PyTorch has reserved and does not use."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused_bytes
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flop_per_s(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of square matrix products in the policy's dtype: the best of several runs."""
-    size = MATMUL_SIZE[device.type]
+    size = size or MATMUL_SIZE[device.type]
     matrix = torch.randn(size, size, device=device).to(dtype)
     best_s = min(time_s(lambda: matrix @ matrix.T) for _ in range(NUM_MATMULS))
     return 2 * size**3 / best_s
@@ -89,9 +90,24 @@ def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 def needed_flop(model: transformers.PreTrainedModel, shape: Shape) -> float:
     """FLOPs of a forward that computes the prompt once: layers, causal attention, head."""
+    num_pairs = shape.P**2 / 2 + shape.G * shape.R * (shape.P + shape.R / 2)
+    return _forward_flop(model, shape.num_shared_tokens, num_pairs, num_logit_rows=shape.G * shape.R)
+
+
+def batch_flop(model: transformers.PreTrainedModel, shape: Shape, *, keeps_all: bool) -> float:
+    """FLOPs of a batch of whole sequences, with the logits of all tokens or of the completions only."""
+    num_pairs = shape.G * (shape.P + shape.R) ** 2 / 2
+    num_logit_rows = shape.num_batch_tokens if keeps_all else shape.G * shape.R
+    return _forward_flop(model, shape.num_batch_tokens, num_pairs, num_logit_rows=num_logit_rows)
+
+
+def _forward_flop(
+    model: transformers.PreTrainedModel, num_tokens: int, num_pairs: float, *, num_logit_rows: int
+) -> float:
+    """FLOPs of the layers' weights, of attention over token pairs, and of the head."""
     config = model.config.get_text_config()
     num_weights = sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
-    num_pairs = shape.P**2 / 2 + shape.G * shape.R * (shape.P + shape.R / 2)
-    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * num_pairs
-    head = 2 * shape.G * shape.R * config.hidden_size * config.vocab_size
-    return float(2 * num_weights * shape.num_shared_tokens + attention + head)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_attention_heads * head_dim * config.num_hidden_layers * num_pairs
+    head = 2 * num_logit_rows * config.hidden_size * config.vocab_size
+    return float(2 * num_weights * num_tokens + attention + head)
