@@ -12,7 +12,7 @@ from benchmarks.report import Report
 from benchmarks.subject import Subject
 from benchmarks.workloads import Plan, Shape
 
-TURNS_BUDGET_S = 60.0
+ROUNDS_BUDGET_S = 60.0
 """No further round of a shape starts after this time."""
 KEEP_MAX_S = 180.0
 """A batch that is expected to take longer is skipped."""
@@ -52,9 +52,9 @@ def _point(subject: Subject, shape: Shape, num_runs: int, *, runs_keep: bool) ->
 
     if runs_keep:
         with contextlib.suppress(torch.OutOfMemoryError):
-            engine_s, keep_s = interleaved_s(num_runs, engine, keep, budget_s=TURNS_BUDGET_S)
+            engine_s, keep_s = interleaved_s(num_runs, engine, keep, budget_s=ROUNDS_BUDGET_S)
             return Point(shape, engine_s, keep_s)
-    return Point(shape, interleaved_s(num_runs, engine, budget_s=TURNS_BUDGET_S)[0], None)
+    return Point(shape, interleaved_s(num_runs, engine, budget_s=ROUNDS_BUDGET_S)[0], None)
 
 
 def _expected_keep_s(points: Iterable[Point], shape: Shape) -> float:
