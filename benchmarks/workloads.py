@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shopr1_service.codec import Codec
-from shopr1_service.engine import MeasuredCompletion, TokenGroup
+from shopr1_service.core import MeasuredCompletion, TokenGroup
+from shopr1_service.policy.tokenizer import Codec
 
 BEFORE_RATIONALE = '{"rationale": "'
 AFTER_RATIONALE = '", "action": {"type": "terminate"}}'

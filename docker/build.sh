@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Builds the image with docker, podman or buildah, whichever is there. From the environment:
+# Builds the image with docker, podman or buildah. Environment variables:
 #
 #   IMAGE                  name and tag of the result (shopr1:latest)
 #   BASE_IMAGE, EXTRAS     see docker/Dockerfile
-#   WITH_EMBEDDED_POLICY   0 leaves out the small policy that is served when none is named
-#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL   where packages come from; they are not in the image
-#   PIP_CONF               a pip.conf for the build, for all else and for passwords; it is in no layer
-#   BUILDER                docker, podman or buildah; default: the first of them that is there
-#   BUILD_FLAGS            more flags for the builder, such as `--volume /srv/wheels:/srv/wheels:ro` (not docker)
-#   BUILDAH_ISOLATION      of podman and buildah; chroot where containers cannot be run
+#   WITH_EMBEDDED_POLICY   0 omits the small default policy
+#   PIP_INDEX_URL, PIP_EXTRA_INDEX_URL   package indexes; the image does not record them
+#   PIP_CONF               a pip.conf for the build, for other options and passwords; no layer contains it
+#   BUILDER                docker, podman or buildah; default: the first that is installed
+#   BUILD_FLAGS            extra flags for the builder, such as `--volume /srv/wheels:/srv/wheels:ro` (not docker)
+#   BUILDAH_ISOLATION      isolation of podman and buildah; chroot if containers cannot run
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 find_builder() {
-  # The docker command is often there without an engine behind it.
+  # The docker command is often installed without a running engine.
   if docker version > /dev/null 2>&1; then echo docker
   elif command -v podman > /dev/null; then echo podman
   elif command -v buildah > /dev/null; then echo buildah
@@ -36,7 +36,7 @@ if [ -n "${PIP_CONF:-}" ]; then flags+=(--secret "id=pip,src=$PIP_CONF"); fi
 
 if [ "$builder" != docker ]; then
   flags+=(--format docker --layers) # the OCI format has no health check
-  # Without a runtime or namespaces of one's own, a change of root is isolation enough for a build.
+  # Without a container runtime or user namespaces, chroot isolates a build well enough.
   if ! { command -v crun || command -v runc; } > /dev/null || ! unshare --user true 2> /dev/null; then
     export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
   fi

@@ -1,7 +1,7 @@
 #!/opt/shopr1/bin/python -IS
 """Exit code 0 if the service in this container answers the given path with 200.
 
-Small images have no curl. Nothing but the standard library is imported: it runs every few seconds.
+Small images have no curl. Only the standard library is imported, because the check runs every few seconds.
 """
 
 import http.client
@@ -16,8 +16,8 @@ def connect(port: int) -> http.client.HTTPConnection:
     if not os.environ.get("SHOPR1_TLS_CERT_FILE"):
         return http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    unverified.check_hostname = False  # the certificate is for another name than this one
-    unverified.verify_mode = ssl.CERT_NONE  # nobody stands between
+    unverified.check_hostname = False  # the certificate names another host
+    unverified.verify_mode = ssl.CERT_NONE  # the connection stays on the loopback interface
     return http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT_S, context=unverified)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the secrets that docker/compose.yaml reads, in docker/secrets or the folder that is given. What is
-# already there stays as it is.
+# Creates the secrets that docker/compose.yaml reads, in docker/secrets or the given folder. Existing secrets are
+# kept.
 set -euo pipefail
 
 folder=${1:-$(dirname "$0")/secrets}
@@ -10,8 +10,8 @@ new_key() {
   echo
 }
 
-# The folder keeps this machine's other users out. The files must be readable: every container reads its own
-# as a user of its own.
+# The folder is closed to other users of this machine. The files must be world-readable, because each container
+# reads its secret as a different user.
 mkdir -p "$folder"
 chmod 700 "$folder"
 cd "$folder"
@@ -22,6 +22,6 @@ umask 022
 [ -e api_keys ] || { new_key && sed 's/^/metrics:/' metrics_key; } > api_keys
 
 if ! grep --quiet --line-regexp --fixed-strings --file=<(sed 's/^/metrics:/' metrics_key) api_keys; then
-  echo "Prometheus will be refused: to $folder/api_keys add the line \`metrics:\` with the key of metrics_key" >&2
+  echo "Prometheus will be refused. In $folder/api_keys, add the line \`metrics:\` with the key of metrics_key" >&2
   exit 1
 fi

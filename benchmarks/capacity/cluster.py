@@ -18,8 +18,8 @@ from typing import Protocol
 
 from benchmarks.capacity.engine import Clock, Costs, Engine, Group, Path, Station
 from benchmarks.capacity.trace import Request
-from shopr1_service.backlog import MAX_BATCH_TOKENS
-from shopr1_service.cluster.affinity import Work
+from shopr1_service.cluster.prefix_affinity import Work
+from shopr1_service.scheduling.request_queue import MAX_BATCH_TOKENS
 
 
 class Router(Protocol):

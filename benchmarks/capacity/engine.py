@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 
-from shopr1_service.cluster.affinity import BLOCK_TOKENS, Work
+from shopr1_service.cluster.prefix_affinity import BLOCK_TOKENS, Work
 
 Path = tuple[tuple[Hashable, int], ...]
 """A prompt as a path in the tree of all prompts: nodes, and the number of tokens of each."""

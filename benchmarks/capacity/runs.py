@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.capacity.cluster import Cluster, RoundRobin, Router, Sessions, Size, run_closed, run_open
 from benchmarks.capacity.engine import Costs, Group
 from benchmarks.capacity.trace import Request
-from shopr1_service.cluster.affinity import Affinity
+from shopr1_service.cluster.prefix_affinity import Affinity
 
 ROUTERS: Mapping[str, Callable[[], Router]] = {
     "affinity": Affinity,

@@ -11,8 +11,8 @@ from benchmarks.engine.baselines import batch_certainties
 from benchmarks.report import Report
 from benchmarks.subject import RECIPE, Subject, load_embedded
 from shopr1_client.wire import Group, ScoreRequest
-from shopr1_service.engine import Certainty, TokenGroup
-from shopr1_service.preparation import prepare
+from shopr1_service.core import Certainty, TokenGroup
+from shopr1_service.scoring.prepare import prepare
 from shopr1_service.settings import DType
 
 SESSIONS = Path(__file__).parents[2] / "examples" / "sessions.jsonl"

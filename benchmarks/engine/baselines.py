@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.workloads import Shape
-from shopr1_service.engine import TokenGroup
+from shopr1_service.core import TokenGroup
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from benchmarks.meters import time_s
 from benchmarks.report import Report
 from benchmarks.subject import Subject
 from benchmarks.workloads import Shape
-from shopr1_service.engine import TokenGroup
+from shopr1_service.core import TokenGroup
 
 SCRIPT = Path(__file__).with_name("vllm_baseline.py")
 TIMEOUT_S = 3600.0  # on a CPU vLLM compiles for minutes first

@@ -17,14 +17,21 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu.models import FAMILIES, RULES, Family, on, random_ids, tiny_model, values_of
 from benchmarks.gpu.results import Budget, Outcome, Results, Row, dtype_name
-from shopr1_service.engine import Engine, MeasuredCompletion, TokenGroup
-from shopr1_service.expanded_forward import ExpandedForward
-from shopr1_service.forward import Forward, IndependentForward, PromptGroup, Suffix, choose_forward
-from shopr1_service.head import choose_head
-from shopr1_service.packed_forward import PackedForward
-from shopr1_service.prefix import PrefixCache
-from shopr1_service.shared_attention import UnsupportedAttentionError
-from shopr1_service.shared_forward import SharedPrefixForward
+from shopr1_service.core import MeasuredCompletion, TokenGroup
+from shopr1_service.engine.attention.shared_prefix import UnsupportedAttentionError
+from shopr1_service.engine.engine import Engine
+from shopr1_service.engine.forward.base import (
+    Forward,
+    IndependentForward,
+    PromptGroup,
+    Suffix,
+    choose_forward,
+)
+from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
+from shopr1_service.engine.lm_head import choose_head
+from shopr1_service.engine.prefix_cache import PrefixCache
 
 SECTION = "correctness"
 TOLERANCE_NATS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from benchmarks.workloads import Shape
 from shopr1_rewards import load_recipe
-from shopr1_service.building import build_policy
-from shopr1_service.engine import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
-from shopr1_service.loaded_policy import LoadedPolicy
+from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
+from shopr1_service.policy.factory import build_policy
+from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
 
 RULES = load_recipe("shop_r1").self_certainty

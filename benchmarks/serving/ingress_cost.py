@@ -17,13 +17,11 @@ from benchmarks.serving.local_server import Body, score
 from benchmarks.serving.ray_serve import on_ray, settings_of
 from benchmarks.subject import embedded_policy
 from benchmarks.workloads import Shape, Workloads
-from shopr1_service.backlog import Kind, Measurements
-from shopr1_service.cluster.application import Scale
-from shopr1_service.cluster.deployments import EngineDeployment
-from shopr1_service.cluster.view import Route
-from shopr1_service.codec import Codec
-from shopr1_service.device import choose_device
-from shopr1_service.engine import Certainty, TokenGroup
+from shopr1_service.cluster.application import EngineDeployment, Scale
+from shopr1_service.cluster.messages import Route
+from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
+from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.tokenizer import Codec
 
 FOLDER = Path(__file__).parent
 SHAPES = (Shape(250, 1, 32), Shape(250, 8, 32), Shape(4000, 8, 32))

@@ -16,10 +16,10 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from shopr1_service.app import create_app
-from shopr1_service.connection import connection_class
-from shopr1_service.engine import TokenGroup
-from shopr1_service.policy import Policy
+from shopr1_service.core import TokenGroup
+from shopr1_service.policy.base import Policy
+from shopr1_service.server.app import create_app
+from shopr1_service.server.http_protocol import connection_class
 from shopr1_service.settings import Settings
 
 REQUEST_TIMEOUT_S = 600.0

@@ -36,13 +36,11 @@ from benchmarks.serving.local_server import (
 from benchmarks.subject import embedded_policy
 from benchmarks.workloads import Shape, Workloads
 from shopr1_client.errors import ProblemError
-from shopr1_service.backlog import Kind, Measurements
-from shopr1_service.cluster.application import Scale, application
-from shopr1_service.cluster.deployments import EngineDeployment
-from shopr1_service.cluster.router import AffinityRouter
-from shopr1_service.cluster.view import Elsewhere, Route
-from shopr1_service.device import choose_device
-from shopr1_service.engine import TokenGroup
+from shopr1_service.cluster.application import EngineDeployment, Scale, application
+from shopr1_service.cluster.messages import Declined, Route
+from shopr1_service.cluster.ray_router import AffinityRouter
+from shopr1_service.core import Kind, Measurements, TokenGroup
+from shopr1_service.engine.device import choose_device
 from shopr1_service.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parent
@@ -65,7 +63,7 @@ class CountingEngine(EngineDeployment):
 
     async def measure(
         self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Elsewhere:
+    ) -> Measurements | ProblemError | Declined:
         measured = await super().measure(group, kind, route)
         cache = self._policy.stats.cache
         counts = {"missed": cache.num_missed_tokens, "hit": cache.num_hit_tokens}

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import stamina
 
-from shopr1_client import exchange, parts
+from shopr1_client import request_splitting as parts
+from shopr1_client import transport as exchange
 from shopr1_client.errors import NotReadyError, TransportError
-from shopr1_client.parts import DEFAULT_LIMITS, Part
+from shopr1_client.request_splitting import DEFAULT_LIMITS, Part
 from shopr1_client.wire import Info, Limits, ScoreRequest
 
 DEFAULT_TIMEOUT_S = 600.0

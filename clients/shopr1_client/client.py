@@ -9,14 +9,15 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 from pydantic import BaseModel
 
-from shopr1_client import exchange, parts
+from shopr1_client import request_splitting as parts
+from shopr1_client import transport as exchange
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
-from shopr1_client.change import Answer, Source, UpdateOptions, plan
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
-from shopr1_client.parts import Part
-from shopr1_client.policy_wire import PolicyState
-from shopr1_client.updates import Updater
+from shopr1_client.request_splitting import Part
+from shopr1_client.updates.plan import Answer, Source, UpdateOptions, plan
+from shopr1_client.updates.updater import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
+from shopr1_client.wire_policy import PolicyState
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -5,18 +5,16 @@ tokenised and is computed once. A lone rollout is a group of one.
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Discriminator,
     Field,
     StrictInt,
     Tag,
-    model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from shopr1_client.models import (
+from shopr1_client.wire_base import (
     MESSAGES,
     OBJECT,
     STRING,
@@ -26,7 +24,7 @@ from shopr1_client.models import (
     RequestModel,
     UnicodeText,
 )
-from shopr1_client.policy_wire import AdapterName, VersionDemand
+from shopr1_client.wire_policy import AdapterName, VersionDemand
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
 
@@ -162,24 +160,6 @@ class Group(RequestModel):
             description="Text is tokenised on its own, without special tokens, and appended to the prompt."
         ),
     ]
-    group_id: Annotated[
-        UnicodeText | None,
-        Field(
-            description=(
-                "Where the rollouts of a group come in several requests: the same in each of them. The parts "
-                "are measured together once `group_size` rollouts are there, or after `group_wait_s`."
-            )
-        ),
-    ] = None
-    group_size: Annotated[int | None, Field(ge=1, description="Rollouts of all parts.")] = None
-
-    @model_validator(mode="after")
-    def _check_group(self) -> Self:
-        if (self.group_id is None) != (self.group_size is None):
-            raise PydanticCustomError("group_size", "group_id and group_size need each other")
-        if self.group_size is not None and len(self.completions) > self.group_size:
-            raise PydanticCustomError("group_size", "more completions than group_size")
-        return self
 
 
 class ScoreRequest(RequestModel):

@@ -1,16 +1,21 @@
-"""What can keep the command line from doing its work.
+"""Errors that end the command line, and when a client should retry what the service could not do.
 
     ServiceError
     ├── SettingsError      a setting is unknown or malformed
-    ├── PolicyError        the policy cannot be loaded or measured
+    ├── PolicyError        the policy cannot be loaded or cannot compute self-certainty
     └── RolloutFileError   a line of a rollout file is malformed
 
-Errors of requests are answers, not these: they stand in `shopr1_client.errors`.
+Errors of requests are not among them: they are responses, and are defined in `shopr1_client.errors`.
 """
+
+RETRY_AFTER_S = 5.0
+"""`Retry-After` while the service starts or ends, and when the engine has failed."""
+RETRY_UPDATE_AFTER_S = 2.0
+"""`Retry-After` of an update that another one is in the way of."""
 
 
 class ServiceError(Exception):
-    """Base; the message is for the operator and says what to do."""
+    """Base class; the message tells the operator what to do."""
 
 
 class SettingsError(ServiceError):
@@ -18,8 +23,8 @@ class SettingsError(ServiceError):
 
 
 class PolicyError(ServiceError):
-    """The policy cannot be loaded, or its certainty cannot be measured."""
+    """The policy cannot be loaded, or cannot compute self-certainty."""
 
 
 class RolloutFileError(ServiceError):
-    """A line of input or output is not what it must be; the message begins with file and line."""
+    """A line of input or output is malformed; the message begins with file and line."""

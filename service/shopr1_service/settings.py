@@ -98,8 +98,6 @@ class Settings(BaseSettings):
     """How large an adapter may be."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
-    tensor_parallel: PositiveInt = 1
-    """Devices that the policy is split over, from the first one on, each with a process of its own."""
     dtype: DType = DType.AUTO
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: what the policy's config says."""
@@ -114,8 +112,6 @@ class Settings(BaseSettings):
     """The same request gives the same bits: each group is measured alone, nothing is kept for the next."""
     max_queue_tokens: PositiveInt = 2**20
     """How much may wait for the engine; beyond, requests are refused with 429 and told when to come back."""
-    group_wait_s: Annotated[float, Field(ge=0, le=600)] = 2.0
-    """How long the first part of a group that comes in parts (`group_id`) waits for the others."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 540.0
     """Seconds a request may take; then it gets 504. One may ask for less with `X-Request-Timeout`."""
     receive_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0

@@ -22,12 +22,11 @@ from shopr1_client.errors import (
 )
 from shopr1_client.wire import Group, Include, ScoreRequest, Status, Text, TokenIds
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.app import create_app
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
-from shopr1_service.fake import FakePolicy
+from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from shopr1_service.versions import Version
-from tests.service.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
+from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
 
 
 def request(

@@ -12,8 +12,8 @@ import pytest
 
 from shopr1_client import AsyncClient, Client
 from shopr1_client.wire import ScoreRequest, ScoreResponse
-from tests.service.http import CLICK, WAIT_S, answer, group
-from tests.service.models import byte_level, tiny_model
+from tests.support.http import CLICK, WAIT_S, answer, group
+from tests.support.models import byte_level, tiny_model
 
 NUM_GROUPS = 100
 """More than a part has: the batch travels in several requests."""

@@ -19,15 +19,14 @@ from shopr1_client.errors import (
     OverloadedError,
     PolicyVersionError,
 )
-from shopr1_client.exchange import WrongUrlError, backoff
+from shopr1_client.transport import WrongUrlError, backoff
 from shopr1_client.wire import Group, ScoreRequest, ScoreResponse
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.app import create_app
-from shopr1_service.engine import Certainty, TokenGroup, Unmeasurable
-from shopr1_service.fake import FakePolicy
+from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from shopr1_service.versions import Version
-from tests.service.http import TERMINATE, WAIT_S, answer, served
+from tests.support.http import TERMINATE, WAIT_S, answer, served
 
 Score = Callable[..., ScoreResponse]
 

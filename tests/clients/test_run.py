@@ -9,10 +9,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shopr1_client import AsyncClient, Client
 from shopr1_client.errors import InvalidRequestError
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
 from shopr1_client.wire import ScoreRequest
-from tests.service.http import TERMINATE, answer, group, served
+from tests.support.http import TERMINATE, answer, group, served
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shopr1_client import wire
-from shopr1_client.models import is_union_tag
 from shopr1_client.wire import Group, Include, Message, ScoreRequest, Text, TokenIds
+from shopr1_client.wire_base import is_union_tag
 
 TRUTH = {"type": "terminate"}
 HALF_PAIR = "\ud83d"
@@ -114,16 +114,12 @@ def test_a_request_survives_json() -> None:
                 id="é",
                 prompt=[{"role": "user", "content": "漢"}],
                 completions=["a", {"text": "b"}],
-                group_id=None,
-                group_size=None,
             ),
             group(
                 id=None,
                 prompt={"token_ids": [1]},
                 ground_truth="{}",
                 completions=[{"token_ids": [2]}],
-                group_id="ü",
-                group_size=2,
             ),
         ],
         "policy_version": "7",

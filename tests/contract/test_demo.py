@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from shopr1_rewards import load_recipe
-from shopr1_service.fake import FakePolicy
+from shopr1_service.policy.fake import FakePolicy
 from tests.contract.test_examples import EARNED, NO_RATIONALE
-from tests.service.http import WAIT_S, served
+from tests.support.http import WAIT_S, served
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shopr1_service.api_keys import ApiKeys
-from shopr1_service.fake import FakePolicy
+from shopr1_service.http.api_keys import ApiKeys
+from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.settings import Settings
-from tests.service.http import served
+from tests.support.http import served
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

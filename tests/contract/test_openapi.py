@@ -14,12 +14,12 @@ from openapi_spec_validator import validate
 
 from shopr1_client.errors import PROBLEM_MEDIA_TYPE, PROBLEMS
 from shopr1_client.wire import ScoreRequest
-from shopr1_service.app import create_app
-from shopr1_service.examples import SCORE_REQUEST, SCORE_RESPONSE
-from shopr1_service.fake import FakePolicy
-from shopr1_service.openapi import to_yaml
+from shopr1_service.http.examples import SCORE_REQUEST, SCORE_RESPONSE
+from shopr1_service.http.openapi import to_yaml
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from tests.service.http import answer, group, post, running
+from tests.support.http import answer, group, post, running
 
 pytestmark = pytest.mark.anyio
 

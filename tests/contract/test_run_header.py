@@ -4,15 +4,13 @@ import re
 from typing import Any
 
 import pytest
-import yaml
 
-from shopr1_service.app import create_app
-from shopr1_service.fake import FakePolicy
-from shopr1_service.openapi import build_document, to_yaml
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from tests.service.http import answer, group, metric, post, problem, running
+from tests.support.http import answer, group, metric, post, problem, running
 
-DOCUMENT: dict[str, Any] = yaml.safe_load(to_yaml(build_document(create_app(Settings(), FakePolicy))))
+DOCUMENT: dict[str, Any] = create_app(Settings(), FakePolicy).openapi()
 SCORING = {
     "/score",
     "/dialects/openrlhf/get_reward",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shopr1_client.logs import LOG_KEYS, PREFIX
+from shopr1_client.reward_logs import LOG_KEYS, PREFIX
 from shopr1_service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

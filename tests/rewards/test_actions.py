@@ -15,7 +15,7 @@ from shopr1_rewards import (
 )
 from shopr1_rewards.format_error import FormatFailure
 from shopr1_rewards.recipe import FormatRecipe, OnFlaw
-from tests.rewards.helpers import SHOP_R1, answer, envelope_of, refused
+from tests.support.completions import SHOP_R1, answer, envelope_of, refused
 
 SPACE = SHOP_R1.action_space
 LENIENT = SHOP_R1.format

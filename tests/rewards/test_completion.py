@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shopr1_rewards import Envelope, FormatError, FormatFailure, parse_strict, parse_tolerant
 from shopr1_rewards.completion import MAX_CANDIDATES, strip_end
 from shopr1_rewards.strict_json import MAX_DEPTH
-from tests.rewards.helpers import accepted, refused, verdict
+from tests.support.completions import accepted, refused, verdict
 
 ANSWER = '{"rationale": "why", "action": {"type": "terminate"}}'
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "")

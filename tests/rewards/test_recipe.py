@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from shopr1_rewards import Recipe, RecipeError, RewardsError, load_recipe, parse_recipe, recipe_names
 from shopr1_rewards.recipe import SimilarityRecipe, Threshold
-from tests.rewards.helpers import SHOP_R1
+from tests.support.completions import SHOP_R1
 
 TOML = (resources.files("shopr1_rewards") / "recipes" / "shop_r1.toml").read_text("utf-8")
 

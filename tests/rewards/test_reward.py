@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shopr1_rewards import Action, Components, FormatError, Judgement, Recipe, judge, parse_recipe
 from shopr1_rewards.strict_json import Span
-from tests.rewards.helpers import (
+from tests.support.completions import (
     SHOP_R1,
     TERMINATE,
     answer,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from shopr1_rewards import Tokenizer, rouge_l_f1, tokenize
-from tests.rewards.helpers import slow_f1
+from tests.support.completions import slow_f1
 
 REFERENCE = RougeScorer(["rougeL"], use_stemmer=False)
 

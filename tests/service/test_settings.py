@@ -46,14 +46,12 @@ def test_defaults() -> None:
         "adapter_versions": 2,
         "max_adapter_bytes": 2_147_483_648,
         "device": "auto",
-        "tensor_parallel": 1,
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
         "prefix_cache_bytes": None,
         "memory_share": 0.9,
         "deterministic": False,
         "max_queue_tokens": 1_048_576,
-        "group_wait_s": 2.0,
         "request_timeout_s": 540.0,
         "receive_timeout_s": 60.0,
         "engine_timeout_s": 600.0,
@@ -128,7 +126,6 @@ def test_every_setting_can_come_from_anywhere(
         "log_level": "debug",
         "deterministic": "True",
         "memory_share": "0.7",
-        "group_wait_s": "7.5",
         "request_timeout_s": "7.5",
         "receive_timeout_s": "7.5",
         "engine_timeout_s": "7.5",
@@ -202,6 +199,19 @@ def test_unknown_key_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_unknown_option(key: str) -> None:
     with pytest.raises(SettingsError, match=f"{key}.*'9001'"):
         load_settings({key: "9001"})
+
+
+def test_a_setting_that_was_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A configuration that counts on it must not start without it."""
+    with pytest.raises(SettingsError, match=r"^unknown setting 'tensor_parallel' \(value '4'\)$"):
+        load_settings({"tensor_parallel": "4"})
+    with monkeypatch.context() as patch:
+        patch.setenv("SHOPR1_TENSOR_PARALLEL", "4")
+        with pytest.raises(SettingsError, match=r"^unknown environment variable SHOPR1_TENSOR_PARALLEL "):
+            load_settings()
+    use_config(monkeypatch, tmp_path / "shopr1.toml", "tensor_parallel = 4")
+    with pytest.raises(SettingsError, match=r"^unknown setting 'tensor_parallel' \(value 4\)$"):
+        load_settings()
 
 
 MALFORMED: list[tuple[str, str]] = [

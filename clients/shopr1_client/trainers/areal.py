@@ -7,7 +7,7 @@ and AReaL takes 0 for the reward that has not come out of them within 15 s, in f
 from collections.abc import Sequence
 from typing import Any
 
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.verl import plain
 from shopr1_client.wire import TokenIds

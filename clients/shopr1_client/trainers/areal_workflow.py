@@ -7,7 +7,7 @@ from areal import workflow_context
 from areal.utils import stats_tracker
 from areal.workflow.rlvr import RLVRWorkflow
 
-from shopr1_client.logs import log_values
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.areal import reward_fn, sampled
 from shopr1_client.trainers.service import Service
 

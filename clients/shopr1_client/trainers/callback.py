@@ -33,11 +33,11 @@ from typing import Literal, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from shopr1_client.change import UpdateOptions, plan
 from shopr1_client.client import Client
 from shopr1_client.errors import ShopR1Error
 from shopr1_client.trainers.service import Service, note_version
-from shopr1_client.weights import Module
+from shopr1_client.updates.plan import UpdateOptions, plan
+from shopr1_client.updates.weights import Module
 
 _logger = logging.getLogger(__name__)
 

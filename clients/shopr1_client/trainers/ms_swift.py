@@ -8,7 +8,7 @@ from typing import Any
 
 from swift.rewards import AsyncORM, orms
 
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service, chat
 from shopr1_client.wire import Text, TokenIds
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from shopr1_client.logs import LOG_KEYS, PREFIX, log_values
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
+from shopr1_client.reward_logs import LOG_KEYS, PREFIX, log_values
 from shopr1_client.trainers.service import Service
 
 

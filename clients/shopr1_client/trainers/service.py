@@ -8,9 +8,9 @@ from typing import Any
 from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
-from shopr1_client.policy_wire import VersionDemand
-from shopr1_client.rollouts import Grouping, Rollout
+from shopr1_client.grouping import Grouping, Rollout
 from shopr1_client.wire import Message, Reward, ScoreRequest
+from shopr1_client.wire_policy import VersionDemand
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_DEMAND_WAIT_S = 60.0

@@ -11,8 +11,8 @@ from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
-from shopr1_client.logs import log_values
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.service import Service, chat
 from shopr1_client.trainers.verl import plain
 from shopr1_client.wire import Message, Text

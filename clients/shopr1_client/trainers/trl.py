@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from shopr1_client.logs import LOG_KEYS, log_values
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
+from shopr1_client.reward_logs import LOG_KEYS, log_values
 from shopr1_client.trainers.service import Service, chat, noted_version
 from shopr1_client.wire import Reward, TokenIds
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import verifiers.v1 as vf
 
-from shopr1_client.logs import log_values
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.service import Service, chat
 from shopr1_client.wire import Message, TokenIds
 

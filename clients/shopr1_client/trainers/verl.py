@@ -6,8 +6,8 @@ Better is the reward manager (`verl_manager.py`): it has the prompt and the toke
 
 from typing import Any
 
-from shopr1_client.logs import log_values
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.service import Service, chat
 from shopr1_client.wire import Message, Reward
 

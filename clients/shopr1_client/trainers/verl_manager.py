@@ -5,7 +5,7 @@ from typing import Any
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from shopr1_client.rollouts import Rollout
+from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.verl import ScoreAndLogs, plain, told
 from shopr1_client.wire import Reward, TokenIds

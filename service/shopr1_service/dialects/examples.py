@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi.openapi.models import Example
 
-from shopr1_service.examples import COMPLETION, PROMPT
+from shopr1_service.http.examples import COMPLETION, PROMPT
 
 _TRUTH = {"type": "click", "name": "add_to_cart.buy_now"}
 _LABEL = json.dumps(_TRUTH)

@@ -1,10 +1,10 @@
-"""Ground truth as it travels in a trainer's label.
+"""Ground truth in a trainer's label.
 
     {"type": …}                                      the action itself
     {"ground_truth": {"type": …}, "recipe": "…"}     with the recipe to score it with
     "…"                                              either of these as JSON in a string
 
-Native trainers carry one field of a data set to the reward, and most of them a string only.
+Trainers pass one field of a data set to the reward, and most of them only a string.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 from shopr1_rewards import GroundTruthError, Recipe, read_ground_truth
 from shopr1_rewards.format_error import InvalidFormatError
 from shopr1_rewards.strict_json import load
-from shopr1_service.label_table import Label
-from shopr1_service.recipe_book import RecipeBook
+from shopr1_service.scoring.label_store import Label
+from shopr1_service.scoring.recipe_book import RecipeBook
 
 _TRUTH = "ground_truth"
 
@@ -24,7 +24,7 @@ class LabelError(ValueError):
     """A label that holds no ground truth.
 
     Attributes:
-        path: which part of the label is at fault, to be put behind the label's own path.
+        path: the bad part of the label, to be appended to the label's own path.
     """
 
     def __init__(self, message: str, path: str = "") -> None:
@@ -45,7 +45,7 @@ def parse_label(label: object, recipes: RecipeBook) -> Label:
     """
     truth, name, path = _unwrap(label)
     if isinstance(label, str):
-        path = ""  # an error stands in a string as a whole
+        path = ""  # inside a string there are no paths
     recipe = _recipe(name, recipes)
     if not isinstance(truth, str | dict):
         raise LabelError("must be an object or a JSON string", path)
@@ -57,7 +57,7 @@ def parse_label(label: object, recipes: RecipeBook) -> Label:
 
 
 def _unwrap(label: object) -> tuple[Any, object, str]:
-    """The ground truth, the recipe's name or None, and where in the label the ground truth stands."""
+    """The ground truth, the recipe's name or None, and the ground truth's path in the label."""
     value = _from_json(label) if isinstance(label, str) else label
     if isinstance(value, dict) and _TRUTH in value:
         return value[_TRUTH], value.get("recipe"), f".{_TRUTH}"
@@ -68,7 +68,7 @@ def _from_json(text: str) -> object:
     try:
         return load(text)
     except (InvalidFormatError, json.JSONDecodeError):
-        return None  # reading it as a ground truth says what is wrong
+        return None  # reading it as a ground truth gives the error
 
 
 def _recipe(name: object, recipes: RecipeBook) -> Recipe:

@@ -1,31 +1,28 @@
-"""The label table over HTTP, for trainers that send no label with a rollout."""
+"""Routes of the label store, for trainers that send no label with a rollout."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.errors import (
-    FieldError,
-    InternalError,
-)
+from shopr1_client.errors import FieldError, InternalError
 from shopr1_client.wire import GroundTruth
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
-from shopr1_service.dialects.outcome import BODY_PROBLEMS, TAG, AppState, json_response
-from shopr1_service.dialects.reading import Prompt, TextOrMessages
-from shopr1_service.flaws import refuse_if_any
-from shopr1_service.label_table import Label
-from shopr1_service.openapi import problem_responses
-from shopr1_service.recipe_book import RecipeBook
-from shopr1_service.state import State
+from shopr1_service.dialects.requests import Prompt, TextOrMessages
+from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
+from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.state import AppState
+from shopr1_service.scoring.label_store import Label
+from shopr1_service.scoring.recipe_book import RecipeBook
 
 router = APIRouter(tags=[TAG])
 
 
 def _check_not_empty(prompt: Prompt) -> Prompt:
-    # Every text begins with the empty one.
+    # Every text begins with the empty string.
     if not prompt:
         raise PydanticCustomError("empty_prompt", "must not be empty")
     return prompt
@@ -56,53 +53,50 @@ class Labels(BaseModel):
 
 
 class LabelCount(BaseModel):
-    """What the table holds."""
+    """Size of the label store."""
 
     num_labels: int
 
 
 @router.put(
     "/labels",
-    response_model=LabelCount,
     operation_id="putLabels",
     summary="Register ground truths by prompt",
     responses=BODY_PROBLEMS,
 )
 async def put_labels(
     body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState
-) -> Response:
-    """Adds to what is registered; a prompt that is registered already gets the new ground truth.
+) -> LabelCount:
+    """Adds ground truths; one for a prompt that is registered already replaces the old one.
 
-    Each ground truth is checked against its recipe, and all are registered or none. The table is in memory: a
-    service that was restarted has to be told again.
+    Each ground truth is checked against its recipe, and all are registered or none. They are kept in memory:
+    register them again after a restart.
     """
     state.labels.put(_checked(body, state.recipes))
-    return _count(state)
+    return LabelCount(num_labels=len(state.labels))
 
 
 @router.get(
     "/labels",
-    response_model=LabelCount,
     operation_id="getLabels",
     summary="How many ground truths are registered",
     responses=problem_responses(InternalError),
 )
-async def get_labels(state: AppState) -> Response:
+async def get_labels(state: AppState) -> LabelCount:
     """How many prompts have a registered ground truth."""
-    return _count(state)
+    return LabelCount(num_labels=len(state.labels))
 
 
 @router.delete(
     "/labels",
-    response_model=LabelCount,
     operation_id="deleteLabels",
     summary="Forget all registered ground truths",
     responses=problem_responses(InternalError),
 )
-async def delete_labels(state: AppState) -> Response:
-    """Empties the table."""
+async def delete_labels(state: AppState) -> LabelCount:
+    """Removes all of them."""
     state.labels.clear()
-    return _count(state)
+    return LabelCount(num_labels=len(state.labels))
 
 
 def _checked(body: Labels, recipes: RecipeBook) -> list[tuple[Prompt, Label]]:
@@ -113,9 +107,5 @@ def _checked(body: Labels, recipes: RecipeBook) -> list[tuple[Prompt, Label]]:
             labels.append((entry.prompt, parse_label(entry.ground_truth, recipes)))
         except LabelError as error:
             errors.append({"location": f"labels[{i}].ground_truth{error.path}", "message": str(error)})
-    refuse_if_any(errors)
+    raise_if_any(errors)
     return labels
-
-
-def _count(state: State) -> Response:
-    return json_response({"num_labels": len(state.labels)})

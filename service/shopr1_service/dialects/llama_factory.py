@@ -1,23 +1,22 @@
 """LLaMA-Factory, `reward_model_type: api`, with the URL of its own server behind `/dialects/llama_factory`.
 
-A rollout is one text, with neither a label nor the place where the prompt ends: both come from the label
-table.
+A rollout is one text, with neither a label nor the end of its prompt: both come from the label store.
 """
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Body, Request, Response
+from asgi_correlation_id import correlation_id
+from fastapi import APIRouter, Body, Request
 from pydantic import BaseModel, Field
 
-from shopr1_client.models import UnicodeText
+from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
-from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
-from shopr1_service.request_id import request_id_of
-from shopr1_service.state import State
+from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
+from shopr1_service.http.state import AppState, State
 
 DIALECT = Dialect("llama_factory", timeout_s=None)
-"""LLaMA-Factory waits for ever: the service's own deadline is the only one."""
+"""LLaMA-Factory waits without limit: the service's own deadline is the only one."""
 
 router = APIRouter(prefix="/dialects/llama_factory", tags=[TAG])
 
@@ -40,7 +39,6 @@ class ScoreEvaluationAnswer(BaseModel):
 
 @router.post(
     "/v1/score/evaluation",
-    response_model=ScoreEvaluationAnswer,
     operation_id="llamaFactoryScoreEvaluation",
     summary="LLaMA-Factory's reward API",
     responses=PROBLEMS,
@@ -49,7 +47,7 @@ async def score_evaluation(
     body: Annotated[ScoreEvaluation, Body(openapi_examples=examples.LLAMA_FACTORY)],
     request: Request,
     state: AppState,
-) -> Response:
+) -> ScoreEvaluationAnswer:
     """Rewards of rollouts, for `reward_model_type: api`.
 
     The prompt is the longest registered one (`PUT /labels`) that a text begins with; the rest is the
@@ -57,24 +55,22 @@ async def score_evaluation(
     service's `llama_factory_unscorable` names a number for it.
     """
     unscorable = state.settings.llama_factory_unscorable
-    outcomes = await score(_rollouts(body, state), DIALECT, unscorable, request, state)
-    return json_response(
-        {
-            "id": f"scoreval-{request_id_of(request.scope)}",
-            "object": "score.evaluation",
-            "model": body.model,
-            "scores": [outcome.reward for outcome in outcomes],
-        }
+    results = await score_rollouts(_rollouts(body, state), DIALECT, unscorable, request, state)
+    return ScoreEvaluationAnswer(
+        id=f"scoreval-{correlation_id.get()}",
+        object="score.evaluation",
+        model=body.model,
+        scores=[result.reward for result in results],
     )
 
 
 def _rollouts(body: ScoreEvaluation, state: State) -> list[Rollout]:
-    reading = Reading(state)
+    reader = RolloutReader(state)
     for i, text in enumerate(body.messages):
         path = f"messages[{i}]"
         found = state.labels.split(text)
         if found is None:
-            reading.refuse(path, "begins with no registered prompt (PUT /labels)")
+            reader.add_error(path, "begins with no registered prompt (PUT /labels)")
         else:
-            reading.rollouts.append(Rollout(*found, prompt_path=path, completion_path=path, label_path=path))
-    return reading.done()
+            reader.rollouts.append(Rollout(*found, prompt_path=path, completion_path=path, label_path=path))
+    return reader.finish()

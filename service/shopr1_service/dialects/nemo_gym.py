@@ -1,48 +1,51 @@
-"""NeMo Gym's resources server, under `/dialects/nemo_gym`; verifiers, prime-rl and Axolotl speak it too.
+"""NeMo Gym's resources server, under `/dialects/nemo_gym`; verifiers, prime-rl and Axolotl use it too.
 
-`/verify` gets a row of the data set with the policy's response in it, and answers with all of it and the
-reward. A rollout that cannot be scored has a channel of its own: it is marked as failed and masked, and its
-reward of 0.0 is not to be read without these marks.
+`/verify` takes a row of the data set with the policy's response, and returns all of it with the reward. A
+rollout that cannot be scored is marked as failed and masked; its reward of 0.0 has no meaning without these
+marks. `/aggregate_metrics` computes statistics of every number in the responses of `/verify`, under NeMo
+Gym's names and in its groups: `mean/reward`, `max/reward`, … per task and over all rollouts.
 """
 
 import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from shopr1_client.errors import (
-    FieldError,
-    InternalError,
-    InvalidRequestError,
-    MalformedBodyError,
-)
+from shopr1_client.errors import InternalError, MalformedBodyError
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_missing
-from shopr1_service.dialects.nemo_gym_metrics import AggregateMetrics, aggregate
-from shopr1_service.dialects.outcome import (
+from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
+from shopr1_service.dialects.results import (
     BODY_PROBLEMS,
     PROBLEMS,
     TAG,
-    AppState,
     Dialect,
-    Outcome,
-    json_response,
-    score,
+    TrainerResult,
+    score_rollouts,
 )
-from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
-from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
-from shopr1_service.openapi import problem_responses
-from shopr1_service.state import State
+from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.state import AppState, State
 
 DIALECT = Dialect("nemo_gym", timeout_s=55.0)
-"""verifiers gives up after 60 s. NeMo Gym itself waits for ever."""
+"""verifiers gives up after 60 s. NeMo Gym itself waits without limit."""
 
 router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG])
 
 _LABEL_FIELDS = ("ground_truth", "expected_answer", "label")
-# Of an earlier answer, which comes back when a rollout is verified again.
+# Fields of an earlier response, which are sent again when a rollout is verified again.
 _STALE = ("_ng_failure_class", "_ng_failure_judge_error")
+
+_TASK, _ROLLOUT = "_ng_task_index", "_ng_rollout_index"
+_FAILURE = "_ng_failure_class"
+_LARGEST = 1e100  # a larger number is no measurement, and its square could overflow
+
+_Row = Mapping[str, Any]
 
 
 class VerifyRequest(TrainerRequest):
@@ -70,29 +73,36 @@ class VerifyAnswer(BaseModel):
     response: dict[str, Any]
     reward: float
     reward_components: Annotated[dict[str, float], Field(description="Weighted: they sum to the reward.")]
-    mask_sample: Annotated[bool, Field(description="The reward is no measurement; leave the rollout out.")]
+    mask_sample: Annotated[bool, Field(description="The reward has no meaning; leave the rollout out.")]
     failure_kind: str | None
     failure_reason: Annotated[str | None, Field(description="Why the rollout cannot be scored.")]
 
 
 class VerifyResponses(TrainerRequest):
-    """Answers of `/verify`, less their heavy parts."""
+    """Responses of `/verify`, without their large parts."""
 
     verify_responses: list[dict[str, Any]]
 
 
+class AggregateMetrics(BaseModel):
+    """Statistics by name; `key_metrics` are the means over all rollouts."""
+
+    group_level_metrics: list[dict[str, int | float]] = []
+    agent_metrics: dict[str, float] = {}
+    key_metrics: dict[str, float] = {}
+
+
 @router.post(
     "/seed_session",
-    response_model=dict[str, Any],
     operation_id="nemoGymSeedSession",
     summary="Begin a rollout",
     responses=BODY_PROBLEMS,
 )
 async def seed_session(
     body: Annotated[dict[str, Any], Body(openapi_examples=examples.NEMO_GYM_ROW)],
-) -> Response:
-    """Answers `{}`: nothing is kept between the requests of a rollout, and there are no tools."""
-    return json_response({})
+) -> dict[str, Any]:
+    """Returns `{}`: nothing is kept between the requests of a rollout, and there are no tools."""
+    return {}
 
 
 @router.post(
@@ -107,7 +117,7 @@ async def verify(
     request: Request,
     state: AppState,
 ) -> Response:
-    """The request with `reward`, `reward_components`, and the terms once more as numbers at the top.
+    """The request with `reward`, `reward_components`, and the terms again as numbers at the top level.
 
     A rollout that cannot be scored has `_ng_failure_class`, `failure_reason` and `mask_sample`, also in
     `instance_config`. With `nemo_gym_unscorable = "error"` it is a problem, `unscorable`, instead.
@@ -115,9 +125,9 @@ async def verify(
     echo: dict[str, Any] = await request.json()
     _refuse_unless_writable(echo)
     unscorable: float | Literal["error"] = "error" if state.settings.nemo_gym_unscorable == "error" else 0.0
-    [outcome] = await score(_rollouts(body, state), DIALECT, unscorable, request, state)
-    answer = {key: value for key, value in echo.items() if key not in _STALE} | _verdict(outcome, echo)
-    return _echoing(answer)
+    [result] = await score_rollouts(_rollouts(body, state), DIALECT, unscorable, request, state)
+    answer = {key: value for key, value in echo.items() if key not in _STALE} | _verdict(result, echo)
+    return _echo(answer)
 
 
 @router.post(
@@ -130,45 +140,43 @@ async def verify(
 async def aggregate_metrics(
     body: Annotated[VerifyResponses, Body(openapi_examples=examples.NEMO_GYM_METRICS)],
 ) -> Response:
-    """Mean, maximum, minimum, median and standard deviation of every number, per task and in all.
+    """Mean, maximum, minimum, median and standard deviation of every number, per task and over all.
 
     Rollouts that could not be scored are left out.
     """
-    return _echoing(aggregate(body.verify_responses).model_dump())
+    return _echo(_aggregate(body.verify_responses).model_dump())
 
 
 @router.get(
     "/reverify_mode",
-    response_model=Literal["stateless"],
     operation_id="nemoGymReverifyMode",
     summary="Can a rollout be scored again?",
     responses=problem_responses(InternalError),
 )
-async def reverify_mode() -> Response:
+async def reverify_mode() -> Literal["stateless"]:
     """`"stateless"`: it can, at any time."""
-    return json_response("stateless")
+    return "stateless"
 
 
-def _echoing(value: Any) -> Response:  # noqa: ANN401  # whatever JSON can hold
-    # Not orjson: strangers' JSON holds integers of any size and half surrogate pairs, also in names.
+def _echo(value: Any) -> Response:  # noqa: ANN401  # whatever JSON can hold
+    # Not orjson: the request may hold integers of any size and half surrogate pairs, also in names.
     return Response(json.dumps(value, allow_nan=False), media_type="application/json")
 
 
 def _refuse_unless_writable(echo: object) -> None:
-    """Python reads what it cannot write again: `NaN`, `1e999`, and what is nested just deep enough."""
+    """Refuse JSON that Python reads but cannot write: `NaN`, `1e999`, and nesting at its limit."""
     try:
         json.dumps(echo, allow_nan=False)
     except ValueError:
-        flaw: FieldError = {"location": "body", "message": "a number that is NaN or beyond a float's range"}
-        raise InvalidRequestError(f"body: {flaw['message']}", errors=[flaw]) from None
+        raise_if_any([{"location": "body", "message": "a number that is NaN or beyond a float's range"}])
     except RecursionError:
         raise MalformedBodyError("the body is nested too deeply") from None
 
 
 def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
-    reading = Reading(state)
+    reader = RolloutReader(state)
     name = next((name for name in _LABEL_FIELDS if not is_missing(getattr(body, name))), _LABEL_FIELDS[0])
-    reading.add(
+    reader.add(
         body.responses_create_params.messages(),
         body.response.text,
         getattr(body, name),
@@ -176,27 +184,88 @@ def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
         completion_path="response.output",
         label_path=name,
     )
-    return reading.done()
+    return reader.finish()
 
 
-def _verdict(outcome: Outcome, echo: dict[str, Any]) -> dict[str, Any]:
+def _verdict(result: TrainerResult, echo: dict[str, Any]) -> dict[str, Any]:
     verdict: dict[str, Any] = {
-        "reward": outcome.reward,
-        "reward_components": outcome.terms,
+        "reward": result.reward,
+        "reward_components": result.terms,
         "mask_sample": False,
         "failure_kind": None,
         "failure_reason": None,
-        **outcome.logs,
+        **result.logs,
     }
-    if outcome.failure is None:
+    if result.failure is None:
         return verdict
     config = echo.get("instance_config")
     return verdict | {
-        "reward_components": dict.fromkeys(outcome.terms, 0.0),  # NeMo-RL demands the reward as their sum
+        "reward_components": dict.fromkeys(result.terms, 0.0),  # NeMo-RL requires the reward as their sum
         "mask_sample": True,
-        "failure_kind": "verifier_error",  # of NeMo Gym's vocabulary
-        "failure_reason": outcome.failure,
+        "failure_kind": "verifier_error",  # one of NeMo Gym's kinds
+        "failure_reason": result.failure,
         "_ng_failure_class": "unscorable",
-        # Where releases look that have no `mask_sample` at the top.
+        # For releases that have no `mask_sample` at the top level.
         "instance_config": {**(config if isinstance(config, dict) else {}), "mask_sample": True},
     }
+
+
+# --- /aggregate_metrics -----------------------------------------------------------------------------
+
+
+def _aggregate(rollouts: Sequence[_Row]) -> AggregateMetrics:
+    """Statistics per task and over all rollouts, except those that are marked as failed."""
+    scored = [rollout for rollout in rollouts if rollout.get(_FAILURE) is None]
+    tasks: dict[int, list[_Row]] = {}
+    for rollout in scored:
+        tasks.setdefault(_task(rollout), []).append(rollout)
+    metrics = _metrics(scored)
+    return AggregateMetrics(
+        group_level_metrics=[{**_metrics(tasks[task]), _TASK: task} for task in sorted(tasks)],
+        agent_metrics=metrics,
+        key_metrics={name: value for name, value in metrics.items() if name.startswith("mean/")},
+    )
+
+
+def _task(rollout: _Row) -> int:
+    task = rollout.get(_TASK, 0)
+    return task if isinstance(task, int) else 0
+
+
+def _metrics(rollouts: Sequence[_Row]) -> dict[str, float]:
+    columns: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, value in _numbers(rollout).items():
+            columns.setdefault(name, []).append(value)
+    return {
+        f"{statistic}/{name}": compute(values)
+        for name, values in columns.items()
+        for statistic, compute in _STATISTICS.items()
+    }
+
+
+def _numbers(rollout: _Row) -> dict[str, float]:
+    response = rollout.get("response")
+    usage = response.get("usage") if isinstance(response, dict) else None
+    return {
+        name: float(value)
+        for name, value in {**rollout, **(usage if isinstance(usage, dict) else {})}.items()
+        if isinstance(value, int | float) and abs(value) <= _LARGEST and name not in (_TASK, _ROLLOUT)
+    }
+
+
+def _std(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for one value, as NeMo Gym defines it."""
+    if len(values) < 2:
+        return 0.0
+    mean = statistics.fmean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+_STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": statistics.fmean,
+    "max": max,
+    "min": min,
+    "median": statistics.median,
+    "std": _std,
+}

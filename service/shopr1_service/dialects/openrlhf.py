@@ -1,33 +1,25 @@
 """OpenRLHF: `--reward.remote_url http://host:port/dialects/openrlhf/get_reward`.
 
-Rollouts come one by one, in lists of one. Older releases send lists of many, and some send empty ones to all
-URLs but the first. The answer has the form that OpenRLHF's own server gives.
+Rollouts are sent one by one, in lists of one. Older releases send longer lists, and some send empty ones to
+all URLs but the first. The response has the form of OpenRLHF's own server.
 """
 
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Body, Request
 from pydantic import BaseModel, Field
 
-from shopr1_client.logs import LOG_KEYS, PREFIX
-from shopr1_client.models import UnicodeText
+from shopr1_client.reward_logs import LOG_KEYS, PREFIX
+from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.outcome import (
-    PROBLEMS,
-    TAG,
-    AppState,
-    Dialect,
-    Outcome,
-    json_response,
-    score,
-)
-from shopr1_service.dialects.reading import Reading, Rollout, TrainerRequest
-from shopr1_service.flaws import refuse_if_any
-from shopr1_service.state import State
+from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, TrainerResult, score_rollouts
+from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.state import AppState, State
 
 DIALECT = Dialect("openrlhf", timeout_s=170.0)
-"""OpenRLHF gives up after 180 s, and asks again."""
+"""OpenRLHF gives up after 180 s, and tries again."""
 
 router = APIRouter(prefix="/dialects/openrlhf", tags=[TAG])
 
@@ -62,41 +54,38 @@ class Rewards(BaseModel):
 
 @router.post(
     "/get_reward",
-    response_model=Rewards,
     operation_id="openrlhfGetReward",
     summary="OpenRLHF's remote reward",
     responses=PROBLEMS,
 )
 async def get_reward(
     body: Annotated[GetReward, Body(openapi_examples=examples.OPENRLHF)], request: Request, state: AppState
-) -> Response:
+) -> Rewards:
     """Rewards of rollouts, for `--reward.remote_url`.
 
     A completion is what follows its prompt in `query`. A rollout that cannot be scored makes the whole answer
     a problem, `unscorable`, unless the service's `openrlhf_unscorable` names a number for it.
     """
     rollouts = _rollouts(body, state)
-    outcomes = await score(rollouts, DIALECT, state.settings.openrlhf_unscorable, request, state)
-    return json_response(
-        {
-            "rewards": [outcome.reward for outcome in outcomes],
-            "scores": [outcome.logs[f"{PREFIX}exact_match"] for outcome in outcomes],
-            "extra_logs": _extra_logs(outcomes),
-        }
+    results = await score_rollouts(rollouts, DIALECT, state.settings.openrlhf_unscorable, request, state)
+    return Rewards(
+        rewards=[result.reward for result in results],
+        scores=[result.logs[f"{PREFIX}exact_match"] for result in results],
+        extra_logs=_extra_logs(results),
     )
 
 
 def _rollouts(body: GetReward, state: State) -> list[Rollout]:
-    reading = Reading(state)
+    reader = RolloutReader(state)
     for name, values in (("prompts", body.prompts), ("labels", body.labels)):
         if len(values) != len(body.query):
-            reading.refuse(name, f"{len(values)} items, but query has {len(body.query)}")
-    refuse_if_any(reading.errors)
+            reader.add_error(name, f"{len(values)} items, but query has {len(body.query)}")
+    raise_if_any(reader.errors)
     for i, (query, prompt, label) in enumerate(zip(body.query, body.prompts, body.labels, strict=True)):
         if not query.startswith(prompt):
-            reading.refuse(f"query[{i}]", f"does not begin with prompts[{i}]")
+            reader.add_error(f"query[{i}]", f"does not begin with prompts[{i}]")
             continue
-        reading.add(
+        reader.add(
             prompt,
             query.removeprefix(prompt),
             label,
@@ -104,11 +93,11 @@ def _rollouts(body: GetReward, state: State) -> list[Rollout]:
             completion_path=f"query[{i}]",
             label_path=f"labels[{i}]",
         )
-    return reading.done()
+    return reader.finish()
 
 
-def _extra_logs(outcomes: Sequence[Outcome]) -> dict[str, float | list[float]]:
-    # OpenRLHF makes a tensor of [value]: of a number it gets one per sample, like its own entries.
-    if len(outcomes) == 1:
-        return {**outcomes[0].logs}
-    return {key: [outcome.logs[key] for outcome in outcomes] for key in LOG_KEYS}
+def _extra_logs(results: Sequence[TrainerResult]) -> dict[str, float | list[float]]:
+    # OpenRLHF makes a tensor of [value]: from a number it makes one value per sample, like its own entries.
+    if len(results) == 1:
+        return {**results[0].logs}
+    return {key: [result.logs[key] for result in results] for key in LOG_KEYS}

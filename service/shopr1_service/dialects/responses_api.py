@@ -1,7 +1,7 @@
-"""What NeMo Gym carries of OpenAI's Responses API: a chat that the policy was given, and its one answer.
+"""The part of OpenAI's Responses API that NeMo Gym sends: a chat, and the policy's one response to it.
 
-Only what can be measured exactly is taken. Tools and reasoning change what the policy saw before its answer,
-but do not say how: they are refused.
+Only what can be scored exactly is accepted. Tools and reasoning change the tokens before the response in ways
+that the request does not show: they are refused.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Tag
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.models import UnicodeText
 from shopr1_client.wire import Message
-from shopr1_service.dialects.reading import LIST, STRING, TrainerRequest, kind
+from shopr1_client.wire_base import UnicodeText
+from shopr1_service.dialects.requests import LIST, STRING, TrainerRequest, string_or_list
 
 
 class _Part(TrainerRequest):
@@ -22,7 +22,9 @@ class _Part(TrainerRequest):
 _Content = Annotated[
     Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(LIST)],
     Discriminator(
-        kind, custom_error_type="content_kind", custom_error_message="must be a string or a list of texts"
+        string_or_list,
+        custom_error_type="content_kind",
+        custom_error_message="must be a string or a list of texts",
     ),
 ]
 
@@ -46,12 +48,12 @@ def _refuse_tools(tools: list[Any] | None) -> list[Any] | None:
 
 
 class CreateParams(TrainerRequest):
-    """What the policy was asked, as parameters of the Responses API."""
+    """The chat, as parameters of the Responses API."""
 
     input: Annotated[
         Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], Tag(LIST)],
         Discriminator(
-            kind,
+            string_or_list,
             custom_error_type="input_kind",
             custom_error_message="must be a string or a list of messages",
         ),
@@ -60,7 +62,7 @@ class CreateParams(TrainerRequest):
     tools: Annotated[list[Any] | None, AfterValidator(_refuse_tools)] = None
 
     def messages(self) -> list[Message]:
-        """The chat as the policy's template gets it."""
+        """The chat, as the policy's chat template takes it."""
         first = [Message(role="system", content=self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
             return [*first, Message(role="user", content=self.input)]
@@ -68,14 +70,14 @@ class CreateParams(TrainerRequest):
 
 
 class OutputText(TrainerRequest):
-    """A piece of what the policy wrote."""
+    """A part of the policy's text."""
 
     type: Literal["output_text"]
     text: str
 
 
 class OutputMessage(TrainerRequest):
-    """What the policy wrote."""
+    """The policy's message."""
 
     type: Literal["message"]
     content: list[OutputText]
@@ -84,13 +86,13 @@ class OutputMessage(TrainerRequest):
 def _check_single(output: list[OutputMessage]) -> list[OutputMessage]:
     if len(output) > 1:
         raise PydanticCustomError(
-            "turns", "more than one message: one turn is scored, right behind the prompt"
+            "turns", "more than one message: one turn is scored, directly after the prompt"
         )
     return output
 
 
 class PolicyResponse(TrainerRequest):
-    """The policy's response, as the Responses API has it. No message stands for an empty completion."""
+    """The policy's response, in the form of the Responses API. No message is an empty completion."""
 
     output: Annotated[list[OutputMessage], AfterValidator(_check_single)]
 

@@ -1,19 +1,20 @@
 """slime: `--rm-type remote_rm --rm-url http://host:port/dialects/slime/reward`.
 
-The decoded body of the answer is the reward itself: a number, or with `--reward-key reward` an object.
+The decoded body of the response is the reward itself: a number, or with `--reward-key reward` an object.
 """
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Query, Request
 from pydantic import Field
 
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.outcome import PROBLEMS, TAG, AppState, Dialect, json_response, score
-from shopr1_service.dialects.reading import Reading, TextOrMessages, TrainerRequest
+from shopr1_service.dialects.requests import RolloutReader, TextOrMessages, TrainerRequest
+from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
+from shopr1_service.http.state import AppState
 
 DIALECT = Dialect("slime", timeout_s=110.0)
-"""slime gives up after 120 s, and asks again."""
+"""slime gives up after 120 s, and tries again."""
 
 router = APIRouter(prefix="/dialects/slime", tags=[TAG])
 
@@ -37,7 +38,6 @@ class RemoteRm(TrainerRequest):
 
 @router.post(
     "/reward",
-    response_model=float | dict[str, float],
     operation_id="slimeReward",
     summary="slime's remote reward",
     responses=PROBLEMS,
@@ -49,14 +49,14 @@ async def reward(
     as_object: Annotated[
         bool, Query(alias="object", description="Answer `reward` and its terms as a flat object.")
     ] = False,
-) -> Response:
+) -> float | dict[str, float]:
     """The reward of a rollout, for `--rm-type remote_rm`.
 
     A rollout that cannot be scored is a problem, `unscorable`, unless the service's `slime_unscorable` names
     a number for it.
     """
-    reading = Reading(state)
-    reading.add(
+    reader = RolloutReader(state)
+    reader.add(
         body.prompt,
         body.response,
         body.label,
@@ -65,5 +65,5 @@ async def reward(
         label_path="label",
     )
     unscorable = state.settings.slime_unscorable
-    [outcome] = await score(reading.done(), DIALECT, unscorable, request, state)
-    return json_response({"reward": outcome.reward, **outcome.logs} if as_object else outcome.reward)
+    [result] = await score_rollouts(reader.finish(), DIALECT, unscorable, request, state)
+    return {"reward": result.reward, **result.logs} if as_object else result.reward

@@ -20,7 +20,7 @@ from benchmarks.capacity.cluster import (
 )
 from benchmarks.capacity.engine import Costs, Group, SimulatedPrefixCache
 from benchmarks.capacity.trace import Request
-from shopr1_service.cluster.affinity import Affinity
+from shopr1_service.cluster.prefix_affinity import Affinity
 
 RAY_SERVE = FilePath(__file__).parents[3] / "benchmarks" / "serving" / "ray_serve.csv"
 ALONE = Size(1, max_batch_tokens=0)

@@ -18,9 +18,9 @@ from benchmarks.capacity.trace import (
     trace_of,
     write_trace,
 )
-from shopr1_service.cluster.affinity import BLOCK_TOKENS, Work
-from shopr1_service.fake import CharacterCodec
-from shopr1_service.prefix import common_length
+from shopr1_service.cluster.prefix_affinity import BLOCK_TOKENS, Work
+from shopr1_service.engine.prefix_cache import common_length
+from shopr1_service.policy.fake import CharacterCodec
 
 PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=6)
 HOME = [0] * 60

@@ -10,7 +10,7 @@ from benchmarks.gpu import correctness
 from benchmarks.gpu.correctness import check_numbers
 from benchmarks.gpu.models import FAMILIES
 from benchmarks.gpu.results import Budget, Outcome, Results
-from shopr1_service.forward import Forward, IndependentForward, PromptGroup
+from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from benchmarks.gpu.models import random_group, speed_model
 from benchmarks.gpu.speed import Baseline
 from benchmarks.meters import batch_flop, needed_flop
 from benchmarks.workloads import Shape
-from shopr1_service.engine import TokenGroup
+from shopr1_service.core import TokenGroup
 
 SHAPE = Shape(20, 5, 4)
 

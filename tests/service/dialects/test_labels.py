@@ -8,11 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.app import create_app
-from shopr1_service.fake import FakePolicy
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from tests.service.dialects.trainers import OPENRLHF, SLIME, openrlhf, register, send, slime, told
-from tests.service.http import (
+from tests.support.http import (
     CLICK,
     SEARCH,
     TERMINATE,
@@ -23,6 +22,7 @@ from tests.service.http import (
     running,
     write_recipe,
 )
+from tests.support.trainer_requests import OPENRLHF, SLIME, openrlhf, register, send, slime, told
 
 pytestmark = pytest.mark.anyio
 

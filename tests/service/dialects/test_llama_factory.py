@@ -7,19 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.fake import FakePolicy
-from tests.service.dialects.trainers import (
-    LLAMA_FACTORY,
-    MAX_TOKENS,
-    REQUESTS,
-    TOO_LONG,
-    body,
-    llama_factory,
-    register,
-    send,
-    told,
-)
-from tests.service.http import (
+from shopr1_service.policy.fake import FakePolicy
+from tests.support.http import (
     CLICK,
     SEARCH,
     TERMINATE,
@@ -30,6 +19,17 @@ from tests.service.http import (
     running,
     score,
     served,
+)
+from tests.support.trainer_requests import (
+    LLAMA_FACTORY,
+    MAX_TOKENS,
+    REQUESTS,
+    TOO_LONG,
+    body,
+    llama_factory,
+    register,
+    send,
+    told,
 )
 
 pytestmark = pytest.mark.anyio

@@ -8,20 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.fake import FakePolicy
-from tests.service.dialects.trainers import (
-    AIOHTTP,
-    LOG_KEYS,
-    MAX_TOKENS,
-    OPENRLHF,
-    TOO_LONG,
-    body,
-    openrlhf,
-    register,
-    send,
-    told,
-)
-from tests.service.http import (
+from shopr1_service.policy.fake import FakePolicy
+from tests.support.http import (
     CLICK,
     SEARCH,
     TERMINATE,
@@ -32,6 +20,18 @@ from tests.service.http import (
     running,
     score,
     served,
+)
+from tests.support.trainer_requests import (
+    AIOHTTP,
+    LOG_KEYS,
+    MAX_TOKENS,
+    OPENRLHF,
+    TOO_LONG,
+    body,
+    openrlhf,
+    register,
+    send,
+    told,
 )
 
 pytestmark = pytest.mark.anyio

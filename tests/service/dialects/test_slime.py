@@ -6,9 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.codec import CodecError
-from shopr1_service.fake import CharacterCodec, FakePolicy
-from tests.service.dialects.trainers import (
+from shopr1_service.core import CodecError
+from shopr1_service.policy.fake import CharacterCodec, FakePolicy
+from tests.support.http import CLICK, TERMINATE, answer, group, metric, problem, running, score, served
+from tests.support.trainer_requests import (
     AIOHTTP,
     LOG_KEYS,
     MAX_TOKENS,
@@ -20,7 +21,6 @@ from tests.service.dialects.trainers import (
     slime,
     told,
 )
-from tests.service.http import CLICK, TERMINATE, answer, group, metric, problem, running, score, served
 
 pytestmark = pytest.mark.anyio
 

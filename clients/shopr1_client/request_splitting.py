@@ -1,0 +1,184 @@
+"""Which of several servers a group goes to: always the same for one prompt, whose keys and values it keeps.
+
+Rendezvous hashing: each server's weight for a key is a hash of both, and the heaviest comes first. When a
+server is added or goes, only its own share of the prompts moves.
+
+Large requests in parts that a server takes, and their answers put together again.
+
+A part holds whole groups as far as possible. A group with more completions than a server takes is cut; its
+rewards are joined in the answer, provided that one policy version scored all of them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shopr1_client.errors import PolicyVersionError, ProblemError, TransportError
+from shopr1_client.wire import Group, GroupScore, Limits, ScoreRequest, ScoreResponse
+
+
+def ranked(urls: Sequence[str], key: bytes) -> list[str]:
+    """The servers in the order in which they are to be tried for this key."""
+    return sorted(urls, key=lambda url: hashlib.blake2b(key, key=_digest(url)).digest(), reverse=True)
+
+
+def _digest(url: str) -> bytes:
+    return hashlib.blake2b(url.encode(), digest_size=32).digest()
+
+
+MAX_PART_GROUPS = 32
+"""Small enough that little is repeated when a server goes away, large enough to keep one busy."""
+DEFAULT_LIMITS = Limits(
+    max_body_bytes=64 * 2**20, max_groups=1024, max_completions_per_group=256, max_request_tokens=4 * 2**20
+)
+"""A server's own defaults: spares asking before the first request."""
+
+_ENVELOPE_BYTES = 1024
+_LOCATION = re.compile(r"groups\[(\d+)\](?:\.completions\[(\d+)\])?")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A group, or some of its completions, as JSON."""
+
+    index: int
+    first: int
+    num_completions: int
+    content: bytes
+    num_tokens: int
+    urls: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one request to one server holds.
+
+    Attributes:
+        body: the request's JSON.
+        urls: the servers, in the order in which they are to be tried.
+    """
+
+    body: bytes
+    urls: Sequence[str]
+    pieces: Sequence[_Piece]
+
+    @property
+    def num_rollouts(self) -> int:
+        return sum(piece.num_completions for piece in self.pieces)
+
+
+def split(request: ScoreRequest, limits: Limits, urls: Sequence[str]) -> list[Part]:
+    """Parts within the limits, one at least. What exceeds them by itself is left for the server to refuse."""
+    waiting: dict[tuple[str, ...], list[_Piece]] = {}
+    for index, group in enumerate(request.groups):
+        for piece in _pieces(index, group, limits, urls):
+            waiting.setdefault(piece.urls[:1], []).append(piece)
+    parts = [_part(request, batch) for pieces in waiting.values() for batch in _batches(pieces, limits)]
+    return parts or [Part(_body(request, []), list(urls), [])]
+
+
+def _pieces(index: int, group: Group, limits: Limits, urls: Sequence[str]) -> Iterator[_Piece]:
+    fields = group.model_dump(mode="python", exclude_none=True)
+    completions = fields.pop("completions")
+    prompt = json.dumps(fields["prompt"])
+    servers = tuple(ranked(urls, prompt.encode()))
+    step = limits.max_completions_per_group
+    for first in range(0, max(1, len(completions)), step):
+        own = completions[first : first + step]
+        # Escapes half surrogate pairs, which a policy may have written; pydantic refuses them.
+        content = json.dumps({**fields, "completions": own}).encode()
+        num_tokens = _num_tokens(fields["prompt"]) + sum(map(_num_tokens, own))
+        yield _Piece(index, first, len(own), content, num_tokens, servers)
+
+
+def _num_tokens(given: Any) -> int:  # noqa: ANN401  # a prompt or a completion
+    """How many tokens it is, or at most has: no tokenizer makes more of a text than it has bytes."""
+    if isinstance(given, Mapping) and "token_ids" in given:
+        return len(given["token_ids"])
+    return len(given) if isinstance(given, str) and given.isascii() else len(json.dumps(given))
+
+
+def _batches(pieces: Sequence[_Piece], limits: Limits) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    num_bytes, num_tokens = _ENVELOPE_BYTES, 0
+    for piece in pieces:
+        fits = (
+            len(batch) < min(limits.max_groups, MAX_PART_GROUPS)
+            and num_bytes + len(piece.content) < limits.max_body_bytes
+            and num_tokens + piece.num_tokens <= limits.max_request_tokens
+        )
+        if batch and not fits:
+            yield batch
+            batch, num_bytes, num_tokens = [], _ENVELOPE_BYTES, 0
+        batch.append(piece)
+        num_bytes += len(piece.content) + 1
+        num_tokens += piece.num_tokens
+    yield batch
+
+
+def _part(request: ScoreRequest, pieces: Sequence[_Piece]) -> Part:
+    return Part(_body(request, [piece.content for piece in pieces]), pieces[0].urls, pieces)
+
+
+def _body(request: ScoreRequest, groups: Sequence[bytes]) -> bytes:
+    envelope = request.model_dump(mode="json", exclude_none=True, exclude={"groups"})
+    return b'{"groups": [' + b", ".join(groups) + b"], " + json.dumps(envelope).encode()[1:]
+
+
+def check(part: Part, answer: ScoreResponse) -> ScoreResponse:
+    """The answer, if it has a reward for every rollout.
+
+    Raises:
+        TransportError: it has not.
+    """
+    counts = [len(score.rewards) for score in answer.groups]
+    if counts != [piece.num_completions for piece in part.pieces]:
+        raise TransportError(f"the answer has {counts} rewards, not one for each completion")
+    return answer
+
+
+def merge(request: ScoreRequest, parts: Sequence[Part], answers: Sequence[ScoreResponse]) -> ScoreResponse:
+    """One answer to the whole request.
+
+    Raises:
+        TransportError: the servers use different recipes.
+        PolicyVersionError: the policy changed while a group was scored in several parts.
+    """
+    if len(answers) == 1:
+        return answers[0]
+    if len({answer.recipe.digest for answer in answers}) > 1:
+        raise TransportError("the servers use different recipes of the same name")
+    scores: dict[int, list[tuple[int, GroupScore]]] = {}
+    for part, answer in zip(parts, answers, strict=True):
+        for piece, score in zip(part.pieces, answer.groups, strict=True):
+            scores.setdefault(piece.index, []).append((piece.first, score))
+    groups = [_joined(scores[index]) for index in range(len(request.groups))]
+    newest = max((answer.policy for answer in answers), key=lambda policy: policy.number)
+    return answers[0].model_copy(update={"policy": newest, "groups": groups})
+
+
+def _joined(scores: list[tuple[int, GroupScore]]) -> GroupScore:
+    ordered = [score for _, score in sorted(scores, key=lambda pair: pair[0])]
+    # Not by number: servers count for themselves, and weights that were sent again are the same weights.
+    if len({(score.policy_version, score.adapter) for score in ordered}) > 1:
+        raise PolicyVersionError("the policy changed while a group was scored in several parts")
+    rewards = [reward for score in ordered for reward in score.rewards]
+    return ordered[0].model_copy(update={"rewards": rewards})
+
+
+def relocated(error: ProblemError, part: Part) -> ProblemError:
+    """The same error, naming fields by their place in the whole request."""
+    for field in error.errors:
+        field["location"] = _LOCATION.sub(lambda found: _place(found, part), field["location"], count=1)
+    return error
+
+
+def _place(found: "re.Match[str]", part: Part) -> str:
+    if int(found[1]) >= len(part.pieces):
+        return found[0]
+    piece = part.pieces[int(found[1])]
+    completion = "" if found[2] is None else f".completions[{piece.first + int(found[2])}]"
+    return f"groups[{piece.index}]{completion}"

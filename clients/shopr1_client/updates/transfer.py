@@ -1,0 +1,96 @@
+"""Weights that reach a server past HTTP: it is told what will come, and then they are broadcast.
+
+The servers are asked by HTTP all the same; what they answer then is the answer.
+"""
+
+import logging
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import httpx
+
+from shopr1_client.errors import TransportError
+from shopr1_client.updates.weights import Weights
+from shopr1_client.wire_policy import TransferRequest
+
+if TYPE_CHECKING:
+    from shopr1_client.updates.broadcast import TransferStore
+
+DEFAULT_TIMEOUT_S = 300.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A broadcast of weights to one server at a time.
+
+    Attributes:
+        host: this machine's address, as the server sees it; None: the one on the way to it.
+        timeout_s: for all of it.
+    """
+
+    weights: Weights
+    version: str
+    partial: bool
+    backend: Literal["gloo", "nccl"]
+    host: str | None
+    timeout_s: float
+
+    def send(self, http: httpx.Client, url: str) -> httpx.Response:
+        """The server's answer, whatever became of the broadcast.
+
+        Raises:
+            ValueError: no store can be served at `host`.
+        """
+        # Needs torch, which is there by now.
+        from shopr1_client.updates.broadcast import BroadcastError, broadcast
+
+        with self._store(url) as store, ThreadPoolExecutor(1) as pool:
+            body = self._request(store.host, store.port).model_dump_json()
+            asked = pool.submit(http.post, f"{url}/policy/transfer", content=body)
+            # An answer that comes before the weights are there is a refusal: nobody waits for them.
+            asked.add_done_callback(lambda _: store.cancel())
+            try:
+                broadcast(
+                    store, self.weights.tensors.values(), backend=self.backend, timeout_s=self.timeout_s
+                )
+            except BroadcastError as error:  # the server has an error of its own then
+                if not asked.done():
+                    _logger.warning("the broadcast of version %s broke off: %s", self.version, error)
+            return asked.result()
+
+    def _store(self, url: str) -> "TransferStore":
+        from shopr1_client.updates.broadcast import BroadcastError, serve_store
+
+        try:
+            return serve_store(self.host or _own_address(url), self.timeout_s)
+        except BroadcastError as error:
+            raise ValueError(str(error)) from error
+
+    def _request(self, host: str, port: int) -> TransferRequest:
+        return TransferRequest(
+            version=self.version,
+            partial=self.partial,
+            backend=self.backend,
+            host=host,
+            port=port,
+            timeout_s=self.timeout_s,
+            tensors=self.weights.specs,
+        )
+
+
+def _own_address(url: str) -> str:
+    """Of this machine, on the way to a server."""
+    server = httpx.URL(url)
+    try:
+        [(family, kind, _, _, address), *_] = socket.getaddrinfo(
+            server.host, server.port or 80, type=socket.SOCK_DGRAM
+        )
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise TransportError(f"no way to {url}: {error!r}") from error

@@ -1,0 +1,73 @@
+"""A change of the policy on its way to every server.
+
+It is sent anew, from its beginning, while an error may pass. Before each attempt a server is asked what it
+has loaded: where an answer was lost, the change may be there already.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import httpx
+
+from shopr1_client import transport as exchange
+from shopr1_client.base import Retries
+from shopr1_client.errors import MixedVersionsError, ShopR1Error
+from shopr1_client.updates.plan import Answer, Change, newest_number
+from shopr1_client.wire_policy import PolicyState
+
+
+class Updater:
+    """Brings changes to servers, to one after the other.
+
+    Args:
+        retries: makes the attempts for one server.
+    """
+
+    def __init__(self, http: httpx.Client, urls: Sequence[str], retries: Callable[[], Retries]) -> None:
+        self._http = http
+        self._urls = urls
+        self._retries = retries
+
+    def run(self, change: Change) -> Answer:
+        """The answer of the last server, once all have the change.
+
+        Raises:
+            MixedVersionsError: some have it.
+            ShopR1Error: none has it.
+        """
+        answer: Answer | None = None
+        for i, url in enumerate(self._urls):
+            try:
+                answer = self._update(change, url)
+            except ShopR1Error as error:
+                if i == 0:
+                    raise
+                raise MixedVersionsError(change.version, self._urls[:i], url, self._urls[i + 1 :]) from error
+        assert answer is not None  # a client has a server
+        return answer
+
+    def _update(self, change: Change, url: str) -> Answer:
+        first: PolicyState | None = None
+        begin = time.monotonic()
+        for attempt in self._retries():
+            with attempt:
+                state = self._state(url)
+                first = first or state
+                if found := change.found(state, since=newest_number(first)):
+                    return change.told(found, first.base, time.monotonic() - begin)
+                return self._send(change, url)
+        raise AssertionError("the last attempt raises")
+
+    def _state(self, url: str) -> PolicyState:
+        try:
+            response = self._http.get(f"{url}/policy")
+        except httpx.TransportError as error:
+            raise exchange.failure(f"GET {url}/policy", error) from error
+        return exchange.read(PolicyState, response)
+
+    def _send(self, change: Change, url: str) -> Answer:
+        try:
+            response = change.send(self._http, url)
+        except httpx.TransportError as error:
+            raise exchange.failure(f"version {change.version} for {url}", error) from error
+        return exchange.read(change.answer, response)

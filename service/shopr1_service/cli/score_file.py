@@ -1,0 +1,162 @@
+"""Scoring a JSONL file of groups into a JSONL file of rewards, so that a broken run can be resumed.
+
+Input: one group per line, as in `POST /score`. Output: for each line, in order, its number, the SHA-256 of
+the line, recipe, policy, and the group's rewards. Input is validated whole before anything is scored. Output
+that is already there is kept, provided that it belongs to the same input, recipe and policy; a last line that
+was cut off is done again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shopr1_client.errors import InvalidRequestError
+from shopr1_client.wire import (
+    Group,
+    GroupScore,
+    PolicyRef,
+    RecipeRef,
+    ScoreRequest,
+    ScoreResponse,
+)
+from shopr1_client.wire_base import is_union_tag
+from shopr1_service.errors import RolloutFileError
+
+GROUPS_PER_REQUEST = 8
+
+ScoreCall = Callable[[ScoreRequest], ScoreResponse]
+
+
+class ScoredLine(BaseModel):
+    """One line of output."""
+
+    model_config = ConfigDict(frozen=True)
+
+    line: int
+    input_sha256: str
+    recipe: RecipeRef
+    policy: PolicyRef
+    group: GroupScore
+
+
+@dataclass(frozen=True)
+class InputLine:
+    """One line of input; `number` counts from 1, blank lines included."""
+
+    number: int
+    sha256: str
+    group: Group
+
+
+def read_input(path: Path) -> list[InputLine]:
+    """All groups of a file.
+
+    Raises:
+        RolloutFileError: names the first malformed line and what is wrong with it.
+    """
+    lines = path.read_bytes().splitlines()
+    return [_input_line(path, i, raw) for i, raw in enumerate(lines, 1) if raw.strip()]
+
+
+def _input_line(path: Path, number: int, raw: bytes) -> InputLine:
+    try:
+        # Python's json keeps half surrogate pairs, as HTTP bodies do: a policy's output may hold them.
+        group = Group.model_validate(json.loads(raw))
+    except ValidationError as error:
+        flaw = error.errors()[0]
+        location = ".".join(str(part) for part in flaw["loc"] if not is_union_tag(part))
+        raise RolloutFileError(f"{path}:{number}: {location}: {flaw['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise RolloutFileError(f"{path}:{number}: not JSON: {error}") from None
+    return InputLine(number, hashlib.sha256(raw).hexdigest(), group)
+
+
+def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
+    """What a former run has scored of these lines; cuts a torn last line off the file.
+
+    Raises:
+        RolloutFileError: the output belongs to another input.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    scored = [_scored_line(path, i, raw) for i, raw in enumerate(whole.splitlines(), 1)]
+    if len(scored) > len(lines):
+        raise RolloutFileError(f"{path}: has {len(scored)} lines, the input {len(lines)}")
+    for i, (done, line) in enumerate(zip(scored, lines, strict=False), 1):
+        if done.input_sha256 != line.sha256:
+            raise RolloutFileError(f"{path}:{i}: was scored from another input line than {line.number}")
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    return scored
+
+
+def _scored_line(path: Path, number: int, raw: bytes) -> ScoredLine:
+    try:
+        return ScoredLine.model_validate_json(raw)
+    except ValidationError as error:
+        raise RolloutFileError(f"{path}:{number}: not an output of this command: {error}") from None
+
+
+def score_lines(
+    lines: Sequence[InputLine],
+    score: ScoreCall,
+    recipe: str | None,
+    output: TextIO,
+    former: ScoredLine | None = None,
+) -> Iterator[ScoredLine]:
+    """Score lines, a few per call; each is written to `output` before it is yielded.
+
+    Args:
+        former: a line that stands in the output already; what follows must come of the same scoring.
+
+    Raises:
+        RolloutFileError: the service refuses a line, or scores with another recipe or policy than before.
+    """
+    if former:  # an empty request tells recipe and policy before anything is computed
+        _check_same(former, score(ScoreRequest(recipe=recipe, groups=[])))
+    for start in range(0, len(lines), GROUPS_PER_REQUEST):
+        batch = lines[start : start + GROUPS_PER_REQUEST]
+        request = ScoreRequest(recipe=recipe, groups=[line.group for line in batch])
+        try:
+            response = score(request)
+        except InvalidRequestError as error:
+            raise RolloutFileError(_name_line(error, batch)) from error
+        if former:
+            _check_same(former, response)
+        for line, group in zip(batch, response.groups, strict=True):
+            scored = ScoredLine(
+                line=line.number,
+                input_sha256=line.sha256,
+                recipe=response.recipe,
+                policy=response.policy,
+                group=group,
+            )
+            output.write(scored.model_dump_json() + "\n")
+            output.flush()
+            former = scored
+            yield scored
+
+
+def _check_same(former: ScoredLine, response: ScoreResponse) -> None:
+    if (former.recipe, former.policy) != (response.recipe, response.policy):
+        message = "the output was begun with recipe {} and policy {}; now they are {} and {}"
+        parts = (former.recipe, former.policy, response.recipe, response.policy)
+        raise RolloutFileError(message.format(*(part.model_dump_json() for part in parts)))
+
+
+def _name_line(error: InvalidRequestError, batch: Sequence[InputLine]) -> str:
+    """Say the line where the service says the group's place in a request that the user never saw."""
+    for flaw in error.errors:
+        location = flaw["location"]
+        for i, line in enumerate(batch):
+            prefix = f"groups[{i}]."
+            if location.startswith(prefix):
+                return f"line {line.number}: {location.removeprefix(prefix)}: {flaw['message']}"
+    return str(error)

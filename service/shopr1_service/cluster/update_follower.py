@@ -1,0 +1,154 @@
+"""An engine's side of the update coordinator: polls it, and applies the changes that it orders."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from shopr1_client.errors import NotReadyError, ProblemError
+from shopr1_client.wire_policy import AdapterRequest, UpdateRequest
+from shopr1_service.cluster.messages import (
+    Answer,
+    BehindError,
+    Order,
+    Report,
+    SendLog,
+    TrialResult,
+    TryUpdate,
+    raise_problem,
+    returns_problems,
+)
+from shopr1_service.cluster.update_log import Change, Entry, UpdateLog
+from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.scheduling.scheduler import Scheduler
+from shopr1_service.updates.adapter_updates import AdapterUpdates
+from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.weights.files import Signature
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 16 * 2**20
+"""Size of the chunks in which an upload is read; two of them are in memory."""
+_RETRY_S = 1.0
+"""Wait before the coordinator is polled again after an error."""
+
+
+class UpdateFollower:
+    """Keeps one engine at the version of the others. Used from the event loop only.
+
+    Args:
+        coordinator: Ray's handle.
+        name: name of the engine.
+        actor: Ray's handle of this process.
+    """
+
+    def __init__(
+        self,
+        coordinator: Any,  # noqa: ANN401
+        name: str,
+        actor: Any,  # noqa: ANN401
+        policy: LoadedPolicy,
+        scheduler: Scheduler,
+        updates: Updates,
+        adapters: AdapterUpdates,
+    ) -> None:
+        self._coordinator = coordinator
+        self._name = name
+        self._actor = actor
+        self._policy = policy
+        self._scheduler = scheduler
+        self._updates = updates
+        self._adapters = adapters
+        self._log = UpdateLog(policy.versions)
+        self._log_number = -1
+
+    async def catch_up(self) -> None:
+        """Return when the engine has the version of the others.
+
+        Raises:
+            BehindError: it cannot catch up.
+        """
+        while (order := await self._poll(waits=False)) is not None:
+            await self._execute(order)
+
+    async def follow(self, on_failure: Callable[[BaseException], None]) -> None:
+        """Apply every change from now on, until one fails.
+
+        Args:
+            on_failure: called then; the engine must not score any more.
+        """
+        try:
+            while True:
+                order = await self._poll(waits=True)
+                if order is not None:
+                    await self._execute(order)
+        except Exception as error:
+            logger.exception("engine %s cannot follow the others, and is taken out of service", self._name)
+            on_failure(error)
+            await self._coordinator.deregister.remote(self._name)
+
+    async def _poll(self, *, waits: bool) -> Order | None:
+        report = Report(self._name, self._actor, self._policy.versions.num_changes, self._log_number)
+        while True:
+            try:
+                order: Order | None = await self._coordinator.poll.remote(report, waits=waits)
+            except Exception as error:  # any of Ray's: the coordinator is being replaced
+                logger.warning("the update coordinator does not answer: %s", error)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return order
+
+    async def _execute(self, order: Order) -> None:
+        match order:
+            case SendLog():
+                await self._coordinator.restore.remote(self._log)
+                self._log_number = self._log.number
+            case TryUpdate():
+                await self._coordinator.report_trial.remote(self._name, await self._try(order))
+            case UpdateLog():
+                await self._apply_log(order)
+            case BehindError():
+                raise order
+
+    @returns_problems
+    async def _try(self, trial: TryUpdate) -> TrialResult:
+        answer = await self._apply(trial.number, trial.change)
+        taken = self._updates.taken if isinstance(trial.change.request, UpdateRequest) else None
+        return TrialResult(self._policy.versions, answer, taken)
+
+    async def _apply_log(self, log: UpdateLog) -> None:
+        for entry in log.after(self._policy.versions.num_changes):
+            await self._apply_entry(entry)
+        await self._scheduler.between_batches(lambda: self._policy.agree(log.table))
+        self._log, self._log_number = log, log.number
+
+    async def _apply_entry(self, entry: Entry) -> None:
+        files = entry.taken.files if entry.taken and entry.taken.files else None
+        try:
+            await self._apply(entry.number, entry.change, files)
+        except NotReadyError:
+            raise
+        except ProblemError as error:
+            raise BehindError(f"change {entry.number} cannot be applied here: {error}") from error
+
+    async def _apply(self, number: int, change: Change, files: frozenset[Signature] | None = None) -> Answer:
+        await self._scheduler.between_batches(lambda: self._policy.expect(number))
+        request = change.request
+        if isinstance(request, UpdateRequest):
+            if change.upload is None:
+                return await self._updates.from_checkpoint(request, files)
+            return await self._updates.from_upload(
+                self._chunks(change.upload), request.version, is_partial=request.partial
+            )
+        if isinstance(request, AdapterRequest):
+            assert change.upload is not None
+            return await self._adapters.from_upload(self._chunks(change.upload), request, change.config)
+        await self._adapters.unload(request.name, request.version)
+        return None
+
+    async def _chunks(self, upload: str) -> AsyncIterator[bytes]:
+        start, coming = 0, self._coordinator.read.remote(upload, 0, _CHUNK_BYTES)
+        while chunk := raise_problem(await coming):
+            start += len(chunk)
+            coming = self._coordinator.read.remote(upload, start, _CHUNK_BYTES)  # while this one is applied
+            yield chunk

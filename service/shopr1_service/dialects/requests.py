@@ -1,0 +1,117 @@
+"""Rollouts from a trainer's request: the common input side of the dialects."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+
+from shopr1_client.errors import FieldError
+from shopr1_client.wire import Message
+from shopr1_client.wire_base import UnicodeText
+from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
+from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.state import State
+from shopr1_service.scoring.label_store import Label
+
+Prompt = str | list[Message]
+
+# Tags that `is_union_tag` knows, so that they do not appear in the paths of errors.
+STRING, LIST = "<string>", "<messages>"
+
+
+class TrainerRequest(BaseModel):
+    """Body that a trainer sends: fields that a later version of it adds are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+def string_or_list(value: object) -> str | None:
+    """Discriminator of a union of a string and a list."""
+    match value:
+        case str():
+            return STRING
+        case list():
+            return LIST
+        case _:
+            return None
+
+
+TextOrMessages = Annotated[
+    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[Message], Tag(LIST)],
+    Discriminator(
+        string_or_list,
+        custom_error_type="prompt_kind",
+        custom_error_message="must be a string or a list of messages",
+    ),
+]
+"""A prompt: a string is used as it is, messages go through the policy's chat template."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion and what is needed to score it. The paths are those of the trainer's request."""
+
+    prompt: Prompt
+    completion: str
+    label: Label
+    prompt_path: str
+    completion_path: str
+    label_path: str
+
+    @property
+    def ground_truth(self) -> str:
+        return self.label.truth
+
+
+@dataclass
+class RolloutReader:
+    """Rollouts of one request. Every error in it is collected before it is refused."""
+
+    state: State
+    rollouts: list[Rollout] = field(default_factory=list)
+    errors: list[FieldError] = field(default_factory=list)
+
+    def add_error(self, location: str, message: str) -> None:
+        """Add an error, for which the request will be refused."""
+        self.errors.append({"location": location, "message": message})
+
+    def add(
+        self,
+        prompt: Prompt,
+        completion: str,
+        label: object,
+        *,
+        prompt_path: str,
+        completion_path: str,
+        label_path: str,
+    ) -> None:
+        """Add a rollout with the label that the trainer sent, or else the registered one."""
+        found = self._label(label, prompt, label_path)
+        if found is not None:
+            self.rollouts.append(Rollout(prompt, completion, found, prompt_path, completion_path, label_path))
+
+    def _label(self, label: object, prompt: Prompt, path: str) -> Label | None:
+        if is_missing(label):
+            found = self.state.labels.get(prompt)
+            if found is None:
+                self.add_error(path, "no label, and none is registered for the prompt (PUT /labels)")
+            return found
+        try:
+            return parse_label(label, self.state.recipes)
+        except LabelError as error:
+            self.add_error(path + error.path, str(error))
+            return None
+
+    def finish(self) -> list[Rollout]:
+        """The rollouts.
+
+        Raises:
+            InvalidRequestError: there are errors. Nothing is scored then.
+        """
+        for rollout in self.rollouts[1:]:
+            first = self.rollouts[0]
+            if rollout.label.recipe != first.label.recipe:
+                message = f"recipe {rollout.label.recipe!r}, but {first.label.recipe!r} in {first.label_path}"
+                self.add_error(rollout.label_path, message)
+        raise_if_any(self.errors)
+        return self.rollouts

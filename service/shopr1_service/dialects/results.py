@@ -1,0 +1,153 @@
+"""Scores of rollouts in a trainer's terms: the common output side of the dialects."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fastapi import Request
+
+from shopr1_client.errors import (
+    DeadlineExceededError,
+    FieldError,
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    NotReadyError,
+    OverloadedError,
+    RequestTimeoutError,
+    TooLargeError,
+    UnscorableError,
+)
+from shopr1_client.grouping import Grouping
+from shopr1_client.reward_logs import log_values, terms
+from shopr1_client.wire import Reward, ScoreRequest
+from shopr1_service.dialects.requests import Rollout
+from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.scoring import score_request
+from shopr1_service.http.state import State
+
+TAG = "trainers"
+BODY_PROBLEMS = problem_responses(
+    MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
+)
+PROBLEMS = problem_responses(
+    MalformedBodyError,
+    RequestTimeoutError,
+    TooLargeError,
+    InvalidRequestError,
+    UnscorableError,
+    OverloadedError,
+    InternalError,
+    NotReadyError,
+    DeadlineExceededError,
+)
+"""Problems of a route that scores."""
+
+_PROMPT_PATH = re.compile(r"groups\[(\d+)\]\.prompt(.*)")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A trainer's protocol.
+
+    Attributes:
+        name: its name in metrics.
+        timeout_s: seconds that the trainer waits, less a few for the network; None: without limit.
+    """
+
+    name: str
+    timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class TrainerResult:
+    """The score of a rollout, as a trainer gets it.
+
+    Attributes:
+        reward: the reward, or the operator's number where there is none.
+        terms: the weighted terms; 0 for one that could not be computed.
+        logs: numbers for the trainer's logs, under `LOG_KEYS`.
+        failure: why the rollout cannot be scored, or None.
+    """
+
+    reward: float
+    terms: dict[str, float]
+    logs: dict[str, float]
+    failure: str | None
+
+
+async def score_rollouts(
+    rollouts: Sequence[Rollout],
+    dialect: Dialect,
+    unscorable: float | Literal["error"],
+    request: Request,
+    state: State,
+) -> list[TrainerResult]:
+    """The result of each rollout, in their order.
+
+    Args:
+        unscorable: the number that replaces a missing reward, or "error".
+
+    Raises:
+        UnscorableError: a rollout has no reward, and no number replaces it.
+        ProblemError: as `score_request` raises it, with the paths of the trainer's request.
+    """
+    rewards = await _rewards(rollouts, dialect, request, state)
+    if unscorable == "error":
+        _raise_if_unscorable(rewards, rollouts)
+        unscorable = 0.0  # not used: every rollout has a reward
+    for reward in rewards:
+        if reward.reason is not None:
+            state.metrics.record_fallback(dialect.name, reward.reason)
+    return [
+        TrainerResult(
+            reward=unscorable if reward.reward is None else reward.reward,
+            terms=terms(reward),
+            logs=log_values(reward),
+            failure=_failure(reward) if reward.reward is None else None,
+        )
+        for reward in rewards
+    ]
+
+
+async def _rewards(
+    rollouts: Sequence[Rollout], dialect: Dialect, request: Request, state: State
+) -> list[Reward]:
+    grouping = Grouping(rollouts)
+    recipe = rollouts[0].label.recipe if rollouts else None
+    body = ScoreRequest(recipe=recipe, groups=grouping.groups)
+    try:
+        return grouping.in_order(await score_request(body, request, state, dialect.timeout_s))
+    except InvalidRequestError as error:
+        raise_if_any(_in_trainer_paths(error, grouping.indices, rollouts))
+        raise
+
+
+def _in_trainer_paths(
+    error: InvalidRequestError, groups: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
+) -> list[FieldError]:
+    """Errors at the trainer's own paths: it sends a prompt per rollout. Scoring can refuse only prompts."""
+    return [
+        {"location": rollouts[i].prompt_path + match[2], "message": each["message"]}
+        for each in error.errors
+        if (match := _PROMPT_PATH.fullmatch(each["location"]))
+        for i in groups[int(match[1])]
+    ]
+
+
+def _raise_if_unscorable(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> None:
+    errors: list[FieldError] = [
+        {"location": rollout.completion_path, "message": _failure(reward)}
+        for rollout, reward in zip(rollouts, rewards, strict=True)
+        if reward.reward is None
+    ]
+    if errors:
+        more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
+        detail = f"{errors[0]['location']}: {errors[0]['message']}{more}"
+        raise UnscorableError(detail, errors=errors)
+
+
+def _failure(reward: Reward) -> str:
+    return f"{reward.reason}: {reward.message}"

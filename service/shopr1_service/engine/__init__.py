@@ -1,0 +1,1 @@
+"""Exact self-certainty of token groups. Knows no text and no HTTP."""

@@ -1,0 +1,165 @@
+"""The engine: token groups in, self-certainties out. Knows tensors and ids; no text, no rules, no HTTP."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from shopr1_client.wire import Reason
+from shopr1_rewards.recipe import Position, SelfCertaintyRecipe, Vocabulary
+from shopr1_rewards.self_certainty import Head, divergences
+from shopr1_service.core import (
+    Certainty,
+    EngineStats,
+    FatalEngineError,
+    Measured,
+    MeasuredCompletion,
+    TokenGroup,
+    Unmeasurable,
+)
+from shopr1_service.engine.forward.base import Forward, PromptGroup, Suffix
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Measures groups with a model's forward and head.
+
+    Args:
+        release_memory: frees what can be freed; called before a second try.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        head: Head,
+        *,
+        max_sequence_tokens: int,
+        num_tokenizer_tokens: int,
+        release_memory: Callable[[], None] = lambda: None,
+        stats: EngineStats | None = None,
+    ) -> None:
+        self.stats = stats or EngineStats()
+        self._forward = forward
+        self._head = head
+        self._max_sequence_tokens = max_sequence_tokens
+        self._release_memory = release_memory
+        self._num_vocab = {
+            Vocabulary.HEAD: head.num_rows,
+            Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
+        }
+
+    def certainties(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        """Measure the completions of several groups together. A failed one does not touch the others' values.
+
+        Raises:
+            FatalEngineError: nothing can be measured any more.
+        """
+        shift = 0 if rules.position is Position.SHIFTED else -1
+        suffixes = [[_suffix(completion, shift) for completion in group.completions] for group in groups]
+        obstacles = [
+            [self._obstacle(len(group.prompt_ids), suffix) for suffix in own]
+            for group, own in zip(groups, suffixes, strict=True)
+        ]
+        # Identical completions are computed once.
+        feasible = [
+            dict.fromkeys(suffix for suffix, obstacle in zip(own, blocked, strict=True) if obstacle is None)
+            for own, blocked in zip(suffixes, obstacles, strict=True)
+        ]
+        batch = [PromptGroup(group.prompt_ids, list(f)) for group, f in zip(groups, feasible, strict=True)]
+        measured = iter(self._measure([group for group in batch if group.suffixes], rules))
+        by_suffix = [dict(zip(f, next(measured), strict=True)) if f else {} for f in feasible]
+        return [
+            [obstacle or known[suffix] for suffix, obstacle in zip(own, blocked, strict=True)]
+            for own, blocked, known in zip(suffixes, obstacles, by_suffix, strict=True)
+        ]
+
+    def _obstacle(self, num_prompt_tokens: int, suffix: Suffix) -> Unmeasurable | None:
+        if suffix.positions[0] + num_prompt_tokens < 0:
+            return Unmeasurable(Reason.NO_CONTEXT, "nothing precedes the first measured token")
+        num_tokens = num_prompt_tokens + len(suffix.ids)
+        if num_tokens > self._max_sequence_tokens:
+            message = f"{num_tokens} tokens are needed, the policy takes {self._max_sequence_tokens}"
+            return Unmeasurable(Reason.SEQUENCE_TOO_LONG, message)
+        return None
+
+    def _measure(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        """Try all together, then, if that fails, once more in smaller parts."""
+        if not batch:
+            return []
+        try:
+            return self._attempt(batch, rules)
+        except Exception as error:  # a failed group is data; the next one must still be served
+            parts = self._parts_to_retry(batch, error)
+            if not parts:
+                return [_failed(group, error) for group in batch]
+        # The error is gone by now, and with its traceback the tensors that took the memory.
+        self._release_memory()
+        measured = [self._measure_part(part, rules) for part in parts]
+        return measured if len(batch) > 1 else [[each for part in measured for each in part]]
+
+    def _measure_part(self, part: PromptGroup, rules: SelfCertaintyRecipe) -> Measured:
+        try:
+            return self._attempt([part], rules)[0]
+        except Exception as error:
+            self._note(error, [part])
+            return _failed(part, error)
+
+    def _parts_to_retry(self, batch: Sequence[PromptGroup], error: Exception) -> list[PromptGroup]:
+        """Groups, each for itself, or, where memory was short, halves of a group."""
+        self._note(error, batch)
+        if len(batch) > 1:
+            return list(batch)
+        return _halves(batch[0]) if is_out_of_memory(error) else []
+
+    def _note(self, error: Exception, batch: Sequence[PromptGroup]) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise FatalEngineError(str(error)) from error
+        self.stats.num_out_of_memory += is_out_of_memory(error)
+        num_tokens = sum(len(group.prompt_ids) for group in batch)
+        logger.error("a forward of %d prompts with %d tokens failed", len(batch), num_tokens, exc_info=error)
+
+    @torch.inference_mode()
+    def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+        hidden = self._forward.batch(batch)
+        values_T = divergences(
+            torch.cat([states for group in hidden for states in group]),
+            self._head,
+            rules.divergence,
+            temperature=rules.temperature,
+            num_vocab=self._num_vocab[rules.vocabulary],
+        )
+        parts = iter(torch.split(values_T, [len(states) for group in hidden for states in group]))
+        return [[_certainty(next(parts)) for _ in group] for group in hidden]
+
+
+def _halves(group: PromptGroup) -> list[PromptGroup]:
+    """A group of one completion is its own half: memory may have become free."""
+    middle = (len(group.suffixes) + 1) // 2
+    halves = (group.suffixes[:middle], group.suffixes[middle:])
+    return [PromptGroup(group.prompt_ids, half) for half in halves if half]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less at a time may be possible."""
+    # For a CPU's memory PyTorch has no class.
+    is_cpu = "DefaultCPUAllocator" in str(error)
+    return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _failed(group: PromptGroup, error: Exception) -> Measured:
+    reason = Reason.OUT_OF_MEMORY if is_out_of_memory(error) else Reason.ENGINE_FAILURE
+    return [Unmeasurable(reason, type(error).__name__)] * len(group.suffixes)
+
+
+def _suffix(completion: MeasuredCompletion, shift: int) -> Suffix:
+    """What must be fed so that each measured token's distribution is known, and not a token more."""
+    positions = tuple(index + shift for index in completion.measured)
+    return Suffix(ids=tuple(completion.ids[: positions[-1] + 1]), positions=positions)
+
+
+def _certainty(values_T: Tensor) -> Certainty | Unmeasurable:
+    if not bool(torch.isfinite(values_T).all()):
+        return Unmeasurable(Reason.NON_FINITE_LOGITS, "the policy's logits are not finite")
+    return Certainty(tuple(values_T.tolist()))

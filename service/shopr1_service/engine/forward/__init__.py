@@ -1,0 +1,1 @@
+"""Forward strategies: how a prompt is shared by its completions."""

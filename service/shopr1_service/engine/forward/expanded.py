@@ -1,0 +1,76 @@
+"""All that is left of a group's completions as a batch, each on a copy of the model's cache of the prompt.
+
+Right for most recurrent architectures too: what they remember of a prompt is copied like keys and values.
+Rows are padded behind their end, where nothing that is read can see it.
+
+Dimensions: B rows, P tokens of the prefix, R of the longest rest, T of a rest, H hidden size.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from shopr1_service.engine.forward.base import MAX_PASS_TOKENS
+from shopr1_service.engine.forward.prefill import Ids, PrefilledForward, batches
+
+MAX_CACHED_TOKENS = 64 * 2**10
+"""B · (P + R) of one pass: bounds what the copies of the prompt's cache take of the memory."""
+MIN_ROW_TOKENS = 2
+"""Recurrent architectures have other code for one token alone, which is not always right."""
+
+
+class ExpandedForward(PrefilledForward):
+    """See the module."""
+
+    name = "expanded"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        takes = inspect.signature(self._trunk.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        # Not every architecture counts on from what its cache holds, and not every one knows positions.
+        self._takes_positions = "position_ids" in takes
+
+    def _prefill(self, ids: Ids) -> tuple[Cache, Tensor]:
+        # The cache is the one that the model makes: some know no other.
+        output = self._trunk(input_ids=self._tensor([ids]), use_cache=True)
+        return getattr(output, self._cache_name), output.last_hidden_state[0, -1:]
+
+    def _rest_states(self, prefix: Cache, num_prefix_tokens: int, rests: Sequence[Ids]) -> list[Tensor]:
+        def fits(batch: Sequence[Ids]) -> bool:
+            longest = max(map(len, batch))
+            num_cached = len(batch) * (num_prefix_tokens + longest)
+            return len(batch) * longest <= MAX_PASS_TOKENS and num_cached <= MAX_CACHED_TOKENS
+
+        # Rows of about the same length need little padding.
+        order = sorted(range(len(rests)), key=lambda i: len(rests[i]))
+        ordered = batches([rests[i] for i in order], fits)
+        states = [
+            hidden_T_H for batch in ordered for hidden_T_H in self._pass(prefix, num_prefix_tokens, batch)
+        ]
+        by_place = dict(zip(order, states, strict=True))
+        return [by_place[i] for i in range(len(rests))]
+
+    def _pass(self, prefix: Cache, num_prefix_tokens: int, rests: Sequence[Ids]) -> list[Tensor]:
+        longest = max(map(len, rests))
+        num_tokens = max(longest, MIN_ROW_TOKENS)
+        rows = [[*rest, *[rest[-1]] * (num_tokens - len(rest))] for rest in rests]
+        options: dict[str, Any] = {self._cache_name: self._copies(prefix, len(rows))}
+        if self._takes_positions:
+            # Padding takes no position that no token has: tables of positions may end there.
+            positions = [num_prefix_tokens + min(i, longest - 1) for i in range(num_tokens)]
+            options["position_ids"] = self._tensor([positions] * len(rows))
+        states_B_R_H = self._trunk(input_ids=self._tensor(rows), use_cache=True, **options).last_hidden_state
+        return [hidden_R_H[: len(rest)] for hidden_R_H, rest in zip(states_B_R_H, rests, strict=True)]
+
+    def _copies(self, prefix: Cache, num_rows: int) -> Cache:
+        """The forward writes to what it is given; the prompt's cache must stay as it is."""
+        copies = copy.deepcopy(prefix)
+        first_B = torch.zeros(num_rows, dtype=torch.long, device=self._device)
+        copies.reorder_cache(cast("torch.LongTensor", first_B))
+        return copies

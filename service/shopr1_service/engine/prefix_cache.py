@@ -1,0 +1,205 @@
+"""Keys and values of prompts, kept across requests: the next prompt of a session begins with the last one.
+
+A `Chunk` holds what attention needs of consecutive tokens. The cache is a radix tree of chunks: each path
+from the root spells the tokens of a prompt, and prompts that begin alike share the chunks of their beginning.
+What does not fit into the byte limit is dropped from the ends of the paths that were used longest ago.
+
+Keys and values belong to the weights that made them: each adapter has a tree of its own, and all share the
+limit.
+
+Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D head size, H hidden size.
+
+Consecutive new tokens of one row, and what they have before them.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from torch import Tensor
+
+from shopr1_service.core import CacheStats
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Keys and values of consecutive tokens. Nobody writes to them once they are made.
+
+    Attributes:
+        ids: the tokens.
+        keys, values: per layer [1, K, T, D].
+        last_hidden_1_H: the last token's hidden state, None where it is not known.
+    """
+
+    ids: tuple[int, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    last_hidden_1_H: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def view(self, start: int, end: int) -> "Chunk":
+        """Tokens start … end − 1, on the same memory."""
+        return Chunk(
+            ids=self.ids[start:end],
+            keys=tuple(key[:, :, start:end] for key in self.keys),
+            values=tuple(value[:, :, start:end] for value in self.values),
+            last_hidden_1_H=self.last_hidden_1_H if end == len(self) else None,
+        )
+
+    def copy(self) -> "Chunk":
+        """The same on memory of its own, so that what it was cut from can be freed."""
+        keys = tuple(key.clone() for key in self.keys)
+        values = tuple(value.clone() for value in self.values)
+        return Chunk(self.ids, keys, values, self.last_hidden_1_H)
+
+
+@dataclass(eq=False)
+class _Node:
+    chunk: Chunk
+    parent: "_Node | None"
+    children: dict[int, "_Node"] = field(default_factory=dict)  # by first token
+    last_used: int = 0
+
+
+class PrefixCache:
+    """A radix tree of chunks, bounded in bytes.
+
+    Args:
+        max_bytes: 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.stats = CacheStats()
+        self.max_bytes = max_bytes
+        self._clock = 0
+        self._roots: dict[Hashable, _Node] = defaultdict(_root)
+        self.enter(None)
+
+    @property
+    def is_enabled(self) -> bool:
+        return self.max_bytes > 0
+
+    def enter(self, owner: Hashable) -> None:
+        """From now on keys and values are of these weights."""
+        self._root = self._roots[owner]
+
+    def match(self, ids: Sequence[int]) -> list[Chunk]:
+        """Chunks that spell the longest known beginning of `ids`; the last may be a view of a longer one."""
+        self._clock += 1
+        chunks = []
+        for node, num_tokens in self._walk(ids):
+            node.last_used = self._clock
+            chunks.append(node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens))
+        num_matched = sum(map(len, chunks))
+        self.stats.num_hit_tokens += num_matched
+        self.stats.num_missed_tokens += len(ids) - num_matched
+        return chunks
+
+    def insert(self, ids: Sequence[int], chunk: Chunk) -> None:
+        """Keep a chunk that follows on `ids`, all of which must be in the cache; else it is not kept."""
+        if not self.is_enabled or not len(chunk):
+            return
+        parent, num_matched = self._root, 0
+        for node, num_tokens in self._walk(ids):
+            num_matched += num_tokens
+            parent = node if num_tokens == len(node.chunk) else self._split(node, num_tokens)
+        if num_matched < len(ids) or chunk.ids[0] in parent.children:
+            return
+        self._clock += 1
+        parent.children[chunk.ids[0]] = _Node(chunk, parent, last_used=self._clock)
+        self.stats.num_bytes += chunk.num_bytes
+        self._evict()
+
+    def reset(self) -> None:
+        """As if it were new: empty, with nothing counted."""
+        self.clear()
+        self.stats = CacheStats()
+
+    def clear(self) -> None:
+        """Forget everything, as after a change of the policy."""
+        self._roots = defaultdict(_root, {k: root for k, root in self._roots.items() if root is self._root})
+        self._root.children.clear()
+        self.stats.num_bytes = 0
+
+    def forget(self, owner: Hashable) -> None:
+        """Forget what is of these weights, which are not those that were entered."""
+        root = self._roots.pop(owner, None)
+        if root is not None:
+            assert root is not self._root
+            self.stats.num_bytes -= sum(node.chunk.num_bytes for node in _below(root))
+
+    def _walk(self, ids: Sequence[int]) -> Iterator[tuple[_Node, int]]:
+        """Nodes along `ids`, each with how many of its tokens agree; only the last may agree in part."""
+        node, position = self._root, 0
+        while position < len(ids) and (child := node.children.get(ids[position])) is not None:
+            num_tokens = common_length(child.chunk.ids, ids, position)
+            yield child, num_tokens
+            if num_tokens < len(child.chunk):
+                return
+            node, position = child, position + num_tokens
+
+    def _split(self, node: _Node, num_tokens: int) -> _Node:
+        """Cut a node in two and return the first half; its tail becomes a child of it."""
+        assert node.parent is not None
+        head = _Node(node.chunk.view(0, num_tokens).copy(), node.parent, last_used=node.last_used)
+        node.chunk = node.chunk.view(num_tokens, len(node.chunk)).copy()
+        node.parent.children[head.chunk.ids[0]] = head
+        node.parent = head
+        head.children[node.chunk.ids[0]] = node
+        return head
+
+    def _evict(self) -> None:
+        while self.stats.num_bytes > self.max_bytes:
+            node = min(self._leaves(), key=lambda leaf: leaf.last_used)
+            assert node.parent is not None
+            del node.parent.children[node.chunk.ids[0]]
+            self.stats.num_bytes -= node.chunk.num_bytes
+            self.stats.num_evicted_chunks += 1
+
+    def _leaves(self) -> Iterator[_Node]:
+        return (node for root in self._roots.values() for node in _below(root) if not node.children)
+
+
+def _root() -> _Node:
+    return _Node(Chunk((), (), (), None), None)
+
+
+def _below(root: _Node) -> Iterator[_Node]:
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
+
+
+def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) -> int:
+    """How many tokens of `some` are also those of `others` from `start` on."""
+    length = min(len(some), len(others) - start)
+    for i in range(length):
+        if some[i] != others[start + i]:
+            return i
+    return length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive new tokens and the chunks before them."""
+
+    ids: Sequence[int]
+    prefix: Sequence[Chunk]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return sum(map(len, self.prefix))
+
+
+def starts_of(segments: Sequence[Segment]) -> list[int]:
+    """Where each segment begins in a row of them all, and where the row ends."""
+    return [0, *accumulate(len(segment.ids) for segment in segments)]

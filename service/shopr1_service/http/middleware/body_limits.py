@@ -1,0 +1,97 @@
+"""Limits on a request's body, in bytes and in time. Nothing is read of a body that is refused.
+
+Uploads of weights are larger and take longer than any fixed limit: each chunk of them must arrive in time.
+They need a key with the admin scope; how many bytes are accepted is decided when their safetensors header is
+there.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shopr1_client.errors import RequestTimeoutError, TooLargeError
+from shopr1_service.http.problems import problem_response
+
+EXTEND_TIMEOUT = "shopr1.extend_timeout"
+"""In a request's scope: called for each chunk of a body that may take longer than the connection's
+timeout."""
+
+_STREAMED = re.compile("/policy/(weights|adapters/[^/]+)")
+
+
+def is_streamed(scope: Scope) -> bool:
+    """Whether a request uploads weights."""
+    return scope["method"] == "PUT" and _STREAMED.fullmatch(scope["path"]) is not None
+
+
+class BodyLimits:
+    """ASGI middleware.
+
+    Args:
+        max_body_bytes: a longer `Content-Length` gets 413. The routes count bodies that announce no length.
+        timeout_s: after which a body that is not complete gets 408.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if is_streamed(scope):
+            extend = scope.get(EXTEND_TIMEOUT, _no_connection)
+            await self._app(scope, _TimedReceive(receive, self._timeout_s, extend), send)
+            return
+        app = self._refusal(scope) or self._app
+        await app(scope, _TimedReceive(receive, self._timeout_s), send)
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        length = Headers(scope=scope).get("content-length", "")
+        # Python refuses to read numbers of thousands of digits.
+        if length.isdecimal() and (len(length) > 20 or int(length) > self._max_body_bytes):
+            length = length[:20]
+            detail = f"the body has {length} bytes, max_body_bytes = {self._max_body_bytes}"
+            return problem_response(TooLargeError(detail))
+        return None
+
+
+def _no_connection() -> None:
+    """The application is called without a socket."""
+
+
+class _TimedReceive:
+    """ASGI's `receive` with a timeout for the body.
+
+    Args:
+        extend: extends the connection's own timeout. With it each chunk has `timeout_s`, else the whole body.
+    """
+
+    def __init__(self, receive: Receive, timeout_s: float, extend: Callable[[], None] | None = None) -> None:
+        self._receive = receive
+        self._extend = extend
+        self._timeout_s = timeout_s
+        self._due_s = asyncio.get_running_loop().time() + timeout_s
+        self._is_complete = False
+
+    async def __call__(self) -> Message:
+        if self._is_complete:  # the next message says that the client has disconnected
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._due_s):
+                message = await self._receive()
+        except TimeoutError:
+            detail = f"the body did not arrive within receive_timeout_s = {self._timeout_s:g}"
+            # An HTTPException: FastAPI turns any other into "the body cannot be parsed".
+            raise HTTPException(RequestTimeoutError.status, detail) from None
+        if self._extend is not None:
+            self._extend()
+            self._due_s = asyncio.get_running_loop().time() + self._timeout_s
+        self._is_complete = not message.get("more_body", False)
+        return message

@@ -1,0 +1,114 @@
+"""`openapi.yaml`: built from the application, so that it cannot drift from it."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import yaml
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from shopr1_client.errors import DeadlineExceededError
+from shopr1_client.wire import Problem
+from shopr1_service.http.middleware.auth import OPEN_PATHS
+from shopr1_service.http.middleware.run_id import RUN_HEADER
+from shopr1_service.http.problem_responses import SCHEMA_REF
+
+TAGS = [
+    {"name": "score", "description": "The reward."},
+    {"name": "trainers", "description": "The same in the words of trainers that send HTTP themselves."},
+    {"name": "recipes", "description": "What the reward is made of."},
+    {"name": "policy", "description": "Versions of the policy, and how it follows a trainer's weights."},
+    {"name": "engines", "description": "The same in the words of SGLang and vLLM."},
+    {"name": "service", "description": "What is running."},
+    {"name": "health", "description": "For supervisors and load balancers."},
+]
+
+SECURITY_SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "One of the service's API keys, where it has any. Health routes need none.",
+    },
+    "query": {
+        "type": "apiKey",
+        "in": "query",
+        "name": "api_key",
+        "description": "For clients that cannot send headers. `/key/<key>` before any path does the same.",
+    },
+}
+
+METRICS_CONTENT: dict[str, Any] = {
+    "description": "Metrics in Prometheus text format.",
+    "content": {
+        "text/plain": {
+            "schema": {"type": "string"},
+            "example": 'shopr1_rollouts_total{run="grpo",recipe="shop_r1",status="scored",reason=""} 12.0\n',
+        }
+    },
+}
+
+RUN_PARAMETER: dict[str, Any] = {
+    "name": RUN_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "The training run that the request belongs to: metrics and logs tell runs apart. "
+    "For clients that cannot send headers, `/run/<id>` before any path does the same.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{0,64}$"},
+    "example": "grpo-7",
+}
+
+
+def build_document(app: FastAPI, answers: Mapping[str, Any]) -> dict[str, Any]:
+    """The OpenAPI document of the application.
+
+    Args:
+        answers: an example response for each operation id.
+    """
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=TAGS
+    )
+    document["servers"] = [{"url": "http://127.0.0.1:8000", "description": "The default of `shopr1 serve`."}]
+    document["components"]["schemas"] |= _problem_schemas()
+    document["components"]["securitySchemes"] = SECURITY_SCHEMES
+    document["security"] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith(OPEN_PATHS):
+                operation["security"] = []
+            _drop_default_validation_error(operation)
+            _add_example(operation, answers)
+            _add_run(operation)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document
+
+
+def _problem_schemas() -> dict[str, Any]:
+    schema = Problem.model_json_schema(ref_template=SCHEMA_REF)
+    nested: dict[str, Any] = schema.pop("$defs")
+    return {"Problem": schema, **nested}
+
+
+def _drop_default_validation_error(operation: dict[str, Any]) -> None:
+    """FastAPI documents its own 422 wherever there is a parameter; ours is a problem, where there is one."""
+    if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+        del operation["responses"]["422"]
+
+
+def _add_example(operation: dict[str, Any], answers: Mapping[str, Any]) -> None:
+    # Not through FastAPI's `responses`: it would leave out what is null.
+    example = answers.get(operation["operationId"])
+    if example is not None:
+        operation["responses"]["200"]["content"]["application/json"]["example"] = example
+
+
+def _add_run(operation: dict[str, Any]) -> None:
+    """Middleware reads the header: no route declares it. Those that can be late are those that score."""
+    if str(DeadlineExceededError.status) in operation["responses"]:
+        operation.setdefault("parameters", []).append(deepcopy(RUN_PARAMETER))
+
+
+def to_yaml(document: dict[str, Any]) -> str:
+    """The document as it is committed."""
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,147 @@
+"""Maps every error to an `application/problem+json` response (RFC 9457).
+
+The classes, with their statuses and codes, are in `shopr1_client.errors`. Who decides:
+
+    400, 422                 FastAPI and pydantic; `scoring/prepare.py` for what needs the recipe or tokenizer
+    401, 403                 `middleware/auth.py`
+    408, 413                 `middleware/body_limits.py`
+    409                      `policy/versions.py`, `updates/`
+    429                      `scheduling/scheduler.py`, where the request queue is full
+    503                      `state.py` while loading or ending, `scheduling/` when the engine has failed
+    504                      `deadline.py`
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from asgi_correlation_id import correlation_id
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from shopr1_client.errors import (
+    PROBLEM_MEDIA_TYPE,
+    FieldError,
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    MethodNotAllowedError,
+    NotFoundError,
+    ProblemError,
+    RequestTimeoutError,
+    TooLargeError,
+)
+from shopr1_client.wire_base import is_union_tag
+from shopr1_service.field_errors import summary
+from shopr1_service.http.deadline import ClientDisconnectedError
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "X-Request-ID"
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that has disconnected. It appears in metrics only: nobody reads the
+response."""
+
+_BY_STATUS: dict[int, type[ProblemError]] = {
+    problem.status: problem
+    for problem in (
+        MalformedBodyError,
+        NotFoundError,
+        MethodNotAllowedError,
+        RequestTimeoutError,
+        TooLargeError,
+    )
+}
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+_DECODING_ERRORS: dict[type, str] = {
+    UnicodeDecodeError: "the body is not UTF-8",
+    RecursionError: "the body is nested too deeply",
+}
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every exception of the application with a problem."""
+    app.add_exception_handler(ProblemError, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnectedError, _on_client_disconnected)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def problem_response(problem: ProblemError, headers: dict[str, str] | None = None) -> Response:
+    """The response for a problem."""
+    headers = headers or {}
+    if problem.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
+    return Response(
+        orjson.dumps(problem.to_problem(correlation_id.get())),
+        status_code=problem.status,
+        media_type=PROBLEM_MEDIA_TYPE,
+        headers=headers,
+    )
+
+
+async def _on_problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProblemError)  # starlette dispatches by class
+    return problem_response(error)
+
+
+async def _on_invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return problem_response(_invalid(error.errors()))
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem_class = _BY_STATUS.get(error.status_code, InternalError)
+    # FastAPI hides why a body could not be decoded behind a general sentence.
+    detail = _DECODING_ERRORS.get(type(error.__cause__), str(error.detail))
+    headers = dict(error.headers or {})
+    if problem_class is MethodNotAllowedError:
+        headers["Allow"] = ", ".join(_allowed_methods(request))
+    return problem_response(problem_class(detail), headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """The methods of a path. Starlette names those of one route only, and a path may have several."""
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
+    return [
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
+
+
+async def _on_client_disconnected(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    request_id = correlation_id.get() or ""
+    logger.error("%s %s failed, request %s", request.method, request.url.path, request_id, exc_info=error)
+    detail = "The service failed on this request. Its log has the details under the request id."
+    # This response does not pass the middleware that adds the id to all others.
+    return problem_response(InternalError(detail), {REQUEST_ID_HEADER: request_id})
+
+
+def _invalid(details: Sequence[Any]) -> ProblemError:
+    if details and details[0]["type"] == "json_invalid":
+        reason = details[0]["ctx"]["error"].removesuffix(" at")  # some of the decoder's messages end so
+        return MalformedBodyError(f"{reason} at character {details[0]['loc'][-1]}")
+    errors: list[FieldError] = [{"location": _path(d["loc"]), "message": d["msg"]} for d in details]
+    return InvalidRequestError(summary(errors) or "the request is not valid", errors=errors)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """`groups[1].completions[0].text` from pydantic's location, without its union tags."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not is_union_tag(part):
+            path += f".{part}"
+    return path.removeprefix(".").removeprefix("body").removeprefix(".") or "body"

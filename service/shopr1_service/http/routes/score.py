@@ -1,0 +1,62 @@
+"""The route `POST /score`."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Header, Request
+
+from shopr1_client.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    MalformedBodyError,
+    NotReadyError,
+    OverloadedError,
+    PolicyVersionError,
+    RequestTimeoutError,
+    TooLargeError,
+)
+from shopr1_client.wire import ScoreRequest, ScoreResponse
+from shopr1_service.http import examples
+from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.scoring import score_request
+from shopr1_service.http.state import AppState
+
+router = APIRouter(tags=["score"])
+
+_TIMEOUT = Header(
+    alias="X-Request-Timeout",
+    gt=0,
+    allow_inf_nan=False,
+    description="Seconds after which the client will not wait any more; the service answers 504 then. "
+    "At most, and by default, the service's `request_timeout_s`.",
+)
+
+
+@router.post(
+    "/score",
+    operation_id="score",
+    summary="Score groups of rollouts",
+    responses=problem_responses(
+        MalformedBodyError,
+        RequestTimeoutError,
+        PolicyVersionError,
+        TooLargeError,
+        InvalidRequestError,
+        OverloadedError,
+        InternalError,
+        NotReadyError,
+        DeadlineExceededError,
+    ),
+)
+async def score(
+    body: Annotated[ScoreRequest, Body(openapi_examples=examples.SCORE_REQUESTS)],
+    request: Request,
+    state: AppState,
+    timeout_s: Annotated[float | None, _TIMEOUT] = None,
+) -> ScoreResponse:
+    """Rewards of every completion, in the order of the request, each with its weighted terms.
+
+    A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
+    `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
+    """
+    return await score_request(body, request, state, timeout_s)

@@ -1,0 +1,190 @@
+"""A language model in memory that measures, and whose weights and adapters change between two batches.
+
+What changes it runs on the engine's thread (`Scheduler.between_batches`); what only prepares a change may run
+beside it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from shopr1_client.errors import InvalidWeightsError
+from shopr1_client.wire import PolicyInfo, Reason
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.core import Certainty, EngineStats, FatalEngineError, TokenGroup, Unmeasurable, Version
+from shopr1_service.engine.engine import Engine
+from shopr1_service.engine.heartbeat import Heartbeat
+from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.policy.lora import Adapter, unused_layers
+from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.versions import VersionTable
+from shopr1_service.weights.rollback import WeightBackup
+from shopr1_service.weights.tensors import Stored, Weights
+
+logger = logging.getLogger(__name__)
+
+Measured = Sequence[Sequence[Certainty | Unmeasurable]]
+
+
+class LoadedPolicy:
+    """See the module.
+
+    Args:
+        info: as it is at the start.
+        renew: called when the weights have changed: forgets what was computed of the old ones.
+        probe: measures a few random tokens, as a check.
+        staging_dir: where weights are kept that come or go.
+    """
+
+    def __init__(
+        self,
+        info: PolicyInfo,
+        codec: PolicyTokenizer,
+        engine: Engine,
+        heartbeat: Heartbeat,
+        model: PreTrainedModel,
+        cache: PrefixCache,
+        *,
+        renew: Callable[[], None],
+        probe: Callable[[], Measured],
+        staging_dir: Path | None = None,
+    ) -> None:
+        self.heartbeat = heartbeat
+        self.codec = codec
+        self.versions = VersionTable.starting_with(Version(info.version, loaded_at_s=time.time()))
+        self.model = model
+        self.weights = Weights(model)
+        self.way_back = WeightBackup(self.weights, staging_dir)
+        self._info = info
+        self.engine = engine
+        self._cache = cache
+        self._renew = renew
+        self._probe = probe
+        self._adapters: dict[int, Adapter] = {}  # by the number of the version
+
+    @property
+    def info(self) -> PolicyInfo:
+        current = self.versions.current
+        return self._info.model_copy(update={"version": current.name, "number": current.number})
+
+    @property
+    def settled_number(self) -> int:
+        return self.versions.num_changes
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.engine.stats
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
+    ) -> Measured:
+        version = version or self.versions.current
+        adapter = self._adapters.get(version.number)
+        self._cache.enter(version.number if adapter else None)
+        with adapter.applied(self.model) if adapter else nullcontext():
+            return self.engine.certainties(groups, rules)
+
+    def replace_weights(self, stored: Mapping[str, Stored], name: str) -> Version:
+        """Put new weights in place of the old ones, all of them or none. The old ones must have been kept.
+
+        Raises:
+            InvalidWeightsError: the policy cannot compute with them.
+            OSError: they cannot be read.
+            FatalEngineError: there was no way back either.
+        """
+        try:
+            self._load(stored)
+            self._renew()
+            self._check(self._probe())
+        except Exception as error:
+            logger.error("version %r is not taken, the former one comes back: %s", name, error)
+            self._go_back(stored)
+            raise
+        self.way_back.moved_on(stored)
+        self._adapters.clear()
+        self.versions = self.versions.with_base(name, time.time())
+        return self.versions.base
+
+    def add_adapter(
+        self, adapter: Adapter, version: Version, *, max_kept: int, is_default: bool
+    ) -> list[Version]:
+        """Take an adapter in; returns older versions of it that had to go.
+
+        Raises:
+            InvalidWeightsError: the policy cannot compute with it, or takes no notice of it.
+        """
+        self._cache.enter(version.number)
+        try:
+            self._try(adapter)
+        except Exception:
+            self._forget([version])
+            raise
+        former = self.versions
+        self._adapters[version.number] = adapter
+        self.versions = former.with_adapter(version, max_kept=max_kept, is_default=is_default)
+        gone = [old for old in former.loaded() if old not in self.versions.loaded()]
+        self._forget(gone)
+        return gone
+
+    def remove_adapters(self, gone: Iterable[Version]) -> None:
+        """Without these from now on."""
+        gone = list(gone)
+        self.versions = self.versions.without(gone)
+        self._forget(gone)
+
+    def expect(self, number: int) -> None:
+        """The next change is to have this number, whatever has happened here."""
+        self.versions = self.versions.before(number)
+
+    def agree(self, versions: VersionTable) -> None:
+        """Go by the table of a policy elsewhere, with the same weights; drop the adapters that it has not.
+
+        Raises:
+            ValueError: it has other weights, or an adapter that is not here: answers would name what they are
+                not of.
+        """
+        kept = {version.number for version in versions.loaded()}
+        if versions.base.number != self.versions.base.number or not kept <= self._adapters.keys():
+            raise ValueError(f"its versions are {versions}, these {self.versions}")
+        self.remove_adapters(version for version in self.versions.loaded() if version.number not in kept)
+        self.versions = versions
+
+    def _forget(self, gone: Iterable[Version]) -> None:
+        self._cache.enter(None)
+        for version in gone:
+            self._adapters.pop(version.number, None)
+            self._cache.forget(version.number)
+
+    def _load(self, stored: Mapping[str, Stored]) -> None:
+        try:
+            self.weights.load(stored, self.heartbeat.beat)
+        finally:  # it explains why the file could not be read, if it could not
+            if not all(place.file.is_intact for place in stored.values()):
+                raise InvalidWeightsError("the checkpoint was written to while it was taken over")
+
+    def _go_back(self, stored: Mapping[str, Stored]) -> None:
+        try:
+            self.way_back.restore(list(stored), self.heartbeat.beat)
+            self._renew()
+        except Exception as error:
+            raise FatalEngineError(f"new weights failed, and so did the way back: {error}") from error
+
+    def _check(self, measured: Measured) -> None:
+        for value in (value for values in measured for value in values):
+            if isinstance(value, Unmeasurable):
+                is_known = value.reason is Reason.NON_FINITE_LOGITS
+                what = "the policy's logits are not finite" if is_known else f"it fails: {value.message}"
+                raise InvalidWeightsError(f"with them {what}")
+
+    def _try(self, adapter: Adapter) -> None:
+        # In the one pass that shows which layers are called, logits are checked, too.
+        unused = unused_layers(adapter, self.model, lambda: self._check(self._probe()))
+        if unused:
+            raise InvalidWeightsError(
+                f"the policy computes past {unused[0]} and {len(unused) - 1} more: they cannot be adapted",
+                errors=[{"location": name, "message": "it is never called"} for name in unused],
+            )

@@ -1,0 +1,216 @@
+"""LoRA adapters: small changes of a policy's linear layers, several of them loaded, one applied per batch.
+
+    y = W·x + b + scale · B·(A·x)
+
+An adapter is applied by hooks on the modules that it changes. The model's modules and parameters keep their
+names and values: others write new weights into them. The numbers are PEFT's, which computes B·(A·x) in fp32
+at least and returns the sum in the dtype of the module's output.
+
+Keys and values of a prompt are an adapter's own: whoever keeps them must keep each adapter's apart.
+
+Dimensions: I inputs, O outputs, R rank.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shopr1_service.engine.lm_head import trunk_of
+from shopr1_service.policy.lora_config import AdapterError, LoraConfig, parse_config
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "LoraConfig",
+    "LoraLayer",
+    "build_adapter",
+    "parse_config",
+    "unused_layers",
+]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# PEFT puts an adapter's name behind the side in memory, and leaves it out of files.
+_NAME = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+)
+_adapted_models: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """What is added to a module's output: scale · (x·Aᵀ)·Bᵀ."""
+
+    a_R_I: Tensor
+    b_O_R: Tensor
+    scale: float
+
+    def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The module's output with the addition, in the output's dtype."""
+        x = inputs[0].to(self.a_R_I.dtype)
+        addition = functional.linear(functional.linear(x, self.a_R_I), self.b_O_R) * self.scale
+        return (output + addition).to(output.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter on the policy's device.
+
+    Attributes:
+        layers: by the name of the module in the model.
+    """
+
+    layers: Mapping[str, LoraLayer]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers."""
+        return max(layer.a_R_I.shape[0] for layer in self.layers.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """On the device."""
+        tensors = [tensor for layer in self.layers.values() for tensor in (layer.a_R_I, layer.b_O_R)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel) -> Iterator[None]:
+        """While this lasts the model computes with the adapter.
+
+        Raises:
+            RuntimeError: an adapter is applied to the model already.
+        """
+        if model in _adapted_models:
+            raise RuntimeError("an adapter is applied to this model already")
+        with ExitStack() as stack:
+            _adapted_models.add(model)
+            stack.callback(_adapted_models.discard, model)
+            for name, layer in self.layers.items():
+                stack.callback(model.get_submodule(name).register_forward_hook(layer.hook).remove)
+            yield
+
+
+def build_adapter(model: PreTrainedModel, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Adapter:
+    """An adapter for this model.
+
+    Args:
+        tensors: as in PEFT's `adapter_model.safetensors`, on the CPU: [R, I] each
+            `[base_model.model.]<module>.lora_A[.<adapter>].weight`, and [O, R] the same with `lora_B`. They
+            are copied.
+
+    Raises:
+        AdapterError: they are not an adapter of this model, or do not fit the config.
+    """
+    sides = _by_module(tensors)
+    modules = dict(model.named_modules())
+    in_trunk = set(trunk_of(model).modules())
+    layers = {}
+    for name, names in sides.items():
+        first = next(iter(names.values()))
+        module = modules.get(name)
+        if module is None:
+            raise AdapterError(first, f"the policy has no module {name!r}")
+        weight_O_I = _weight(first, module, is_in_trunk=module in in_trunk)
+        if len(names) < 2:
+            raise AdapterError(first, f"the other half is missing: {name!r} needs lora_A and lora_B")
+        layers[name] = _layer(weight_O_I, config, name, {side: (n, tensors[n]) for side, n in names.items()})
+    return Adapter(layers)
+
+
+def unused_layers(adapter: Adapter, model: PreTrainedModel, run: Callable[[], object]) -> list[str]:
+    """Layers of the adapter that change nothing, because `run` computes without calling their modules.
+
+    So do architectures that hand a module's weight to a kernel. An expert that no token was sent to looks the
+    same. `run` is called once, with the adapter applied.
+    """
+    used: set[str] = set()
+    with ExitStack() as stack:
+        for name in adapter.layers:
+            note = partial(_note, used, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(note).remove)
+        stack.enter_context(adapter.applied(model))
+        run()
+    return [name for name in adapter.layers if name not in used]
+
+
+def _note(used: set[str], name: str, _module: nn.Module, _inputs: object) -> None:
+    used.add(name)
+
+
+# --- checks -----------------------------------------------------------------------------------------
+
+_FULL_WEIGHTS = "push full weights instead"
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Names of tensors, by module and side."""
+    if not tensors:
+        raise AdapterError("tensors", "the adapter has none")
+    sides: dict[str, dict[str, str]] = {}
+    adapters = set()
+    for name in tensors:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise AdapterError(name, _what_it_is(name))
+        adapters.add(match["adapter"])
+        if len(adapters) > 1:
+            raise AdapterError(name, "it belongs to another adapter than those before it")
+        if sides.setdefault(match["module"], {}).setdefault(match["side"], name) != name:
+            raise AdapterError(name, "it stands there twice, with and without base_model.model")
+    return sides
+
+
+def _what_it_is(name: str) -> str:
+    if "lora_embedding_" in name:
+        return f"embeddings cannot be adapted; {_FULL_WEIGHTS}"
+    if "lora_magnitude_vector" in name:
+        return "DoRA is not supported"
+    return f"only lora_A.weight and lora_B.weight of modules can be applied; {_FULL_WEIGHTS}"
+
+
+def _weight(name: str, module: nn.Module, *, is_in_trunk: bool) -> Tensor:
+    """The module's weight, [O, I]."""
+    if not is_in_trunk:
+        raise AdapterError(name, f"the head is computed apart and cannot be adapted; {_FULL_WEIGHTS}")
+    if not isinstance(module, nn.Linear | Conv1D):
+        kind = type(module).__name__
+        raise AdapterError(name, f"only linear layers can be adapted, this is {kind}; {_FULL_WEIGHTS}")
+    weight = module.weight
+    if weight.dtype not in _DTYPES:
+        raise AdapterError(name, "quantised layers cannot be adapted")
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _layer(
+    weight_O_I: Tensor, config: LoraConfig, module: str, halves: Mapping[str, tuple[str, Tensor]]
+) -> LoraLayer:
+    num_outputs, num_inputs = weight_O_I.shape
+    r = config.rank(module)
+    return LoraLayer(
+        a_R_I=_matrix(*halves["A"], (r, num_inputs), weight_O_I),
+        b_O_R=_matrix(*halves["B"], (num_outputs, r), weight_O_I),
+        scale=config.scale(module),
+    )
+
+
+@torch.inference_mode(mode=False)
+def _matrix(name: str, tensor: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """A copy on the weight's device, in the dtype that PEFT would give it."""
+    if tuple(tensor.shape) != shape:
+        message = f"it has shape {list(tensor.shape)}, module and config need {list(shape)}"
+        raise AdapterError(name, message)
+    if tensor.dtype not in _DTYPES:
+        raise AdapterError(name, f"it is {tensor.dtype}, adapters are F64, F32, BF16 or F16")
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    matrix = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not bool(matrix.isfinite().all()):  # an fp64 number may be too large for fp32
+        raise AdapterError(name, "it has values that are not finite")
+    return matrix.to(like.device)

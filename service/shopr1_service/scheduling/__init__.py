@@ -1,0 +1,1 @@
+"""The request queue and the engine thread."""

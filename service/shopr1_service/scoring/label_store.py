@@ -1,0 +1,111 @@
+"""Ground truths by prompt, for trainers that cannot send a label with a rollout.
+
+A prompt is known by a digest: of its text, or of the canonical JSON of its messages. What is kept of a label
+is a few hundred bytes, whatever the prompt's length. The table lives in memory and belongs to the event loop.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from shopr1_client.errors import TooLargeError
+from shopr1_client.wire import Message
+from shopr1_rewards import Action
+
+TextPrompt = str | Sequence[Message]
+
+_DIGEST_BYTES = 16  # of 10^6 prompts, two agree with a probability of 10^-27
+
+
+class Label(NamedTuple):
+    """The human's action, checked against the recipe that it will be scored with."""
+
+    truth: str
+    """The action as canonical JSON: equal for equal actions, and smaller than an object."""
+    recipe: str
+
+    @classmethod
+    def of(cls, action: Action, recipe: str) -> "Label":
+        """The label of an action."""
+        truth = json.dumps(action.to_dict(), ensure_ascii=False)
+        return cls(truth, sys.intern(recipe))
+
+
+def prompt_digest(prompt: TextPrompt) -> bytes:
+    """What a prompt is known by; a text is never taken for messages."""
+    if isinstance(prompt, str):
+        hasher, data = _text_hasher(), prompt
+    else:
+        hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"messages")
+        data = json.dumps([[m.role, m.content] for m in prompt], ensure_ascii=False)
+    hasher.update(data.encode())
+    return hasher.digest()
+
+
+def _text_hasher() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"text")
+
+
+class LabelStore:
+    """Labels by prompt.
+
+    Args:
+        max_labels: how many it takes.
+    """
+
+    def __init__(self, max_labels: int) -> None:
+        self._max_labels = max_labels
+        self._labels: dict[bytes, Label] = {}
+        self._lengths: list[int] = []  # of the text prompts in bytes, distinct, ascending
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def put(self, labels: Iterable[tuple[TextPrompt, Label]]) -> None:
+        """Add labels. One for a prompt that has one takes its place.
+
+        Raises:
+            TooLargeError: they would be too many. Then none is added.
+        """
+        new: dict[bytes, Label] = {}
+        lengths = set(self._lengths)
+        for prompt, label in labels:
+            new[prompt_digest(prompt)] = label
+            if isinstance(prompt, str):
+                lengths.add(len(prompt.encode()))
+        num_labels = len(self) + sum(digest not in self._labels for digest in new)
+        if num_labels > self._max_labels:
+            raise TooLargeError(f"{num_labels} labels, max_labels = {self._max_labels}")
+        self._labels |= new
+        self._lengths = sorted(lengths)
+
+    def get(self, prompt: TextPrompt) -> Label | None:
+        """The label of exactly this prompt."""
+        return self._labels.get(prompt_digest(prompt))
+
+    def split(self, text: str) -> tuple[str, str, Label] | None:
+        """The longest text prompt that `text` begins with, the rest of `text`, and the prompt's label.
+
+        Reads `text` once: the digest of a beginning goes on to that of the next longer one.
+        """
+        data = text.encode(errors="surrogatepass")  # prompts are Unicode, a completion may not be
+        hasher, done = _text_hasher(), 0
+        found: tuple[int, Label] | None = None
+        for length in self._lengths:
+            if length > len(data):
+                break
+            hasher.update(data[done:length])
+            done = length
+            if (label := self._labels.get(hasher.digest())) is not None:
+                found = length, label
+        if found is None:
+            return None
+        length, label = found
+        return data[:length].decode(), data[length:].decode(errors="surrogatepass"), label
+
+    def clear(self) -> None:
+        """Forget all labels."""
+        self._labels.clear()
+        self._lengths.clear()

@@ -1,0 +1,222 @@
+"""Scoring a request: rules, then the engine, then both put together.
+
+The one way from a request to an answer; every route and the command line go through it.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+
+from shopr1_client.errors import InvalidRequestError
+from shopr1_client.wire import (
+    Components,
+    Details,
+    GroupScore,
+    Include,
+    PolicyRef,
+    Reward,
+    ScoreRequest,
+    ScoreResponse,
+    Status,
+    TokenCertainty,
+)
+from shopr1_client.wire_policy import VersionDemand
+from shopr1_rewards import Recipe
+from shopr1_service.core import (
+    Certainty,
+    Kind,
+    Measurements,
+    Observer,
+    Origin,
+    PreparedGroup,
+    PreparedRollout,
+    Progress,
+    ScoredGroup,
+    Target,
+    Unmeasurable,
+    tell,
+)
+from shopr1_service.monitoring.metrics import Metrics, Phase
+from shopr1_service.monitoring.spans import span
+from shopr1_service.policy.base import PolicyView
+from shopr1_service.scheduling.engine_client import open_engine_client
+from shopr1_service.scoring.prepare import prepare
+from shopr1_service.scoring.recipe_book import RecipeBook, reference
+from shopr1_service.scoring.version_waiter import VersionWaiter
+from shopr1_service.settings import Settings
+
+_NUM_PREPARE_THREADS = 2
+
+Measurement = Certainty | Unmeasurable | None
+"""None: there was nothing to measure."""
+
+
+class Scorer:
+    """Scores requests with one policy. Preparing runs beside the engine's thread."""
+
+    def __init__(
+        self,
+        policy: PolicyView,
+        recipes: RecipeBook,
+        settings: Settings,
+        metrics: Metrics,
+        on_fatal: Callable[[BaseException], None] = lambda error: None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.policy = policy
+        self.new_versions = VersionWaiter(policy)
+        self._observers = observers
+        self._recipes = recipes
+        self._limits = settings.limits
+        self._metrics = metrics
+        self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
+        self.measurer = open_engine_client(policy, settings, metrics, on_fatal)
+        metrics.policy.record_loaded(policy.info)
+
+    async def score(
+        self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
+    ) -> ScoreResponse:
+        """Score every rollout of a request. If cancelled, what still waits of it is dropped.
+
+        Args:
+            origin: who asks.
+            progress: see `EngineClient.measure`.
+
+        Raises:
+            InvalidRequestError, TooLargeError: the request is at fault.
+            PolicyVersionError: the version that the request demands is not loaded, or not in time.
+            OverloadedError: too much waits already.
+            NotReadyError: the device is gone, the service is ending.
+        """
+        recipe = self._recipe(request.recipe)
+        target = _target(request)
+        await self.new_versions.wait_for(target)
+        self.measurer.refuse_if_full()
+        loop = asyncio.get_running_loop()
+        in_context = copy_context().run  # whose request it is: for logs and traces
+        groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
+        token_groups = [group.token_group() for group in groups]
+        kind = Kind(recipe.self_certainty, target)
+        measured = await self.measurer.measure(token_groups, kind, progress)
+        scores = [
+            _group_score(group, measurements, recipe, request.include)
+            for group, measurements in zip(groups, measured, strict=True)
+        ]
+        for sent, prepared, group_score in zip(request.groups, groups, scores, strict=True):
+            tell(self._observers, ScoredGroup(origin, recipe, sent, prepared, group_score))
+        return ScoreResponse(
+            request_id=origin.request_id,
+            recipe=reference(recipe),
+            policy=self._newest(measured, target),
+            groups=scores,
+        )
+
+    def stack(self) -> str:
+        """Where the engine's thread is."""
+        return self.measurer.stack()
+
+    def close(self) -> None:
+        """End the threads; work that has not begun is dropped."""
+        self._preparers.shutdown(wait=False, cancel_futures=True)
+        self.measurer.close()
+
+    def _recipe(self, name: str | None) -> Recipe:
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            known = ", ".join(recipe.name for recipe in self._recipes)
+            message = f"no recipe {name!r}; there are: {known}"
+            raise InvalidRequestError(message, errors=[{"location": "recipe", "message": message}])
+        return recipe
+
+    def _newest(self, measured: Sequence[Measurements], target: Target) -> PolicyRef:
+        versions = [measurements.version for measurements in measured] or [self.policy.versions.find(target)]
+        newest = max(versions, key=lambda version: version.number)
+        return PolicyRef(
+            model=self.policy.info.model,
+            version=newest.name,
+            number=newest.number,
+            adapter=newest.adapter,
+        )
+
+    def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
+        wants_ids = Include.TOKEN_IDS in request.include
+        with self._metrics.phase(Phase.PREPARE), span("prepare"):
+            return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
+
+
+def _target(request: ScoreRequest) -> Target:
+    demand = request.policy_version
+    return Target(request.adapter, VersionDemand(exact=demand) if isinstance(demand, str) else demand)
+
+
+def _group_score(
+    group: PreparedGroup, measured: Measurements, recipe: Recipe, include: Sequence[Include]
+) -> GroupScore:
+    measurements = iter(measured.values)
+    rewards = [
+        _reward(rollout, next(measurements) if rollout.measured else None, recipe, include)
+        for rollout in group.rollouts
+    ]
+    return GroupScore(
+        id=group.id,
+        policy_version=measured.version.name,
+        policy_number=measured.version.number,
+        adapter=measured.version.adapter,
+        rewards=rewards,
+        prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
+    )
+
+
+def _reward(
+    rollout: PreparedRollout, measurement: Measurement, recipe: Recipe, include: Sequence[Include]
+) -> Reward:
+    components = rollout.judgement.components(_self_certainty(measurement, recipe))
+    failed = measurement if isinstance(measurement, Unmeasurable) else None
+    return Reward(
+        reward=components.reward,
+        status=Status.UNSCORABLE if failed else Status.SCORED,
+        reason=failed.reason if failed else None,
+        message=failed.message if failed else None,
+        components=Components.model_validate(vars(components)),
+        details=_details(rollout, measurement, recipe, include),
+    )
+
+
+def _self_certainty(measurement: Measurement, recipe: Recipe) -> float | None:
+    """The weighted term: 0 where there was nothing to measure, None where measuring failed."""
+    match measurement:
+        case None:
+            return 0.0
+        case Certainty():
+            return recipe.self_certainty.alpha * measurement.mean
+        case Unmeasurable():
+            return None
+
+
+def _details(
+    rollout: PreparedRollout, measurement: Measurement, recipe: Recipe, include: Sequence[Include]
+) -> Details:
+    judgement = rollout.judgement
+    prediction, failure = judgement.prediction, judgement.failure
+    certainty = measurement if isinstance(measurement, Certainty) else None
+    return Details(
+        format_error=failure.error.value if failure else None,
+        format_message=failure.message if failure else None,
+        predicted_action=prediction.action.to_dict() if prediction else None,
+        unknown_action_type=prediction is not None and not prediction.is_known_type,
+        missing_attributes=list(prediction.missing_attributes) if prediction else [],
+        extra_keys=list(prediction.extra_keys) if prediction else [],
+        similarity={name: judgement.similarity.get(name) for name in recipe.action_space.attribute_names},
+        type_match=judgement.is_type_match,
+        exact_match=judgement.is_exact_match,
+        self_certainty_nats=certainty.mean if certainty else None,
+        num_rationale_tokens=len(rollout.measured),
+        tokens=list(_tokens(rollout, certainty)) if certainty and Include.TOKENS in include else None,
+        completion_token_ids=list(rollout.tokens.ids) if Include.TOKEN_IDS in include else None,
+    )
+
+
+def _tokens(rollout: PreparedRollout, certainty: Certainty) -> Iterator[TokenCertainty]:
+    for index, value in zip(rollout.measured, certainty.values, strict=True):
+        yield TokenCertainty(index=index, token_id=rollout.tokens.ids[index], value=value)

@@ -1,0 +1,130 @@
+"""Runs the application under uvicorn: TLS, open files, an orderly end."""
+
+import asyncio
+import ipaddress
+import logging
+import resource
+import signal
+import socket
+import ssl
+from collections.abc import Mapping
+from typing import Any
+
+import uvicorn
+
+from shopr1_service.errors import SettingsError
+from shopr1_service.http.state import State
+from shopr1_service.monitoring.logs import logging_to_stderr
+from shopr1_service.policy.load_progress import LoadProgress
+from shopr1_service.policy.loading import load_policy
+from shopr1_service.server.app import create_app
+from shopr1_service.server.http_protocol import connection_class
+from shopr1_service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_SOCKET_BACKLOG = 4096
+"""Trainers open a connection for each rollout of a batch, all at once."""
+_ANSWER_S = 2.0
+"""Seconds before the end of the grace time at which open requests are answered with 503."""
+
+
+class _Server(uvicorn.Server):
+    """Server that ends in order: accepts no more, finishes what is running, and answers the rest in time."""
+
+    def __init__(self, config: uvicorn.Config, state: State, grace_s: float) -> None:
+        super().__init__(config)
+        self._state = state
+        self._grace_s = grace_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._state.drain()
+        finish_s = self._grace_s - min(_ANSWER_S, self._grace_s / 4)
+        asyncio.get_running_loop().call_later(finish_s, self._state.cutoff.set)
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        The exit code: 0, or 1 if the policy cannot be loaded or its engine fails or hangs for good.
+
+    Raises:
+        SettingsError: the service would be open to strangers, or certificate and key do not match.
+    """
+    check_exposure(settings)
+    with logging_to_stderr(settings):
+        return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
+    logger.info("settings", extra={"settings": settings.model_dump(mode="json")})
+    _allow_many_connections()
+    failures: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    startup = LoadProgress()
+    app = create_app(settings, lambda: load_policy(settings, startup), on_failure=stop, startup=startup)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=connection_class(settings.receive_timeout_s),
+            ws="none",
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            log_config=None,  # its lines take the same way as all others
+            access_log=False,  # its lines hold URLs, and with them keys; `request_recorder.py` writes ours
+            backlog=_SOCKET_BACKLOG,
+            timeout_graceful_shutdown=settings.shutdown_grace_s,
+            **_tls(settings),
+        ),
+        app.state.shopr1,
+        settings.shutdown_grace_s,
+    )
+    # uvicorn raises the signal that stopped it again when it is done; a clean end is exit code 0.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
+    server.run()
+    return 1 if failures else 0
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise a `SettingsError` if strangers could reach the service without a key."""
+    has_keys = settings.api_keys or settings.api_key_file
+    if not (has_keys or settings.allow_unauthenticated or _is_loopback(settings.host)):
+        raise SettingsError(
+            f"host {settings.host!r} can be reached by others, and there are no API keys; set api_keys or "
+            "api_key_file, or allow_unauthenticated = true where the network keeps strangers out"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tls(settings: Settings) -> Mapping[str, Any]:
+    """Uvicorn's options for HTTPS; none without a certificate."""
+    cert, key = settings.tls_cert_file, settings.tls_private_key_file
+    if cert is None and key is None:
+        return {}
+    if cert is None or key is None:
+        raise SettingsError("tls_cert_file and tls_private_key_file must be given together")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"TLS: cannot use {str(cert)!r} with its private key: {error}") from error
+    return {"ssl_certfile": cert, "ssl_keyfile": key}
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files to the most that the system allows; shells often start with 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    logger.info("at most %d open files, and with them connections", hard)

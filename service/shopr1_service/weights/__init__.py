@@ -1,0 +1,1 @@
+"""Weights from checkpoints, uploads and broadcasts, checked before they are loaded."""

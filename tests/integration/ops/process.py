@@ -1,0 +1,126 @@
+"""The service as a process of its own, and what it holds of the system's."""
+
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from shopr1_client import Client
+from shopr1_client.errors import NotReadyError, TransportError
+from tests.integration.ops.fake_server import CENSUS
+from tests.support.http import TERMINATE, WAIT_S, answer, group
+
+FAKE = ("-m", "tests.integration.ops.fake_server")
+EMBEDDED = ("-m", "shopr1_service", "serve", "--set", "device=cpu")
+_ROOT = Path(__file__).parents[3]
+
+
+_numbers = itertools.count()
+
+
+def request(prompt: str = "page") -> dict[str, Any]:
+    """One rollout. Its prompt is new each time: what the service remembers, it need not score again."""
+    prompt = f"{prompt} {next(_numbers)}"
+    return {"groups": [group(answer(), prompt=prompt, truth=TERMINATE)]}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Counts of what a process has of each."""
+
+    num_tasks: int
+    num_threads: int
+    num_files: int
+
+    def __le__(self, other: "Held") -> bool:
+        # Pools start their threads when there is work, up to a number of their own.
+        pool = (os.cpu_count() or 1) + 4
+        return (
+            self.num_tasks <= other.num_tasks
+            and self.num_threads <= other.num_threads + pool
+            and self.num_files <= other.num_files
+        )
+
+
+class Process:
+    """A service that is ready to score.
+
+    Args:
+        pipes: of `fake_server`, which reports through them.
+    """
+
+    def __init__(self, port: int, pipes: "subprocess.Popen[str]") -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._pipes = pipes
+
+    def check_right(self) -> None:
+        """A good request gets the right answer: 0.5 + 0.3 + 0.005 · 26."""
+        answered = httpx.post(f"{self.url}/score", json=request(), timeout=WAIT_S)
+        assert answered.status_code == 200, answered.text
+        assert answered.json()["groups"][0]["rewards"][0]["reward"] == 0.93
+
+    def held(self) -> "Held":
+        """What a request could leave behind."""
+        httpx.post(f"{self.url}/score", json=request(CENSUS), timeout=WAIT_S).raise_for_status()
+        proc = Path(f"/proc/{self._pipes.pid}")
+        num_threads = len(list((proc / "task").iterdir()))
+        return Held(int(self._read()), num_threads, len(list((proc / "fd").iterdir())))
+
+    def rss_bytes(self) -> int:
+        """Memory that it has in use."""
+        num_pages = int(Path(f"/proc/{self._pipes.pid}/statm").read_text().split()[1])
+        return num_pages * os.sysconf("SC_PAGE_SIZE")
+
+    def wait_until_scoring(self) -> None:
+        """Returns once a request with the prompt HELD is being scored."""
+        assert self._read() == "held"
+
+    def go_on(self) -> None:
+        """Lets the held request be scored."""
+        assert self._pipes.stdin is not None
+        self._pipes.stdin.write("\n")
+        self._pipes.stdin.flush()
+
+    def _read(self) -> str:
+        assert self._pipes.stdout is not None
+        return self._pipes.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def process(*command: str, **environment: str) -> Iterator[Process]:
+    """A process with these arguments to Python; it must end cleanly."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    pipes = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_ROOT,
+        env={**os.environ, **environment, "SHOPR1_PORT": str(port), "SHOPR1_LOG_LEVEL": "error"},
+    )
+    with pipes:
+        try:
+            _wait_until_ready(pipes, f"http://127.0.0.1:{port}")
+            yield Process(port, pipes)
+        finally:
+            pipes.terminate()
+    assert pipes.returncode == 0
+
+
+def _wait_until_ready(pipes: "subprocess.Popen[str]", url: str) -> None:
+    with Client(url, timeout_s=WAIT_S) as client:
+        while True:
+            try:
+                return client.wait_until_ready(1.0)
+            except (TransportError, NotReadyError):
+                assert pipes.poll() is None, "the service has ended"

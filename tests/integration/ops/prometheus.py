@@ -1,0 +1,96 @@
+"""A real Prometheus, and its tool."""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import yaml
+
+from tests.support.http import WAIT_S
+
+ROOT = Path(__file__).parents[3]
+CONFIG = ROOT / "docker" / "prometheus" / "prometheus.yml"
+RULES = ROOT / "docker" / "prometheus" / "alerts.yml"
+RULES_TEST = ROOT / "docker" / "prometheus" / "alerts_test.yml"
+_POLL_S = 0.05
+
+_T = TypeVar("_T")
+
+
+def binary(name: str) -> str:
+    path = shutil.which(name)
+    assert path, f"no {name} on PATH; `make test-ops` gets it, from Debian's package prometheus"
+    return path
+
+
+def promtool(*arguments: str | Path, given: str = "") -> str:
+    """Its output; it must not complain."""
+    done = subprocess.run(
+        [binary("promtool"), *arguments], input=given, capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def until(get: Callable[[], _T | None], what: str, wait_s: float = WAIT_S) -> _T:
+    """What `get` gives as soon as it gives something."""
+    deadline_s = time.monotonic() + wait_s
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(httpx.TransportError):
+            if (found := get()) is not None:
+                return found
+        time.sleep(_POLL_S)
+    raise AssertionError(f"{what}: not within {wait_s:g} s")
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A Prometheus that runs."""
+
+    client: httpx.Client
+
+    def get(self, path: str, **parameters: str) -> Any:
+        response = self.client.get(f"/api/v1/{path}", params=parameters)
+        assert response.is_success, response.text
+        return response.json()["data"]
+
+    def values(self, expr: str) -> list[float]:
+        return [float(sample["value"][1]) for sample in self.get("query", query=expr)["result"]]
+
+
+@contextlib.contextmanager
+def prometheus(directory: Path, target: str, api_key: str) -> Iterator[Prometheus]:
+    """With the shipped configuration, but for where the service and its key are, and how often it looks.
+
+    Args:
+        directory: for its data and its log.
+        target: host and port of the service.
+    """
+    key, config = directory / "key", directory / "prometheus.yml"
+    key.write_text(api_key, "utf-8")
+    settings = yaml.safe_load(CONFIG.read_text("utf-8"))
+    [job] = settings["scrape_configs"]
+    job["authorization"]["credentials_file"] = str(key)
+    job["static_configs"][0]["targets"] = [target]
+    settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    settings["rule_files"] = [str(RULES)]
+    config.write_text(yaml.safe_dump(settings), "utf-8")
+    promtool("check", "config", config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    command = [binary("prometheus"), f"--config.file={config}", f"--web.listen-address={address}"]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--storage.tsdb.path={directory / 'data'}"], stderr=log)
+        try:
+            with httpx.Client(base_url=f"http://{address}", timeout=WAIT_S) as client:
+                yield Prometheus(client)
+        finally:
+            process.terminate()
+            process.wait(WAIT_S)

@@ -1,0 +1,282 @@
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import permutations, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix, choose_forward
+from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.lm_head import trunk_of
+from tests.support.models import FAMILIES, model_of, one_thread, random_ids, tiny_model
+
+CHECK_IDS = random_ids(32, seed=9)  # the windows here are of 8 tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@torch.no_grad()
+def slow_hidden(model: PreTrainedModel, prompt_ids: Sequence[int], suffix: Suffix) -> Tensor:
+    """From the model's own list of hidden states, in fp64; the last of them is the trunk's output."""
+    model = copy.deepcopy(model).double()
+    ids = torch.tensor([[*prompt_ids, *suffix.ids]])
+    hidden_T_H = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+    return torch.stack([hidden_T_H[len(prompt_ids) + position] for position in suffix.positions])
+
+
+def check(forward: Forward, model: PreTrainedModel, prompt_ids: list[int], suffixes: list[Suffix]) -> None:
+    actual = forward.hidden_states(prompt_ids, suffixes)
+    for hidden_S_H, suffix in zip(actual, suffixes, strict=True):
+        expected_S_H = slow_hidden(model, prompt_ids, suffix)
+        assert_close(hidden_S_H.double(), expected_S_H, rtol=0, atol=1e-4)
+
+
+# --- every way gives the model's hidden states ------------------------------------------------------
+
+Way = type[IndependentForward | PackedForward | ExpandedForward]
+FORWARDS = pytest.mark.parametrize("way", [IndependentForward, PackedForward, ExpandedForward])
+
+SUFFIXES = [
+    Suffix([], [-1]),
+    Suffix(random_ids(1, seed=1), [0]),
+    Suffix(random_ids(1, seed=1), [-1, 0]),
+    Suffix(random_ids(2, seed=2), [1]),
+    Suffix(random_ids(9, seed=3), [0, 3, 4, 8]),
+    Suffix(random_ids(9, seed=3), [0, 3, 4, 8]),
+    Suffix(random_ids(20, seed=4), list(range(-1, 20))),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        *product(
+            (IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")
+        ),
+        *product((IndependentForward, ExpandedForward), ("bamba", "falcon_h1", "mamba2", "mpt")),
+    ],
+)
+@pytest.mark.parametrize("num_prompt_tokens", [1, 2, 7, 8, 9, 30])
+def test_hidden_states(way: Way, family: str, num_prompt_tokens: int) -> None:
+    model = model_of(family)
+    check(way(model), model, random_ids(num_prompt_tokens, seed=num_prompt_tokens), SUFFIXES)
+
+
+@FORWARDS
+def test_empty_prompt(way: Way) -> None:
+    model = tiny_model()
+    check(way(model), model, [], [Suffix(random_ids(5, seed=1), [0, 4]), Suffix([7], [0])])
+
+
+@FORWARDS
+def test_nothing_asked_for(way: Way) -> None:
+    assert way(tiny_model()).hidden_states(random_ids(5), []) == []
+
+
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        *product((IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral")),
+        *product((IndependentForward, ExpandedForward), ("falcon_h1",)),
+    ],
+)
+def test_suffixes_do_not_touch_each_other(way: Way, family: str) -> None:
+    # Were the prompt's cache written to, the second suffix would follow upon the first.
+    forward = way(model_of(family))
+    prompt_ids = random_ids(12, seed=5)
+    alone = [forward.hidden_states(prompt_ids, [suffix])[0] for suffix in SUFFIXES[3:6]]
+    for order in permutations(range(3)):
+        together = forward.hidden_states(prompt_ids, [SUFFIXES[3:6][i] for i in order])
+        for hidden_S_H, i in zip(together, order, strict=True):
+            assert_close(hidden_S_H, alone[i], rtol=0, atol=1e-5)
+
+
+@FORWARDS
+def test_hidden_states_need_no_gradient(way: Way) -> None:
+    model = tiny_model()
+    [hidden_S_H] = way(model).hidden_states(random_ids(5), [Suffix(random_ids(3), [-1, 2])])
+    assert not hidden_S_H.requires_grad
+
+
+# --- the choice -------------------------------------------------------------------------------------
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, change: Any) -> PreTrainedModel:
+    """The model with `change(forward, kwargs)` in place of its trunk's forward."""
+    trunk = trunk_of(model)
+    original = trunk.forward
+    monkeypatch.setattr(trunk, "forward", lambda **kwargs: change(original, kwargs))
+    return model
+
+
+def is_suffix(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("past_key_values") is not None
+
+
+def ignore_the_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(**{**kwargs, "past_key_values": None})
+
+
+def ignore_the_mask(forward: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(**{**kwargs, "attention_mask": None})
+
+
+def ignore_the_positions(forward: Any, kwargs: dict[str, Any]) -> Any:
+    return forward(**{**kwargs, "position_ids": None})
+
+
+def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    if is_suffix(kwargs):
+        raise NotImplementedError("no cache")
+    return forward(**kwargs)
+
+
+def choose(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    ways: Sequence[type[PackedForward | ExpandedForward]] = (PackedForward, ExpandedForward),
+) -> Forward:
+    """Without the forward that needs no cache of the model's."""
+    return choose_forward(model, ids, [way(model) for way in ways])
+
+
+def make_no_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    output = forward(**kwargs)
+    output.past_key_values = None
+    return output
+
+
+def wrong_with_a_cache(is_wrong: Any) -> Any:
+    def change(forward: Any, kwargs: dict[str, Any]) -> Any:
+        output = forward(**kwargs)
+        if is_suffix(kwargs) and is_wrong(kwargs["input_ids"].shape[1]):
+            output.last_hidden_state = output.last_hidden_state * 1.01
+        return output
+
+    return change
+
+
+def nan_with_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
+    output = forward(**kwargs)
+    if is_suffix(kwargs):
+        output.last_hidden_state = output.last_hidden_state * torch.nan
+    return output
+
+
+BOTH = [PackedForward, ExpandedForward]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("way", BOTH)
+def test_the_first_that_is_right_is_chosen(way: type[PackedForward | ExpandedForward], family: str) -> None:
+    model = model_of(family)
+    assert choose(model, CHECK_IDS).name == "packed"
+    assert choose(model, CHECK_IDS, [way]).name == way.name
+
+
+@pytest.mark.parametrize(
+    ("ways", "change"),
+    [
+        pytest.param(BOTH, ignore_the_cache, id="ignores_the_cache_silently"),
+        pytest.param(BOTH, refuse_a_cache, id="refuses_a_cache"),
+        pytest.param([PackedForward], ignore_the_mask, id="ignores_the_mask_silently"),
+        pytest.param([PackedForward], ignore_the_positions, id="ignores_the_positions_silently"),
+        pytest.param([ExpandedForward], make_no_cache, id="makes_no_cache"),
+        pytest.param(BOTH, nan_with_a_cache, id="nan_with_a_cache"),
+        pytest.param(BOTH, wrong_with_a_cache(lambda _num_tokens: True), id="one_percent_off"),
+    ],
+)
+def test_independent_is_chosen_where_sharing_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ways: Sequence[type[PackedForward | ExpandedForward]],
+    change: Any,
+) -> None:
+    model = patched(monkeypatch, tiny_model(), change)
+    with caplog.at_level(logging.WARNING, "shopr1_service.engine.forward.base"):
+        forward = choose(model, CHECK_IDS, ways)
+    assert forward.name == "independent"
+    [record] = caplog.records
+    assert "LlamaModel" in record.message or "LlamaForCausalLM" in record.message
+
+
+# What these do with a cache of the prompt is wrong without an error, in one layout or in both.
+TREACHEROUS = ["mpt", "gpt_neo", "recurrent_gemma", "mamba", "mamba2", "rwkv", "jamba", "minimax", "bloom"]
+HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen3_next"]
+
+
+@pytest.mark.parametrize("family", TREACHEROUS + HYBRIDS)
+def test_what_is_chosen_is_right(family: str) -> None:
+    model = model_of(family)
+    forward = choose(model, CHECK_IDS)
+    assert forward.name == FAMILIES[family].forward
+    for num_prompt_tokens in (1, 9, 30):
+        prompt_ids = random_ids(num_prompt_tokens, seed=1)
+        expected = IndependentForward(model).hidden_states(prompt_ids, SUFFIXES)
+        for actual_S_H, expected_S_H in zip(
+            forward.hidden_states(prompt_ids, SUFFIXES), expected, strict=True
+        ):
+            assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [
+        *product([PackedForward], ["mpt", "gpt_neo"]),
+        *product([ExpandedForward], ["mamba", "jamba", "minimax"]),
+    ],
+)
+def test_silent_errors_are_recognised(way: type[PackedForward | ExpandedForward], family: str) -> None:
+    model = model_of(family)
+    suffixes = [Suffix(random_ids(6, seed=1), [5]), Suffix(random_ids(6, seed=2), [5])]
+    actual = way(model).hidden_states(CHECK_IDS, suffixes)  # no exception
+    expected = IndependentForward(model).hidden_states(CHECK_IDS, suffixes)
+    assert max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) > 0.1
+    assert choose(model, CHECK_IDS, [way]).name == "independent"
+
+
+def test_one_token_alone_is_never_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Recurrent models have code of their own for a step of one token, nemotron_h's is off for some tokens.
+    model = tiny_model()
+    suffixes = [Suffix([7], [-1, 0]), Suffix([8], [0])]
+    expected = IndependentForward(model).hidden_states(CHECK_IDS, suffixes)
+    change = wrong_with_a_cache(lambda num_tokens: num_tokens == 1)
+    forward = choose(patched(monkeypatch, model, change), CHECK_IDS, [ExpandedForward])
+    assert forward.name == "expanded"
+    assert_close(forward.hidden_states(CHECK_IDS, suffixes), expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_is_cut_to_a_window_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Right for any prompt of up to 11 tokens, wrong beyond: the check must be longer.
+    def forget_the_start(forward: Any, kwargs: dict[str, Any]) -> Any:
+        if is_suffix(kwargs):
+            for layer in kwargs["past_key_values"].layers:
+                layer.keys, layer.values = layer.keys[:, :, -11:], layer.values[:, :, -11:]
+        return forward(**kwargs)
+
+    model = patched(monkeypatch, tiny_model(), forget_the_start)
+    # Prompts of 6 and 8 tokens, with up to 3 that all completions begin with.
+    assert choose(model, CHECK_IDS[:12], [ExpandedForward]).name == "expanded"
+    assert choose(model, CHECK_IDS, [ExpandedForward]).name == "independent"
+
+
+def test_rope_that_changes_with_the_length() -> None:
+    # Phi-3's long RoPE turns all keys otherwise once the sequence is longer than 16 tokens (4096 in life);
+    # a cache keeps the prompt's keys as they were turned before.
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    forward = choose(model, CHECK_IDS)
+    for num_prompt_tokens in (4, 10, 20):
+        suffix = Suffix(random_ids(20, seed=1), [-1, 0, 19])
+        check(forward, model, random_ids(num_prompt_tokens, seed=2), [suffix])

@@ -1,0 +1,200 @@
+"""The prefix cache against a list of everything that was ever put into it."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shopr1_service.engine.prefix_cache import Chunk, PrefixCache
+
+BYTES_PER_TOKEN = 2 * 2 * 4  # keys and values, one layer, one head of size 2, fp32
+
+
+def chunk(ids: Sequence[int], start: int = 0) -> Chunk:
+    """Keys tell the token, values its position, so that mixed-up memory shows."""
+    keys = torch.tensor([[[[float(i), 0.0] for i in ids]]])
+    values = torch.tensor([[[[float(p), 0.0] for p in range(start, start + len(ids))]]])
+    return Chunk(tuple(ids), (keys,), (values,), torch.tensor([[float(ids[-1])]]))
+
+
+def remember(cache: PrefixCache, ids: Sequence[int]) -> None:
+    """As a forward does: what is not known is computed and put behind what is."""
+    num_known = sum(map(len, cache.match(ids)))
+    if num_known < len(ids):
+        cache.insert(ids[:num_known], chunk(ids[num_known:], num_known))
+
+
+def spelled(chunks: Sequence[Chunk]) -> list[int]:
+    return [token_id for part in chunks for token_id in part.ids]
+
+
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+
+
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12)
+
+
+@given(prompts=PROMPTS)
+def test_the_longest_known_beginning_is_found(prompts: list[list[int]]) -> None:
+    cache = PrefixCache(10**6)
+    known: list[list[int]] = []
+    for prompt in prompts:
+        chunks = cache.match(prompt)
+        longest = max((common_length(prompt, other) for other in known), default=0)
+        assert spelled(chunks) == prompt[:longest]
+        if chunks:
+            assert torch.cat([part.keys[0] for part in chunks], 2)[0, 0, :, 0].tolist() == prompt[:longest]
+            positions = torch.cat([part.values[0] for part in chunks], 2)[0, 0, :, 0]
+            assert positions.tolist() == list(range(longest))
+        remember(cache, prompt)
+        known.append(prompt)
+    # No token is held twice.
+    beginnings = {tuple(prompt[:end]) for prompt in known for end in range(1, len(prompt) + 1)}
+    assert cache.stats.num_bytes == BYTES_PER_TOKEN * len(beginnings)
+
+
+@given(prompts=PROMPTS, max_tokens=st.integers(0, 10))
+def test_it_never_holds_more_than_it_may(prompts: list[list[int]], max_tokens: int) -> None:
+    cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
+    for prompt in prompts:
+        remember(cache, prompt)
+        assert cache.stats.num_bytes <= max_tokens * BYTES_PER_TOKEN
+        found = cache.match(prompt)
+        assert spelled(found) == prompt[: len(spelled(found))]
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    cache = PrefixCache(4 * BYTES_PER_TOKEN)
+    remember(cache, [1, 1])
+    remember(cache, [2, 2])
+    cache.match([1, 1])
+    remember(cache, [3, 3])
+    assert [len(spelled(cache.match(ids))) for ids in ([1, 1], [2, 2], [3, 3])] == [2, 0, 2]
+    assert cache.stats.num_evicted_chunks == 1
+
+
+def test_a_beginning_outlives_its_ends() -> None:
+    cache = PrefixCache(5 * BYTES_PER_TOKEN)
+    remember(cache, [1, 2, 3])
+    remember(cache, [1, 2, 4])  # 1 2 is shared: four tokens in all
+    remember(cache, [1, 2, 5, 6])  # one too many: the 3 goes
+    assert spelled(cache.match([1, 2, 3])) == [1, 2]
+    assert spelled(cache.match([1, 2, 4])) == [1, 2, 4]
+    assert spelled(cache.match([1, 2, 5, 6])) == [1, 2, 5, 6]
+
+
+def test_the_last_hidden_state_is_that_of_the_last_token() -> None:
+    cache = PrefixCache(10**6)
+    remember(cache, [1, 2, 3])
+    [whole] = cache.match([1, 2, 3, 9])
+    assert whole.last_hidden_1_H is not None
+    assert whole.last_hidden_1_H.tolist() == [[3.0]]
+    [part] = cache.match([1, 2, 9])
+    assert part.last_hidden_1_H is None
+    remember(cache, [1, 2, 4])  # cuts it in two
+    first, second = cache.match([1, 2, 3])
+    assert first.last_hidden_1_H is None
+    assert second.last_hidden_1_H is not None
+    assert second.last_hidden_1_H.tolist() == [[3.0]]
+
+
+def test_what_does_not_follow_on_anything_is_not_kept() -> None:
+    cache = PrefixCache(10**6)
+    cache.insert([1, 2], chunk([3]))
+    assert cache.match([1, 2, 3]) == []
+    assert cache.stats.num_bytes == 0
+
+
+def test_cleared() -> None:
+    cache = PrefixCache(10**6)
+    remember(cache, [1, 2])
+    cache.clear()
+    assert (cache.match([1, 2]), cache.stats.num_bytes) == ([], 0)
+
+
+@pytest.mark.parametrize(("max_bytes", "is_enabled"), [(0, False), (1, True)])
+def test_nothing_is_kept_without_room(max_bytes: int, is_enabled: bool) -> None:
+    cache = PrefixCache(max_bytes)
+    remember(cache, [1, 2])
+    assert (cache.is_enabled, cache.match([1, 2])) == (is_enabled, [])
+
+
+def test_tokens_are_counted() -> None:
+    cache = PrefixCache(10**6)
+    remember(cache, [1, 2, 3])  # 3 missed
+    remember(cache, [1, 2, 4, 5])  # 2 hit, 2 missed
+    assert (cache.stats.num_hit_tokens, cache.stats.num_missed_tokens) == (2, 5)
+
+
+# --- several owners ---------------------------------------------------------------------------------
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["use", "use", "use", "forget", "clear"]),
+        st.sampled_from([None, 1, 2]),
+        st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    ),
+    max_size=20,
+)
+
+
+@given(steps=STEPS)
+def test_each_owner_has_its_own(steps: list[tuple[str, int | None, list[int]]]) -> None:
+    cache = PrefixCache(10**6)
+    known: dict[int | None, set[tuple[int, ...]]] = defaultdict(set)
+    for what, owner, prompt in steps:
+        if what == "use":
+            cache.enter(owner)
+            beginnings = {tuple(prompt[:end]) for end in range(1, len(prompt) + 1)}
+            assert len(spelled(cache.match(prompt))) == len(known[owner] & beginnings)
+            remember(cache, prompt)
+            known[owner] |= beginnings
+        elif what == "clear":
+            cache.clear()
+            known.clear()
+        else:
+            cache.enter(None if owner is not None else 1)  # not the one that goes
+            cache.forget(owner)
+            known.pop(owner, None)
+        assert cache.stats.num_bytes == BYTES_PER_TOKEN * sum(map(len, known.values()))
+
+
+@given(steps=STEPS, max_tokens=st.integers(0, 8))
+def test_owners_share_the_limit(steps: list[tuple[str, int | None, list[int]]], max_tokens: int) -> None:
+    cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
+    for _, owner, prompt in steps:
+        cache.enter(owner)
+        remember(cache, prompt)
+        assert cache.stats.num_bytes <= max_tokens * BYTES_PER_TOKEN
+        found = spelled(cache.match(prompt))
+        assert found == prompt[: len(found)]
+
+
+def test_what_was_not_used_for_longest_goes_first_whoevers_it_is() -> None:
+    cache = PrefixCache(4 * BYTES_PER_TOKEN)
+    for owner in (None, 1):
+        cache.enter(owner)
+        remember(cache, [1, 1])
+    cache.enter(None)
+    cache.match([1, 1])
+    remember(cache, [2, 2])  # the other one's goes
+    assert spelled(cache.match([1, 1])) == [1, 1]
+    cache.enter(1)
+    assert cache.match([1, 1]) == []
+
+
+def test_what_is_cleared_can_be_used_at_once() -> None:
+    cache = PrefixCache(10**6)
+    cache.enter(1)
+    remember(cache, [1, 2])
+    cache.clear()
+    remember(cache, [1, 2, 3])
+    assert spelled(cache.match([1, 2, 3])) == [1, 2, 3]
+    cache.forget(7)  # nobody knows it
+    assert cache.stats.num_bytes == 3 * BYTES_PER_TOKEN

@@ -1,0 +1,120 @@
+"""Deadlines, clients that go, and queues that are full: over a real socket."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.held import Held
+from tests.support.http import WAIT_S, answer, group, problem, served
+
+
+@pytest.fixture
+def policy() -> Iterator[Held]:
+    policy = Held()
+    yield policy
+    policy.gate.set()
+
+
+def post(url: str, prompt: str, **headers: str) -> httpx.Response:
+    body = {"groups": [group(answer(), prompt=prompt)]}
+    return httpx.post(f"{url}/score", json=body, headers=headers, timeout=WAIT_S)
+
+
+def metric(url: str, line: str) -> float:
+    """The value behind this name and labels; 0 where it does not stand."""
+    text = httpx.get(f"{url}/metrics").text
+    return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(f"{line} ")), 0.0)
+
+
+def until(url: str, line: str, value: float) -> None:
+    """Poll a metric: what it counts happens on the server's own time."""
+    for _ in range(int(WAIT_S * 100)):
+        if metric(url, line) == value:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"{line} is {metric(url, line)}")
+
+
+WAITING = "shopr1_queue_tokens"
+
+
+def test_a_deadline_is_kept_and_the_work_is_dropped(policy: Held) -> None:
+    with served(policy) as url, ThreadPoolExecutor() as pool:
+        running = pool.submit(post, url, "a")
+        policy.has_begun.wait(WAIT_S)
+        late = post(url, "b", **{"X-Request-Timeout": "0.05"})
+        assert "not scored within 0.05 s" in problem(late, 504, "deadline_exceeded")["detail"]
+        until(url, WAITING, 0)
+        policy.gate.set()
+        assert running.result().is_success
+        assert post(url, "c").is_success
+    assert policy.prompts == ["a", "c"]
+
+
+def test_the_services_own_deadline_is_the_longest(policy: Held) -> None:
+    with served(policy, request_timeout_s=0.05) as url:
+        for headers in ({}, {"X-Request-Timeout": "3600"}):
+            problem(post(url, "a", **headers), 504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon", ""])
+def test_a_deadline_that_is_none(policy: Held, timeout: str) -> None:
+    with served(policy) as url:
+        body = problem(post(url, "a", **{"X-Request-Timeout": timeout}), 422, "invalid_request")
+        assert body["errors"][0]["location"] == "header.X-Request-Timeout"
+    assert policy.prompts == []
+
+
+def test_a_client_that_goes_takes_its_work_along(policy: Held) -> None:
+    with served(policy) as url, ThreadPoolExecutor() as pool:
+        running = pool.submit(post, url, "a")
+        policy.has_begun.wait(WAIT_S)
+        with leaving(url, "b"):
+            until(url, WAITING, len("b") + len(answer()))
+        until(url, WAITING, 0)
+        until(url, 'shopr1_requests_total{method="POST",route="/score",status="499"}', 1)
+        policy.gate.set()
+        assert running.result().is_success
+    assert policy.prompts == ["a"]
+
+
+class leaving:  # noqa: N801  # reads as what it does: `with leaving(url, …)`
+    """A client that sends a request and is gone at the end of the block, without waiting for an answer."""
+
+    def __init__(self, url: str, prompt: str) -> None:
+        self._url = httpx.URL(url)
+        self._request = httpx.Request(
+            "POST", f"{url}/score", json={"groups": [group(answer(), prompt=prompt)]}
+        )
+
+    def __enter__(self) -> None:
+        self._socket = socket.create_connection((self._url.host, self._url.port or 80))
+        headers = "".join(f"{name}: {value}\r\n" for name, value in self._request.headers.items())
+        self._socket.sendall(f"POST /score HTTP/1.1\r\n{headers}\r\n".encode() + self._request.read())
+
+    def __exit__(self, *_error: Any) -> None:
+        self._socket.close()
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(policy: Held) -> None:
+    with served(policy, max_queue_tokens=150) as url, ThreadPoolExecutor() as pool:
+        running = pool.submit(post, url, "a")
+        policy.has_begun.wait(WAIT_S)
+        waiting = pool.submit(post, url, "b")
+        num_tokens = len("b") + len(answer())
+        until(url, WAITING, num_tokens)
+        prompt = "c" * (150 - num_tokens)
+        refused = post(url, prompt)
+        detail = f"{num_tokens} tokens wait, max_queue_tokens = 150"
+        assert problem(refused, 429, "overloaded")["detail"] == detail
+        assert int(refused.headers["Retry-After"]) >= 1
+        policy.gate.set()
+        assert running.result().is_success
+        assert waiting.result().is_success
+        assert post(url, prompt).is_success
+        assert metric(url, 'shopr1_rejected_requests_total{reason="queue_full"}') == 1

@@ -1,0 +1,397 @@
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizer
+
+from shopr1_client.wire import Message
+from shopr1_rewards import Span
+from shopr1_service.core import CodecError, Tokens
+from shopr1_service.policy.loading import find_source
+from shopr1_service.policy.tokenizer import PolicyTokenizer
+from tests.support.models import (
+    NUM_ROWS,
+    NUM_TOKENS,
+    byte_fallback,
+    byte_level,
+    byte_level_json,
+    ids_of,
+    normalising,
+    slow_overlapping,
+    token_bytes,
+    word_ends,
+    wrapped,
+)
+
+REPLACEMENT = "\ufffd"
+
+TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+CODECS = {name: PolicyTokenizer(tokenizer, NUM_ROWS, []) for name, tokenizer in TOKENIZERS.items()}
+BOTH = pytest.mark.parametrize("name", CODECS)
+
+# U+FFFD has tests of its own below: it is also what a piece of a character decodes to.
+characters = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT)
+texts = st.text(characters | st.sampled_from('茶便🍵é–\u0301 \n"\\'), max_size=30)
+any_ids = st.lists(st.integers(0, NUM_ROWS - 1), max_size=30)  # 18 of these ids are of no token
+broken_bytes = st.lists(texts.map(str.encode) | st.binary(max_size=3), max_size=5).map(b"".join)
+
+
+_SPELLINGS = {
+    name: {token_bytes(tokenizer, [3, i])[1]: i for i in range(3, len(tokenizer))}
+    for name, tokenizer in TOKENIZERS.items()
+}
+
+
+def spelling(name: str, *pieces: bytes) -> list[int]:
+    """The ids of these tokens, by their bytes. Not for the beginning of a text: it may lose a space."""
+    return [_SPELLINGS[name][piece] for piece in pieces]
+
+
+def owners(tokens: Tokens) -> list[list[int]]:
+    """The tokens of each character."""
+    return [tokens.overlapping(Span(i, i + 1)) for i in range(len(tokens.text))]
+
+
+# --- text -------------------------------------------------------------------------------------------
+
+
+@given(texts)
+@example("便宜的茶 🍵🛒")
+@example("a<|im_end|>b<|endoftext|>")
+@example("  \n\n")
+def test_offsets_of_bytes_are_the_librarys(text: str) -> None:
+    encoding = TOKENIZERS["byte_level"].backend_tokenizer.encode(text, add_special_tokens=False)
+    assert CODECS["byte_level"].encode_text(text) == Tokens(text, encoding.ids, encoding.offsets)
+
+
+@BOTH
+@given(text=texts)
+@example(text="  茶 茶茶 ")
+def test_a_character_belongs_to_the_tokens_that_have_its_bytes(name: str, text: str) -> None:
+    text = f"x{text}"  # byte_fallback takes a space at the beginning for the mark of a word
+    tokens = CODECS[name].encode_text(text)
+    assert tokens.text == text
+    spelt = token_bytes(TOKENIZERS[name], tokens.ids)
+    assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
+
+
+@BOTH
+@given(text=texts)
+def test_ids_give_what_their_text_gives(name: str, text: str) -> None:
+    tokens = CODECS[name].encode_text(f"x{text}")
+    assert CODECS[name].decode(tokens.ids) == tokens
+
+
+@BOTH
+@given(text=texts)
+def test_ids_alone_are_those_of_the_text(name: str, text: str) -> None:
+    assert CODECS[name].encode_ids(text) == CODECS[name].encode_text(text).ids
+
+
+def test_space_at_the_beginning() -> None:
+    # The ids decode to `a b`: where the text is known, its space is not lost.
+    tokens = CODECS["byte_fallback"].encode_text(" a b")
+    assert tokens.text == " a b"
+    assert owners(tokens) == [[0], [1], [2], [3]]
+    assert CODECS["byte_fallback"].decode(tokens.ids).text == "a b"
+
+
+@pytest.mark.parametrize(
+    ("span", "indices"),
+    [
+        ((0, 1), [0]),
+        ((0, 3), [0, 1, 2]),
+        ((1, 2), [1, 2]),
+        ((2, 3), [2]),
+        ((0, 4), [0, 1, 2, 3, 4]),
+        ((2, 4), [2, 3, 4]),
+        ((3, 4), [4]),  # a token without characters counts inside of a span, and not at its edge
+        ((1, 1), []),
+    ],
+)
+def test_overlapping(span: tuple[int, int], indices: list[int]) -> None:
+    # a | first half of é | its second half and b | nothing | c
+    tokens = Tokens("aébc", [1, 2, 3, 4, 5], [(0, 1), (1, 2), (1, 3), (3, 3), (3, 4)])
+    assert tokens.overlapping(Span(*span)) == indices
+
+
+def test_special_tokens_are_neither_added_nor_dropped() -> None:
+    codec = CODECS["byte_level"]
+    [im_end] = ids_of(TOKENIZERS["byte_level"], "<|im_end|>")
+    tokens = codec.encode_text("茶<|im_end|>")
+    assert tokens.ids[-1] == im_end
+    assert tokens.offsets[-1] == (1, 11)
+    assert codec.decode([im_end, im_end]).text == "<|im_end|><|im_end|>"
+    assert codec.encode_text("") == Tokens("", [], [])
+
+
+def test_normalised_text_keeps_its_characters() -> None:
+    # ﬁ becomes f and i; Ａ (full width) and A become a.
+    tokenizer = normalising()
+    text = "ﬁx ＡA茶"
+    tokens = PolicyTokenizer(tokenizer, NUM_ROWS, []).encode_text(text)
+    spelt = token_bytes(tokenizer, tokens.ids)
+    assert tokens.text == text
+    assert b"".join(spelt).decode() == "fix aa茶"
+    of_characters = [b"".join(spelt[i] for i in indices).decode() for indices in owners(tokens)]
+    assert of_characters == ["fi", "x", " ", "a", "a", "茶"]
+
+
+@given(texts)
+def test_normalised_text_is_covered(text: str) -> None:
+    tokens = PolicyTokenizer(normalising(), NUM_ROWS, []).encode_text(text)
+    assert tokens.text == text
+    assert all(0 <= start <= end <= len(text) for start, end in tokens.offsets)
+
+
+# --- ids --------------------------------------------------------------------------------------------
+
+
+def check_decoded(name: str, ids: list[int]) -> None:
+    codec = CODECS[name]
+    tokens = codec.decode(ids)
+    assert tokens.text == TOKENIZERS[name].backend_tokenizer.decode(ids, skip_special_tokens=False)
+    assert tokens.ids == ids
+    assert len(tokens.offsets) == len(ids)
+    starts, ends = [start for start, _ in tokens.offsets], [end for _, end in tokens.offsets]
+    assert all(0 <= start <= end <= len(tokens.text) for start, end in tokens.offsets)
+    assert (starts, ends) == (sorted(starts), sorted(ends))
+    assert all(owners(tokens)), "a character without a token"
+    if REPLACEMENT not in tokens.text:
+        assert tokens == codec._prefix_offsets(ids, tokens.text)
+
+
+@BOTH
+@settings(max_examples=500)
+@given(ids=any_ids)
+def test_any_ids_can_be_decoded(name: str, ids: list[int]) -> None:
+    check_decoded(name, ids)
+
+
+@BOTH
+@settings(max_examples=500)
+@given(text=broken_bytes)
+@example(text="茶🍵é".encode())
+@example(text="茶🍵é".encode()[1:-1])
+@example(text=b"\xe8" * 12 + "茶".encode())  # longer than any window
+def test_any_bytes_can_be_decoded(name: str, text: bytes) -> None:
+    check_decoded(name, spelling(name, *(bytes([byte]) for byte in text)))
+
+
+def characters_of(data: bytes) -> list[tuple[int, int]]:
+    """The bytes of each character that `data` decodes to; broken ones become one U+FFFD each."""
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    while position < len(data):
+        try:
+            valid, num_broken = data[position:].decode(), 0
+        except UnicodeDecodeError as error:
+            valid, num_broken = data[position : position + error.start].decode(), error.end - error.start
+        for num_bytes in [*(len(char.encode()) for char in valid), *[num_broken] * (num_broken > 0)]:
+            ranges.append((position, position + num_bytes))
+            position += num_bytes
+    return ranges
+
+
+@settings(max_examples=500)
+@given(st.lists(st.integers(0, NUM_TOKENS - 1), max_size=10))
+@example(spelling("byte_level", b"t", b"\x80", b"\xc2", b"\x80", b"t"))
+@example(spelling("byte_level", b"t", b"\xe8", b"\x8c", b"\xe8", b"\x8c", b"t"))
+def test_a_broken_character_belongs_to_the_tokens_that_have_its_bytes(ids: list[int]) -> None:
+    spelt = token_bytes(TOKENIZERS["byte_level"], ids)
+    tokens = CODECS["byte_level"].decode(ids)
+    starts = [len(b"".join(spelt[:i])) for i in range(len(spelt))]
+    assert owners(tokens) == [
+        [i for i, piece in enumerate(spelt) if starts[i] < end and start < starts[i] + len(piece)]
+        for start, end in characters_of(b"".join(spelt))
+    ]
+
+
+@given(texts)
+def test_windows_are_enough_for_text(text: str) -> None:
+    codec, ids = CODECS["byte_level"], ids_of(TOKENIZERS["byte_level"], text)
+    for only_windows in (False, True):
+        assert codec._windowed_offsets(ids, only_windows=only_windows) == codec._prefix_offsets(ids, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces", "text", "tokens_of_character"),
+    [
+        pytest.param("byte_level", [b"\xe8", b"\x8c", b"\xb6"], "t茶t", [1, 2, 3], id="whole"),
+        pytest.param("byte_level", [b"\xe8", b"\x8c"], "t\ufffdt", [1, 2], id="broken"),
+        pytest.param("byte_level", [b"\xef", b"\xbf", b"\xbd"], "t\ufffdt", [1, 2, 3], id="literal"),
+        # Its decoder writes one U+FFFD for each byte that is of no character.
+        pytest.param("byte_fallback", [b"\xe8", b"\x8c", b"\xb6"], "t茶t", [1, 2, 3], id="fallback-whole"),
+        pytest.param("byte_fallback", [b"\xe8", b"\x8c"], "t\ufffd\ufffdt", [1], id="fallback-broken"),
+        pytest.param(
+            "byte_fallback", [b"\xef", b"\xbf", b"\xbd"], "t\ufffdt", [1, 2, 3], id="fallback-literal"
+        ),
+    ],
+)
+def test_every_token_of_a_replacement_character_belongs_to_it(
+    name: str, pieces: list[bytes], text: str, tokens_of_character: list[int]
+) -> None:
+    tokens = CODECS[name].decode(spelling(name, b"t", *pieces, b"t"))
+    assert tokens.text == text
+    first, second, *_, last = owners(tokens)
+    assert (first, second, last) == ([0], tokens_of_character, [len(pieces) + 1])
+
+
+@pytest.mark.parametrize("token_id", [371, 388, 10**6])
+def test_ids_of_no_token_are_nothing(token_id: int) -> None:
+    tokens = CODECS["byte_level"].decode(
+        [*spelling("byte_level", b"a"), token_id, *spelling("byte_level", b"b")]
+    )
+    assert (tokens.text, tokens.offsets) == ("ab", [(0, 1), (1, 1), (1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("byte_level", "cheaper tea, "),
+        ("byte_level", "便宜的茶🍵"),
+        ("byte_fallback", "cheaper tea, "),
+        ("byte_fallback", "便宜的茶🍵"),
+        ("word_ends", "cheaper tea, "),
+    ],
+)
+def test_decoding_is_linear_in_the_tokens(name: str, text: str) -> None:
+    # Counted in decoded ids, not seconds. A prompt may have 30,000 tokens.
+    class CountingCodec(PolicyTokenizer):
+        num_decoded = 0
+
+        def _decode(self, ids: list[int]) -> str:
+            CountingCodec.num_decoded += len(ids)
+            return super()._decode(ids)
+
+    tokenizer = word_ends() if name == "word_ends" else TOKENIZERS[name]
+    ids = ids_of(tokenizer, text * 100)
+    CountingCodec(tokenizer, NUM_ROWS, []).decode(ids)
+    assert CountingCodec.num_decoded < 50 * len(ids)
+
+
+# --- the codec --------------------------------------------------------------------------------------
+
+
+def test_end_tokens() -> None:
+    tokenizer = byte_level()
+    [im_end], [end_of_text] = ids_of(tokenizer, "<|im_end|>"), ids_of(tokenizer, "<|endoftext|>")
+    ids = [im_end, end_of_text, im_end]
+    codec = PolicyTokenizer(tokenizer, NUM_ROWS, ids)
+    assert codec.end_tokens == ("<|im_end|>", "<|endoftext|>")
+    assert codec.num_ids == NUM_ROWS
+    assert PolicyTokenizer(tokenizer, NUM_ROWS, []).end_tokens == ()
+
+
+def test_truncation_and_padding_of_a_tokenizer_json_do_nothing() -> None:
+    backend = Tokenizer.from_str(byte_level_json())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64, pad_token="<|endoftext|>")
+    tokenizer = wrapped(backend)
+    assert len(ids_of(tokenizer, "便宜的茶")) == 64  # as it comes: 4 tokens and padding
+    codec = PolicyTokenizer(tokenizer, NUM_ROWS, [])
+    expected = CODECS["byte_level"].encode_text("便宜的茶")
+    assert codec.encode_text("便宜的茶") == expected
+    chat = [Message(role="user", content="便宜的茶" * 20)]
+    assert codec.encode_chat(chat) == CODECS["byte_level"].encode_chat(chat)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    codec = CODECS["byte_level"]
+    chats = [[Message(role="user", content=f"{i} 便宜的茶 🍵" * i)] for i in range(40)]
+
+    def work(chat: Sequence[Message]) -> tuple[list[int], Tokens]:
+        return codec.encode_chat(chat), codec.encode_text(chat[0].content)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, chats)) == list(map(work, chats))
+
+
+def test_slow_tokenizer_is_refused() -> None:
+    class SlowTokenizer(PreTrainedTokenizer):
+        vocab_size = 1
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+    with pytest.raises(CodecError, match=r"SlowTokenizer has no offsets; a tokenizer\.json is needed"):
+        PolicyTokenizer(SlowTokenizer(), 1, [])  # type: ignore[no-untyped-call]
+
+
+# --- chats ------------------------------------------------------------------------------------------
+
+
+def test_chat_goes_through_the_template() -> None:
+    chat = [Message(role="system", content="Shop."), Message(role="user", content="茶 <|im_end|>")]
+    templated = (
+        "<|im_start|>system\nShop.<|im_end|>\n"
+        "<|im_start|>user\n茶 <|im_end|><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert CODECS["byte_level"].encode_chat(chat) == ids_of(byte_level(), templated)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "chat_template is not set"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ messages[7].content }}", "has no"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_template_that_fails_refuses_the_messages(template: str | None, message: str) -> None:
+    tokenizer = wrapped(Tokenizer.from_str(byte_level_json()), chat_template=template)
+    codec = PolicyTokenizer(tokenizer, NUM_ROWS, [])
+    with pytest.raises(CodecError, match="the policy's chat template refuses the messages: ") as info:
+        codec.encode_chat([Message(role="user", content="hi")])
+    assert message in str(info.value)
+
+
+# --- a real tokenizer -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PolicyTokenizer:
+    source = find_source(None)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
+    return PolicyTokenizer(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain words",
+        " leading and trailing ",
+        "便宜的茶更好",
+        "お茶を買いたい。",
+        "🍵🛒👩‍👩‍👧‍👦🇩🇪",
+        "Größe – 3 €, c\u0327a\u0301",
+        '{"rationale": "\\u00e9 \\"茶\\" \\ud83c\\udf75", "action": {}}<|im_end|>\n',
+    ],
+)
+def test_embedded_tokenizer(smollm2: PolicyTokenizer, text: str) -> None:
+    tokens = smollm2.encode_text(text)
+    assert tokens.text == text
+    assert smollm2.decode(tokens.ids) == tokens
+    spelt = token_bytes(smollm2.tokenizer, tokens.ids)
+    assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
+
+
+def test_embedded_tokenizer_cuts_characters(smollm2: PolicyTokenizer) -> None:
+    # Else the test above would show little.
+    tokens = smollm2.encode_text("便🛒")
+    assert [len(indices) > 1 for indices in owners(tokens)] == [True, True]
+    assert smollm2.end_tokens == ("<|im_end|>",)
+
+
+def test_embedded_chat(smollm2: PolicyTokenizer) -> None:
+    ids = smollm2.encode_chat([Message(role="system", content="Shop."), Message(role="user", content="茶?")])
+    assert smollm2.decode(ids).text == (
+        "<|im_start|>system\nShop.<|im_end|>\n<|im_start|>user\n茶?<|im_end|>\n<|im_start|>assistant\n"
+    )

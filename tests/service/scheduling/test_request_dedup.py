@@ -1,0 +1,185 @@
+"""The same request again: joined, answered from before, and never wrong."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from shopr1_client.wire import GroupScore, Reward, ScoreResponse, Status
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.core import Certainty, Progress, TokenGroup, Unmeasurable, Version
+from shopr1_service.monitoring.metrics import Metrics
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling import request_dedup as repeats_module
+from shopr1_service.scheduling.request_dedup import RequestDeduplicator
+from tests.support.http import answer, group, metric, post, running, score
+
+pytestmark = pytest.mark.anyio
+
+
+def response_of(name: str, num_rollouts: int, status: Status) -> ScoreResponse:
+    """An answer; of its rewards only their number and their status count here."""
+    group = GroupScore.model_construct(rewards=[Reward.model_construct(status=status)] * num_rollouts)
+    return ScoreResponse.model_construct(request_id=name, groups=[group])
+
+
+class Work:
+    """Counts how often it is started and cancelled; ends when it is told to."""
+
+    def __init__(
+        self, num_rollouts: int = 1, error: Exception | None = None, status: Status = Status.SCORED
+    ) -> None:
+        self.may_end = asyncio.Event()
+        self.num_started = 0
+        self.num_cancelled = 0
+        self.num_waiting = 1
+        self._num_rollouts = num_rollouts
+        self._error = error
+        self._status = status
+
+    async def __call__(self, progress: Progress) -> ScoreResponse:
+        self.num_started += 1
+        progress.num_waiting = self.num_waiting
+        number = self.num_started
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        if self._error is not None:
+            raise self._error
+        return response_of(str(number), self._num_rollouts, self._status)
+
+
+async def settle() -> None:
+    """Lets every task run up to its wait."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def ask(repeats: RequestDeduplicator, work: Work, key: bytes = b"k") -> "asyncio.Task[ScoreResponse]":
+    return asyncio.ensure_future(repeats.answer(key, work))
+
+
+async def test_twins_share_the_work_and_the_answer() -> None:
+    repeats, work = RequestDeduplicator(Metrics()), Work()
+    tasks = [ask(repeats, work) for _ in range(3)]
+    other = ask(repeats, work, b"other")
+    await settle()
+    assert work.num_started == 2
+    work.may_end.set()
+    assert {(await task).request_id for task in tasks} == {"1"}
+    assert (await other).request_id == "2"
+    assert (await repeats.answer(b"k", work)).request_id == "1"  # also later
+    assert work.num_started == 2
+
+
+async def test_the_work_goes_on_as_long_as_one_waits() -> None:
+    repeats, work = RequestDeduplicator(Metrics()), Work()
+    first, second = ask(repeats, work), ask(repeats, work)
+    await settle()
+    first.cancel()
+    await settle()
+    assert work.num_cancelled == 0
+    work.may_end.set()
+    assert (await second).request_id == "1"
+    assert first.cancelled()
+
+
+async def test_the_work_ends_when_the_last_has_gone_and_begins_anew() -> None:
+    repeats, work = RequestDeduplicator(Metrics()), Work()
+    tasks = [ask(repeats, work), ask(repeats, work)]
+    await settle()
+    for task in tasks:
+        task.cancel()
+    late = ask(repeats, work)  # comes while the work is being cancelled
+    await settle()
+    assert (work.num_started, work.num_cancelled) == (2, 1)
+    work.may_end.set()
+    assert (await late).request_id == "2"
+
+
+async def test_what_has_begun_is_finished_for_who_asks_again() -> None:
+    repeats, work = RequestDeduplicator(Metrics()), Work()
+    work.num_waiting = 0
+    gone = ask(repeats, work)
+    await settle()
+    gone.cancel()
+    await settle()
+    again = ask(repeats, work)
+    await settle()
+    assert (work.num_started, work.num_cancelled) == (1, 0)
+    work.may_end.set()
+    assert (await again).request_id == "1"
+
+
+async def test_errors_reach_all_and_are_not_kept() -> None:
+    repeats, work = RequestDeduplicator(Metrics()), Work(error=ZeroDivisionError())
+    tasks = [ask(repeats, work), ask(repeats, work)]
+    work.may_end.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [ZeroDivisionError] * 2
+    with pytest.raises(ZeroDivisionError):
+        await repeats.answer(b"k", work)
+    assert work.num_started == 2
+
+
+async def test_answers_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("shopr1_service.scheduling.request_dedup.time.monotonic", lambda: clock[0])
+    repeats, work = RequestDeduplicator(Metrics()), Work()
+    work.may_end.set()
+    for clock[0], expected in ((100.0, "1"), (699.9, "1"), (700.0, "2")):
+        assert (await repeats.answer(b"k", work)).request_id == expected
+
+
+async def test_what_could_not_be_scored_is_tried_again() -> None:
+    repeats, work = RequestDeduplicator(Metrics()), Work(status=Status.UNSCORABLE)
+    work.may_end.set()
+    for expected in ("1", "2"):
+        assert (await repeats.answer(b"k", work)).request_id == expected
+
+
+async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats_module, "MAX_KEPT_ROLLOUTS", 10)
+    repeats, work = RequestDeduplicator(Metrics()), Work(num_rollouts=4)
+    work.may_end.set()
+    for key in (b"a", b"b", b"c"):
+        await repeats.answer(key, work)
+    assert work.num_started == 3
+    await repeats.answer(b"b", work)
+    await repeats.answer(b"c", work)
+    assert work.num_started == 3
+    await repeats.answer(b"a", work)  # was forgotten for c
+    assert work.num_started == 4
+
+
+# --- over HTTP --------------------------------------------------------------------------------------
+
+
+class Counting(FakePolicy):
+    num_completions = 0
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
+    ) -> list[list[Certainty | Unmeasurable]]:
+        self.num_completions += sum(len(group.completions) for group in groups)
+        return super().certainties(groups, rules, version)
+
+
+async def test_a_repeated_request_is_computed_once() -> None:
+    policy = Counting()
+    body: Any = {"groups": [group(answer(), answer(rationale="no"))]}
+    async with running(policy) as client:
+        first = (await post(client, body, **{"X-Request-ID": "one"})).json()
+        second = (await post(client, body, **{"X-Request-ID": "two"})).json()
+        assert [first.pop("request_id"), second.pop("request_id")] == ["one", "two"]
+        assert first == second
+        assert policy.num_completions == 2
+        assert await metric(client, "shopr1_repeated_requests_total", how="answered") == 1
+        assert await metric(client, "shopr1_rollouts_total") == 2
+        await post(client, {**body, "recipe": "shop_r1"})  # another body
+        await score(client, *body["groups"], include=["tokens"])
+        await score(client, *body["groups"], include=["tokens"])  # is not kept
+    assert policy.num_completions == 8

@@ -1,0 +1,474 @@
+"""The engine's thread: joining, dropping, refusing, surviving, and giving up."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from shopr1_client.errors import InvalidRequestError, NotReadyError, OverloadedError, PolicyVersionError
+from shopr1_client.wire_policy import VersionDemand
+from shopr1_rewards import load_recipe
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.core import (
+    Certainty,
+    FatalEngineError,
+    Kind,
+    MeasuredCompletion,
+    Measurements,
+    Target,
+    TokenGroup,
+    Unmeasurable,
+    Version,
+)
+from shopr1_service.monitoring.metrics import Metrics
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.scheduler import Scheduler, TokenRate
+
+pytestmark = pytest.mark.anyio
+
+RULES = load_recipe("shop_r1").self_certainty
+KIND = Kind(RULES)
+WAIT_S = 30.0
+MAX_QUEUE_TOKENS = 100
+
+Task = asyncio.Task[list[Measurements]]
+
+
+class Gated(FakePolicy):
+    """Notes what it is given; its first batch waits until the gate opens. Token 13 makes it fail, token 666
+    for good."""
+
+    def __init__(self) -> None:
+        super().__init__(base_nats=0.0, step_nats=1.0)
+        self.gate = threading.Event()
+        self.has_begun = threading.Event()
+        self.batches: list[list[tuple[list[int], int]]] = []
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
+    ) -> list[list[Certainty | Unmeasurable]]:
+        self.batches.append([(list(group.prompt_ids), len(group.completions)) for group in groups])
+        self.has_begun.set()
+        assert self.gate.wait(WAIT_S)
+        tokens = {token_id for group in groups for token_id in group.prompt_ids}
+        if 13 in tokens:
+            raise ZeroDivisionError("13")
+        if 666 in tokens:
+            raise FatalEngineError("an illegal memory access")
+        return super().certainties(groups, rules, version)
+
+
+def completions(*measured: int) -> list[MeasuredCompletion]:
+    """One completion each, with this one token measured: FakePolicy gives its index as its value."""
+    return [MeasuredCompletion(range(index + 1), [index]) for index in measured]
+
+
+def values(measured: Sequence[Measurements]) -> list[list[float]]:
+    return [[item.mean for item in group.values if isinstance(item, Certainty)] for group in measured]
+
+
+@pytest.fixture
+def policy() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def failures() -> list[BaseException]:
+    return []
+
+
+@pytest.fixture
+async def scheduler(
+    policy: Gated, metrics: Metrics, failures: list[BaseException]
+) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, on_fatal=failures.append)
+    yield scheduler
+    policy.gate.set()
+    scheduler.close()
+
+
+async def hold_up(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
+    """Give the engine work that keeps it until the gate opens."""
+    task = asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(0))], KIND))
+    await asyncio.to_thread(policy.has_begun.wait, WAIT_S)
+    return task
+
+
+async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES) -> list[Task]:
+    """A request for each group."""
+    tasks = [asyncio.create_task(scheduler.measure([group], Kind(rules))) for group in groups]
+    await asyncio.sleep(0)  # lets each task run up to its wait, in order
+    return tasks
+
+
+def gauge(metrics: Metrics, name: str) -> float | None:
+    return metrics.registry.get_sample_value(name)
+
+
+async def test_an_idle_engine_begins_at_once(policy: Gated, scheduler: Scheduler) -> None:
+    policy.gate.set()
+    assert values(await scheduler.measure([TokenGroup([1], completions(3, 5))], KIND)) == [[3.0, 5.0]]
+    assert policy.batches == [[([1], 2)]]
+
+
+async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    tasks = await submit(
+        scheduler,
+        TokenGroup([1], completions(1)),
+        TokenGroup([2], completions(2)),
+        TokenGroup((1,), completions(3, 4)),
+        TokenGroup([1], completions(5)),
+    )
+    policy.gate.set()
+    # Each gets its own, in its own order …
+    assert [values(await task) for task in tasks] == [[[1.0]], [[2.0]], [[3.0, 4.0]], [[5.0]]]
+    # … and the oldest prompt comes first, with all that joined it. The other is short enough to go along.
+    assert policy.batches[1:] == [[([1], 4), ([2], 1)]]
+
+
+async def test_the_groups_of_a_request_go_together(policy: Gated, scheduler: Scheduler) -> None:
+    policy.gate.set()
+    groups = [TokenGroup([1], completions(1)), TokenGroup([2], []), TokenGroup([3], completions(3, 4))]
+    assert values(await scheduler.measure(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
+    assert policy.batches == [[([1], 1), ([3], 2)]]
+
+
+async def test_deterministic_groups_go_alone(policy: Gated, metrics: Metrics) -> None:
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
+    await hold_up(scheduler, policy)
+    groups = [
+        TokenGroup([1], completions(1)),
+        TokenGroup([1], completions(2)),
+        TokenGroup([2], completions(3)),
+    ]
+    tasks = await submit(scheduler, *groups)
+    policy.gate.set()
+    assert [values(await task) for task in tasks] == [[[1.0]], [[2.0]], [[3.0]]]
+    assert policy.batches[1:] == [[([1], 1)], [([1], 1)], [([2], 1)]]
+    scheduler.close()
+
+
+async def test_short_groups_overtake_a_long_one_only_so_long(
+    policy: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group's rank is its arrival plus the time it takes, here a second a token."""
+    now_s = 100.0
+    monkeypatch.setattr("shopr1_service.scheduling.scheduler.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("shopr1_service.scheduling.request_queue.MAX_BATCH_TOKENS", 0)
+    monkeypatch.setattr(TokenRate, "seconds", lambda _self, num_tokens: float(num_tokens))
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=10**6)
+    await hold_up(scheduler, policy)
+    tasks = await submit(scheduler, TokenGroup([1] * 50, completions(0)))  # due at 151
+    for number, at_s in enumerate((101.0, 130.0, 148.0, 200.0), start=2):
+        now_s = at_s
+        tasks += await submit(scheduler, TokenGroup([number], completions(0)))  # due 2 s later
+    policy.gate.set()
+    await asyncio.gather(*tasks)
+    assert [batch[0][0][0] for batch in policy.batches[1:]] == [2, 3, 4, 1, 5]
+    scheduler.close()
+
+
+async def test_dropped_requests_cost_nothing(policy: Gated, scheduler: Scheduler, metrics: Metrics) -> None:
+    await hold_up(scheduler, policy)
+    gone, there = await submit(scheduler, TokenGroup([1], completions(1)), TokenGroup([2], completions(2)))
+    assert gauge(metrics, "shopr1_queue_tokens") == 3 + 4
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert gauge(metrics, "shopr1_queue_tokens") == 4
+    policy.gate.set()
+    assert values(await there) == [[2.0]]
+    assert policy.batches[1:] == [[([2], 1)]]
+    assert gauge(metrics, "shopr1_queue_tokens") == 0
+
+
+async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
+    policy: Gated, scheduler: Scheduler, metrics: Metrics
+) -> None:
+    await hold_up(scheduler, policy)
+    [waiting] = await submit(scheduler, TokenGroup([1] * 59, completions(0)))  # 60 of 100
+    one, other = TokenGroup([2] * 19, completions(0)), TokenGroup([3] * 20, completions(0))
+    with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
+        await scheduler.measure([one, other], KIND)
+    assert caught.value.retry_after_s == 1.0  # nothing is known yet of how fast the engine is
+    assert gauge(metrics, "shopr1_queue_tokens") == 60
+    assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
+    # What fits is still welcome, and the prompt that waits already is no burden.
+    more = await submit(scheduler, one, TokenGroup([1] * 59, completions(*[0] * 20)))
+    scheduler_is_full = pytest.raises(OverloadedError, match="100 tokens wait")
+    with scheduler_is_full:
+        scheduler.refuse_if_full()
+    policy.gate.set()
+    await asyncio.gather(waiting, *more)
+    scheduler.refuse_if_full()
+
+
+async def test_what_is_larger_than_the_queue_is_admitted_to_an_empty_one(
+    policy: Gated, scheduler: Scheduler
+) -> None:
+    policy.gate.set()
+    large = TokenGroup([1] * (MAX_QUEUE_TOKENS + 1), completions(0))
+    assert values(await scheduler.measure([large], KIND)) == [[0.0]]
+
+
+async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    other_rules = RULES.model_copy(update={"temperature": 0.6})
+    tasks = await submit(scheduler, TokenGroup([13], completions(1)), TokenGroup([13], completions(3)))
+    tasks += await submit(scheduler, TokenGroup([2], completions(2)), rules=other_rules)
+    policy.gate.set()
+    first, third, second = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(first, ZeroDivisionError)
+    assert isinstance(third, ZeroDivisionError)
+    assert not isinstance(second, BaseException)
+    assert values(second) == [[2.0]]
+
+
+async def test_a_failure_drops_what_else_waits_of_the_request(policy: Gated, metrics: Metrics) -> None:
+    scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
+    policy.gate.set()
+    with pytest.raises(ZeroDivisionError):
+        await scheduler.measure([TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], KIND)
+    assert gauge(metrics, "shopr1_queue_tokens") == 0
+    scheduler.close()
+
+
+async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
+    policy: Gated, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.gate.set()
+    group = TokenGroup([1], completions(1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "certainties", lambda _groups, _rules, _version: [[Certainty((1.0,))]])
+        with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
+            await scheduler.measure([group], KIND)
+    assert values(await scheduler.measure([group], KIND)) == [[1.0, 2.0]]
+
+
+async def test_when_the_device_is_gone_everybody_is_told(
+    policy: Gated, scheduler: Scheduler, failures: list[BaseException]
+) -> None:
+    running = await hold_up(scheduler, policy, token_id=666)
+    [waiting, gone] = await submit(scheduler, *(TokenGroup([i], completions(1)) for i in (1, 2)))
+    gone.cancel()
+    policy.gate.set()
+    for task in (running, waiting):
+        with pytest.raises(NotReadyError, match="the engine has failed") as caught:
+            await task
+        assert caught.value.retry_after_s is not None
+    with pytest.raises(NotReadyError, match="the engine has failed"):
+        await scheduler.measure([TokenGroup([1], completions(1))], KIND)
+    assert [str(failure) for failure in failures] == ["an illegal memory access"]
+    assert len(policy.batches) == 1
+
+
+async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
+    assert await scheduler.measure([TokenGroup([1], [])], KIND) == [Measurements([], policy.versions.base)]
+    assert policy.batches == []
+
+
+async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, scheduler: Scheduler) -> None:
+    running = await hold_up(scheduler, policy)
+    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+    scheduler.close()
+    policy.gate.set()
+    assert values(await running) == [[0.0]]
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    with pytest.raises(NotReadyError, match="shutting down"):
+        await scheduler.measure([TokenGroup([1], completions(1))], KIND)
+
+
+# --- errands ----------------------------------------------------------------------------------------
+
+
+async def errands(scheduler: Scheduler, *works: Callable[[], Any]) -> list["asyncio.Task[Any]"]:
+    """Each waits for its turn."""
+    tasks = [asyncio.create_task(scheduler.between_batches(work)) for work in works]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_an_errand_comes_between_two_batches(policy: Gated, scheduler: Scheduler) -> None:
+    running = await hold_up(scheduler, policy)
+    waiting = await submit(scheduler, TokenGroup([1], completions(1)))
+    seen: list[Any] = []
+
+    def look(name: str) -> Callable[[], str]:
+        def work() -> str:
+            seen.append((len(policy.batches), threading.current_thread().name))
+            return name
+
+        return work
+
+    tasks = await errands(scheduler, look("first"), look("second"))
+    assert seen == []  # not while a batch is being measured
+    policy.gate.set()
+    assert [await task for task in tasks] == ["first", "second"]
+    assert seen == [(1, "engine"), (1, "engine")]  # nor behind the one that waits
+    assert values(await running) == [[0.0]]
+    assert values(await waiting[0]) == [[1.0]]
+
+
+async def test_an_idle_engine_does_an_errand_at_once(scheduler: Scheduler) -> None:
+    assert await scheduler.between_batches(lambda: 7) == 7
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("0"), SystemExit(3), InvalidRequestError("no")])
+async def test_what_an_errand_raises_is_handed_over(
+    policy: Gated, scheduler: Scheduler, error: BaseException
+) -> None:
+    def fail() -> None:
+        raise error
+
+    outcome: list[BaseException] = []
+    try:
+        await scheduler.between_batches(fail)
+    except BaseException as caught:  # all kinds of them
+        outcome.append(caught)
+    assert outcome == [error]
+    policy.gate.set()
+    assert values(await scheduler.measure([TokenGroup([1], completions(1))], KIND)) == [[1.0]]
+
+
+async def test_an_errand_is_done_though_nobody_waits(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    is_done: list[bool] = []
+    [gone] = await errands(scheduler, lambda: is_done.append(True))
+    gone.cancel()
+    await asyncio.wait([gone])
+    policy.gate.set()
+    await scheduler.between_batches(lambda: None)
+    assert is_done == [True]
+
+
+async def test_an_errand_that_is_the_end(
+    policy: Gated, scheduler: Scheduler, failures: list[BaseException]
+) -> None:
+    running = await hold_up(scheduler, policy)
+    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+
+    def fail() -> None:
+        raise FatalEngineError("no way back")
+
+    tasks = await errands(scheduler, fail, lambda: policy.batches.clear())
+    policy.gate.set()
+    assert values(await running) == [[0.0]]
+    for task in (waiting, *tasks):
+        with pytest.raises(NotReadyError, match="the engine has failed") as caught:
+            await task
+        assert caught.value.retry_after_s is not None
+    with pytest.raises(NotReadyError, match="the engine has failed"):
+        await scheduler.between_batches(lambda: None)
+    assert [str(failure) for failure in failures] == ["no way back"]
+    assert len(policy.batches) == 1  # neither the batch nor the second errand has begun
+
+
+async def test_closing_dismisses_errands(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    is_done: list[bool] = []
+    [waiting] = await errands(scheduler, lambda: is_done.append(True))
+    scheduler.close()
+    policy.gate.set()
+    with pytest.raises(NotReadyError, match="shutting down"):
+        await waiting
+    with pytest.raises(NotReadyError, match="shutting down"):
+        await scheduler.between_batches(lambda: is_done.append(True))
+    assert is_done == []
+
+
+# --- versions ---------------------------------------------------------------------------------------
+
+
+def targeting(adapter: str | None = None, **demand: Any) -> Kind:
+    return Kind(RULES, Target(adapter, VersionDemand(**demand) if demand else None))
+
+
+def measuring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
+    return asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(1))], kind))
+
+
+def renew(policy: Gated, name: str) -> None:
+    policy.versions = policy.versions.with_base(name, 0.0)
+
+
+async def test_what_waits_is_measured_by_what_is_there_then(policy: Gated, scheduler: Scheduler) -> None:
+    running = await hold_up(scheduler, policy)
+    former = policy.versions.base
+    waiting = [measuring(scheduler, i, kind) for i, kind in enumerate((KIND, targeting(at_least=0)), start=1)]
+    await asyncio.sleep(0)
+    [changed] = await errands(scheduler, lambda: renew(policy, "new"))
+    policy.gate.set()
+    await changed
+    assert [each.version for each in await running] == [former]
+    for task in waiting:
+        assert [each.version for each in await task] == [policy.versions.base]
+    assert policy.versions.base.name == "new"
+
+
+async def test_a_version_that_has_gone_when_its_turn_comes(policy: Gated, scheduler: Scheduler) -> None:
+    await hold_up(scheduler, policy)
+    exact = [measuring(scheduler, 1, targeting(exact=key)) for key in ("0", 0)]
+    other = measuring(scheduler, 1, KIND)
+    await asyncio.sleep(0)
+    [changed] = await errands(scheduler, lambda: renew(policy, "new"))
+    policy.gate.set()
+    await changed
+    for task in exact:
+        with pytest.raises(PolicyVersionError) as caught:
+            await task
+        assert caught.value.retry_after_s is None
+    assert values(await other) == [[1.0]]
+    assert len(policy.batches) == 2
+
+
+async def test_an_adapter_that_has_gone_when_its_turn_comes(policy: Gated, scheduler: Scheduler) -> None:
+    added = Version("x", 1, "a")
+    policy.versions = policy.versions.with_adapter(added, max_kept=1, is_default=False)
+    await hold_up(scheduler, policy)
+    gone = measuring(scheduler, 1, targeting("a"))
+    await asyncio.sleep(0)
+    policy.versions = policy.versions.without([added])
+    policy.gate.set()
+    with pytest.raises(InvalidRequestError, match="no adapter 'a' is loaded"):
+        await gone
+
+
+async def test_different_targets_are_never_measured_together(policy: Gated, scheduler: Scheduler) -> None:
+    policy.versions = policy.versions.with_adapter(Version("x", 1, "a"), max_kept=1, is_default=False)
+    await hold_up(scheduler, policy)
+    kinds = [
+        KIND,
+        targeting("a"),
+        targeting("base"),
+        targeting("a", exact="x"),
+        targeting(exact=0),
+        targeting("a"),
+    ]
+    tasks = [measuring(scheduler, 1, kind) for kind in kinds]
+    await asyncio.sleep(0)
+    policy.gate.set()
+    measured = [(await task)[0].version.number for task in tasks]
+    assert measured == [0, 1, 0, 1, 0, 1]
+    # The same prompt: only the two that name the same share a pass.
+    assert policy.batches[1:] == [[([1], 1)], [([1], 2)], [([1], 1)], [([1], 1)], [([1], 1)]]
+
+
+# --- how fast it is ---------------------------------------------------------------------------------
+
+
+def test_the_rate_remembers_late_batches_best() -> None:
+    rate = TokenRate()
+    assert rate.seconds(1000) == 0.0
+    rate.record(100, 1.0)
+    assert rate.seconds(1000) == pytest.approx(10.0)
+    rate.record(300, 1.0)
+    # (0.9 · 100 + 300) tokens in (0.9 · 1 + 1) s
+    assert rate.seconds(1000) == pytest.approx(1000 * 1.9 / 390)

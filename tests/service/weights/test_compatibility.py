@@ -1,0 +1,220 @@
+"""Checkpoints of another policy: the same shapes, and yet other numbers."""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from shopr1_client.errors import InvalidWeightsError
+from shopr1_service.weights.compatibility import check_compatible
+from tests.support.models import (
+    FAMILIES,
+    byte_fallback,
+    byte_level,
+    byte_level_json,
+    model_of,
+    one_thread,
+    tiny_model,
+    wrapped,
+)
+from tests.support.updating import Service, Unchanged, changed_model, done, flaws, saved, updatable
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def of_json(change: Callable[[Any], None]) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with a change of its file."""
+    content = json.loads(byte_level_json())
+    change(content)
+    return wrapped(Tokenizer.from_str(json.dumps(content)))
+
+
+def merges_swapped(content: Any) -> None:
+    content["model"]["merges"].reverse()
+
+
+def a_merge_dropped(content: Any) -> None:
+    content["model"]["merges"].pop(0)
+
+
+def pieces_swapped(content: Any) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+def with_pre_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer.from_str(byte_level_json())
+    digits = pre_tokenizers.Split(" ", "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    return wrapped(tokenizer)
+
+
+def with_more_tokens() -> PreTrainedTokenizerFast:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
+
+
+VOCABULARY, CUTS = "its vocabulary is not the policy's", "it cuts text otherwise"
+TOKENIZERS: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
+    "another kind": (byte_fallback, VOCABULARY),
+    "one token more": (with_more_tokens, VOCABULARY),
+    "two ids swapped": (lambda: of_json(pieces_swapped), VOCABULARY),
+    "merges in another order": (lambda: of_json(merges_swapped), CUTS),
+    "a merge less": (lambda: of_json(a_merge_dropped), CUTS),
+    "a normalizer": (lambda: byte_level(normalizer=normalizers.Lowercase()), CUTS),
+    "another pre-tokenizer": (with_pre_tokenizer, CUTS),
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+    "num_attention_heads": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+    "rms_norm_eps": {"rms_norm_eps": 0.1},
+    "max_position_embeddings": {"max_position_embeddings": 256},  # some rotate by it
+    "hidden_act": {"hidden_act": "gelu"},
+    "tie_word_embeddings": {"tie_word_embeddings": True},
+}
+
+
+def check(directory: Path, **options: Any) -> None:
+    check_compatible(directory, tiny_model(**options).config, byte_level())
+
+
+# --- what fits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_saved_is_itself(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    model.config.save_pretrained(tmp_path)
+    check_compatible(tmp_path, model.config, byte_level())
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
+def test_a_tokenizer_saved_is_itself(
+    tokenizer: Callable[[], PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    check_compatible(tmp_path, tiny_model().config, tokenizer())
+
+
+def test_weights_alone_are_enough(tmp_path: Path) -> None:
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_cache": False},
+        {"attention_dropout": 0.5},
+        {"eos_token_id": 7},
+        {"initializer_range": 0.02},
+        {"_name_or_path": "elsewhere"},
+        {"dtype": "float16"},
+        {"transformers_version": "4.0.0"},
+    ],
+)
+def test_what_no_logit_depends_on_may_differ(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    path = tmp_path / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    check(tmp_path)
+
+
+def test_another_chat_template_is_told_and_not_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    byte_level(chat_template="{{ messages }}").save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        check(tmp_path)
+    assert "the checkpoint has another chat template" in caplog.text
+
+
+# --- what does not, through the route ---------------------------------------------------------------
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    async with updatable(policy_roots=(tmp_path,)) as service:
+        yield service
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", TOKENIZERS)
+async def test_another_tokenizer(service: Service, name: str, tmp_path: Path) -> None:
+    make, message = TOKENIZERS[name]
+    path = saved(tmp_path / "new", changed_model(), make())
+    async with Unchanged(service):
+        found = flaws(await service.update(path))
+    assert found.keys() == {TOKENIZER}
+    assert found[TOKENIZER].startswith(message)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", CONFIGS)
+async def test_another_config(service: Service, name: str, tmp_path: Path) -> None:
+    model = changed_model(**CONFIGS[name])
+    if not CONFIGS[name].get("tie_word_embeddings"):
+        own = tiny_model().state_dict()
+        assert {key: tensor.shape for key, tensor in model.state_dict().items()} == {
+            key: tensor.shape for key, tensor in own.items()
+        }
+    path = saved(tmp_path / "new", model)
+    async with Unchanged(service):
+        found = flaws(await service.update(path))
+    assert any(location.startswith(f"{CONFIG}: ") and location.endswith(name) for location in found)
+
+
+@pytest.mark.anyio
+async def test_another_architecture(service: Service, tmp_path: Path) -> None:
+    path = saved(tmp_path / "new", tiny_model("qwen2"))
+    async with Unchanged(service):
+        found = flaws(await service.update(path))
+    assert found[f"{CONFIG}: model_type"] == "it is 'qwen2', the policy's 'llama'"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", [CONFIG, TOKENIZER])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "none"}'])
+async def test_damaged_files(service: Service, name: str, content: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "new", changed_model())
+    (tmp_path / "new" / name).write_text(content)
+    async with Unchanged(service):
+        assert flaws(await service.update(path)).keys() == {name}
+
+
+@pytest.mark.anyio
+async def test_code_of_a_checkpoint_is_not_run(service: Service, tmp_path: Path) -> None:
+    path = saved(tmp_path / "new", changed_model())
+    config = tmp_path / "new" / CONFIG
+    own = {**json.loads(config.read_text()), "auto_map": {"AutoConfig": "mine.Mine"}, "model_type": "mine"}
+    config.write_text(json.dumps(own))
+    (tmp_path / "new" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    async with Unchanged(service):
+        assert flaws(await service.update(path)).keys() == {CONFIG}
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.anyio
+async def test_it_fits_and_is_taken(service: Service, tmp_path: Path) -> None:
+    done(await service.update(saved(tmp_path / "new", changed_model())))
+
+
+def test_all_that_differs_is_named(tmp_path: Path) -> None:
+    tiny_model(rms_norm_eps=0.1, hidden_act="gelu").config.save_pretrained(tmp_path)
+    byte_fallback().save_pretrained(tmp_path)
+    with pytest.raises(InvalidWeightsError) as caught:
+        check(tmp_path)
+    locations = [each["location"] for each in caught.value.errors]
+    assert locations == [f"{CONFIG}: hidden_act", f"{CONFIG}: rms_norm_eps", TOKENIZER]
+    assert all(location in caught.value.detail for location in locations)

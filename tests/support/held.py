@@ -1,0 +1,27 @@
+"""A policy that a test can hold up."""
+
+import threading
+from collections.abc import Sequence
+
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
+from shopr1_service.policy.fake import FakePolicy
+from tests.support.http import WAIT_S
+
+
+class Held(FakePolicy):
+    """Works on nothing until the gate opens; notes the first character of each prompt it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.has_begun = threading.Event()
+        self.prompts: list[str] = []
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
+    ) -> list[list[Certainty | Unmeasurable]]:
+        self.prompts += [chr(each.prompt_ids[0]) for each in groups]
+        self.has_begun.set()
+        assert self.gate.wait(WAIT_S)
+        return super().certainties(groups, rules, version)
