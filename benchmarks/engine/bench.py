@@ -15,7 +15,7 @@ from benchmarks.engine.vllm_column import vllm_column
 from benchmarks.report import Report
 from benchmarks.subject import Subject, load_subject
 from benchmarks.workloads import PLANS, Plan
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 
 FOLDER = Path(__file__).parent
 

@@ -20,7 +20,7 @@ from benchmarks.workloads import Shape, Workloads
 from shopr1_service.cluster.application import EngineDeployment, Scale
 from shopr1_service.cluster.messages import Route
 from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.policy.tokenizer import Codec
 
 FOLDER = Path(__file__).parent

@@ -40,7 +40,7 @@ from shopr1_service.cluster.application import EngineDeployment, Scale, applicat
 from shopr1_service.cluster.messages import Declined, Route
 from shopr1_service.cluster.ray_router import AffinityRouter
 from shopr1_service.core import Kind, Measurements, TokenGroup
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parent

@@ -30,7 +30,7 @@ from benchmarks.report import Report
 from benchmarks.serving.local_server import request_of, running, score, served
 from benchmarks.subject import embedded_policy
 from benchmarks.workloads import Shape, Workloads
-from shopr1_service.engine.device import choose_device
+from shopr1_service.policy.loading import choose_device
 from shopr1_service.settings import load_settings
 
 FOLDER = Path(__file__).parent

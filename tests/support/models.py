@@ -142,8 +142,9 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+@functools.cache
 def _shown_bytes() -> dict[str, int]:
-    """How byte-level vocabularies write bytes: printable ones as they are, the others from U+0100 on."""
+    """The characters by which byte-level vocabularies write bytes: printable ones, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,1 +1,1 @@
-"""Exact self-certainty of token groups. Knows no text and no HTTP."""
+"""Self-certainty of token ids: forward strategies, head, prefix cache. Knows no text and no HTTP."""

@@ -1,4 +1,4 @@
-"""The engine: token groups in, self-certainties out. Knows tensors and ids; no text, no rules, no HTTP."""
+"""The engine computes the self-certainty of token groups. Knows ids and tensors; no text, no HTTP."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,10 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Measures groups with a model's forward and head.
+    """Computes self-certainty with a forward strategy and a head.
 
     Args:
-        release_memory: frees what can be freed; called before a second try.
+        max_sequence_tokens: longest prompt with completion.
+        num_tokenizer_tokens: vocabulary size for recipes that count the tokenizer's tokens only.
+        release_memory: frees caches; called before a failed batch is retried.
     """
 
     def __init__(
@@ -51,10 +53,13 @@ class Engine:
         }
 
     def certainties(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
-        """Measure the completions of several groups together. A failed one does not touch the others' values.
+        """Score the completions of several groups together. A failed completion does not affect the others.
+
+        Returns:
+            For each group, a result for each of its completions, in order.
 
         Raises:
-            FatalEngineError: nothing can be measured any more.
+            FatalEngineError: the device is unusable.
         """
         shift = 0 if rules.position is Position.SHIFTED else -1
         suffixes = [[_suffix(completion, shift) for completion in group.completions] for group in groups]
@@ -85,16 +90,16 @@ class Engine:
         return None
 
     def _measure(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
-        """Try all together, then, if that fails, once more in smaller parts."""
+        """Score all groups together; if that fails, retry once in smaller parts."""
         if not batch:
             return []
         try:
             return self._attempt(batch, rules)
-        except Exception as error:  # a failed group is data; the next one must still be served
+        except Exception as error:  # a failed group is a result; the next one must still be served
             parts = self._parts_to_retry(batch, error)
             if not parts:
                 return [_failed(group, error) for group in batch]
-        # The error is gone by now, and with its traceback the tensors that took the memory.
+        # The error is out of scope, and its traceback no longer holds the tensors that took the memory.
         self._release_memory()
         measured = [self._measure_part(part, rules) for part in parts]
         return measured if len(batch) > 1 else [[each for part in measured for each in part]]
@@ -103,17 +108,17 @@ class Engine:
         try:
             return self._attempt([part], rules)[0]
         except Exception as error:
-            self._note(error, [part])
+            self._record(error, [part])
             return _failed(part, error)
 
     def _parts_to_retry(self, batch: Sequence[PromptGroup], error: Exception) -> list[PromptGroup]:
-        """Groups, each for itself, or, where memory was short, halves of a group."""
-        self._note(error, batch)
+        """The groups one by one; a single group in halves if memory ran out, else nothing."""
+        self._record(error, batch)
         if len(batch) > 1:
             return list(batch)
         return _halves(batch[0]) if is_out_of_memory(error) else []
 
-    def _note(self, error: Exception, batch: Sequence[PromptGroup]) -> None:
+    def _record(self, error: Exception, batch: Sequence[PromptGroup]) -> None:
         if isinstance(error, torch.AcceleratorError):
             raise FatalEngineError(str(error)) from error
         self.stats.num_out_of_memory += is_out_of_memory(error)
@@ -135,15 +140,15 @@ class Engine:
 
 
 def _halves(group: PromptGroup) -> list[PromptGroup]:
-    """A group of one completion is its own half: memory may have become free."""
+    """Halves of a group. A group of one completion is retried whole: memory may have become free."""
     middle = (len(group.suffixes) + 1) // 2
     halves = (group.suffixes[:middle], group.suffixes[middle:])
     return [PromptGroup(group.prompt_ids, half) for half in halves if half]
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether less at a time may be possible."""
-    # For a CPU's memory PyTorch has no class.
+    """Whether a smaller batch may succeed."""
+    # PyTorch has no exception class for a CPU's memory.
     is_cpu = "DefaultCPUAllocator" in str(error)
     return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
@@ -154,7 +159,7 @@ def _failed(group: PromptGroup, error: Exception) -> Measured:
 
 
 def _suffix(completion: MeasuredCompletion, shift: int) -> Suffix:
-    """What must be fed so that each measured token's distribution is known, and not a token more."""
+    """The shortest input from which the distribution at each measured token is known."""
     positions = tuple(index + shift for index in completion.measured)
     return Suffix(ids=tuple(completion.ids[: positions[-1] + 1]), positions=positions)
 

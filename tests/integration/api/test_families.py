@@ -1,6 +1,6 @@
-"""The numbers are right for every architecture, from token ids and from text, whatever the engine chooses.
+"""Scores of every architecture, from token ids and from text, whichever forward strategy the engine chooses.
 
-Each family is compared with all the logits of a copy in fp64 (`models.Reference`).
+Each family is compared with the full logits of a copy in fp64 (`models.Reference`).
 """
 
 import asyncio
@@ -33,7 +33,6 @@ from tests.support.models import (
     byte_level,
     ids_of,
     model_of,
-    one_thread,
     policy_of,
     random_ids,
     rules,
@@ -45,20 +44,14 @@ from tests.support.models import (
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 TOLERANCE = 1e-4
-"""Nats, fp32 against fp64. A lost prompt, scale, bias or softcap moves the values by 0.01 and more."""
+"""Nats, fp32 against fp64. A lost prompt, scale, bias or softcap changes the values by 0.01 or more."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _several_chunks() -> Iterator[None]:
-    """Heads here have some 400 rows: small chunks, so that there are several and the last one is partial."""
+    """Heads here have about 400 rows: with small chunks there are several, and the last one is partial."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "CHUNK_ROWS", 100)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
         yield
 
 
@@ -145,8 +138,8 @@ def test_no_prompt(family: str) -> None:
 
 
 @EVERY_FAMILY
-def test_one_token_or_none_behind_the_prompt(family: str) -> None:
-    # Many models have code of their own for a step of one token.
+def test_one_token_or_none_after_the_prompt(family: str) -> None:
+    # Many models have separate code for a step of one token.
     ids = random_ids(2, seed=7)
     check(family, PROMPT, [MeasuredCompletion(ids, [0]), MeasuredCompletion(ids, [1])], rules())
 
@@ -155,7 +148,7 @@ def test_one_token_or_none_behind_the_prompt(family: str) -> None:
     ("family", "num_head_rows"), [("llama", 389), ("llama_unpadded", 371), ("llama_narrow_head", 351)]
 )
 def test_vocabulary_sizes(family: str, num_head_rows: int) -> None:
-    # The tokenizer has 371 tokens. What it has beyond the head's rows has no logit.
+    # The tokenizer has 371 tokens. Tokens beyond the head's rows have no logit.
     info = policy(family).info
     assert (info.num_head_rows, info.num_tokenizer_tokens) == (num_head_rows, NUM_TOKENS)
     completion = COMPLETIONS["with gaps"]
@@ -168,6 +161,7 @@ def test_vocabulary_sizes(family: str, num_head_rows: int) -> None:
 
 # --- from text to the answer ------------------------------------------------------------------------
 
+SETTINGS = Settings()
 PAGE = "<button name='buy'>立即购买 – 3 €</button>"
 BEFORE = '{"rationale": "'
 AFTER = '", "action": {"type": "terminate"}}'
@@ -186,22 +180,28 @@ RATIONALES = {
 def score(policy: LoadedPolicy, book: RecipeBook, prompt: Any, completions: Sequence[Any]) -> list[Reward]:
     group = {"prompt": prompt, "ground_truth": {"type": "terminate"}, "completions": completions}
     request = ScoreRequest.model_validate({"groups": [group], "include": ["tokens", "token_ids"]})
-    scorer = Scorer(policy, book, Settings(), Metrics())
+    scorer = Scorer(policy, book, SETTINGS, Metrics())
     try:
         return asyncio.run(scorer.score(request, Origin("id"))).groups[0].rewards
     finally:
         scorer.close()
 
 
+@functools.cache
+def spelling_of(tokenizer: PreTrainedTokenizerFast) -> dict[bytes, int]:
+    """The id of the token of each single byte."""
+    # The first token of a text may lose a space: token 3 comes before the one that is spelt.
+    return {token_bytes(tokenizer, [3, i])[1]: i for i in reversed(range(3, 259))}
+
+
 def one_per_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids that no tokenizer would give for this text, and that decode to it all the same."""
-    # The first token of a text may lose a space: 3 stands before the one that is spelt.
-    spelling = {token_bytes(tokenizer, [3, i])[1]: i for i in reversed(range(3, 259))}
+    """Ids that decode to the text although no tokenizer gives them for it."""
+    spelling = spelling_of(tokenizer)
     return [spelling[bytes([byte])] for byte in text.encode()]
 
 
 def forms(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[Any, list[int]]]:
-    """Ways to send a completion, each with the token ids that it stands for."""
+    """Ways to send a completion, each with the token ids that it means."""
     ids = ids_of(tokenizer, text)
     by_byte = one_per_byte(tokenizer, text)
     return [
@@ -245,13 +245,18 @@ def check_reward(reward: Reward, ids: Sequence[int], measured: Sequence[int], va
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama_narrow_head"])
 def test_answers(family: str) -> None:
     rationales = [RATIONALES["several bytes"], RATIONALES["both"]]
-    check_answers(policy(family), reference(family), byte_level(), rationales)
+    check_answers(policy(family), reference(family), tokenizer_of(byte_level), rationales)
+
+
+@functools.cache
+def tokenizer_of(make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return make()
 
 
 @functools.cache
 def tokenised(make: Callable[[], PreTrainedTokenizerFast]) -> tuple[LoadedPolicy, Reference]:
     model = tiny_model()
-    return policy_of(model, make()), Reference(model)
+    return policy_of(model, tokenizer_of(make)), Reference(model)
 
 
 TOKENIZERS = pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=["byte_level", "byte_fallback"])
@@ -260,10 +265,10 @@ TOKENIZERS = pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=["
 @TOKENIZERS
 @pytest.mark.parametrize("rationale", RATIONALES.values(), ids=RATIONALES.keys())
 def test_answers_of_all_kinds(make: Callable[[], PreTrainedTokenizerFast], rationale: str) -> None:
-    check_answers(*tokenised(make), make(), [rationale])
+    check_answers(*tokenised(make), tokenizer_of(make), [rationale])
 
 
-# A literal U+FFFD looks like a piece of a character: test_codec.py.
+# A literal U+FFFD looks like part of a character: test_tokenizer.py tests it.
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")
 
 
@@ -274,7 +279,7 @@ def test_answers_of_any_text(
     make: Callable[[], PreTrainedTokenizerFast], rationale: str, is_escaped: bool
 ) -> None:
     written = json.dumps(rationale, ensure_ascii=is_escaped)[1:-1]
-    check_answers(*tokenised(make), make(), [written])
+    check_answers(*tokenised(make), tokenizer_of(make), [written])
 
 
 def test_messages_are_the_templated_text() -> None:
@@ -293,7 +298,7 @@ def test_messages_are_the_templated_text() -> None:
     assert as_chat.status is Status.SCORED
 
 
-def test_recipe_decides_what_is_measured(tmp_path: Path) -> None:
+def test_recipe_decides_which_tokens_are_scored(tmp_path: Path) -> None:
     options = {
         "divergence": "kl_p_u",
         "span": "completion",
@@ -309,7 +314,7 @@ def test_recipe_decides_what_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(toml, "utf-8")
     text = f"{BEFORE}便宜{AFTER}"
-    # White space around the answer and end tokens behind it belong to no span of it.
+    # White space around the answer and end tokens after it belong to no span.
     ids = ids_of(byte_level(), f"{text}\n<|im_end|>")
     [reward] = score(policy("llama"), RecipeBook(str(path)), PAGE, [{"token_ids": ids}])
     measured = range(len(ids) - 2)

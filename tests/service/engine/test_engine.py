@@ -20,7 +20,6 @@ from tests.support.models import (
     Reference,
     embedding_of,
     head_of,
-    one_thread,
     random_ids,
     rules,
     tiny_model,
@@ -32,12 +31,6 @@ OTHERS = [MeasuredCompletion(random_ids(9, seed=2), [0, 4]), MeasuredCompletion(
 
 POISON = 380
 """A token id that `random_ids` never gives."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,25 +13,22 @@ from transformers import PreTrainedModel
 from shopr1_rewards.recipe import Divergence
 from shopr1_rewards.self_certainty import Head, divergences
 from shopr1_service.engine import lm_head as head_module
-from shopr1_service.engine.lm_head import LinearHead, ModuleHead, choose_head, trunk_of
-from shopr1_service.errors import PolicyError
+from shopr1_service.engine.lm_head import (
+    LinearHead,
+    ModuleHead,
+    UnsupportedModelError,
+    choose_head,
+    trunk_of,
+)
 from tests.support.models import (
     NUM_ROWS,
     NUM_TOKENS,
     head_of,
     model_of,
     naive,
-    one_thread,
     random_ids,
     tiny_model,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
 
 IDS = torch.tensor([random_ids(10, seed=1)])
 
@@ -247,7 +244,9 @@ def test_logits_that_cannot_be_made_are_an_error(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     model = on_logits(monkeypatch, change)
-    with pytest.raises(PolicyError, match="logits of LlamaForCausalLM cannot be made from its hidden states"):
+    with pytest.raises(
+        UnsupportedModelError, match="logits of LlamaForCausalLM cannot be made from its hidden states"
+    ):
         choose_head(model, IDS)
 
 
@@ -270,5 +269,5 @@ def test_rows_that_the_model_masks_stay_masked(monkeypatch: pytest.MonkeyPatch, 
 def test_model_without_a_trunk_is_an_error() -> None:
     trunk = trunk_of(tiny_model())
     assert isinstance(trunk, PreTrainedModel)
-    with pytest.raises(PolicyError, match="LlamaModel has no trunk apart from its head"):
+    with pytest.raises(UnsupportedModelError, match="LlamaModel has no trunk apart from its head"):
         trunk_of(trunk)

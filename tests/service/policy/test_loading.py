@@ -1,40 +1,33 @@
 import importlib.machinery
 import importlib.util
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from shopr1_client.wire import Message, PolicyInfo
+from shopr1_client.wire import PolicyInfo
 from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup
-from shopr1_service.engine.forward.base import Forward, choose_forward
-from shopr1_service.engine.forward.packed import PackedForward
-from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.errors import PolicyError
-from shopr1_service.policy import factory as building
-from shopr1_service.policy import loading
-from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.loading import EMBEDDED_INSTALL, EMBEDDED_PACKAGE, Source, find_source, load_policy
+from shopr1_service.policy.loading import (
+    EMBEDDED_INSTALL,
+    EMBEDDED_PACKAGE,
+    Source,
+    choose_device,
+    choose_dtype,
+    find_source,
+    load_policy,
+)
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import DType, Settings
 from tests.support.models import (
-    FAMILIES,
     NUM_ROWS,
     NUM_TOKENS,
-    Reference,
     byte_level,
-    head_of,
-    llama4,
-    naive,
-    one_thread,
     policy_of,
     random_ids,
     rules,
@@ -44,13 +37,7 @@ from tests.support.models import (
 GROUP = TokenGroup(random_ids(12, seed=1), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-# --- where a policy comes from ----------------------------------------------------------------------
+# --- the source --------------------------------------------------------------------------------------
 
 
 def test_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +54,7 @@ def test_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_source(str(directory)) == Source(str(directory), None, "policy")
     monkeypatch.chdir(directory)
     assert find_source(".") == Source(".", None, "policy")
-    # What is there is meant, even where it could be a hub id.
+    # An existing directory is preferred to a hub id.
     monkeypatch.chdir(tmp_path)
     assert find_source("org/policy") == Source("org/policy", None, "policy")
 
@@ -134,7 +121,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(saved: Path, tmp_path: Path) -> Path:
-    """A copy to do something to."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "tiny"))
 
 
@@ -240,7 +227,7 @@ def test_pickled_weights_are_refused_and_not_opened(checkpoint: Path, tmp_path: 
 
 
 def add_remote_code(directory: Path, sign: Path) -> None:
-    """Code that comes with a model, named wherever transformers looks for it."""
+    """Add code to a checkpoint, named everywhere that transformers looks for it."""
     (directory / "remote.py").write_text(
         f"import os\nos.mkdir({str(sign)!r})\n"
         "from transformers import *\n"
@@ -320,174 +307,19 @@ def test_hub_id_without_a_hub_is_a_policy_error(monkeypatch: pytest.MonkeyPatch)
         load_policy(Settings(policy="nobody/nothing", revision="main"))
 
 
-def test_model_of_nan_is_a_policy_error() -> None:
-    model = tiny_model()
-    with torch.no_grad():
-        head_of(model).weight[7] = math.nan
-    with pytest.raises(PolicyError, match="logits of LlamaForCausalLM"):
-        policy_of(model)
+# --- device and dtype --------------------------------------------------------------------------------
 
 
-# --- what is read from model and tokenizer ----------------------------------------------------------
+def test_devices() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(PolicyError, match="device 'gpu'"):
+        choose_device("gpu")
 
 
-GPT2_SIZES: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-LIMITS = {
-    "llama": lambda: tiny_model("llama"),
-    "gpt2": lambda: tiny_model("gpt2", max_position_embeddings=None, n_positions=300, **GPT2_SIZES),
-    "bloom": lambda: tiny_model("bloom", max_position_embeddings=None, n_layer=2, n_head=4),
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "tokenizer_limit", "setting", "expected"),
-    [
-        ("llama", None, None, 512),  # max_position_embeddings
-        ("llama", 100, None, 512),  # transformers' tokenizers often state less than the model can
-        ("llama", None, 64, 64),
-        ("llama", None, 4096, 4096),
-        ("gpt2", None, None, 300),  # calls it n_positions
-        ("bloom", 100, None, 100),  # ALiBi: the config has no limit
-        ("bloom", None, 64, 64),
-    ],
-)
-def test_max_sequence_tokens(
-    kind: str, tokenizer_limit: int | None, setting: int | None, expected: int
-) -> None:
-    tokenizer = byte_level()
-    if tokenizer_limit is not None:
-        tokenizer.model_max_length = tokenizer_limit
-    model = LIMITS[kind]()
-    policy = policy_of(model, tokenizer, max_sequence_tokens=setting)
-    assert policy.info.max_sequence_tokens == expected
-
-
-def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
-    with pytest.raises(PolicyError, match="the policy states no longest sequence; set max_sequence_tokens"):
-        policy_of(LIMITS["bloom"](), max_sequence_tokens=None)
-
-
-@pytest.mark.parametrize("limit", [1, 6, 7, 25])
-def test_short_limit_is_no_obstacle_to_loading(limit: int) -> None:
-    policy = policy_of(tiny_model(), max_sequence_tokens=limit)
-    assert policy.info.max_sequence_tokens == limit
-    [[certainty]] = policy.certainties([TokenGroup([5], [MeasuredCompletion([6], [0])])], rules())
-    assert isinstance(certainty, Certainty)
-
-
-@pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The tokens of all checks from here on."""
-    seen: list[list[int]] = []
-
-    def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Forward:
-        seen.append(random_ids)
-        return choose_forward(model, random_ids, candidates)
-
-    monkeypatch.setattr(building, "choose_forward", spy)
-    return seen
-
-
-def test_check_is_longer_than_the_window(checks: list[list[int]]) -> None:
-    policy_of(tiny_model("mistral", sliding_window=40))
-    policy_of(tiny_model("mistral", sliding_window=40), max_sequence_tokens=50)
-    policy_of(tiny_model("llama"))
-    assert [len(ids) for ids in checks] == [64, 64, 24]  # a set limit shortens requests, not the check
-
-
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("gpt_neo", "window_size"), ("mamba2", "chunk_size"), ("bamba", "mamba_chunk_size")],
-)
-def test_check_is_longer_than_what_other_architectures_see(
-    checks: list[list[int]], family: str, name: str
-) -> None:
-    model = tiny_model(FAMILIES[family].kind, **{**FAMILIES[family].options, name: 40})
-    assert policy_of(model).info.forward == FAMILIES[family].forward
-    assert [len(ids) for ids in checks] == [64]
-
-
-@pytest.mark.parametrize("size", [8, 18, 40])
-@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
-def test_check_notices_that_a_window_is_ignored(
-    monkeypatch: pytest.MonkeyPatch, checks: list[list[int]], kind: str, size: int
-) -> None:
-    # 18 tokens behind a multiple of the size begin the completions: once the prompt ends where a chunk does.
-    model = (
-        tiny_model(
-            "qwen2", use_sliding_window=True, sliding_window=size, layer_types=[kind, "full_attention"]
-        )
-        if kind == "sliding_attention"
-        else llama4(attention_chunk_size=size, attn_temperature_tuning=False)
-    )
-    policy_of(model)
-    trunk = trunk_of(model)
-    forward = trunk.forward
-
-    def ignore_the_window(**options: Any) -> Any:
-        if isinstance(masks := options.get("attention_mask"), dict):
-            options["attention_mask"] = dict.fromkeys(masks, masks["full_attention"])
-        return forward(**options)
-
-    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "packed"
-    monkeypatch.setattr(trunk, "forward", ignore_the_window)
-    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "independent"
-
-
-def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
-    model = tiny_model()
-    model.generation_config.eos_token_id = [1, 2]
-    assert set(policy_of(model).codec.end_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
-    model.generation_config.eos_token_id = None
-    assert set(policy_of(model).codec.end_tokens) == {"<|im_end|>", "<|endoftext|>"}
-
-
-def test_dropout_is_off() -> None:
-    dropout: dict[str, Any] = {"embd_pdrop": 0.5, "resid_pdrop": 0.5, "attn_pdrop": 0.5}
-    model = tiny_model("gpt2", **GPT2_SIZES, **dropout)
-    reference = Reference(model)
-    model.train()
-    policy = build_policy(model, byte_level(), Settings(), name="tiny")
-    [[certainty]] = policy.certainties([GROUP], rules())
-    completion = GROUP.completions[0]
-    expected = reference.values(GROUP.prompt_ids, completion.ids, completion.measured, rules())
-    assert isinstance(certainty, Certainty)
-    assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)
-
-
-# --- the embedded policy ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def embedded() -> tuple[LoadedPolicy, PreTrainedModel]:
-    """The policy, and the model that it was made of."""
-    models: list[PreTrainedModel] = []
-
-    def build(model: PreTrainedModel, *args: Any, **kwargs: Any) -> LoadedPolicy:
-        models.append(model)
-        return build_policy(model, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "build_policy", build)
-        policy = load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
-    return policy, models[0]
-
-
-def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None:
-    policy, model = embedded
-    info = policy.info
-    assert (info.model, info.architecture) == ("SmolLM2-135M-Instruct", "LlamaForCausalLM")
-    assert (info.num_head_rows, info.num_tokenizer_tokens, info.max_sequence_tokens) == (49152, 49152, 8192)
-    assert (info.dtype, info.head, info.forward) == ("float32", "linear", "shared_prefix")
-    assert policy.codec.end_tokens == ("<|im_end|>",)
-    prompt_ids = policy.codec.encode_chat([Message(role="user", content="Is green tea cheap?")])
-    tokens = policy.codec.encode_text('{"rationale": "便宜 tea"}')
-    measured = range(len(tokens.ids))
-    group = TokenGroup(prompt_ids, [MeasuredCompletion(tokens.ids, measured)])
-    [[certainty]] = policy.certainties([group], rules())
-    with torch.no_grad():
-        logits_T_V = model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()
-    expected = naive(logits_T_V[len(prompt_ids) - 1 : -1], rules().divergence)
-    assert isinstance(certainty, Certainty)
-    assert certainty.values == pytest.approx(expected, rel=0, abs=1e-3)
-    assert all(0 < value < 100 for value in certainty.values)
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_dtype(DType.FLOAT16, torch.device("cpu")) is torch.float16
+    assert choose_dtype(DType.AUTO, torch.device("cuda")) is torch.bfloat16
+    for has_tiles, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_tiles=has_tiles: has_tiles)
+        assert choose_dtype(DType.AUTO, torch.device("cpu")) is expected

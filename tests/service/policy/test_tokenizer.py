@@ -1,17 +1,15 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
 from shopr1_service.core import CodecError, Tokens
-from shopr1_service.policy.loading import find_source
 from shopr1_service.policy.tokenizer import PolicyTokenizer
 from tests.support.models import (
     NUM_ROWS,
@@ -351,47 +349,3 @@ def test_template_that_fails_refuses_the_messages(template: str | None, message:
     with pytest.raises(CodecError, match="the policy's chat template refuses the messages: ") as info:
         codec.encode_chat([Message(role="user", content="hi")])
     assert message in str(info.value)
-
-
-# --- a real tokenizer -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> PolicyTokenizer:
-    source = find_source(None)
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
-    return PolicyTokenizer(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "plain words",
-        " leading and trailing ",
-        "便宜的茶更好",
-        "お茶を買いたい。",
-        "🍵🛒👩‍👩‍👧‍👦🇩🇪",
-        "Größe – 3 €, c\u0327a\u0301",
-        '{"rationale": "\\u00e9 \\"茶\\" \\ud83c\\udf75", "action": {}}<|im_end|>\n',
-    ],
-)
-def test_embedded_tokenizer(smollm2: PolicyTokenizer, text: str) -> None:
-    tokens = smollm2.encode_text(text)
-    assert tokens.text == text
-    assert smollm2.decode(tokens.ids) == tokens
-    spelt = token_bytes(smollm2.tokenizer, tokens.ids)
-    assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
-
-
-def test_embedded_tokenizer_cuts_characters(smollm2: PolicyTokenizer) -> None:
-    # Else the test above would show little.
-    tokens = smollm2.encode_text("便🛒")
-    assert [len(indices) > 1 for indices in owners(tokens)] == [True, True]
-    assert smollm2.end_tokens == ("<|im_end|>",)
-
-
-def test_embedded_chat(smollm2: PolicyTokenizer) -> None:
-    ids = smollm2.encode_chat([Message(role="system", content="Shop."), Message(role="user", content="茶?")])
-    assert smollm2.decode(ids).text == (
-        "<|im_start|>system\nShop.<|im_end|>\n<|im_start|>user\n茶?<|im_end|>\n<|im_start|>assistant\n"
-    )

@@ -1,1 +1,1 @@
-"""Attention over a shared prefix."""
+"""Attention of packed segments to prefixes that they share."""

@@ -1,10 +1,10 @@
-"""Attention to a prefix and to the own segment by fused kernels, merged by log-sum-exp.
+"""Attention by PyTorch's fused kernels: to a prefix and to the own segment, merged by log-sum-exp.
 
     out = Σ_i exp(lse_i − lse) · out_i,    lse = ln Σ_i exp(lse_i)
 
-The merge is exact. A prefix is read once for all consecutive segments that share it, is never copied, and no
-mask is built. For the prefix part, the query heads that share a key-value head are laid side by side as one
-longer query (Hydragen, arXiv 2402.05099).
+The merge is exact. A prefix is read once for all consecutive segments that share it. It is never copied,
+and no mask is built. In the prefix part, query heads that share a key-value head form one longer query
+(Hydragen, arXiv 2402.05099).
 
 Dimensions: A query heads, K key-value heads, T tokens of the row, D head size, S segments, R longest segment.
 """
@@ -20,16 +20,22 @@ from shopr1_service.engine.prefix_cache import Chunk, Segment, starts_of
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of about the same length, padded at the end to one rectangle."""
+    """Segments of similar length, padded at the end to a rectangle.
 
-    tokens_S_R: Tensor  # place in the row of each token; padding repeats the segment's last
-    tokens_N: Tensor  # places in the row that the bucket's real tokens have
-    cells_N: Tensor  # where these stand in the flattened rectangle
+    Attributes:
+        tokens_S_R: index in the row of each token; padding repeats the segment's last token.
+        tokens_N: indices in the row of the bucket's real tokens.
+        cells_N: indices of these in the flattened rectangle.
+    """
+
+    tokens_S_R: Tensor
+    tokens_N: Tensor
+    cells_N: Tensor
 
 
 @dataclass(frozen=True)
 class _Share:
-    """Consecutive places in the row that have the same prefix."""
+    """Consecutive tokens of the row that have the same prefix."""
 
     start: int
     end: int
@@ -45,7 +51,7 @@ class FusedAttention:
         self._shares = _shares(segments, starts)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Of [1, A, T, D] queries and [1, K, T, D] keys and values; gives [1, T, A, D]."""
+        """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
         out, lse = self._own_part(query, key, value, scale)
         for share in self._shares:
             _add_prefix_part(share, layer, query, out, lse, scale)
@@ -70,7 +76,7 @@ class FusedAttention:
 
 
 def _buckets(segments: Sequence[Segment], starts: Sequence[int], device: torch.device) -> list[_Bucket]:
-    """Group by the power of two above the length: at most half of a rectangle is padding."""
+    """Group segments by the power of two above their length: at most half of a rectangle is padding."""
     members: dict[int, list[int]] = {}
     for i, segment in enumerate(segments):
         members.setdefault(len(segment.ids).bit_length(), []).append(i)
@@ -111,7 +117,7 @@ def _add_prefix_part(
         prefix_out = out_1_K_N_D.reshape(1, query.shape[1], -1, query.shape[-1])
         prefix_lse = lse_1_K_N.reshape(1, query.shape[1], -1)
         own_lse = lse[:, :, place]
-        # exp(lse_prefix − lse_both) is a sigmoid of the difference: never overflows.
+        # exp(lse_prefix − lse_both) is a sigmoid of the difference, which cannot overflow.
         weight = torch.sigmoid(prefix_lse - own_lse)[..., None]
         out[:, :, place] = torch.lerp(out[:, :, place], prefix_out, weight)
         lse[:, :, place] = torch.logaddexp(own_lse, prefix_lse)
@@ -120,7 +126,7 @@ def _add_prefix_part(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Fused attention with its log-sum-exp; the output widened for merging."""
+    """Fused attention and its log-sum-exp, in fp32 or wider."""
     ops = torch.ops.aten
     if query.device.type == "cpu":
         out, lse = ops._scaled_dot_product_flash_attention_for_cpu(

@@ -1,10 +1,10 @@
-"""Attention written out: scores = scale · q·k, softmax, weights · v, in blocks of queries.
+"""Attention by matrix products: scores = scale · q·k, softmax, weights · v, in blocks of queries.
 
-For CPUs whose matrix products are faster than PyTorch's fused attention. The query heads that share a
-key-value head are rows of one matrix, so that its keys are read once for all of them. One softmax goes over
-all that a row sees, prefix and own segment alike: nothing is merged. A block's scores stay in the cache.
+For CPUs whose matrix products are faster than PyTorch's fused attention. Query heads that share a key-value
+head are rows of one matrix, so that its keys are read once for all of them. One softmax covers prefix and
+own segment: nothing is merged. A block's scores fit in the CPU's cache.
 
-Each segment is computed by itself: a weight of 0 times a value of NaN would be NaN.
+Segments are computed separately: a weight of 0 times a value of NaN would be NaN.
 
 Dimensions: A query heads, K key-value heads, G = A / K query heads that share one, D head size, T tokens of
 the row, N rows of a block (its tokens' G query heads, token after token), W keys that a block sees.
@@ -18,7 +18,7 @@ from torch import Tensor
 from shopr1_service.engine.prefix_cache import Segment, starts_of
 
 MAX_BLOCK_ROWS = 384
-"""Of one product. More rows use the cores better; fewer have less above the diagonal, and fit the cache."""
+"""Rows of one product. More use the cores better; fewer waste less above the diagonal and fit the cache."""
 MIN_BLOCK_TOKENS = 32
 
 
@@ -28,11 +28,11 @@ class MatmulAttention:
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
         self._starts = starts_of(segments)
-        self._room = torch.empty(0)
-        self._hidden = torch.empty(0)
+        self._scores = torch.empty(0)
+        self._mask = torch.empty(0)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Of [1, A, T, D] queries and [1, K, T, D] keys and values; gives [1, T, A, D]."""
+        """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
         num_heads, _, head_size = key.shape[1:]
         scale = head_size**-0.5 if scale is None else scale
         queries_K_T_G_D = query[0].reshape(num_heads, -1, *query.shape[2:]).transpose(1, 2).contiguous()
@@ -49,14 +49,14 @@ class MatmulAttention:
     def _attend(
         self, queries_K_T_G_D: Tensor, keys_K_W_D: Tensor, values_K_W_D: Tensor, scale: float, out: Tensor
     ) -> None:
-        """One segment behind its prefix, into `out`."""
+        """Attention of one segment to its prefix and itself, written to `out`."""
         num_heads, num_tokens, G, head_size = queries_K_T_G_D.shape
         num_prefix_tokens = keys_K_W_D.shape[1] - num_tokens
         num_block_tokens = max(MIN_BLOCK_TOKENS, MAX_BLOCK_ROWS // G)
         for start in range(0, num_tokens, num_block_tokens):
             end = min(start + num_block_tokens, num_tokens)
             num_seen = num_prefix_tokens + end
-            scores_N_W = self._scores_like(queries_K_T_G_D, (end - start) * G, num_seen)
+            scores_N_W = self._scores_buffer(queries_K_T_G_D, (end - start) * G, num_seen)
             above_N_T = self._above_diagonal(queries_K_T_G_D, end - start)
             for head in range(num_heads):
                 rows_N_D = queries_K_T_G_D[head, start:end].view(-1, head_size)
@@ -68,17 +68,17 @@ class MatmulAttention:
                     scores_N_W, values_K_W_D[head, :num_seen], out=out[head, start:end].view(-1, head_size)
                 )
 
-    def _scores_like(self, like: Tensor, num_rows: int, num_columns: int) -> Tensor:
-        """Room for scores, kept from layer to layer: fresh memory costs a page fault every 4 KiB."""
+    def _scores_buffer(self, like: Tensor, num_rows: int, num_columns: int) -> Tensor:
+        """A buffer for scores, reused from layer to layer: new memory costs a page fault every 4 KiB."""
         num_scores = num_rows * num_columns
-        if self._room.numel() < num_scores:
-            self._room = like.new_empty(num_scores)
-        return self._room[:num_scores].view(num_rows, num_columns)
+        if self._scores.numel() < num_scores:
+            self._scores = like.new_empty(num_scores)
+        return self._scores[:num_scores].view(num_rows, num_columns)
 
     def _above_diagonal(self, queries_K_T_G_D: Tensor, num_tokens: int) -> Tensor:
-        """-inf where a row would see what comes after its token, else 0; kept as well."""
+        """A reused mask: −inf where a row would see tokens after its own, else 0."""
         G = queries_K_T_G_D.shape[2]
-        if len(self._hidden) != num_tokens * G:
+        if len(self._mask) != num_tokens * G:
             square_T_T = queries_K_T_G_D.new_full((num_tokens, num_tokens), -torch.inf).triu(1)
-            self._hidden = square_T_T.repeat_interleave(G, 0)
-        return self._hidden
+            self._mask = square_T_T.repeat_interleave(G, 0)
+        return self._mask

@@ -1,11 +1,11 @@
-"""Attention of packed segments, each with a prefix that others share.
+"""Attention of packed segments to shared prefixes, registered with transformers' `AttentionInterface`.
 
-Several segments lie one behind the other in one row of tokens. A token attends to the prefix of its segment,
-which is complete and needs no mask, and causally to its own segment. How that is computed best depends on the
-device: `merged_attention.py` or `written_attention.py`.
+Several segments follow each other in one row of tokens. A token attends to the whole prefix of its segment,
+without a mask, and causally to its own segment. The device decides between two implementations: `fused.py`
+and `matmul.py`.
 
-Registered with transformers' `AttentionInterface`. What a model asks for beyond plain scaled attention
-(sliding window, softcap, sinks, bias) is refused, and another way of sharing is taken.
+Attention beyond plain scaled dot products (sliding window, softcap, sinks, bias) is refused; the self-check
+then chooses another forward strategy.
 
 Dimensions: A query heads, K key-value heads, T tokens of the row, D head size.
 """
@@ -26,10 +26,10 @@ from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.engine.prefix_cache import Segment
 
 _numbers = itertools.count()
-"""Models in one process must not share an attention function: it holds the layout of one pass."""
+"""Numbers of attention functions. Each model has its own, because it holds the layout of one pass."""
 
-MIN_WRITTEN_TOKENS = 64
-"""Of a segment, on average, for attention to be written out."""
+MIN_MATMUL_TOKENS = 64
+"""Average tokens of a segment from which matrix products are faster than fused attention."""
 
 Kernel = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]
 """Layer, queries [1, A, T, D], keys and values [1, K, T, D], scale → [1, T, A, D]."""
@@ -41,10 +41,11 @@ class UnsupportedAttentionError(RuntimeError):
 
 @dataclass
 class Layout:
-    """How the segments of one row lie, and what they leave behind.
+    """The layout of one row of segments, and the keys and values recorded from it.
 
     Attributes:
-        recorded: keys and values of the row, [1, K, T, D] by layer, where `records` is set.
+        records: whether to record keys and values.
+        recorded: keys and values of the row by layer, [1, K, T, D].
     """
 
     kernel: Kernel
@@ -54,21 +55,21 @@ class Layout:
 
 
 def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The faster one.
+    """The faster implementation for these segments.
 
-    PyTorch's fused attention for CPUs is slow in bfloat16 where there are no matrix units (AMX). Plain matrix
-    products are faster there, unless the segments are so short that they are small.
+    PyTorch's fused attention is slow in bfloat16 on CPUs without matrix units (AMX). Matrix products are
+    faster there, unless the segments are short.
     """
     has_matrix_units = device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
     num_tokens = sum(len(segment.ids) for segment in segments)
-    is_short = num_tokens < MIN_WRITTEN_TOKENS * len(segments)
+    is_short = num_tokens < MIN_MATMUL_TOKENS * len(segments)
     if has_matrix_units or dtype != torch.bfloat16 or is_short:
         return FusedAttention(segments, device)
     return MatmulAttention(segments)
 
 
 class SharedPrefixAttention:
-    """The attention function of one model, in force within `laid_out`."""
+    """The attention function of one model, active within `active`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._config = cast("PreTrainedConfig", trunk_of(model).config)
@@ -78,13 +79,13 @@ class SharedPrefixAttention:
         AttentionInterface.register(self._name, self)
 
     def layout(self, segments: Sequence[Segment], *, records: bool) -> Layout:
-        """For one pass over these segments."""
+        """The layout of one pass over these segments."""
         position_ids_1_T = _positions(segments)[None].to(self._device)
         return Layout(choose_kernel(segments, self._device, self._dtype), position_ids_1_T, records)
 
     @contextmanager
-    def laid_out(self, layout: Layout) -> Iterator[None]:
-        """Use this attention, with this layout, for the forwards in the block."""
+    def active(self, layout: Layout) -> Iterator[None]:
+        """Use this attention and layout in the forwards of the block."""
         former = self._config._attn_implementation
         self._config._attn_implementation, self._layout = self._name, layout
         try:
@@ -101,16 +102,16 @@ class SharedPrefixAttention:
         attention_mask: Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        **options: Any,  # noqa: ANN401  # whatever an architecture passes
+        **options: Any,  # noqa: ANN401  # architectures pass various options
     ) -> tuple[Tensor, None]:
-        """Attention over [1, A, T, D] queries and [1, K, T, D] keys and values; gives [1, T, A, D]."""
+        """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
         layout = self._layout
         if layout is None or attention_mask is not None or query.shape[0] != 1:
             raise UnsupportedAttentionError("not a packed row")
         _refuse_extras(options)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layout.records:
-            # Copies: what a model hands over may be a part of something larger.
+            # Copies: the model's tensors may be views of larger ones.
             layout.recorded[layer] = (_copy(key), _copy(value))
         return layout.kernel(layer, query, key, value, scaling), None
 

@@ -1,1 +1,1 @@
-"""Forward strategies: how a prompt is shared by its completions."""
+"""Forward strategies: how the completions of a group share the computation of their prompt."""

@@ -1,7 +1,7 @@
-"""All that is left of a group's completions as a batch, each on a copy of the model's cache of the prompt.
+"""Run the rests of a group's completions as a batch, each on a copy of the model's cache of the prompt.
 
-Right for most recurrent architectures too: what they remember of a prompt is copied like keys and values.
-Rows are padded behind their end, where nothing that is read can see it.
+Right for most recurrent architectures too: their state is copied like keys and values. Rows are padded at the
+end, where no token that is read can see the padding.
 
 Dimensions: B rows, P tokens of the prefix, R of the longest rest, T of a rest, H hidden size.
 """
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from shopr1_service.engine.forward.base import MAX_PASS_TOKENS
-from shopr1_service.engine.forward.prefill import Ids, PrefilledForward, batches
+from shopr1_service.engine.forward.base import MAX_PASS_TOKENS, batches
+from shopr1_service.engine.forward.prefill import Ids, PrefilledForward
 
 MAX_CACHED_TOKENS = 64 * 2**10
-"""B · (P + R) of one pass: bounds what the copies of the prompt's cache take of the memory."""
+"""B · (P + R) of one pass: bounds the memory of the prompt cache's copies."""
 MIN_ROW_TOKENS = 2
-"""Recurrent architectures have other code for one token alone, which is not always right."""
+"""Recurrent architectures have separate code for a single token, which is not always right."""
 
 
 class ExpandedForward(PrefilledForward):
-    """See the module."""
+    """A batch of completions on copies of the prompt's cache."""
 
     name = "expanded"
 
@@ -33,11 +33,11 @@ class ExpandedForward(PrefilledForward):
         super().__init__(model)
         takes = inspect.signature(self._trunk.forward).parameters
         self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
-        # Not every architecture counts on from what its cache holds, and not every one knows positions.
+        # Some architectures do not derive positions from their cache, and some have none.
         self._takes_positions = "position_ids" in takes
 
     def _prefill(self, ids: Ids) -> tuple[Cache, Tensor]:
-        # The cache is the one that the model makes: some know no other.
+        # The model creates the cache: some accept no other.
         output = self._trunk(input_ids=self._tensor([ids]), use_cache=True)
         return getattr(output, self._cache_name), output.last_hidden_state[0, -1:]
 
@@ -47,7 +47,7 @@ class ExpandedForward(PrefilledForward):
             num_cached = len(batch) * (num_prefix_tokens + longest)
             return len(batch) * longest <= MAX_PASS_TOKENS and num_cached <= MAX_CACHED_TOKENS
 
-        # Rows of about the same length need little padding.
+        # Rows of similar length need little padding.
         order = sorted(range(len(rests)), key=lambda i: len(rests[i]))
         ordered = batches([rests[i] for i in order], fits)
         states = [
@@ -62,14 +62,14 @@ class ExpandedForward(PrefilledForward):
         rows = [[*rest, *[rest[-1]] * (num_tokens - len(rest))] for rest in rests]
         options: dict[str, Any] = {self._cache_name: self._copies(prefix, len(rows))}
         if self._takes_positions:
-            # Padding takes no position that no token has: tables of positions may end there.
+            # Padding repeats the last position: a table of positions may end there.
             positions = [num_prefix_tokens + min(i, longest - 1) for i in range(num_tokens)]
             options["position_ids"] = self._tensor([positions] * len(rows))
         states_B_R_H = self._trunk(input_ids=self._tensor(rows), use_cache=True, **options).last_hidden_state
         return [hidden_R_H[: len(rest)] for hidden_R_H, rest in zip(states_B_R_H, rests, strict=True)]
 
     def _copies(self, prefix: Cache, num_rows: int) -> Cache:
-        """The forward writes to what it is given; the prompt's cache must stay as it is."""
+        """Copies for a batch of rows: the forward writes to its cache, and the prompt's must not change."""
         copies = copy.deepcopy(prefix)
         first_B = torch.zeros(num_rows, dtype=torch.long, device=self._device)
         copies.reorder_cache(cast("torch.LongTensor", first_B))

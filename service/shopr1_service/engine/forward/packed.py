@@ -1,13 +1,13 @@
-"""All that is left of a group's completions in one row of tokens, on the model's own cache of the prompt.
+"""Run the rests of a group's completions in one row of tokens, on the model's own cache of the prompt.
 
     prompt … | completion 1 … | completion 2 … | …
 
-Positions start anew behind the prompt for each completion, and an explicit mask says what each token sees: of
-the prompt all that a layer lets it see, of the row its own completion, causally. The prompt's keys and values
-are there once and are never written to.
+Positions continue from the prompt in each completion. An explicit mask restricts each token to the prompt,
+as far as its layer sees, and causally to its own completion. The prompt's keys and values exist once and
+are never written to.
 
-Needs attention layers only, positions that the model takes from `position_ids`, and an attention
-implementation that honours a mask: flash attention does not.
+The model must consist of attention layers, take its positions from `position_ids`, and use an attention
+implementation that respects a mask: flash attention does not.
 
 Dimensions: P tokens of the prefix, T of the row, K = P + T, H hidden size.
 """
@@ -22,19 +22,19 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from shopr1_service.engine.forward.base import MAX_PASS_TOKENS
-from shopr1_service.engine.forward.prefill import Ids, PrefilledForward, batches
+from shopr1_service.engine.forward.base import MAX_PASS_TOKENS, batches
+from shopr1_service.engine.forward.prefill import Ids, PrefilledForward
 
 MAX_MASK_ELEMENTS = 64 * 2**20
-"""T · K of one pass. Eager attention takes a number for each of them and each head."""
+"""T · K of one pass. Eager attention allocates a number for each element and head."""
 
 
 class UnsupportedLayoutError(RuntimeError):
-    """The model cannot be given completions in one row."""
+    """The model cannot run several completions in one row."""
 
 
 class PackedForward(PrefilledForward):
-    """See the module."""
+    """All completions in one row, on the prompt's cache."""
 
     name = "packed"
 
@@ -46,7 +46,7 @@ class PackedForward(PrefilledForward):
     def _prefill(self, ids: Ids) -> tuple[Cache, Tensor]:
         if (obstacle := _obstacle(self._config)) is not None:
             raise UnsupportedLayoutError(obstacle)
-        cache = DynamicCache()  # made without the config, which would cut layers to their window
+        cache = DynamicCache()  # without the config, which would cut layers to their window
         output = self._trunk(input_ids=self._tensor([ids]), past_key_values=cache, use_cache=True)
         if cache.get_seq_length() != len(ids):
             raise UnsupportedLayoutError("the model does not use the cache that it is given")
@@ -69,7 +69,7 @@ class PackedForward(PrefilledForward):
     def _batch(self, prefix: Cache, num_prefix_tokens: int, rests: Sequence[Ids]) -> Sequence[Tensor]:
         hidden_T_H = self._pass(prefix, num_prefix_tokens, rests)
         if len(rests) > 1 and not bool(hidden_T_H.isfinite().all()):
-            # 0 · NaN is NaN: a mask hides nothing but numbers. Alone, a broken completion touches no other.
+            # A mask cannot hide NaN: 0 · NaN is NaN. Run alone, a broken completion affects no other.
             return [self._pass(prefix, num_prefix_tokens, [rest]) for rest in rests]
         return torch.split(hidden_T_H, [len(rest) for rest in rests])
 
@@ -86,12 +86,12 @@ class PackedForward(PrefilledForward):
         return hidden_T_H
 
     def _masks(self, row: "_Row") -> Tensor | dict[str, Tensor]:
-        """As the model takes them: one for all layers, or one for each kind of layer."""
+        """The mask of all layers, or a mask for each kind of layer."""
         masks = {kind: self._for_attention(row.visible(kind, self._config)) for kind in _kinds(self._config)}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _for_attention(self, is_visible_T_K: Tensor) -> Tensor:
-        """[1, 1, T, K]: sdpa takes booleans, eager attention adds what it is given to the scores."""
+        """A mask [1, 1, T, K]: booleans for sdpa; eager attention adds the mask to its scores."""
         mask_T_K = is_visible_T_K
         if self._config._attn_implementation == "eager":
             mask_T_K = torch.zeros_like(is_visible_T_K, dtype=self._dtype)
@@ -100,7 +100,7 @@ class PackedForward(PrefilledForward):
 
 
 def _kinds(config: Any) -> set[str]:  # noqa: ANN401  # every architecture has its own
-    """Of layers, by what they see."""
+    """The kinds of the model's layers, by what they see."""
     if layer_types := getattr(config, "layer_types", None):
         return set(layer_types)
     has_window = getattr(config, "sliding_window", None) is not None
@@ -108,19 +108,19 @@ def _kinds(config: Any) -> set[str]:  # noqa: ANN401  # every architecture has i
 
 
 def _obstacle(config: Any) -> str | None:  # noqa: ANN401
-    """What is known to go wrong, some of it beyond any check at load."""
+    """A reason why packing is known to fail, which the check at load may not notice."""
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} may ignore a mask"
     if others := _kinds(config) - {"full_attention", "sliding_attention", "chunked_attention"}:
         return f"a mask means nothing to {', '.join(sorted(others))}"
     if getattr(config, "attn_temperature_tuning", False):
-        # Llama 4 scales queries by their place in the cache, beginning with place 8192.
+        # Llama 4 scales queries by their index in the cache, from index 8192 on.
         return "queries are scaled by something else than their position"
     return None
 
 
 class _ReadOnlyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of the prefix. A pass sees its own behind them, and leaves nothing."""
+    """Keys and values of the prefix. A pass appends its own for itself only."""
 
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -136,7 +136,11 @@ class _ReadOnlyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class _Row:
-    """Where the tokens of the prefix and of the row stand, and whose they are: 0 is the prefix's."""
+    """Positions and owners of the tokens of prefix and row.
+
+    Attributes:
+        owners_K: 0 for the prefix, i for the i-th completion.
+    """
 
     num_prefix_tokens: int
     positions_K: Tensor
@@ -150,7 +154,7 @@ class _Row:
         return cls(P, torch.cat(positions).to(device), owners_K.to(device))
 
     def visible(self, kind: str, config: Any) -> Tensor:  # noqa: ANN401
-        """What each token of the row sees in a layer of this kind, [T, K]."""
+        """Whether each token of the row sees each key in a layer of this kind, [T, K]."""
         position_T_1 = self.positions_K[self.num_prefix_tokens :, None]
         owner_T_1 = self.owners_K[self.num_prefix_tokens :, None]
         is_own_T_K = (self.owners_K == 0) | (self.owners_K == owner_T_1)

@@ -1,26 +1,32 @@
-"""What the forwards have in common that run a prompt into the model's own cache.
+"""Base of the strategies that run a prompt into the model's own cache.
 
-The prompt is run once, together with what all its completions begin with (`{"rationale": "`). What is left of
-the completions is run on top of it, in batches: how, is each forward's own business.
+The prompt is run once, together with the common beginning of its completions (`{"rationale": "`). The rests
+of the completions are run on top of it, in batches. Subclasses decide how.
 
 Dimensions: T tokens, H hidden size.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from shopr1_service.engine.forward.base import GroupwiseForward, IndependentForward, Suffix, common_lead
+from shopr1_service.engine.forward.base import (
+    GroupwiseForward,
+    IndependentForward,
+    Suffix,
+    common_lead,
+    token_tensor,
+)
 from shopr1_service.engine.lm_head import trunk_of
 
 Ids = Sequence[int]
 
 
 class PrefilledForward(GroupwiseForward):
-    """The prompt once, then all that follows upon it."""
+    """The prompt once, then the rests of its completions on top of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._trunk = trunk_of(model)
@@ -43,23 +49,11 @@ class PrefilledForward(GroupwiseForward):
 
     @abstractmethod
     def _prefill(self, ids: Ids) -> tuple[Cache, Tensor]:
-        """The cache of what all completions have before them, and the last hidden state of it, [1, H]."""
+        """The model's cache of the common prefix, and the prefix's last hidden state, [1, H]."""
 
     @abstractmethod
     def _rest_states(self, prefix: Cache, num_prefix_tokens: int, rests: Sequence[Ids]) -> list[Tensor]:
-        """Hidden states of each rest, [T, H]. Leaves the prefix as it is."""
+        """The hidden states of each rest, [T, H]. Does not change the prefix."""
 
     def _tensor(self, rows: Sequence[Ids]) -> Tensor:
-        return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self._device)
-
-
-def batches(rests: Sequence[Ids], fits: Callable[[Sequence[Ids]], bool]) -> Iterator[list[Ids]]:
-    """Rests in order, in batches that fit; one that does not fit alone goes alone all the same."""
-    batch: list[Ids] = []
-    for rest in rests:
-        if batch and not fits([*batch, rest]):
-            yield batch
-            batch = []
-        batch.append(rest)
-    if batch:
-        yield batch
+        return token_tensor(rows, self._device)

@@ -1,16 +1,17 @@
-"""The fastest forward: a prompt once, kept across requests, read in place by all its completions.
+"""The fastest strategy: run a prompt once, keep it across requests, read it in place.
 
-1. The longest known beginning of each prompt is taken from the prefix cache.
-2. The rest of it is run together with what all its completions begin with (`{"rationale": "`), and is kept.
-3. What is left of the completions is packed into one row of tokens and run on top.
+1. The longest cached beginning of each prompt is taken from the prefix cache.
+2. The rest of the prompt is run together with the common beginning of its completions (`{"rationale": "`),
+   and is cached.
+3. The rests of the completions are packed into one row of tokens and run on top.
 
-Several groups share the passes of 2 and 3, as far as `MAX_PASS_TOKENS` allows. Prompts that begin alike do
-not: the second waits until the first one's beginning is known.
+Several groups share the passes of steps 2 and 3, up to `MAX_PASS_TOKENS`. Prompts with a common beginning
+do not share step 2: the second waits until that beginning is cached.
 
-Needs a model whose attention is plain (`shared_attention.py`).
+The model must have plain attention (`attention/shared_prefix.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,29 +19,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shopr1_service.engine.attention.shared_prefix import Layout, SharedPrefixAttention
-from shopr1_service.engine.device import token_tensor
-from shopr1_service.engine.forward.base import MAX_PASS_TOKENS, PromptGroup, Suffix, common_lead
+from shopr1_service.engine.forward.base import (
+    MAX_PASS_TOKENS,
+    PromptGroup,
+    Suffix,
+    batches,
+    common_lead,
+    token_tensor,
+)
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.engine.prefix_cache import Chunk, PrefixCache, Segment, common_length
 
 MIN_SHARED_TOKENS = 64
-"""So many tokens in common are worth a pass of their own."""
+"""Common tokens of two prompts from which one waits for the other."""
 
 
 @dataclass
 class _Prefix:
-    """What all completions of a group have before them, as far as it is computed.
+    """The common prefix of a group's completions, as far as it is computed.
 
     Attributes:
-        ids: the prompt, then what all completions begin with.
-        chunks: spell the first `num_known` of `ids`.
-        is_kept: whether new chunks are worth keeping.
+        ids: the prompt, then the common beginning of the completions.
+        chunks: keys and values of the first `num_known` of `ids`.
+        is_cached: whether new chunks go into the prefix cache.
     """
 
     ids: tuple[int, ...]
     num_prompt_tokens: int
     chunks: list[Chunk] = field(default_factory=list)
-    is_kept: bool = True
+    is_cached: bool = True
 
     @classmethod
     def of(cls, group: PromptGroup) -> "_Prefix":
@@ -52,13 +59,13 @@ class _Prefix:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the prompt is known, with its last hidden state. The lead alone is not worth a pass."""
+        """Whether the prompt and its last hidden state are known. The lead alone is not worth a pass."""
         has_end = not self.chunks or self.chunks[-1].last_hidden_1_H is not None
         return not self.ids or (self.num_known >= max(1, self.num_prompt_tokens) and has_end)
 
 
 class SharedPrefixForward:
-    """See the module. Used from one thread at a time."""
+    """The prompt once, from the prefix cache or into it. Used from one thread at a time."""
 
     name = "shared_prefix"
 
@@ -90,7 +97,7 @@ class SharedPrefixForward:
             for ids in own
             if ids
         ]
-        rows = iter([row for batch in _batches(segments) for row in self._run(batch)])
+        rows = iter([row for batch in batches(segments, _fits) for row in self._run(batch)])
         return [
             [
                 self._at_positions(suffix, prefix, next(rows) if ids else None)
@@ -100,7 +107,7 @@ class SharedPrefixForward:
         ]
 
     def _wave(self, waiting: Sequence[_Prefix]) -> tuple[list[_Prefix], list[_Prefix]]:
-        """Those that can be run now, with what is known of them, and those that others of them begin."""
+        """Split into prefixes to run now, looked up in the cache, and those that wait for one of these."""
         wave: list[_Prefix] = []
         later: list[_Prefix] = []
         for prefix in waiting:
@@ -116,14 +123,14 @@ class SharedPrefixForward:
     def _look_up(self, prefix: _Prefix) -> None:
         prefix.chunks = self._cache.match(prefix.ids)
         if not prefix.is_complete and prefix.num_known == len(prefix.ids):
-            # All is known but the last token's hidden state: it lies within a longer chunk.
+            # Only the last token's hidden state is missing: the token lies inside a longer chunk.
             last = prefix.chunks.pop()
-            if len(last) > 1:  # attention kernels die of empty ones
+            if len(last) > 1:  # attention kernels crash on empty chunks
                 prefix.chunks.append(last.view(0, len(last) - 1))
-            prefix.is_kept = False
+            prefix.is_cached = False
 
     def _complete(self, wave: Sequence[_Prefix]) -> None:
-        """Run what is missing, in passes that all of the wave share."""
+        """Run the missing tokens, in passes that the whole wave shares."""
         missing = [prefix for prefix in wave if not prefix.is_complete]
         while missing:
             num_free = MAX_PASS_TOKENS
@@ -135,13 +142,13 @@ class SharedPrefixForward:
                     parts.append((prefix, Segment(ids, prefix.chunks)))
             chunks = self._new_chunks([segment for _, segment in parts])
             for (prefix, _), chunk in zip(parts, chunks, strict=True):
-                prefix.chunks = [*prefix.chunks, *self._keep(chunk, prefix)]
+                prefix.chunks = [*prefix.chunks, *self._cached(chunk, prefix)]
             missing = [prefix for prefix in missing if prefix.num_known < len(prefix.ids)]
 
-    def _keep(self, chunk: Chunk, prefix: _Prefix) -> list[Chunk]:
-        """Put a new chunk into the cache, cut where the prompt ends: the next prompt may go on from there."""
+    def _cached(self, chunk: Chunk, prefix: _Prefix) -> list[Chunk]:
+        """Cache a new chunk, cut at the prompt's end: the next prompt may continue from there."""
         start = prefix.num_known
-        if not (prefix.is_kept and self._cache.is_enabled):
+        if not (prefix.is_cached and self._cache.is_enabled):
             return [chunk]
         cut, parts = prefix.num_prompt_tokens - start, [chunk]
         if 0 < cut < len(chunk):
@@ -165,13 +172,13 @@ class SharedPrefixForward:
         return chunks
 
     def _run(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """Hidden states of each segment, [T, H]."""
+        """The hidden states of each segment, [T, H]."""
         hidden_T_H = self._pass(self._attention.layout(segments, records=False), segments)
         return list(torch.split(hidden_T_H, [len(segment.ids) for segment in segments]))
 
     def _pass(self, layout: Layout, segments: Sequence[Segment]) -> Tensor:
         ids = [token_id for segment in segments for token_id in segment.ids]
-        with self._attention.laid_out(layout):
+        with self._attention.active(layout):
             output = self._trunk(
                 input_ids=token_tensor([ids], self._device),
                 position_ids=layout.position_ids_1_T,
@@ -181,7 +188,7 @@ class SharedPrefixForward:
         return hidden_T_H
 
     def _at_positions(self, suffix: Suffix, prefix: _Prefix, rest_T_H: Tensor | None) -> Tensor:
-        """A suffix's hidden states where they are wanted, from those of its rest and of what is before it."""
+        """A suffix's requested hidden states, from those of its rest and the prefix's last one."""
         last_1_H = self._last_hidden(prefix.chunks)
         hidden_T_H = last_1_H if rest_T_H is None else torch.cat([last_1_H, rest_T_H])
         first = prefix.num_known - prefix.num_prompt_tokens - 1
@@ -190,19 +197,9 @@ class SharedPrefixForward:
     def _last_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         if chunks and (last_1_H := chunks[-1].last_hidden_1_H) is not None:
             return last_1_H
-        # An empty prompt: nothing asks for what comes before the first token.
+        # An empty prompt: no hidden state before the first token is requested.
         return torch.full((1, self._hidden_size), torch.nan, dtype=self._dtype, device=self._device)
 
 
-def _batches(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Segments in order, in batches of at most MAX_PASS_TOKENS; a longer segment goes alone."""
-    batch: list[Segment] = []
-    num_tokens = 0
-    for segment in segments:
-        if batch and num_tokens + len(segment.ids) > MAX_PASS_TOKENS:
-            yield batch
-            batch, num_tokens = [], 0
-        batch.append(segment)
-        num_tokens += len(segment.ids)
-    if batch:
-        yield batch
+def _fits(segments: Sequence[Segment]) -> bool:
+    return sum(len(segment.ids) for segment in segments) <= MAX_PASS_TOKENS

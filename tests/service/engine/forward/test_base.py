@@ -1,6 +1,6 @@
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import permutations, product
 from typing import Any
 
@@ -10,19 +10,21 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix, choose_forward
+from shopr1_service.engine.forward.base import (
+    Forward,
+    IndependentForward,
+    Suffix,
+    batches,
+    choose_forward,
+    common_lead,
+    token_tensor,
+)
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.lm_head import trunk_of
-from tests.support.models import FAMILIES, model_of, one_thread, random_ids, tiny_model
+from tests.support.models import FAMILIES, model_of, random_ids, tiny_model
 
 CHECK_IDS = random_ids(32, seed=9)  # the windows here are of 8 tokens
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @torch.no_grad()
@@ -41,7 +43,38 @@ def check(forward: Forward, model: PreTrainedModel, prompt_ids: list[int], suffi
         assert_close(hidden_S_H.double(), expected_S_H, rtol=0, atol=1e-4)
 
 
-# --- every way gives the model's hidden states ------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------
+
+
+def test_token_tensor() -> None:
+    ids_2_T = token_tensor([[1, 2, 3], (4, 5, 6)], torch.device("cpu"))
+    assert ids_2_T.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert ids_2_T.dtype == torch.long
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [([], []), ([2, 3, 1], [[2, 3], [1]]), ([9, 1, 4], [[9], [1, 4]]), ([5, 9], [[5], [9]])],
+)
+def test_batches_that_fit(items: list[int], expected: list[list[int]]) -> None:
+    assert list(batches(items, lambda batch: sum(batch) <= 5)) == expected
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "expected"),
+    [
+        ([Suffix([1, 2, 3], [2])], [1, 2, 3]),
+        ([Suffix([1, 2, 3], [0, 2])], [1]),  # up to the first requested position
+        ([Suffix([1, 2, 3], [2]), Suffix([1, 2, 4], [2])], [1, 2]),
+        ([Suffix([1, 2, 3], [2]), Suffix([1, 2, 3], [0])], [1]),
+        ([Suffix([1, 2], [1]), Suffix([], [-1])], []),
+    ],
+)
+def test_common_lead(suffixes: list[Suffix], expected: list[int]) -> None:
+    assert common_lead(suffixes) == expected
+
+
+# --- every strategy gives the model's hidden states ------------------------------------------------------
 
 Way = type[IndependentForward | PackedForward | ExpandedForward]
 FORWARDS = pytest.mark.parametrize("way", [IndependentForward, PackedForward, ExpandedForward])

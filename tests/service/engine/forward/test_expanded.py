@@ -1,6 +1,6 @@
 """A batch on copies of the prompt's cache against independent forwards, and how many tokens are run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,16 +12,10 @@ from transformers import PreTrainedModel
 from shopr1_service.engine.forward import expanded as expanded_forward
 from shopr1_service.engine.forward.base import IndependentForward, Suffix
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from tests.support.models import FAMILIES, model_of, one_thread, random_ids, tiny_model
+from tests.support.models import FAMILIES, model_of, random_ids, tiny_model
 
 LEAD = [7, 8, 9]
 """What every completion begins with."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def suffix(num_tokens: int, *, seed: int = 0) -> Suffix:

@@ -1,7 +1,7 @@
 """Completions in one row against independent forwards, and how many tokens are run."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,18 +13,12 @@ from transformers import Cache, PreTrainedModel
 from shopr1_service.engine.forward import packed as packed_forward
 from shopr1_service.engine.forward.base import IndependentForward, Suffix, choose_forward
 from shopr1_service.engine.forward.packed import PackedForward, UnsupportedLayoutError
-from tests.support.models import FAMILIES, embedding_of, llama4, model_of, one_thread, random_ids, tiny_model
+from tests.support.models import FAMILIES, embedding_of, llama4, model_of, random_ids, tiny_model
 
 LEAD = [7, 8, 9]
 """What every completion begins with."""
 BROKEN_ID = 380
 """A token id that `random_ids` never gives."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def suffix(num_tokens: int, *, seed: int = 0) -> Suffix:

@@ -1,0 +1,100 @@
+"""The embedded policy, SmolLM2-135M-Instruct: loaded once from its GGUF file, with its real tokenizer."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shopr1_client.wire import Message
+from shopr1_rewards import Span
+from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup, Tokens
+from shopr1_service.policy import loading
+from shopr1_service.policy.factory import build_policy
+from shopr1_service.policy.loading import load_policy
+from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.settings import DType, Settings
+from tests.support.models import naive, rules, slow_overlapping, token_bytes
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[LoadedPolicy, PreTrainedModel]:
+    """The policy, and the model that it was made of."""
+    models: list[PreTrainedModel] = []
+
+    def build(model: PreTrainedModel, *args: Any, **kwargs: Any) -> LoadedPolicy:
+        models.append(model)
+        return build_policy(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "build_policy", build)
+        policy = load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
+    return policy, models[0]
+
+
+def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None:
+    policy, model = embedded
+    info = policy.info
+    assert (info.model, info.architecture) == ("SmolLM2-135M-Instruct", "LlamaForCausalLM")
+    assert (info.num_head_rows, info.num_tokenizer_tokens, info.max_sequence_tokens) == (49152, 49152, 8192)
+    assert (info.dtype, info.head, info.forward) == ("float32", "linear", "shared_prefix")
+    assert policy.codec.end_tokens == ("<|im_end|>",)
+    prompt_ids = policy.codec.encode_chat([Message(role="user", content="Is green tea cheap?")])
+    tokens = policy.codec.encode_text('{"rationale": "便宜 tea"}')
+    measured = range(len(tokens.ids))
+    group = TokenGroup(prompt_ids, [MeasuredCompletion(tokens.ids, measured)])
+    [[certainty]] = policy.certainties([group], rules())
+    with torch.no_grad():
+        logits_T_V = model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()
+    expected = naive(logits_T_V[len(prompt_ids) - 1 : -1], rules().divergence)
+    assert isinstance(certainty, Certainty)
+    assert certainty.values == pytest.approx(expected, rel=0, abs=1e-3)
+    assert all(0 < value < 100 for value in certainty.values)
+
+
+# --- its tokenizer ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> PolicyTokenizer:
+    return embedded[0].codec
+
+
+def owners(tokens: Tokens) -> list[list[int]]:
+    """The tokens of each character."""
+    return [tokens.overlapping(Span(i, i + 1)) for i in range(len(tokens.text))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain words",
+        " leading and trailing ",
+        "便宜的茶更好",
+        "お茶を買いたい。",
+        "🍵🛒👩‍👩‍👧‍👦🇩🇪",
+        "Größe – 3 €, c\u0327a\u0301",
+        '{"rationale": "\\u00e9 \\"茶\\" \\ud83c\\udf75", "action": {}}<|im_end|>\n',
+    ],
+)
+def test_embedded_tokenizer(smollm2: PolicyTokenizer, text: str) -> None:
+    tokens = smollm2.encode_text(text)
+    assert tokens.text == text
+    assert smollm2.decode(tokens.ids) == tokens
+    spelt = token_bytes(smollm2.tokenizer, tokens.ids)
+    assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
+
+
+def test_embedded_tokenizer_cuts_characters(smollm2: PolicyTokenizer) -> None:
+    # Else the test above would show little.
+    tokens = smollm2.encode_text("便🛒")
+    assert [len(indices) > 1 for indices in owners(tokens)] == [True, True]
+    assert smollm2.end_tokens == ("<|im_end|>",)
+
+
+def test_embedded_chat(smollm2: PolicyTokenizer) -> None:
+    ids = smollm2.encode_chat([Message(role="system", content="Shop."), Message(role="user", content="茶?")])
+    assert smollm2.decode(ids).text == (
+        "<|im_start|>system\nShop.<|im_end|>\n<|im_start|>user\n茶?<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -1,0 +1,229 @@
+"""Building a policy: limits, checks, end tokens, warm-up and memory, on a CPU with a GPU's numbers."""
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup
+from shopr1_service.engine.engine import Engine
+from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup, choose_forward
+from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.lm_head import LinearHead, trunk_of
+from shopr1_service.errors import PolicyError
+from shopr1_service.policy import factory
+from shopr1_service.policy.factory import (
+    CPU_PREFIX_CACHE_BYTES,
+    WARM_UP_SHAPES,
+    build_policy,
+    prefix_cache_bytes,
+    warm_up,
+)
+from shopr1_service.settings import Settings
+from tests.support.models import (
+    FAMILIES,
+    NUM_TOKENS,
+    Reference,
+    byte_level,
+    head_of,
+    llama4,
+    policy_of,
+    random_ids,
+    rules,
+    tiny_model,
+)
+
+GROUP = TokenGroup(random_ids(12, seed=1), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
+
+
+def test_model_of_nan_is_a_policy_error() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        head_of(model).weight[7] = math.nan
+    with pytest.raises(PolicyError, match="logits of LlamaForCausalLM"):
+        policy_of(model)
+
+
+# --- limits and checks -------------------------------------------------------------------------------
+
+
+GPT2_SIZES: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+LIMITS = {
+    "llama": lambda: tiny_model("llama"),
+    "gpt2": lambda: tiny_model("gpt2", max_position_embeddings=None, n_positions=300, **GPT2_SIZES),
+    "bloom": lambda: tiny_model("bloom", max_position_embeddings=None, n_layer=2, n_head=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokenizer_limit", "setting", "expected"),
+    [
+        ("llama", None, None, 512),  # max_position_embeddings
+        ("llama", 100, None, 512),  # transformers' tokenizers often state less than the model can
+        ("llama", None, 64, 64),
+        ("llama", None, 4096, 4096),
+        ("gpt2", None, None, 300),  # calls it n_positions
+        ("bloom", 100, None, 100),  # ALiBi: the config has no limit
+        ("bloom", None, 64, 64),
+    ],
+)
+def test_max_sequence_tokens(
+    kind: str, tokenizer_limit: int | None, setting: int | None, expected: int
+) -> None:
+    tokenizer = byte_level()
+    if tokenizer_limit is not None:
+        tokenizer.model_max_length = tokenizer_limit
+    model = LIMITS[kind]()
+    policy = policy_of(model, tokenizer, max_sequence_tokens=setting)
+    assert policy.info.max_sequence_tokens == expected
+
+
+def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
+    with pytest.raises(PolicyError, match="the policy states no longest sequence; set max_sequence_tokens"):
+        policy_of(LIMITS["bloom"](), max_sequence_tokens=None)
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7, 25])
+def test_short_limit_is_no_obstacle_to_loading(limit: int) -> None:
+    policy = policy_of(tiny_model(), max_sequence_tokens=limit)
+    assert policy.info.max_sequence_tokens == limit
+    [[certainty]] = policy.certainties([TokenGroup([5], [MeasuredCompletion([6], [0])])], rules())
+    assert isinstance(certainty, Certainty)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of all checks from here on."""
+    seen: list[list[int]] = []
+
+    def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Forward:
+        seen.append(random_ids)
+        return choose_forward(model, random_ids, candidates)
+
+    monkeypatch.setattr(factory, "choose_forward", spy)
+    return seen
+
+
+def test_check_is_longer_than_the_window(checks: list[list[int]]) -> None:
+    policy_of(tiny_model("mistral", sliding_window=40))
+    policy_of(tiny_model("mistral", sliding_window=40), max_sequence_tokens=50)
+    policy_of(tiny_model("llama"))
+    assert [len(ids) for ids in checks] == [64, 64, 24]  # a set limit shortens requests, not the check
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("gpt_neo", "window_size"), ("mamba2", "chunk_size"), ("bamba", "mamba_chunk_size")],
+)
+def test_check_is_longer_than_what_other_architectures_see(
+    checks: list[list[int]], family: str, name: str
+) -> None:
+    model = tiny_model(FAMILIES[family].kind, **{**FAMILIES[family].options, name: 40})
+    assert policy_of(model).info.forward == FAMILIES[family].forward
+    assert [len(ids) for ids in checks] == [64]
+
+
+@pytest.mark.parametrize("size", [8, 18, 40])
+@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
+def test_check_notices_that_a_window_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, checks: list[list[int]], kind: str, size: int
+) -> None:
+    # 18 tokens behind a multiple of the size begin the completions: once the prompt ends where a chunk does.
+    model = (
+        tiny_model(
+            "qwen2", use_sliding_window=True, sliding_window=size, layer_types=[kind, "full_attention"]
+        )
+        if kind == "sliding_attention"
+        else llama4(attention_chunk_size=size, attn_temperature_tuning=False)
+    )
+    policy_of(model)
+    trunk = trunk_of(model)
+    forward = trunk.forward
+
+    def ignore_the_window(**options: Any) -> Any:
+        if isinstance(masks := options.get("attention_mask"), dict):
+            options["attention_mask"] = dict.fromkeys(masks, masks["full_attention"])
+        return forward(**options)
+
+    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "packed"
+    monkeypatch.setattr(trunk, "forward", ignore_the_window)
+    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "independent"
+
+
+def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
+    model = tiny_model()
+    model.generation_config.eos_token_id = [1, 2]
+    assert set(policy_of(model).codec.end_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
+    model.generation_config.eos_token_id = None
+    assert set(policy_of(model).codec.end_tokens) == {"<|im_end|>", "<|endoftext|>"}
+
+
+def test_dropout_is_off() -> None:
+    dropout: dict[str, Any] = {"embd_pdrop": 0.5, "resid_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = tiny_model("gpt2", **GPT2_SIZES, **dropout)
+    reference = Reference(model)
+    model.train()
+    policy = build_policy(model, byte_level(), Settings(), name="tiny")
+    [[certainty]] = policy.certainties([GROUP], rules())
+    completion = GROUP.completions[0]
+    expected = reference.values(GROUP.prompt_ids, completion.ids, completion.measured, rules())
+    assert isinstance(certainty, Certainty)
+    assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("peak_gib", "memory_share", "expected_gib"),
+    [(30, 0.5, 10), (40, 0.5, 0), (50, 0.5, 0), (10, 0.9, 62), (0, 1.0, 80)],
+)
+def test_prefix_cache_gets_the_memory_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, peak_gib: int, memory_share: float, expected_gib: int
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=80 * GIB)
+    )
+    num_bytes = prefix_cache_bytes(torch.device("cuda"), memory_share, peak_bytes=peak_gib * GIB)
+    assert num_bytes == expected_gib * GIB
+
+
+def test_prefix_cache_has_a_fixed_size_on_a_cpu() -> None:
+    assert prefix_cache_bytes(torch.device("cpu"), 0.9, peak_bytes=10**12) == CPU_PREFIX_CACHE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [
+        (10, []),
+        (40, [(8, 8, 32)]),
+        (200, [(128, 8, 32), (136, 8, 64), (72, 16, 128), (72, 16, 128)]),
+        (10**6, list(WARM_UP_SHAPES)),
+    ],
+)
+def test_warm_up_runs_each_shape(max_tokens: int, expected: list[tuple[int, int, int]]) -> None:
+    seen = []
+
+    class RecordingForward(IndependentForward):
+        def batch(self, groups: Sequence[PromptGroup]) -> list[list[torch.Tensor]]:
+            [group] = groups
+            assert len(set(group.suffixes)) == len(group.suffixes)  # each is computed
+            own = {len(suffix.ids) + 1 for suffix in group.suffixes}
+            assert len(own) == 1
+            seen.append((len(group.prompt_ids), len(group.suffixes), own.pop()))
+            return [[torch.zeros(len(s.positions), 32) for s in group.suffixes]]
+
+    model = tiny_model()
+    head = LinearHead(torch.zeros_like(head_of(model).weight)[:, :32])
+    engine = Engine(
+        RecordingForward(model), head, max_sequence_tokens=max_tokens, num_tokenizer_tokens=NUM_TOKENS
+    )
+    warm_up(engine, range(3, 43), rules(), max_tokens=max_tokens)
+    # A small policy takes a smaller prompt of the last size that is too large for it.
+    assert [shape for shape in seen if shape[0] > 0] == expected
