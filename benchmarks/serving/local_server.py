@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shopr1_service.core import TokenGroup
 from shopr1_service.policy.base import Policy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.server.http_protocol import connection_class
 from shopr1_service.settings import Settings
@@ -34,7 +35,7 @@ Body = dict[str, Any]
 @contextlib.contextmanager
 def served(settings: Settings, policy: Policy) -> Iterator[httpx.Client]:
     """Client of a service with this policy. Both end with the block."""
-    app = create_app(settings, lambda: policy)
+    app = create_app(settings, LocalEngine.opener(lambda: policy))
     with (
         running(app, http=connection_class(settings.receive_timeout_s)) as url,
         httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,

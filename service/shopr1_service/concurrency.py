@@ -1,9 +1,4 @@
-"""Work that nothing waits for when the process ends: it takes minutes, or never returns.
-
-Something has changed: told to everybody who waits for it.
-
-Reading files of others: their file system may hang, and nothing else must hang with it.
-"""
+"""Calls that may take minutes or never return, on threads that the end of the process does not wait for."""
 
 import asyncio
 import contextlib
@@ -46,22 +41,6 @@ async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return await future
-
-
-class Pulse:
-    """Used from one event loop only."""
-
-    def __init__(self) -> None:
-        self._next = asyncio.Event()
-
-    def tell(self) -> None:
-        """Wake everybody who waits now."""
-        self._next.set()
-        self._next = asyncio.Event()
-
-    async def wait(self) -> None:
-        """Return when it is told the next time."""
-        await self._next.wait()
 
 
 async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result:

@@ -24,6 +24,7 @@ from shopr1_client.wire import Group, Include, ScoreRequest, Status, Text, Token
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
@@ -128,7 +129,7 @@ class Loader:
 @contextmanager
 def loading() -> Iterator[tuple[str, Loader]]:
     load = Loader()
-    with serving(create_app(Settings(), load)) as url:
+    with serving(create_app(Settings(), LocalEngine.opener(load))) as url:
         try:
             yield url, load
         finally:
@@ -180,7 +181,11 @@ def free_url() -> str:
         return f"http://127.0.0.1:{server.server_port}"
 
 
-@pytest.mark.parametrize("url", [free_url(), "http://127.0.0.1:1", "no-scheme", "ftp://127.0.0.1"])
+@pytest.mark.parametrize(
+    "url",
+    [free_url(), "http://127.0.0.1:1", "no-scheme", "ftp://127.0.0.1"],
+    ids=["free-port", "port-1", "no-scheme", "ftp"],
+)
 def test_no_answer_is_a_transport_error(url: str) -> None:
     with Client(url, retry_for_s=0) as client:
         for call in (client.info, lambda: client.score(request()), lambda: client.wait_until_ready(0.0)):

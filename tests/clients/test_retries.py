@@ -24,6 +24,7 @@ from shopr1_client.wire import Group, ScoreRequest, ScoreResponse
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import TERMINATE, WAIT_S, answer, served
@@ -153,7 +154,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        app = create_app(Settings(), lambda: self._policy)
+        app = create_app(Settings(), LocalEngine.opener(lambda: self._policy))
         config = uvicorn.Config(
             app, port=self._port, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=0
         )

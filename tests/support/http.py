@@ -19,8 +19,12 @@ from starlette.applications import Starlette
 from shopr1_client import Client
 from shopr1_service.policy.base import Policy
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.scheduling.engine_client import OpenEngine
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 
 WAIT_S = 120.0
 """Until something that will come should have come: only a failing test waits so long."""
@@ -53,6 +57,13 @@ def write_recipe(directory: Path, *changes: tuple[str, str]) -> str:
     return str(path)
 
 
+def opener_of(policy: Policy) -> OpenEngine:
+    """Opens an engine that takes updates, if the policy has weights."""
+    if isinstance(policy, LoadedPolicy):
+        return UpdatableEngine.opener(lambda: policy)
+    return LocalEngine.opener(lambda: policy)
+
+
 # --- in this process --------------------------------------------------------------------------------
 
 
@@ -64,7 +75,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 @contextlib.asynccontextmanager
 async def running(policy: Policy | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application that is ready to score."""
-    app = create_app(Settings(**settings), lambda: policy or FakePolicy())
+    app = create_app(Settings(**settings), opener_of(policy or FakePolicy()))
     async with app.router.lifespan_context(app), client_of(app) as client:
         await until_ready(client)
         yield client
@@ -149,7 +160,7 @@ def serving(app: Starlette, **options: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def served(policy: Policy | None = None, **settings: Any) -> Iterator[str]:
     """The URL of a service that is ready to score."""
-    app = create_app(Settings(**settings), lambda: policy or FakePolicy())
+    app = create_app(Settings(**settings), opener_of(policy or FakePolicy()))
     with serving(app) as url, Client(url, timeout_s=WAIT_S) as client:
         client.wait_until_ready(WAIT_S)
         yield url

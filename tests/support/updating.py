@@ -21,6 +21,7 @@ from shopr1_service.core import Origin
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 from shopr1_service.weights.files import CLOSE_THREAD
 from tests.service.policy.test_lora import random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG
@@ -108,7 +109,7 @@ class Service:
     @property
     def engine(self) -> threading.Thread:
         # Not by its name: those of other tests' services may not have ended yet.
-        return cast("threading.Thread", self.app.state.shopr1.scorer.measurer._thread)
+        return cast("threading.Thread", self.app.state.shopr1.engine.scheduler._thread)
 
     async def upload(self, content: Any, version: str = "1", **params: Any) -> httpx.Response:
         """Weights: a file, or pieces of one."""
@@ -147,7 +148,7 @@ async def updatable(
     """A service of a model in memory, which is changed; default: `tiny_model`."""
     policy = policy_of(model or tiny_model(), tokenizer, **settings)
     failures: list[BaseException] = []
-    app = create_app(Settings(**settings), lambda: policy, failures.append)
+    app = create_app(Settings(**settings), UpdatableEngine.opener(lambda: policy), failures.append)
     async with app.router.lifespan_context(app), client_of(app) as client:
         await until_ready(client)
         service = Service(app, client, policy, failures)

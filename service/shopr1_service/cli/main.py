@@ -134,9 +134,10 @@ def openapi() -> None:
     """Print the OpenAPI document."""
     from shopr1_service.http.openapi import to_yaml
     from shopr1_service.policy.fake import FakePolicy
+    from shopr1_service.scheduling.local_engine import LocalEngine
     from shopr1_service.server.app import create_app
 
-    typer.echo(to_yaml(create_app(load_settings(), FakePolicy).openapi()), nl=False)
+    typer.echo(to_yaml(create_app(load_settings(), LocalEngine.opener(FakePolicy)).openapi()), nl=False)
 
 
 def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) -> Settings:  # noqa: ANN401
@@ -174,13 +175,15 @@ def _score_call(
     from shopr1_service.core import Origin
     from shopr1_service.monitoring.metrics import Metrics
     from shopr1_service.policy.loading import load_policy  # imports torch
+    from shopr1_service.scheduling.local_engine import LocalEngine
     from shopr1_service.scoring.recipe_book import RecipeBook
     from shopr1_service.scoring.scorer import Scorer
 
     settings = _settings(config, options, policy=policy, recipe=recipe)
     recipes = RecipeBook(settings.recipe)
     with _errors.status("Loading the policy …"):
-        scorer = Scorer(load_policy(settings), recipes, settings, Metrics())
+        metrics = Metrics()
+        scorer = Scorer(LocalEngine(load_policy(settings), settings, metrics), recipes, settings, metrics)
     with asyncio.Runner() as runner, contextlib.closing(scorer):
         yield lambda request: runner.run(scorer.score(request, Origin(uuid.uuid4().hex)))
 

@@ -20,9 +20,11 @@ from shopr1_service.cluster.engine_metrics import QueuedTokens
 from shopr1_service.cluster.engine_replica import Description, EngineReplica
 from shopr1_service.cluster.messages import ClusterView
 from shopr1_service.cluster.ray_router import AffinityRouter
-from shopr1_service.cluster.remote_policy import RemoteEngines
+from shopr1_service.cluster.remote_engines import RemoteEngines
 from shopr1_service.cluster.update_coordinator import UpdateCoordinator
 from shopr1_service.http.problems import REQUEST_ID_HEADER
+from shopr1_service.monitoring.metrics import Metrics
+from shopr1_service.scheduling.engine_client import OnFatal
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 
@@ -124,13 +126,15 @@ class Ingress:
         app.add_middleware(_SingleRequestId)
         return app
 
-    def _open_engines(self) -> RemoteEngines:
-        """Block until an engine is ready."""
-        description: Description = self._engines.describe.remote().result()
+    async def _open_engines(self, _settings: Settings, metrics: Metrics, _on_fatal: OnFatal) -> RemoteEngines:
+        """Return when an engine is ready."""
+        description: Description = await self._engines.describe.remote()
         view: ClusterView | None = None
         while view is None:
-            view = self._coordinator.view.remote().result()
-        return RemoteEngines(self._engines, self._coordinator, description, view)
+            view = await self._coordinator.view.remote()
+        engines = RemoteEngines(self._engines, self._coordinator, description, view, metrics)
+        engines.watch()
+        return engines
 
 
 def application(

@@ -99,8 +99,8 @@ async def update_weights_from_disk(
     body: Annotated[UpdateFromDisk, Body(openapi_examples=examples.SGLANG_UPDATES)], state: AppState
 ) -> UpdateFromDiskAnswer:
     """`POST /policy/update` in SGLang's terms."""
-    version = body.weight_version or str(state.scorer.policy.versions.num_changes + 1)
-    update = await state.updates.from_checkpoint(UpdateRequest(path=body.model_path, version=version))
+    version = body.weight_version or str(state.engine.versions.num_changes + 1)
+    update = await state.engine.load_checkpoint(UpdateRequest(path=body.model_path, version=version))
     message = f"version {update.current.version!r} scores since {update.pause_s:.3f} s of pause"
     return UpdateFromDiskAnswer(success=True, message=message, num_paused_requests=0)
 
@@ -113,7 +113,7 @@ async def update_weights_from_disk(
 )
 async def model_info(state: AppState) -> ModelInfo:
     """The version that scores requests that name none."""
-    info = state.scorer.policy.info
+    info = state.engine.info
     return ModelInfo(model_path=info.model, weight_version=info.version, is_generation=False)
 
 
@@ -157,8 +157,8 @@ def _add_lora_routes(prefix: str, engine: str) -> None:
         body: Annotated[LoadLora, Body(openapi_examples=examples.LORA_LOADS)], state: AppState
     ) -> Response:
         """`POST /policy/adapters` in the engine's terms; requests choose the adapter by its name."""
-        _refuse_if_loaded(body, state.scorer.policy.versions.adapters)
-        await state.adapters.from_directory(AdapterRequest(name=body.lora_name, path=body.lora_path))
+        _refuse_if_loaded(body, state.engine.versions.adapters)
+        await state.engine.load_adapter(AdapterRequest(name=body.lora_name, path=body.lora_path))
         return PlainTextResponse(_LOADED.format(name=body.lora_name))
 
     @router.post(
@@ -172,7 +172,7 @@ def _add_lora_routes(prefix: str, engine: str) -> None:
         body: Annotated[UnloadLora, Body(openapi_examples=examples.LORA_UNLOADS)], state: AppState
     ) -> Response:
         """`DELETE /policy/adapters/{name}` in the engine's terms."""
-        await state.adapters.unload(body.lora_name)
+        await state.engine.unload_adapter(body.lora_name)
         return PlainTextResponse(_UNLOADED.format(name=body.lora_name))
 
 

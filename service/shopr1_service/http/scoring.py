@@ -36,9 +36,9 @@ async def score_request(
     if body.include:
         work = start()
     else:
-        key = _key(body, state.scorer.policy.settled_number, origin.run)
-        work = state.repeats.answer(key, start)
-    response = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.cutoff)
+        key = _key(body, state.engine.settled_number, origin.run)
+        work = state.deduplicator.score(key, start)
+    response = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.shutdown)
     return response.model_copy(update={"request_id": origin.request_id})
 
 

@@ -1,40 +1,35 @@
-"""What the application holds while it runs."""
+"""The objects that an application holds while it runs."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 from prometheus_client import Metric
 
-from shopr1_client.errors import (
-    InvalidRequestError,
-    NotReadyError,
-)
+from shopr1_client.errors import NotReadyError
 from shopr1_client.wire_policy import PolicyState
-from shopr1_service.concurrency import in_daemon_thread
 from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_log import open_rollout_log
-from shopr1_service.policy.base import PolicyView, ScrapedPolicy
 from shopr1_service.policy.load_progress import LoadProgress
+from shopr1_service.scheduling.engine_client import EngineClient, OnFatal, OpenEngine
 from shopr1_service.scheduling.request_dedup import RequestDeduplicator
 from shopr1_service.scoring.label_store import LabelStore
 from shopr1_service.scoring.recipe_book import RecipeBook
 from shopr1_service.scoring.scorer import Scorer
 from shopr1_service.settings import Settings
-from shopr1_service.updates.factory import AdapterChanges, Changes, WeightChanges, open_changes
 
 logger = logging.getLogger(__name__)
 
-_WATCHES_PER_TIMEOUT = 10
-_NUM_SILENCES = 2
-"""A process that was stopped and goes on, as a container that was paused, must not take that for a hang."""
+_CHECKS_PER_TIMEOUT = 10
+_NUM_MISSED_CHECKS = 2
+"""A process that was paused and resumes, as in a container, must not take the pause for a hang."""
 
 
 class EngineHangsError(Exception):
-    """The engine gives no sign of life: the process must end."""
+    """The engine's heartbeat has stopped: the process must end."""
 
 
 class State:
@@ -42,14 +37,13 @@ class State:
 
     def __init__(self, settings: Settings, startup: LoadProgress | None = None) -> None:
         self.settings = settings
-        self.cutoff = asyncio.Event()
+        self.shutdown = asyncio.Event()
         self.recipes = RecipeBook(settings.recipe)
         self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
-        self.repeats = RequestDeduplicator(self.metrics)
+        self.deduplicator = RequestDeduplicator(self.metrics)
         self.labels = LabelStore(settings.max_labels)
         self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None
-        self._changes: Changes | None = None
         self._startup = startup or LoadProgress()
         self._is_closing = False
         self.metrics.watch(lambda: self.is_ready, lambda: self.heartbeat_age_s)
@@ -68,47 +62,27 @@ class State:
         return self._scorer
 
     @property
-    def updates(self) -> WeightChanges:
-        """Of the policy's weights.
-
-        Raises:
-            NotReadyError: as `scorer`.
-            InvalidRequestError: this policy has no weights.
-        """
-        return self._open_changes[0]
-
-    @property
-    def adapters(self) -> AdapterChanges:
-        """As `updates`, of adapters."""
-        return self._open_changes[1]
+    def engine(self) -> EngineClient:
+        """The scorer's engine. Raises as `scorer`."""
+        return self.scorer.engine
 
     @property
     def policy_state(self) -> PolicyState:
-        """What is loaded, and how far the next version is."""
-        policy = self.scorer.policy
-        versions = policy.versions
+        """The loaded versions, and the progress of the next one."""
+        engine = self.engine
+        versions = engine.versions
         return PolicyState(
-            model=policy.info.model,
+            model=engine.info.model,
             current=versions.current.info,
             base=versions.base.info,
             adapters=[version.info for version in versions.loaded()],
             default_adapter=versions.default_adapter,
-            update=self._changes[0].progress if self._changes else None,
+            update=engine.update_progress,
         )
 
-    @property
-    def _open_changes(self) -> Changes:
-        self.scorer  # noqa: B018  # raises when there is none
-        if self._changes is None:
-            raise InvalidRequestError("this policy does not change while it serves")
-        return self._changes
-
-    async def engine_metrics(self) -> Sequence[Metric] | None:
-        """Of engines elsewhere; None: the engine is in this process. Nothing while there is none anywhere."""
-        if self._scorer is None:
-            return ()
-        policy = self._scorer.policy
-        return await policy.scrape() if isinstance(policy, ScrapedPolicy) else None
+    async def scrape_engines(self) -> Sequence[Metric] | None:
+        """Metrics of engines in other processes, empty while the policy loads; None: there are none."""
+        return () if self._scorer is None else await self._scorer.engine.scrape()
 
     @property
     def is_ready(self) -> bool:
@@ -116,62 +90,62 @@ class State:
 
     @property
     def heartbeat_age_s(self) -> float:
-        """Time since the engine's last sign of life; 0 as long as there is no engine."""
-        return 0.0 if self._scorer is None else self._scorer.policy.heartbeat.age_s
+        """Time since the engine's last heartbeat; 0 while the policy loads."""
+        return 0.0 if self._scorer is None else self._scorer.engine.heartbeat_age_s
 
     def check_alive(self) -> None:
         """Raise `NotReadyError` if the engine hangs."""
-        if self.heartbeat_age_s > self.settings.engine_timeout_s:
+        if self._hangs:
             raise NotReadyError(
-                f"the engine has given no sign for {self.heartbeat_age_s:.0f} s", retry_after_s=RETRY_AFTER_S
+                f"no heartbeat of the engine for {self.heartbeat_age_s:.0f} s", retry_after_s=RETRY_AFTER_S
             )
 
-    async def load(
-        self, load_policy: Callable[[], PolicyView], on_fatal: Callable[[BaseException], None]
-    ) -> None:
-        """Load the policy beside the event loop, so that health checks are answered meanwhile.
+    async def load(self, open_engine: OpenEngine, on_fatal: OnFatal) -> None:
+        """Load the policy.
 
         Args:
-            on_fatal: called when the device is gone; nothing is ready from then on.
+            on_fatal: called when the engine has failed; the service is not ready from then on.
         """
-        policy = await in_daemon_thread(load_policy, "load-policy")
 
-        def give_up(error: BaseException) -> None:
+        def stop(error: BaseException) -> None:
             self.drain()
             on_fatal(error)
 
+        engine = await open_engine(self.settings, self.metrics, stop)
         observers = [self.metrics.observe, *([self._rollout_log.observe] if self._rollout_log else [])]
-        scorer = Scorer(policy, self.recipes, self.settings, self.metrics, give_up, observers=observers)
-        self._changes = open_changes(scorer, self.settings, self.metrics)
-        self._scorer = scorer
+        self._scorer = Scorer(engine, self.recipes, self.settings, self.metrics, observers)
 
-    async def watch(self, on_fatal: Callable[[BaseException], None]) -> None:
-        """Ends what waits, and calls `on_fatal`, when the engine gives no sign for `engine_timeout_s`."""
-        num_silences = 0
-        while num_silences < _NUM_SILENCES:
-            await asyncio.sleep(self.settings.engine_timeout_s / _WATCHES_PER_TIMEOUT)
-            is_silent = self.heartbeat_age_s > self.settings.engine_timeout_s
-            num_silences = num_silences + 1 if is_silent else 0
-        stack = self._scorer.stack() if self._scorer else ""
-        logger.critical("no sign of the engine for %.0f s; it is here:\n%s", self.heartbeat_age_s, stack)
+    async def watch(self, on_fatal: OnFatal) -> None:
+        """End all waiting and call `on_fatal` when there is no heartbeat for `engine_timeout_s`."""
+        num_missed = 0
+        while num_missed < _NUM_MISSED_CHECKS:
+            await asyncio.sleep(self.settings.engine_timeout_s / _CHECKS_PER_TIMEOUT)
+            num_missed = num_missed + 1 if self._hangs else 0
+        stack = self._scorer.engine.stack() if self._scorer else ""
+        logger.critical("no heartbeat of the engine for %.0f s; stack:\n%s", self.heartbeat_age_s, stack)
         self.drain()
-        self.cutoff.set()
-        on_fatal(EngineHangsError(f"no sign for {self.settings.engine_timeout_s:g} s"))
+        self.shutdown.set()
+        on_fatal(EngineHangsError(f"no heartbeat for {self.settings.engine_timeout_s:g} s"))
 
     def drain(self) -> None:
-        """Begin nothing more. What has been begun goes on, until `cutoff`."""
+        """Accept nothing more. Accepted work goes on until `shutdown` is set."""
         self._is_closing = True
 
     def close(self) -> None:
+        """End the threads; queued work is dropped."""
         self._is_closing = True
         if self._scorer is not None:
             self._scorer.close()
         if self._rollout_log is not None:
             self._rollout_log.close()
 
+    @property
+    def _hangs(self) -> bool:
+        return self.heartbeat_age_s > self.settings.engine_timeout_s
+
 
 def state_of(request: Request) -> State:
-    """The state of the application that serves a request (a FastAPI dependency)."""
+    """State of the application that serves a request (a FastAPI dependency)."""
     return cast("State", request.app.state.shopr1)
 
 

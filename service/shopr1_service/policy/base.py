@@ -1,9 +1,7 @@
-"""A policy: what the service needs to know of a language model to measure its certainty."""
+"""The seam between the scheduler and a language model."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
-
-from prometheus_client import Metric
+from typing import Protocol
 
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
@@ -13,61 +11,43 @@ from shopr1_service.policy.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
 
 
-class PolicyView(Protocol):
-    """What routes and scorer look at. `codec` may be used from several threads at once."""
+class Policy(Protocol):
+    """A language model that computes self-certainties. `codec` may be used from several threads at once."""
 
     @property
     def info(self) -> PolicyInfo:
-        """As `GET /info` shows it."""
+        """The policy, as `GET /info` shows it."""
         ...
 
     @property
     def versions(self) -> VersionTable:
-        """What is loaded. Changes between two calls of `certainties` only; may be read at any time."""
-        ...
-
-    @property
-    def settled_number(self) -> int:
-        """Of the last change that is made everywhere: no version from before it scores any more."""
+        """The loaded versions. Any thread may read them; they change between calls of `certainties`."""
         ...
 
     @property
     def codec(self) -> Codec:
-        """Its tokenizer."""
+        """The policy's tokenizer."""
         ...
 
     @property
     def heartbeat(self) -> Heartbeat:
-        """Beats at every pass, however many `certainties` takes."""
+        """The heartbeat; beats at every pass, of which a call of `certainties` may take many."""
         ...
-
-
-@runtime_checkable
-class ScrapedPolicy(PolicyView, Protocol):
-    """A policy whose engines run elsewhere, and count for themselves."""
-
-    async def scrape(self) -> Sequence[Metric]:
-        """What they have counted, with the label `engine`. Those that do not answer are missing."""
-        ...
-
-
-class Policy(PolicyView, Protocol):
-    """The seam between the service and a model. `certainties` is called from one thread at a time."""
 
     @property
     def stats(self) -> EngineStats:
-        """What it has done since it was loaded."""
+        """Counters since the policy was loaded."""
         ...
 
     def certainties(
         self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> Sequence[Sequence[Certainty | Unmeasurable]]:
-        """Measure the completions of several groups, in order. Never raises on what a group holds.
+        """Compute the self-certainties of several groups, in order. Called from one thread at a time.
 
         Args:
             version: one of those in `versions`; None is the current one.
 
         Raises:
-            FatalEngineError: the device is gone; nothing can be measured any more.
+            FatalEngineError: the device is gone. Nothing that a group holds raises an error.
         """
         ...

@@ -81,10 +81,6 @@ class FakePolicy:
         self._step_nats = step_nats
         self._before_scoring = before_scoring
 
-    @property
-    def settled_number(self) -> int:
-        return self.versions.num_changes
-
     def certainties(
         self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:

@@ -72,10 +72,6 @@ class LoadedPolicy:
         return self._info.model_copy(update={"version": current.name, "number": current.number})
 
     @property
-    def settled_number(self) -> int:
-        return self.versions.num_changes
-
-    @property
     def stats(self) -> EngineStats:
         return self.engine.stats
 

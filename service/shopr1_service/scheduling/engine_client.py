@@ -1,61 +1,150 @@
-"""Whoever measures the groups of a request: the engine's scheduler in this process, or engines elsewhere."""
+"""The engine as the HTTP side sees it: the one of this process, or several behind Ray."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from typing import Protocol
 
+from prometheus_client import Metric
+
+from shopr1_client.errors import InvalidRequestError
+from shopr1_client.wire import PolicyInfo
+from shopr1_client.wire_policy import (
+    AdapterRequest,
+    AdapterUpdate,
+    PolicyUpdate,
+    TransferRequest,
+    UpdateProgress,
+    UpdateRequest,
+)
 from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.base import Policy, PolicyView
-from shopr1_service.scheduling.scheduler import Scheduler
+from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.versions import VersionTable
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 
 
-@runtime_checkable
 class EngineClient(Protocol):
-    """See the module. Used from the event loop only."""
+    """Computes self-certainties with a policy whose weights and adapters may change.
 
-    async def measure(
+    An implementation inherits from this class. Inherited as they are, its methods describe an engine that
+    never refuses work early, never hangs, and whose policy does not change. Used from the event loop only;
+    `codec` may be used from several threads at once.
+    """
+
+    new_versions: VersionWaiter
+    """Notified when the loaded versions change."""
+
+    @property
+    def info(self) -> PolicyInfo:
+        """The policy, as `GET /info` shows it."""
+        ...
+
+    @property
+    def versions(self) -> VersionTable:
+        """The loaded versions."""
+        ...
+
+    @property
+    def codec(self) -> Codec:
+        """The policy's tokenizer."""
+        ...
+
+    async def compute_certainties(
         self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
     ) -> list[Measurements]:
-        """Measurements of each group's completions, in order. If cancelled, what still waits is dropped.
+        """Compute the self-certainties of all groups, in order. If cancelled, queued groups are dropped.
 
         Args:
-            progress: kept up to date, for whoever may cancel.
+            progress: is kept up to date.
 
         Raises:
-            InvalidRequestError, PolicyVersionError: the target is not loaded, when its turn comes.
-            OverloadedError: there is no room for these groups.
-            NotReadyError: nothing can be measured any more.
+            InvalidRequestError, PolicyVersionError: the target is not loaded when a group's turn comes.
+            OverloadedError: the queue has no room for these groups.
+            NotReadyError: the engine has failed, or the service is shutting down.
         """
         ...
 
+    @property
+    def settled_number(self) -> int:
+        """Number of the last change that every engine has made: no older version scores any more."""
+        return self.versions.num_changes
+
     def refuse_if_full(self) -> None:
-        """Raise `OverloadedError` if there is no room for anything: before work is put into a request."""
-        ...
+        """Raise `OverloadedError` if the queue is full, before a request is prepared."""
+        return
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Time since the engine's last heartbeat."""
+        return 0.0
 
     def stack(self) -> str:
-        """Where the engine's thread is."""
-        ...
+        """Stack of the engine's thread."""
+        return "the engines run in other processes"
+
+    async def scrape(self) -> Sequence[Metric] | None:
+        """Metrics of engines in other processes; None if this process counts them itself."""
+        return None
+
+    @property
+    def update_progress(self) -> UpdateProgress | None:
+        """Progress of a weight update that is under way."""
+        return None
+
+    async def load_checkpoint(self, request: UpdateRequest) -> PolicyUpdate:
+        """Replace the policy's weights by those of a checkpoint.
+
+        Raises (as every method that changes the policy):
+            InvalidRequestError: this policy does not change.
+            InvalidWeightsError: the weights do not fit this policy.
+            UpdateConflictError: another update is under way.
+            StorageError: the weights cannot be read or stored.
+            NotReadyError: the service is shutting down.
+        """
+        raise _does_not_change()
+
+    async def load_upload(
+        self, stream: AsyncIterable[bytes], version: str, *, is_partial: bool
+    ) -> PolicyUpdate:
+        """Replace the policy's weights by those of an uploaded safetensors file."""
+        raise _does_not_change()
+
+    async def receive_broadcast(self, request: TransferRequest) -> PolicyUpdate:
+        """Replace the policy's weights by those that a trainer broadcasts."""
+        raise _does_not_change()
+
+    async def load_adapter(self, request: AdapterRequest) -> AdapterUpdate:
+        """Load an adapter from a directory.
+
+        Raises:
+            TooLargeError: the adapter is too large, or too many are loaded.
+        """
+        raise _does_not_change()
+
+    async def load_uploaded_adapter(
+        self, stream: AsyncIterable[bytes], request: AdapterRequest
+    ) -> AdapterUpdate:
+        """Load an adapter from an uploaded safetensors file."""
+        raise _does_not_change()
+
+    async def unload_adapter(self, name: str, version: str | None = None) -> None:
+        """Unload an adapter, or one version of it.
+
+        Raises:
+            NotFoundError: the adapter is not loaded.
+        """
+        raise _does_not_change()
 
     def close(self) -> None:
-        """Begin nothing more; what waits is cancelled."""
+        """Start nothing more; queued groups are cancelled."""
         ...
 
 
-def open_engine_client(
-    policy: PolicyView, settings: Settings, metrics: Metrics, on_fatal: Callable[[BaseException], None]
-) -> EngineClient:
-    """The policy itself, if it measures elsewhere; else a scheduler of its own.
+OnFatal = Callable[[BaseException], None]
+"""Called when the engine cannot compute anything any more."""
+OpenEngine = Callable[[Settings, Metrics, OnFatal], Awaitable[EngineClient]]
+"""Loads the policy; awaited on the event loop, which must stay responsive meanwhile."""
 
-    Args:
-        on_fatal: called when nothing can be measured any more.
-    """
-    if isinstance(policy, EngineClient):
-        return policy
-    return Scheduler(
-        cast("Policy", policy),
-        metrics,
-        max_queue_tokens=settings.max_queue_tokens,
-        is_deterministic=settings.deterministic,
-        on_fatal=on_fatal,
-    )
+
+def _does_not_change() -> InvalidRequestError:
+    return InvalidRequestError("this policy does not change while it serves")

@@ -53,7 +53,7 @@ class RequestDeduplicator:
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # the oldest first
         self._num_kept_rollouts = 0
 
-    async def answer(self, key: bytes, start: Start) -> ScoreResponse:
+    async def score(self, key: bytes, start: Start) -> ScoreResponse:
         """The answer of a twin, if there is one, else what `start` gives."""
         self._forget_old()
         if (kept := self._kept.get(key)) is not None:

@@ -90,7 +90,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def measure(
+    async def compute_certainties(
         self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
     ) -> list[Measurements]:
         """As `EngineClient` says. All groups are admitted, or none."""

@@ -4,13 +4,12 @@ The one way from a request to an answer; every route and the command line go thr
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.wire import (
-    Components,
     Details,
     GroupScore,
     Include,
@@ -22,7 +21,7 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_client.wire_policy import VersionDemand
-from shopr1_rewards import Recipe
+from shopr1_rewards import Recipe, measured_terms, total
 from shopr1_service.core import (
     Certainty,
     Kind,
@@ -39,11 +38,9 @@ from shopr1_service.core import (
 )
 from shopr1_service.monitoring.metrics import Metrics, Phase
 from shopr1_service.monitoring.spans import span
-from shopr1_service.policy.base import PolicyView
-from shopr1_service.scheduling.engine_client import open_engine_client
+from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.scoring.recipe_book import RecipeBook, reference
-from shopr1_service.scoring.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 
 _NUM_PREPARE_THREADS = 2
@@ -57,22 +54,18 @@ class Scorer:
 
     def __init__(
         self,
-        policy: PolicyView,
+        engine: EngineClient,
         recipes: RecipeBook,
         settings: Settings,
         metrics: Metrics,
-        on_fatal: Callable[[BaseException], None] = lambda error: None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.policy = policy
-        self.new_versions = VersionWaiter(policy)
+        self.engine = engine
         self._observers = observers
         self._recipes = recipes
         self._limits = settings.limits
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
-        self.measurer = open_engine_client(policy, settings, metrics, on_fatal)
-        metrics.policy.record_loaded(policy.info)
 
     async def score(
         self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
@@ -81,7 +74,7 @@ class Scorer:
 
         Args:
             origin: who asks.
-            progress: see `EngineClient.measure`.
+            progress: see `EngineClient.compute_certainties`.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is at fault.
@@ -91,14 +84,14 @@ class Scorer:
         """
         recipe = self._recipe(request.recipe)
         target = _target(request)
-        await self.new_versions.wait_for(target)
-        self.measurer.refuse_if_full()
+        await self.engine.new_versions.wait_for(target)
+        self.engine.refuse_if_full()
         loop = asyncio.get_running_loop()
         in_context = copy_context().run  # whose request it is: for logs and traces
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
         kind = Kind(recipe.self_certainty, target)
-        measured = await self.measurer.measure(token_groups, kind, progress)
+        measured = await self.engine.compute_certainties(token_groups, kind, progress)
         scores = [
             _group_score(group, measurements, recipe, request.include)
             for group, measurements in zip(groups, measured, strict=True)
@@ -112,14 +105,10 @@ class Scorer:
             groups=scores,
         )
 
-    def stack(self) -> str:
-        """Where the engine's thread is."""
-        return self.measurer.stack()
-
     def close(self) -> None:
         """End the threads; work that has not begun is dropped."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
-        self.measurer.close()
+        self.engine.close()
 
     def _recipe(self, name: str | None) -> Recipe:
         recipe = self._recipes.get(name)
@@ -130,10 +119,10 @@ class Scorer:
         return recipe
 
     def _newest(self, measured: Sequence[Measurements], target: Target) -> PolicyRef:
-        versions = [measurements.version for measurements in measured] or [self.policy.versions.find(target)]
+        versions = [measurements.version for measurements in measured] or [self.engine.versions.find(target)]
         newest = max(versions, key=lambda version: version.number)
         return PolicyRef(
-            model=self.policy.info.model,
+            model=self.engine.info.model,
             version=newest.name,
             number=newest.number,
             adapter=newest.adapter,
@@ -142,7 +131,7 @@ class Scorer:
     def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
         wants_ids = Include.TOKEN_IDS in request.include
         with self._metrics.phase(Phase.PREPARE), span("prepare"):
-            return prepare(request, recipe, self.policy.codec, self._limits, wants_ids=wants_ids)
+            return prepare(request, recipe, self.engine.codec, self._limits, wants_ids=wants_ids)
 
 
 def _target(request: ScoreRequest) -> Target:
@@ -171,27 +160,27 @@ def _group_score(
 def _reward(
     rollout: PreparedRollout, measurement: Measurement, recipe: Recipe, include: Sequence[Include]
 ) -> Reward:
-    components = rollout.judgement.components(_self_certainty(measurement, recipe))
+    components = rollout.judgement.components(_measured_terms(measurement, recipe))
     failed = measurement if isinstance(measurement, Unmeasurable) else None
     return Reward(
-        reward=components.reward,
+        reward=total(components),
         status=Status.UNSCORABLE if failed else Status.SCORED,
         reason=failed.reason if failed else None,
         message=failed.message if failed else None,
-        components=Components.model_validate(vars(components)),
+        components=components,
         details=_details(rollout, measurement, recipe, include),
     )
 
 
-def _self_certainty(measurement: Measurement, recipe: Recipe) -> float | None:
-    """The weighted term: 0 where there was nothing to measure, None where measuring failed."""
+def _measured_terms(measurement: Measurement, recipe: Recipe) -> dict[str, float | None]:
+    """The components that the policy decides: none where there was nothing to measure."""
     match measurement:
         case None:
-            return 0.0
+            return {}
         case Certainty():
-            return recipe.self_certainty.alpha * measurement.mean
+            return measured_terms(measurement.mean, recipe)
         case Unmeasurable():
-            return None
+            return measured_terms(None, recipe)
 
 
 def _details(

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.problems import REQUEST_ID_HEADER, install_handlers
 from shopr1_service.http.routes import policy, score, service
 from shopr1_service.http.state import State
-from shopr1_service.policy.base import PolicyView
 from shopr1_service.policy.load_progress import LoadProgress
+from shopr1_service.scheduling.engine_client import OnFatal, OpenEngine
 from shopr1_service.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,24 +48,24 @@ its rationale, and a hierarchical action reward (type → attribute → value) s
 
 def create_app(
     settings: Settings,
-    load_policy: Callable[[], PolicyView],
-    on_failure: Callable[[BaseException], None] = lambda error: None,
+    open_engine: OpenEngine,
+    on_failure: OnFatal = lambda error: None,
     startup: LoadProgress | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
     Args:
-        load_policy: called once at start, in a thread; until it returns, the service is live but not ready.
+        open_engine: called once at start; until it returns, the service is live but not ready.
         on_failure: called when it raises, or when the engine fails or hangs for good. The service cannot
             score then and should end.
-        startup: progress of loading, which `load_policy` updates; shown while the service is not ready.
+        startup: progress of loading, which `open_engine` updates; shown while the service is not ready.
     """
     state = State(settings, startup)
     tracer = open_tracer() if settings.tracing else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(state.load(load_policy, on_failure))
+        loading = asyncio.create_task(state.load(open_engine, on_failure))
         loading.add_done_callback(_report_failure)
         watching = asyncio.create_task(state.watch(on_failure))
         yield

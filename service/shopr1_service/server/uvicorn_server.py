@@ -20,6 +20,7 @@ from shopr1_service.policy.loading import load_policy
 from shopr1_service.server.app import create_app
 from shopr1_service.server.http_protocol import connection_class
 from shopr1_service.settings import Settings
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._state.drain()
         finish_s = self._grace_s - min(_ANSWER_S, self._grace_s / 4)
-        asyncio.get_running_loop().call_later(finish_s, self._state.cutoff.set)
+        asyncio.get_running_loop().call_later(finish_s, self._state.shutdown.set)
         await super().shutdown(sockets)
 
 
@@ -68,7 +69,8 @@ def _serve(settings: Settings) -> int:
         server.should_exit = True
 
     startup = LoadProgress()
-    app = create_app(settings, lambda: load_policy(settings, startup), on_failure=stop, startup=startup)
+    open_engine = UpdatableEngine.opener(lambda: load_policy(settings, startup))
+    app = create_app(settings, open_engine, on_failure=stop, startup=startup)
     server = _Server(
         uvicorn.Config(
             app,

@@ -20,7 +20,7 @@ from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.lora import Adapter, AdapterError, build_adapter, parse_config
 from shopr1_service.scheduling.scheduler import Scheduler
-from shopr1_service.scoring.version_waiter import VersionWaiter
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.weights.checkpoint import CheckpointError, adapter_files, open_regular
 from shopr1_service.weights.safetensors_header import MAX_HEADER_BYTES, TensorEntry
@@ -193,7 +193,7 @@ class AdapterUpdates:
     def _tell(self) -> None:
         num_adapters = len(self._policy.versions.loaded())
         self._metrics.record_loaded(self._policy.info, num_adapters)
-        self._new_versions.tell()
+        self._new_versions.notify()
 
     async def _reading(self, path: str, read: Callable[[Path, Path], _Result]) -> _Result:
         def found() -> _Result:

@@ -23,7 +23,7 @@ from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.scheduler import Scheduler
-from shopr1_service.scoring.version_waiter import VersionWaiter
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.weights.broadcast_receiver import TransferError, receive
 from shopr1_service.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_regular
@@ -206,7 +206,7 @@ class Updates:
         self._metrics.record_swap(source, pause_s)
         # Adapters have gone with the old ones.
         self._metrics.record_loaded(self._policy.info)
-        self._new_versions.tell()
+        self._new_versions.notify()
 
     def _read(self, path: str, stage: Stage) -> None:
         try:

@@ -9,6 +9,7 @@ import torch
 from shopr1_client.wire import ScoreRequest
 from shopr1_service.core import Origin
 from shopr1_service.monitoring.metrics import Metrics
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.scoring.recipe_book import RecipeBook
 from shopr1_service.scoring.scorer import Scorer
 from shopr1_service.settings import Settings
@@ -42,7 +43,8 @@ def score(*, is_deterministic: bool, dtype: torch.dtype) -> tuple[list[str], int
     policy = policy_of(tiny_model(dtype=dtype, hidden_size=64), max_sequence_tokens=4096, **settings)
 
     async def run() -> list[str]:
-        scorer = Scorer(policy, RecipeBook("shop_r1"), Settings(**settings), Metrics())
+        engine = LocalEngine(policy, Settings(**settings), Metrics())
+        scorer = Scorer(engine, RecipeBook("shop_r1"), Settings(), Metrics())
         try:
             first = await scorer.score(OURS, Origin("id"))
             for other in OTHERS:

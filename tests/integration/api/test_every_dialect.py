@@ -10,6 +10,7 @@ import pytest
 from shopr1_service.dialects import llama_factory, nemo_gym, openrlhf, slime
 from shopr1_service.dialects.results import Dialect
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import (
@@ -92,7 +93,7 @@ async def test_a_body_that_is_too_large(service: httpx.AsyncClient, path: str) -
 
 @each_dialect
 async def test_a_service_that_loads_its_policy(path: str) -> None:
-    async with client_of(create_app(Settings(), FakePolicy)) as client:
+    async with client_of(create_app(Settings(), LocalEngine.opener(FakePolicy))) as client:
         await register(client, ("page", TERMINATE))
         response = await send(client, path, request_of(path))
     problem(response, 503, "not_ready")

@@ -22,6 +22,7 @@ from shopr1_service.core import Certainty, MeasuredCompletion, Origin, TokenGrou
 from shopr1_service.engine import lm_head as head
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.scoring.recipe_book import RecipeBook
 from shopr1_service.scoring.scorer import Scorer
 from shopr1_service.settings import Settings
@@ -180,7 +181,7 @@ RATIONALES = {
 def score(policy: LoadedPolicy, book: RecipeBook, prompt: Any, completions: Sequence[Any]) -> list[Reward]:
     group = {"prompt": prompt, "ground_truth": {"type": "terminate"}, "completions": completions}
     request = ScoreRequest.model_validate({"groups": [group], "include": ["tokens", "token_ids"]})
-    scorer = Scorer(policy, book, SETTINGS, Metrics())
+    scorer = Scorer(LocalEngine(policy, SETTINGS, Metrics()), book, SETTINGS, Metrics())
     try:
         return asyncio.run(scorer.score(request, Origin("id"))).groups[0].rewards
     finally:
@@ -238,7 +239,7 @@ def check_reward(reward: Reward, ids: Sequence[int], measured: Sequence[int], va
     assert [t.value for t in details.tokens] == pytest.approx(values, rel=0, abs=TOLERANCE)
     assert details.num_rationale_tokens == len(measured)
     assert details.self_certainty_nats == pytest.approx(mean, rel=0, abs=TOLERANCE)
-    assert reward.components.self_certainty == pytest.approx(0.005 * mean, rel=0, abs=TOLERANCE)
+    assert reward.components["self_certainty"] == pytest.approx(0.005 * mean, rel=0, abs=TOLERANCE)
     assert reward.reward == pytest.approx(0.5 + 0.3 + 0.005 * mean, rel=0, abs=TOLERANCE)
 
 

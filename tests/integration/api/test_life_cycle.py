@@ -16,6 +16,7 @@ from shopr1_client import Client
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.policy.load_progress import LoadProgress, Step
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server import uvicorn_server as server
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
@@ -68,7 +69,7 @@ async def test_a_start_tells_how_far_it_is() -> None:
         assert gate.wait(WAIT_S)
         return FakePolicy()
 
-    app = create_app(Settings(), load, startup=startup)
+    app = create_app(Settings(), LocalEngine.opener(load), startup=startup)
     async with app.router.lifespan_context(app), client_of(app) as client:
         details = []
         for step in Step:
@@ -104,20 +105,20 @@ def test_a_hanging_engine_ends_the_server(
         policy.gate.set()
     assert problem(answered, 503, "not_ready")["detail"] == "the service is shutting down; not scored"
     # The log says where it hangs.
-    assert "no sign of the engine" in caplog.text
+    assert "no heartbeat of the engine" in caplog.text
     assert "assert self.gate.wait(WAIT_S)" in caplog.text
 
 
 @pytest.mark.anyio
 async def test_a_hanging_engine_is_not_live(policy: Held) -> None:
-    app = create_app(Settings(engine_timeout_s=0.2), lambda: policy)
+    app = create_app(Settings(engine_timeout_s=0.2), LocalEngine.opener(lambda: policy))
     async with app.router.lifespan_context(app), client_of(app) as client:
         await until_ready(client)
         asked = asyncio.create_task(score_quietly(client))
         live = await until_not_live(client)
         policy.gate.set()
         await asked
-    assert "the engine has given no sign for" in problem(live, 503, "not_ready")["detail"]
+    assert "no heartbeat of the engine for" in problem(live, 503, "not_ready")["detail"]
 
 
 async def until_not_live(client: httpx.AsyncClient) -> httpx.Response:
@@ -143,7 +144,7 @@ async def test_an_idle_engine_is_live_for_ever() -> None:
         beat()
 
     policy.heartbeat.beat = count  # type: ignore[method-assign]
-    app = create_app(Settings(), lambda: policy)
+    app = create_app(Settings(), LocalEngine.opener(lambda: policy))
     async with app.router.lifespan_context(app), client_of(app) as client:
         for _ in range(int(WAIT_S * 100)):
             if beats[0] >= 3:
@@ -232,7 +233,7 @@ async def test_readiness_and_heartbeat_are_metrics() -> None:
         assert gate.wait(WAIT_S)
         return policy
 
-    app = create_app(Settings(engine_timeout_s=10_000), load)
+    app = create_app(Settings(engine_timeout_s=10_000), LocalEngine.opener(load))
     async with app.router.lifespan_context(app), client_of(app) as client:
         assert await metric(client, "shopr1_ready") == 0
         assert "shopr1_queue_tokens" not in (await client.get("/metrics")).text  # there is no engine yet

@@ -146,7 +146,7 @@ async def test_who_waits_for_an_adapters_version(service: Service) -> None:
     done(await service.upload_adapter("a", adapter_file(4)))
     demand = {"at_least": 2, "wait_s": 120.0}
     waiting = asyncio.create_task(service.numbers(adapter="a", policy_version=demand))
-    while not service.app.state.shopr1.scorer.new_versions._pulse._next._waiters:
+    while not service.app.state.shopr1.engine.new_versions._changed._waiters:
         assert not waiting.done()
         await asyncio.sleep(0)
     done(await service.upload_adapter("a", adapter_file(5)))

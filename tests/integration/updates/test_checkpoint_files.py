@@ -141,7 +141,8 @@ def hanging(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def give_up_soon(patch: pytest.MonkeyPatch, service: Service) -> None:
-    for changes in service.app.state.shopr1._changes:
+    engine = service.app.state.shopr1.engine
+    for changes in (engine.weights, engine.adapters):
         patch.setattr(changes, "_read_timeout_s", 0.05)
 
 

@@ -41,8 +41,8 @@ async def number(service: Service, demand: Any) -> int:
 
 async def until_waiting(service: Service, task: "asyncio.Task[Any]") -> None:
     """A request that has been taken in, and is not answered."""
-    new_versions = service.app.state.shopr1.scorer.new_versions
-    while not new_versions._pulse._next._waiters:
+    new_versions = service.app.state.shopr1.engine.new_versions
+    while not new_versions._changed._waiters:
         assert not task.done()
         await asyncio.sleep(0)
 

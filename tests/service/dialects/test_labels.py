@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import (
@@ -159,7 +160,7 @@ async def test_the_table_is_bounded_and_takes_all_or_none() -> None:
 
 async def test_labels_can_be_registered_while_the_policy_loads() -> None:
     """A trainer's set-up need not wait."""
-    async with client_of(create_app(Settings(), FakePolicy)) as client:
+    async with client_of(create_app(Settings(), LocalEngine.opener(FakePolicy))) as client:
         assert await register(client, ("page", TERMINATE)) == 1
 
 

@@ -13,6 +13,7 @@ from shopr1_service.errors import SettingsError
 from shopr1_service.http.api_keys import ApiKeys
 from shopr1_service.http.middleware.auth import Authentication
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings, load_settings
 from tests.support.http import answer, client_of, group, problem, running, served
@@ -72,7 +73,7 @@ async def test_nothing_else_does(headers: dict[str, str], path: str) -> None:
 
 
 async def test_every_route_but_health_asks_for_it() -> None:
-    app = create_app(keyed(), FakePolicy)
+    app = create_app(keyed(), LocalEngine.opener(FakePolicy))
     async with app.router.lifespan_context(app), client_of(app) as client:
         for path, methods in app.openapi()["paths"].items():
             for method, operation in methods.items():
@@ -166,7 +167,7 @@ def test_a_file_without_keys_opens_nothing(tmp_path: Path, content: str | None) 
     if content is not None:
         file.write_text(content)
     with pytest.raises(SettingsError, match="api_key_file"):
-        create_app(Settings(api_key_file=file), FakePolicy)
+        create_app(Settings(api_key_file=file), LocalEngine.opener(FakePolicy))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_a_file_without_keys_opens_nothing(tmp_path: Path, content: str | None) 
 )
 def test_what_is_no_key(key: str) -> None:
     with pytest.raises(SettingsError, match="API key 2: must be") as caught:
-        create_app(Settings(api_keys=(KEY, key)), FakePolicy)  # type: ignore[arg-type]
+        create_app(Settings(api_keys=(KEY, key)), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     assert key not in str(caught.value)
 
 
@@ -235,7 +236,7 @@ async def test_a_key_is_good_for_its_scopes_only(name: str, path: str) -> None:
 async def test_every_route_refuses_what_is_not_allowed(
     keys: tuple[str, ...], headers: dict[str, str], status: int
 ) -> None:
-    app = create_app(Settings(api_keys=keys), FakePolicy)  # type: ignore[arg-type]
+    app = create_app(Settings(api_keys=keys), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     async with app.router.lifespan_context(app), client_of(app) as client:
         routes = [(path, method) for path, ops in app.openapi()["paths"].items() for method in ops]
         assert len(routes) > 15
@@ -255,7 +256,7 @@ def test_what_is_no_scope(scopes: str) -> None:
     with pytest.raises(
         SettingsError, match=r"API key 1: its scopes must be of score, metrics, admin"
     ) as caught:
-        create_app(Settings(api_keys=(f"{scopes}:{KEY}",)), FakePolicy)  # type: ignore[arg-type]
+        create_app(Settings(api_keys=(f"{scopes}:{KEY}",)), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     assert KEY not in str(caught.value)
 
 

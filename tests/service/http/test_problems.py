@@ -16,6 +16,7 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import (
@@ -422,7 +423,7 @@ def assert_not_ready(response: httpx.Response, detail: str) -> None:
 
 async def test_live_but_not_ready_while_the_policy_loads() -> None:
     load = Loader()
-    app = create_app(Settings(), load)
+    app = create_app(Settings(), LocalEngine.opener(load))
     async with app.router.lifespan_context(app), client_of(app) as client:
         try:
             for response in (
@@ -442,7 +443,7 @@ async def test_live_but_not_ready_while_the_policy_loads() -> None:
 
 
 async def test_not_ready_after_shutdown() -> None:
-    app = create_app(Settings(), FakePolicy)
+    app = create_app(Settings(), LocalEngine.opener(FakePolicy))
     async with client_of(app) as client:
         async with app.router.lifespan_context(app):
             await until_ready(client)
@@ -454,7 +455,7 @@ async def test_not_ready_after_shutdown() -> None:
 async def test_shutdown_while_the_policy_loads() -> None:
     failures: list[BaseException] = []
     load = Loader()
-    app = create_app(Settings(), load, on_failure=failures.append)
+    app = create_app(Settings(), LocalEngine.opener(load), on_failure=failures.append)
     async with client_of(app) as client:
         try:
             async with app.router.lifespan_context(app):
@@ -479,7 +480,7 @@ async def test_load_failure(error: Exception, caplog: pytest.LogCaptureFixture) 
         failures.append(failure)
         has_failed.set()
 
-    app = create_app(Settings(), load, on_failure=on_failure)
+    app = create_app(Settings(), LocalEngine.opener(load), on_failure=on_failure)
     async with app.router.lifespan_context(app), client_of(app) as client:
         await asyncio.wait_for(has_failed.wait(), WAIT_S)
         assert (await client.get("/health/ready")).status_code == 503
@@ -522,7 +523,9 @@ IDLE = [expected for expected in PROBLEMS if expected.code not in ELSEWHERE]
 @pytest.mark.parametrize("expected", IDLE, ids=lambda problem_class: problem_class.code)
 async def test_every_problem_has_every_key(expected: Any) -> None:
     load = Loader()
-    app = create_app(Settings(max_groups=8), load if expected.code == "not_ready" else Buggy)
+    app = create_app(
+        Settings(max_groups=8), LocalEngine.opener(load if expected.code == "not_ready" else Buggy)
+    )
     async with app.router.lifespan_context(app), client_of(app) as client:
         if expected.code != "not_ready":
             await until_ready(client)

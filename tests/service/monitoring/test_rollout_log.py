@@ -23,6 +23,7 @@ from shopr1_service.monitoring import rollout_log
 from shopr1_service.monitoring import rotating_jsonl as jsonl_files
 from shopr1_service.monitoring.rotating_jsonl import JsonlFiles
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, group, post, running, score, served
@@ -252,7 +253,7 @@ def test_no_half_line_stays_in_front_of_a_whole_one(tmp_path: Path, monkeypatch:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from shopr1_service.jsonl_files import JsonlFiles
+from shopr1_service.monitoring.rotating_jsonl import JsonlFiles
 log = JsonlFiles(Path(sys.argv[1]), max_bytes=100, max_files=3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 100))
 log.append(b"first\\n")
@@ -305,11 +306,11 @@ def test_writing_goes_on_where_somebody_has_deleted_file_or_directory(tmp_path: 
 def test_a_directory_that_cannot_be_written_is_told_at_start(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="rollout_log: cannot write into"):
-        create_app(Settings(rollout_log=tmp_path / where), FakePolicy)
+        create_app(Settings(rollout_log=tmp_path / where), LocalEngine.opener(FakePolicy))
 
 
 def test_a_directory_is_made(tmp_path: Path) -> None:
-    create_app(Settings(rollout_log=tmp_path / "a" / "b"), FakePolicy)
+    create_app(Settings(rollout_log=tmp_path / "a" / "b"), LocalEngine.opener(FakePolicy))
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 

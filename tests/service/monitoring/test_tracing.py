@@ -28,6 +28,7 @@ from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.errors import SettingsError
 from shopr1_service.monitoring import tracing
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app, open_tracer
 from shopr1_service.settings import Settings
 from tests.support.http import WAIT_S, answer, free_port, group, served
@@ -344,21 +345,23 @@ def test_the_name_of_the_service(
 def test_a_variable_that_makes_no_sense_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "-1")
     with pytest.raises(SettingsError, match=r"tracing: OpenTelemetry refuses .* must be positive"):
-        create_app(Settings(tracing=True), FakePolicy)
+        create_app(Settings(tracing=True), LocalEngine.opener(FakePolicy))
 
 
 def test_without_the_extra_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "shopr1_service.monitoring.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SettingsError, match=r"sdk.trace is missing\): pip install 'shopr1\[otel\]'"):
-        create_app(Settings(tracing=True), FakePolicy)
+        create_app(Settings(tracing=True), LocalEngine.opener(FakePolicy))
 
 
 def test_without_tracing_nothing_of_it_is_imported() -> None:
     program = (
         "import sys; from shopr1_service.server.app import create_app; "
         "from shopr1_service.policy.fake import FakePolicy; "
-        "from shopr1_service.settings import Settings; create_app(Settings(), FakePolicy); "
+        "from shopr1_service.scheduling.local_engine import LocalEngine; "
+        "from shopr1_service.settings import Settings; "
+        "create_app(Settings(), LocalEngine.opener(FakePolicy)); "
         "names = ('shopr1_service.monitoring.tracing', 'opentelemetry.sdk', 'opentelemetry.exporter'); "
         "sys.exit(any(name in sys.modules for name in names))"
     )

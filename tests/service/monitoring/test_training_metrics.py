@@ -17,6 +17,7 @@ from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 from shopr1_service.monitoring.training_metrics import repetition_ratio
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.scoring.recipe_book import RecipeBook
 from shopr1_service.scoring.scorer import Scorer
 from shopr1_service.settings import Settings
@@ -73,7 +74,8 @@ async def score_in(client: httpx.AsyncClient, run: str, *groups: object) -> None
 async def scored_group(run: str = "") -> ScoredGroup:
     """What observers are told of a small group."""
     seen: list[ScoredGroup] = []
-    scorer = Scorer(FakePolicy(), RecipeBook("shop_r1"), Settings(), Metrics(), observers=[seen.append])
+    engine = LocalEngine(FakePolicy(), Settings(), Metrics())
+    scorer = Scorer(engine, RecipeBook("shop_r1"), Settings(), Metrics(), observers=[seen.append])
     try:
         request = ScoreRequest.model_validate({"groups": [group(answer(CLICK), truth=CLICK)]})
         await scorer.score(request, Origin("id", run))

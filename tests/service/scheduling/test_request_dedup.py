@@ -59,7 +59,7 @@ async def settle() -> None:
 
 
 def ask(repeats: RequestDeduplicator, work: Work, key: bytes = b"k") -> "asyncio.Task[ScoreResponse]":
-    return asyncio.ensure_future(repeats.answer(key, work))
+    return asyncio.ensure_future(repeats.score(key, work))
 
 
 async def test_twins_share_the_work_and_the_answer() -> None:
@@ -71,7 +71,7 @@ async def test_twins_share_the_work_and_the_answer() -> None:
     work.may_end.set()
     assert {(await task).request_id for task in tasks} == {"1"}
     assert (await other).request_id == "2"
-    assert (await repeats.answer(b"k", work)).request_id == "1"  # also later
+    assert (await repeats.score(b"k", work)).request_id == "1"  # also later
     assert work.num_started == 2
 
 
@@ -121,7 +121,7 @@ async def test_errors_reach_all_and_are_not_kept() -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [ZeroDivisionError] * 2
     with pytest.raises(ZeroDivisionError):
-        await repeats.answer(b"k", work)
+        await repeats.score(b"k", work)
     assert work.num_started == 2
 
 
@@ -131,14 +131,14 @@ async def test_answers_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) ->
     repeats, work = RequestDeduplicator(Metrics()), Work()
     work.may_end.set()
     for clock[0], expected in ((100.0, "1"), (699.9, "1"), (700.0, "2")):
-        assert (await repeats.answer(b"k", work)).request_id == expected
+        assert (await repeats.score(b"k", work)).request_id == expected
 
 
 async def test_what_could_not_be_scored_is_tried_again() -> None:
     repeats, work = RequestDeduplicator(Metrics()), Work(status=Status.UNSCORABLE)
     work.may_end.set()
     for expected in ("1", "2"):
-        assert (await repeats.answer(b"k", work)).request_id == expected
+        assert (await repeats.score(b"k", work)).request_id == expected
 
 
 async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +146,12 @@ async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     repeats, work = RequestDeduplicator(Metrics()), Work(num_rollouts=4)
     work.may_end.set()
     for key in (b"a", b"b", b"c"):
-        await repeats.answer(key, work)
+        await repeats.score(key, work)
     assert work.num_started == 3
-    await repeats.answer(b"b", work)
-    await repeats.answer(b"c", work)
+    await repeats.score(b"b", work)
+    await repeats.score(b"c", work)
     assert work.num_started == 3
-    await repeats.answer(b"a", work)  # was forgotten for c
+    await repeats.score(b"a", work)  # was forgotten for c
     assert work.num_started == 4
 
 

@@ -96,14 +96,14 @@ async def scheduler(
 
 async def hold_up(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
     """Give the engine work that keeps it until the gate opens."""
-    task = asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(0))], KIND))
+    task = asyncio.create_task(scheduler.compute_certainties([TokenGroup([token_id], completions(0))], KIND))
     await asyncio.to_thread(policy.has_begun.wait, WAIT_S)
     return task
 
 
 async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES) -> list[Task]:
     """A request for each group."""
-    tasks = [asyncio.create_task(scheduler.measure([group], Kind(rules))) for group in groups]
+    tasks = [asyncio.create_task(scheduler.compute_certainties([group], Kind(rules))) for group in groups]
     await asyncio.sleep(0)  # lets each task run up to its wait, in order
     return tasks
 
@@ -114,7 +114,9 @@ def gauge(metrics: Metrics, name: str) -> float | None:
 
 async def test_an_idle_engine_begins_at_once(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    assert values(await scheduler.measure([TokenGroup([1], completions(3, 5))], KIND)) == [[3.0, 5.0]]
+    assert values(await scheduler.compute_certainties([TokenGroup([1], completions(3, 5))], KIND)) == [
+        [3.0, 5.0]
+    ]
     assert policy.batches == [[([1], 2)]]
 
 
@@ -137,7 +139,7 @@ async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler
 async def test_the_groups_of_a_request_go_together(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
     groups = [TokenGroup([1], completions(1)), TokenGroup([2], []), TokenGroup([3], completions(3, 4))]
-    assert values(await scheduler.measure(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
+    assert values(await scheduler.compute_certainties(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
     assert policy.batches == [[([1], 1), ([3], 2)]]
 
 
@@ -196,7 +198,7 @@ async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
     [waiting] = await submit(scheduler, TokenGroup([1] * 59, completions(0)))  # 60 of 100
     one, other = TokenGroup([2] * 19, completions(0)), TokenGroup([3] * 20, completions(0))
     with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
-        await scheduler.measure([one, other], KIND)
+        await scheduler.compute_certainties([one, other], KIND)
     assert caught.value.retry_after_s == 1.0  # nothing is known yet of how fast the engine is
     assert gauge(metrics, "shopr1_queue_tokens") == 60
     assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
@@ -215,7 +217,7 @@ async def test_what_is_larger_than_the_queue_is_admitted_to_an_empty_one(
 ) -> None:
     policy.gate.set()
     large = TokenGroup([1] * (MAX_QUEUE_TOKENS + 1), completions(0))
-    assert values(await scheduler.measure([large], KIND)) == [[0.0]]
+    assert values(await scheduler.compute_certainties([large], KIND)) == [[0.0]]
 
 
 async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, scheduler: Scheduler) -> None:
@@ -235,7 +237,9 @@ async def test_a_failure_drops_what_else_waits_of_the_request(policy: Gated, met
     scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
     policy.gate.set()
     with pytest.raises(ZeroDivisionError):
-        await scheduler.measure([TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], KIND)
+        await scheduler.compute_certainties(
+            [TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], KIND
+        )
     assert gauge(metrics, "shopr1_queue_tokens") == 0
     scheduler.close()
 
@@ -248,8 +252,8 @@ async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
     with monkeypatch.context() as patch:
         patch.setattr(policy, "certainties", lambda _groups, _rules, _version: [[Certainty((1.0,))]])
         with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
-            await scheduler.measure([group], KIND)
-    assert values(await scheduler.measure([group], KIND)) == [[1.0, 2.0]]
+            await scheduler.compute_certainties([group], KIND)
+    assert values(await scheduler.compute_certainties([group], KIND)) == [[1.0, 2.0]]
 
 
 async def test_when_the_device_is_gone_everybody_is_told(
@@ -264,13 +268,16 @@ async def test_when_the_device_is_gone_everybody_is_told(
             await task
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
-        await scheduler.measure([TokenGroup([1], completions(1))], KIND)
+        await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
+    await asyncio.to_thread(scheduler._thread.join, WAIT_S)  # it reports the error last
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
 
 
 async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
-    assert await scheduler.measure([TokenGroup([1], [])], KIND) == [Measurements([], policy.versions.base)]
+    assert await scheduler.compute_certainties([TokenGroup([1], [])], KIND) == [
+        Measurements([], policy.versions.base)
+    ]
     assert policy.batches == []
 
 
@@ -283,7 +290,7 @@ async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, 
     with pytest.raises(asyncio.CancelledError):
         await waiting
     with pytest.raises(NotReadyError, match="shutting down"):
-        await scheduler.measure([TokenGroup([1], completions(1))], KIND)
+        await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
 
 
 # --- errands ----------------------------------------------------------------------------------------
@@ -335,7 +342,7 @@ async def test_what_an_errand_raises_is_handed_over(
         outcome.append(caught)
     assert outcome == [error]
     policy.gate.set()
-    assert values(await scheduler.measure([TokenGroup([1], completions(1))], KIND)) == [[1.0]]
+    assert values(await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)) == [[1.0]]
 
 
 async def test_an_errand_is_done_though_nobody_waits(policy: Gated, scheduler: Scheduler) -> None:
@@ -392,7 +399,7 @@ def targeting(adapter: str | None = None, **demand: Any) -> Kind:
 
 
 def measuring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
-    return asyncio.create_task(scheduler.measure([TokenGroup([token_id], completions(1))], kind))
+    return asyncio.create_task(scheduler.compute_certainties([TokenGroup([token_id], completions(1))], kind))
 
 
 def renew(policy: Gated, name: str) -> None:

@@ -12,9 +12,11 @@ import uvicorn
 
 from shopr1_client import Client
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.server.http_protocol import connection_class
 from shopr1_service.settings import Settings
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 from tests.support.http import WAIT_S, answer, group, serving
 from tests.support.models import policy_of, tiny_model
 from tests.support.updating import adapter_file, changed_model, file_of
@@ -26,7 +28,7 @@ HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nCo
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    app = create_app(Settings(receive_timeout_s=TIMEOUT_S), FakePolicy)
+    app = create_app(Settings(receive_timeout_s=TIMEOUT_S), LocalEngine.opener(FakePolicy))
     with serving(app, http=connection_class(TIMEOUT_S)) as url, Client(url) as client:
         client.wait_until_ready(WAIT_S)
         yield url
@@ -131,7 +133,9 @@ LINGER_S = 0.3
 def updatable_server(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch.setattr("shopr1_service.server.http_protocol._LINGER_S", LINGER_S)
     monkeypatch.setattr("shopr1_service.server.http_protocol.BUFFER_BYTES", request.param)
-    app = create_app(Settings(receive_timeout_s=TIMEOUT_S), lambda: policy_of(tiny_model()))
+    app = create_app(
+        Settings(receive_timeout_s=TIMEOUT_S), UpdatableEngine.opener(lambda: policy_of(tiny_model()))
+    )
     with serving(app, http=connection_class(TIMEOUT_S)) as url, Client(url) as client:
         client.wait_until_ready(WAIT_S)
         yield url

@@ -68,7 +68,7 @@ async def update(
 
     All is checked before anything changes. The answer comes when the new weights score.
     """
-    return await state.updates.from_checkpoint(body)
+    return await state.engine.load_checkpoint(body)
 
 
 @stream_router.put(
@@ -88,7 +88,7 @@ async def upload(
 
     They are checked as they come, in bounded memory. If the connection breaks, nothing has changed.
     """
-    return await state.updates.from_upload(received(request), version, is_partial=partial)
+    return await state.engine.load_upload(received(request), version, is_partial=partial)
 
 
 @router.post(
@@ -101,7 +101,7 @@ async def transfer(
     body: Annotated[TransferRequest, Body(openapi_examples=examples.TRANSFER_REQUESTS)], state: AppState
 ) -> PolicyUpdate:
     """Joins the trainer's torch.distributed group of two, and takes the tensors that it broadcasts."""
-    return await state.updates.from_trainer(body)
+    return await state.engine.receive_broadcast(body)
 
 
 @router.post(
@@ -117,7 +117,7 @@ async def load_adapter(
 
     Under a known name it is a further version of it, and the last `adapter_versions` stay loaded.
     """
-    return await state.adapters.from_directory(body)
+    return await state.engine.load_adapter(body)
 
 
 @stream_router.put(
@@ -138,7 +138,7 @@ async def upload_adapter(
 ) -> AdapterUpdate:
     """PEFT's `adapter_model.safetensors`, with the text of its config as `adapter_config` in the metadata."""
     wanted = AdapterRequest(name=name, path="-", version=version, default=default)
-    return await state.adapters.from_upload(received(request), wanted)
+    return await state.engine.load_uploaded_adapter(received(request), wanted)
 
 
 @router.delete(
@@ -153,7 +153,7 @@ async def unload_adapter(
     version: Annotated[VersionName | None, Query(description="Default: all versions.")] = None,
 ) -> PolicyState:
     """Requests that name it get 422 from then on; those without a name are scored without it."""
-    await state.adapters.unload(name, version)
+    await state.engine.unload_adapter(name, version)
     return state.policy_state
 
 

@@ -30,7 +30,7 @@ async def info(state: AppState) -> Info:
     """What is loaded, how it computes, and what a request may hold."""
     return Info(
         version=__version__,
-        policy=state.scorer.policy.info,
+        policy=state.engine.info,
         limits=state.settings.limits,
         default_recipe=reference(state.recipes.default),
         recipes=[reference(recipe) for recipe in state.recipes],
@@ -74,7 +74,7 @@ async def get_recipe(name: str, state: AppState) -> Recipe:
 )
 async def metrics(state: AppState) -> Response:
     """Prometheus text format."""
-    of_engines = await state.engine_metrics()
+    of_engines = await state.scrape_engines()
     # On a thread: with many runs it takes a tenth of a second, and requests need not wait for it.
     content = await asyncio.to_thread(state.metrics.render, of_engines)
     return Response(content, media_type=CONTENT_TYPE_LATEST)

@@ -8,7 +8,7 @@ from shopr1_client.errors import InvalidRequestError, PolicyVersionError
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_service.core import Target, Version
 from shopr1_service.policy.fake import FakePolicy
-from shopr1_service.scoring.version_waiter import VersionWaiter
+from shopr1_service.scheduling.version_waiter import VersionWaiter
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ def policy() -> FakePolicy:
 
 @pytest.fixture
 def new_versions(policy: FakePolicy) -> VersionWaiter:
-    return VersionWaiter(policy)
+    return VersionWaiter(lambda: policy.versions)
 
 
 def target(wait_s: float = LONG_S, **demand: str | int) -> Target:
@@ -50,11 +50,11 @@ async def test_each_is_told_when_its_own_comes(policy: FakePolicy, new_versions:
     first = await waiting(new_versions, target(exact="one"))
     second = await waiting(new_versions, target(at_least="two"))
     update(policy, "one")
-    new_versions.tell()
+    new_versions.notify()
     await first
     assert not second.done()
     update(policy, "two")
-    new_versions.tell()
+    new_versions.notify()
     await second
 
 
@@ -64,7 +64,7 @@ async def test_it_is_missed_by_who_wants_exactly_what_has_gone(
     late = await waiting(new_versions, target(exact=1))
     update(policy, "one")
     update(policy, "two")
-    new_versions.tell()
+    new_versions.notify()
     with pytest.raises(PolicyVersionError) as caught:
         await late
     assert caught.value.retry_after_s is None
@@ -91,7 +91,7 @@ async def test_other_changes_do_not_prolong_it(policy: FakePolicy, new_versions:
     task = asyncio.create_task(new_versions.wait_for(target(at_least=10**9, wait_s=0.05)))
     while not task.done():
         update(policy, "other")
-        new_versions.tell()
+        new_versions.notify()
         await asyncio.sleep(0)
     assert isinstance(task.exception(), PolicyVersionError)
 
@@ -101,7 +101,7 @@ async def test_an_adapter_that_goes_meanwhile(policy: FakePolicy, new_versions: 
     policy.versions = policy.versions.with_adapter(added, max_kept=1, is_default=False)
     task = await waiting(new_versions, Target("a", VersionDemand(at_least="y", wait_s=LONG_S)))
     policy.versions = policy.versions.without([added])
-    new_versions.tell()
+    new_versions.notify()
     with pytest.raises(InvalidRequestError, match="no adapter 'a' is loaded"):
         await task
     with pytest.raises(InvalidRequestError):
@@ -115,5 +115,5 @@ async def test_who_is_called_off_leaves_the_others_waiting(
     gone.cancel()
     await asyncio.wait([gone])
     update(policy, "one")
-    new_versions.tell()
+    new_versions.notify()
     await there
