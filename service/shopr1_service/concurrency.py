@@ -13,9 +13,9 @@ _Result = TypeVar("_Result")
 
 
 async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
-    """Run `work` on a separate thread with the caller's context variables.
+    """What `work` returns, on a thread of its own, with the caller's context variables.
 
-    If this is cancelled, the thread continues.
+    If this is cancelled, the thread goes on by itself.
 
     Args:
         name: of the thread.
@@ -44,7 +44,7 @@ async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
 
 
 async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result:
-    """Run `read` on a thread that is abandoned after a timeout.
+    """What `read` returns, on a thread that is left to itself if that takes too long.
 
     Args:
         timeout_s: setting `read_timeout_s`.

@@ -43,7 +43,7 @@ class CharacterCodec:
 
 
 class FakePolicy:
-    """A policy without a model, for tests.
+    """See the module.
 
     Args:
         base_nats: certainty of a completion's first token.

@@ -123,7 +123,7 @@ class AnonymousTempFile(OpenFile):
 
 
 class CheckpointFile(OpenFile):
-    """A regular file that others may change, opened once. Deleting or renaming it is harmless.
+    """A regular file that others may change, opened once. Deleting or renaming it does no harm.
 
     Args:
         path: without links.

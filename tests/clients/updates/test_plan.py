@@ -58,7 +58,7 @@ def assert_sent(body: bytes, module: nn.Module) -> None:
     assert all(torch.equal(sent[name], tensor) for name, tensor in expected.items())
 
 
-# --- requests -------------------------------------------------------------------------------------
+# --- what is sent -----------------------------------------------------------------------------------
 
 
 @both
@@ -124,9 +124,7 @@ def test_an_adapter_of_a_directory(update: Update) -> None:
         ({"weight": torch.ones(2, dtype=torch.int8)}, {}, "^weight is a Tensor of torch.int8"),
     ],
 )
-def test_invalid_sources_are_rejected(
-    update: Update, source: Any, options: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_sent(update: Update, source: Any, options: dict[str, Any], message: str) -> None:
     with policy_server() as server, pytest.raises(ValueError, match=message):
         update(server.url, source, "7", **options)
     assert server.received == []
@@ -233,7 +231,7 @@ def test_no_server_gets_it(update: Update) -> None:
     assert two.received == []
 
 
-# --- retries ---------------------------------------------------------------------------------------
+# --- what is tried again ----------------------------------------------------------------------------
 
 TRANSIENT = [
     UpdateConflictError("another", retry_after_s=0.0),

@@ -1,4 +1,4 @@
-"""The upload of a module, read with the safetensors library."""
+"""What is sent of a module, read by the library whose format it is."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -161,7 +161,7 @@ def test_a_submodule_called_module_is_no_wrapper() -> None:
     assert of_module(model).tensors.keys() == {"module.weight"}
 
 
-# --- invalid modules --------------------------------------------------------------------------------
+# --- what cannot be sent ----------------------------------------------------------------------------
 
 
 def refusal(tensor: Tensor) -> str:
@@ -184,7 +184,7 @@ def test_sharded_modules() -> None:
             of_module(nn.Sequential(sharded))
 
 
-def test_tensors_missing_on_a_rank() -> None:
+def test_what_a_rank_has_not() -> None:
     assert "ZeRO-3" in refusal(torch.empty(0))
     assert "offloaded" in refusal(torch.ones(2, device="meta"))
 

@@ -13,7 +13,7 @@ from tests.support.process import EMBEDDED, Process, process
 
 NUM_LARGE_TENSORS = 24
 MAX_GROWTH = 0.2
-"""Size of the weights."""
+"""Of the weights."""
 _PIECE_BYTES = 2**20
 
 
@@ -44,7 +44,7 @@ def service(directory: Path) -> Iterator[Process]:
         "SHOPR1_DTYPE": "float32",
     }
     with process(*EMBEDDED, **settings) as running:
-        # Allocations of the first request do not belong to the update.
+        # What the first request allocates is not the update's.
         body = {"groups": [group(answer())]}
         httpx.post(f"{running.url}/score", json=body, timeout=WAIT_S).raise_for_status()
         yield running

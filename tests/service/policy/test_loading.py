@@ -204,7 +204,7 @@ def test_device_that_is_not_there(saved: Path) -> None:
         load(saved, device="cuda")
 
 
-# --- rejections -------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------
 
 
 class Bomb:

@@ -1,4 +1,4 @@
-"""The version of a request, compared with a list of all versions that were ever loaded."""
+"""Which version a request gets, against a list of everything that was ever loaded."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -65,14 +65,14 @@ def test_an_update_leaves_the_former_table_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("demand", [exact("start"), exact(0)])
-def test_a_replaced_version_does_not_come_back(demand: VersionDemand) -> None:
+def test_what_has_gone_does_not_come_back(demand: VersionDemand) -> None:
     error = refusal(START.with_base("one", 3.0), demand)
     assert error.retry_after_s is None
     assert error.detail.endswith("is demanded, 'one' is loaded, number 1")
 
 
 @pytest.mark.parametrize("demand", [exact("two"), exact(2), at_least("two"), at_least(2)])
-def test_an_unknown_version_may_come(demand: VersionDemand) -> None:
+def test_what_has_not_come_may_come(demand: VersionDemand) -> None:
     table = START.with_base("one", 3.0)
     assert refusal(table, demand).retry_after_s == versions.RETRY_AFTER_S
     assert number(table.with_base("two", 4.0), demand=demand) == 2
@@ -177,7 +177,7 @@ def test_unloading_counts_as_a_change() -> None:
 
 @dataclass
 class Model:
-    """A list of all versions; loaded ones are computed from it each time."""
+    """A list of all that came; what is loaded is worked out anew each time."""
 
     came: list[Version] = field(default_factory=lambda: [START.base])
     gone: set[int] = field(default_factory=set)

@@ -64,7 +64,7 @@ def large() -> list[Tensor]:
 
 
 def one_then(number: int) -> Iterator[Tensor]:
-    """The sender exits or hangs after the first tensor."""
+    """The sender ends, or stands still, when the first tensor has gone."""
     yield large()[0]
     os.kill(os.getpid(), number)
     yield large()[1]
@@ -84,7 +84,7 @@ def train(pipe: Connection) -> None:
                 pipe.send("sent")
 
 
-def hang(pipe: Connection) -> None:
+def stand_still(pipe: Connection) -> None:
     store = serve_store(HOST, WAIT_S)
     pipe.send(store.port)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -121,7 +121,7 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[Any,
     try:
         yield child, ours
     finally:
-        child.kill()  # also if it hangs
+        child.kill()  # also where it stands still
         child.join()
         child.close()
         ours.close()
@@ -156,7 +156,7 @@ def drop(_piece: memoryview) -> None:
 
 
 def failure(asked: TransferRequest, sink: Callable[[memoryview], None] = drop) -> tuple[str, float]:
-    """The error message and the duration in seconds."""
+    """What it says, and how long it took, s."""
     begin_s = time.monotonic()
     with pytest.raises(TransferError) as caught:
         receive(asked, CPU, sink)
@@ -164,7 +164,7 @@ def failure(asked: TransferRequest, sink: Callable[[memoryview], None] = drop) -
 
 
 def held() -> tuple[int, list[str]]:
-    """Threads of this process, and its descriptors except pipes to its children."""
+    """What a process has: threads, and whatever has a descriptor but pipes to its children."""
     links = []
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing's own
@@ -250,15 +250,15 @@ def test_a_service_that_dies(num_pieces: int) -> None:
     assert time.monotonic() - begin_s < WAIT_S / 2  # the process had to begin
 
 
-def test_a_hanging_trainer_is_abandoned_at_the_deadline() -> None:
+def test_a_trainer_that_stands_still_is_left_at_the_deadline() -> None:
     with process(train) as (_, pipe):
         said, took_s = failure(request(begun(pipe, one_then, signal.SIGSTOP), large(), timeout_s=3.0))
     assert said.startswith("the 3 s are over; 1 of 2 tensors had arrived")
     assert 3.0 <= took_s < 4.0
 
 
-def test_a_hanging_store_is_abandoned_at_the_deadline() -> None:
-    with process(hang) as (_, pipe):
+def test_a_store_that_stands_still_is_left_at_the_deadline() -> None:
+    with process(stand_still) as (_, pipe):
         said, took_s = failure(request(heard(pipe), large(), timeout_s=2.0))
     assert HOST in said or "the 2 s are over" in said
     assert took_s < 3.0

@@ -1,4 +1,4 @@
-"""Files that may be read and files of a checkpoint: real files, links, pipes and sockets."""
+"""Which files may be read, and which are a checkpoint: real files, links, pipes and sockets."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_links_that_stay_below_the_roots(root: Path, directory: Path, tmp_path: 
 
 
 def messages(paths: Mapping[str, str], roots: list[Path]) -> set[str]:
-    """The errors of these paths, without the paths themselves."""
+    """What is said about these paths, but for the paths themselves."""
     found = set()
     for path in paths.values():
         with pytest.raises(CheckpointError) as caught:
@@ -243,7 +243,7 @@ def test_an_index_and_another_file_are_ambiguous(directory: Path) -> None:
         (["policy-q8.gguf"], "GGUF files are not read for updates"),
     ],
 )
-def test_directories_that_are_no_checkpoint(directory: Path, files: list[str], message: str) -> None:
+def test_what_is_no_checkpoint(directory: Path, files: list[str], message: str) -> None:
     for file in files:
         (directory / file).write_bytes(b"")
     error = refused(directory)
@@ -364,7 +364,7 @@ MAKERS = [
 @pytest.mark.timeout(60)  # a pipe that is waited for is waited for forever
 @pytest.mark.parametrize(("make", "message"), MAKERS)
 @pytest.mark.parametrize("name", [SINGLE_FILE, INDEX_FILE, SECOND])
-def test_paths_that_are_no_file(
+def test_what_is_no_file(
     directory: Path, tmp_path: Path, make: Callable[[Path, Path], None], message: str, name: str
 ) -> None:
     if name == SECOND:
@@ -375,7 +375,7 @@ def test_paths_that_are_no_file(
     assert (str(error), error.location) == (message.format(name), name)
 
 
-def test_errors_of_the_system_are_reported(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_says_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directory)  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(SINGLE_FILE)
@@ -482,7 +482,7 @@ def test_a_shard_that_is_missing(directory: Path) -> None:
         (b'{"weight_map": {"' + b"w" * 1025 + b'": "a.safetensors"}}', "a tensor's name is too long"),
     ],
 )
-def test_invalid_index(directory: Path, text: bytes, message: str) -> None:
+def test_what_is_no_index(directory: Path, text: bytes, message: str) -> None:
     (directory / INDEX_FILE).write_bytes(text)
     error = refused(directory)
     assert str(error).startswith(f"{INDEX_FILE}: {message}")
@@ -527,7 +527,7 @@ def test_an_adapter(root: Path, directory: Path) -> None:
         (["adapter.gguf"], "GGUF files are not read"),
     ],
 )
-def test_directories_that_are_no_adapter(directory: Path, files: list[str], message: str) -> None:
+def test_what_is_no_adapter(directory: Path, files: list[str], message: str) -> None:
     for file in files:
         (directory / file).write_bytes(b"")
     error = refused_adapter(directory)

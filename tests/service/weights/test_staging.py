@@ -107,7 +107,7 @@ def test_a_discarded_file_is_closed_once() -> None:
         assert other.read() == b""
 
 
-def test_partial_writes_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_in_parts_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a disk that is nearly full, and for more than 2 GiB at once."""
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, block, start: pwrite(fd, block[:3], start))
@@ -155,7 +155,7 @@ def test_wherever_blocks_and_pieces_are_cut(cuts: list[int], piece_bytes: int) -
 
 
 class Odd(nn.Module):
-    """Unusual tensors of a model."""
+    """What a model's tensors may look like too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def test_each_piece_is_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", [70_000.0, -1e30])
-def test_values_too_large_for_the_dtype_of_the_model(value: float) -> None:
+def test_what_is_too_large_for_the_models_dtype(value: float) -> None:
     tensor = torch.ones(32)
     tensor[-1] = value
     model = tiny_model(dtype=torch.float16)
@@ -213,7 +213,7 @@ def test_values_too_large_for_the_dtype_of_the_model(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 17, 31])
-def test_values_that_are_not_finite(value: float, place: int) -> None:
+def test_what_is_not_finite(value: float, place: int) -> None:
     tensor = torch.ones(32)
     tensor[place] = value
     assert flaws(tiny_model(), (NORM, tensor)) == {NORM: "NaN or infinite values"}
@@ -264,7 +264,7 @@ def test_tied_tensors_must_not_differ(place: int, piece_bytes: int, monkeypatch:
     loaded(model, (EMBEDDING, embedding), (HEAD, nearly))
 
 
-def test_untied_tensors_may_differ() -> None:
+def test_what_is_not_tied_may_differ() -> None:
     model, changed = tiny_model(), weights_of(changed_model())
     loaded(model, (EMBEDDING, changed[EMBEDDING]), (HEAD, changed[HEAD]))
     assert torch.equal(model.state_dict()[HEAD], changed[HEAD])
@@ -292,7 +292,7 @@ def test_the_backup_after_any_updates(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_of_an_update_are_not_written_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_update_brought_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     kept = Weights(model)
     backup = WeightBackup(kept, None)
@@ -373,7 +373,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     bits=st.lists(st.integers(0, 2**64 - 1), max_size=5),
 )
 def test_finite_is_what_torch_calls_finite(dtype: torch.dtype, bits: Sequence[int]) -> None:
-    """Tensors of arbitrary bits: infinities, NaN of either sign, the largest and the smallest numbers."""
+    """Of any bits: both infinities, NaN of either sign, the largest and the smallest numbers."""
     content = b"".join(
         (each >> (64 - 8 * dtype.itemsize)).to_bytes(dtype.itemsize, "little") for each in bits
     )
@@ -399,7 +399,7 @@ def test_room_is_kept_before_anything_is_taken(monkeypatch: pytest.MonkeyPatch) 
     assert kept == [tensor.numel() * 8]
 
 
-def test_a_full_disk_is_reported_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -30,9 +30,9 @@ from shopr1_service.http.state import AppState
 TAG = "policy"
 router = APIRouter(tags=[TAG])
 stream_router = APIRouter(tags=[TAG])
-"""Bodies of any size, read in chunks and bounded by the limits of their header."""
+"""Bodies of any size: they are taken piece by piece, and bounded by what their header may announce."""
 
-Version = Annotated[VersionName, Query(description="The version's name, which is in every response.")]
+Version = Annotated[VersionName, Query(description="The version's name; stands in every answer.")]
 Name = Annotated[AdapterName, Path(description="The adapter's name.")]
 
 _SAFETENSORS = {
@@ -47,7 +47,7 @@ _SAFETENSORS = {
 @router.get(
     "/policy",
     operation_id="policy",
-    summary="Loaded versions, and the progress of an update",
+    summary="What is loaded, and whether an update is under way",
     responses=problem_responses(InternalError, NotReadyError),
 )
 async def policy(state: AppState) -> PolicyState:
@@ -158,7 +158,7 @@ async def unload_adapter(
 
 
 async def received(request: Request) -> AsyncIterator[bytes]:
-    """A request's body in chunks.
+    """A request's body, piece by piece.
 
     Raises:
         ClientDisconnectedError: the client died in the middle.

@@ -55,10 +55,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-# --- versions ---------------------------------------------------------------------------------------
+# --- what is loaded ---------------------------------------------------------------------------------
 
 
-async def test_every_response_names_the_version(service: Service) -> None:
+async def test_every_answer_names_what_is_loaded(service: Service) -> None:
     start = await service.state()
     assert start == {
         "model": "tiny",
@@ -82,7 +82,7 @@ async def test_every_response_names_the_version(service: Service) -> None:
     assert (info["version"], info["number"]) == ("step-1", 1)
 
 
-async def test_response_to_an_update(service: Service) -> None:
+async def test_what_an_update_says_of_itself(service: Service) -> None:
     update = done(await service.upload(NEW))
     weights = weights_of(tiny_model())
     assert update["num_tensors"] == len(weights)
@@ -139,7 +139,7 @@ async def test_a_checkpoint_gives_the_numbers_of_a_fresh_service(
     assert await service.numbers() == await numbers_of(tiny_model())
     done(await service.update(path))
     assert await service.numbers() == await numbers_of(model)
-    # A relative path is below a root.
+    # What is relative is below a root.
     saved(root / "old", tiny_model())
     done(await service.update("old"))
     assert await service.numbers() == await numbers_of(tiny_model())
