@@ -32,7 +32,7 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 PART = "model.layers.1."
-"""What a partial update brings."""
+"""Prefix of the tensors in a partial update."""
 HUGE = 1e38
 
 _PAGE = "A shop for tea and mugs. What next?"
@@ -81,7 +81,7 @@ def saved(
 
 
 def adapter_file(seed: int = 4, config: str | None = ADAPTER_CONFIG) -> bytes:
-    """Of every linear layer of `tiny_model`."""
+    """Adapter file for every linear layer of `tiny_model`."""
     metadata = {} if config is None else {ADAPTER_CONFIG_KEY: config}
     return file_of(random_tensors(tiny_model(), seed=seed), **metadata)
 
@@ -99,7 +99,7 @@ def saved_adapter(directory: Path, seed: int = 4) -> str:
 
 @dataclass
 class Service:
-    """An application that is ready to score, and what it said when it could not go on."""
+    """An application that is ready to score, and its fatal errors."""
 
     app: FastAPI
     http: httpx.AsyncClient
@@ -136,7 +136,7 @@ class Service:
         self.policy._cache.clear()
 
     async def numbers(self, **target: Any) -> list[float]:
-        """What is measured of each token of some rollouts, always the same ones."""
+        """Self-certainty of each token of some rollouts, always the same ones."""
         rewards = [r for each in (await self.scored(**target))["groups"] for r in each["rewards"]]
         return [token["value"] for reward in rewards for token in reward["details"]["tokens"]]
 

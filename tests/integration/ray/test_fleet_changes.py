@@ -113,7 +113,7 @@ async def test_a_directory_may_have_another_adapter_later(front: Front, tmp_path
     assert front.num_kept == 0
     with pytest.raises(NotFoundError):
         await front.adapters.unload("lora")
-    with pytest.raises(InvalidWeightsError, match="nothing of this name"):
+    with pytest.raises(InvalidWeightsError, match="no directory of this name"):
         await front.adapters.from_directory(AdapterRequest(name="lora", path="nowhere"))
 
 
