@@ -1,4 +1,4 @@
-"""What docs/trainers says exists: routes, settings, keys, links."""
+"""Routes, settings, keys and links in docs/trainers exist."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_links(page: Path) -> None:
 @each_page
 def test_routes(page: Path) -> None:
     named = set(re.findall(r"/dialects/[a-z_]+(?:/[a-z_0-9]+)*", page.read_text("utf-8")))
-    # A base URL stands for the routes below it.
+    # A base URL means all routes below it.
     assert [path for path in named if not any(f"{known}/".startswith(f"{path}/") for known in PATHS)] == []
 
 

@@ -1,4 +1,4 @@
-"""Updates that fail half-way in different ways, against a server on a socket."""
+"""Updates that fail half-way, each in its own manner, against a server on a socket."""
 
 import json
 import math
@@ -135,7 +135,7 @@ class Sender:
 
     @property
     def _half(self) -> bytes:
-        """A request whose body continues."""
+        """A request that continues."""
         head = (
             "PUT /policy/weights?version=broken HTTP/1.1\r\nHost: service\r\n"
             f"Content-Type: application/octet-stream\r\nContent-Length: {len(self._body)}\r\n\r\n"
