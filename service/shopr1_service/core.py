@@ -4,10 +4,13 @@ The scoring core says what happened; who listens is put together in `state.py`. 
 logged and costs nobody a reward.
 """
 
+import hashlib
 import logging
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from shopr1_client.wire import (
     Group,
@@ -94,11 +97,63 @@ class MeasuredCompletion:
 
 
 @dataclass(frozen=True)
-class TokenGroup:
-    """A prompt and completions of it."""
+class PromptScope:
+    """Everything but the token ids that the keys and values of a prompt depend on.
 
-    prompt_ids: Sequence[int]
+    Attributes:
+        weights: in the queue the target of the request; in the engine the version of the adapter, None for the
+            policy's own weights.
+        inputs_digest: digest of inputs that are not tokens, such as images; empty if there are none.
+    """
+
+    weights: Target | Version | None = None
+    inputs_digest: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptKey:
+    """The identity of a prompt. Only equal prompts share a batch and a place in the prefix cache."""
+
+    ids: Sequence[int]
+    scope: PromptScope = PromptScope()
+
+    def with_weights(self, weights: Target | Version | None) -> "PromptKey":
+        return PromptKey(self.ids, replace(self.scope, weights=weights))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptKey) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @cached_property
+    def _identity(self) -> tuple[bytes, PromptScope]:
+        # A digest: prompts of 32k tokens are slow to compare and to hash again and again.
+        return hashlib.blake2b(array("q", self.ids).tobytes()).digest(), self.scope
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A prompt and its completions."""
+
+    prompt: PromptKey
     completions: Sequence[MeasuredCompletion]
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        return self.prompt.ids
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens of the completions: the cost of the group where its prompt is computed anyway."""
+        return sum(len(completion.ids) for completion in self.completions)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.ids) + self.num_own_tokens
+
+    def with_weights(self, weights: Target | Version | None) -> "TokenGroup":
+        return TokenGroup(self.prompt.with_weights(weights), self.completions)
 
 
 @dataclass(frozen=True)
@@ -201,7 +256,7 @@ class PreparedGroup:
     def token_group(self) -> TokenGroup:
         """What the engine is to measure: the rollouts that have something to measure, in order."""
         return TokenGroup(
-            self.prompt_ids,
+            PromptKey(self.prompt_ids),
             [MeasuredCompletion(r.tokens.ids, r.measured) for r in self.rollouts if r.measured],
         )
 

@@ -50,7 +50,7 @@ class LoadedPolicy:
         cache: PrefixCache,
         *,
         renew: Callable[[], None],
-        probe: Callable[[], Measured],
+        probe: Callable[[Version | None], Measured],
         staging_dir: Path | None = None,
     ) -> None:
         self.heartbeat = heartbeat
@@ -80,7 +80,7 @@ class LoadedPolicy:
     ) -> Measured:
         version = version or self.versions.current
         adapter = self._adapters.get(version.number)
-        self._cache.enter(version.number if adapter else None)
+        groups = [group.with_weights(version if adapter else None) for group in groups]
         with adapter.applied(self.model) if adapter else nullcontext():
             return self.engine.certainties(groups, rules)
 
@@ -95,7 +95,7 @@ class LoadedPolicy:
         try:
             self._load(stored)
             self._renew()
-            self._check(self._probe())
+            self._check(self._probe(None))
         except Exception as error:
             logger.error("version %r is not taken, the former one comes back: %s", name, error)
             self._go_back(stored)
@@ -113,9 +113,8 @@ class LoadedPolicy:
         Raises:
             InvalidWeightsError: the policy cannot compute with it, or takes no notice of it.
         """
-        self._cache.enter(version.number)
         try:
-            self._try(adapter)
+            self._try(adapter, version)
         except Exception:
             self._forget([version])
             raise
@@ -150,10 +149,9 @@ class LoadedPolicy:
         self.versions = versions
 
     def _forget(self, gone: Iterable[Version]) -> None:
-        self._cache.enter(None)
         for version in gone:
             self._adapters.pop(version.number, None)
-            self._cache.forget(version.number)
+            self._cache.forget(version)
 
     def _load(self, stored: Mapping[str, Stored]) -> None:
         try:
@@ -176,9 +174,9 @@ class LoadedPolicy:
                 what = "the policy's logits are not finite" if is_known else f"it fails: {value.message}"
                 raise InvalidWeightsError(f"with them {what}")
 
-    def _try(self, adapter: Adapter) -> None:
+    def _try(self, adapter: Adapter, version: Version) -> None:
         # In the one pass that shows which layers are called, logits are checked, too.
-        unused = unused_layers(adapter, self.model, lambda: self._check(self._probe()))
+        unused = unused_layers(adapter, self.model, lambda: self._check(self._probe(version)))
         if unused:
             raise InvalidWeightsError(
                 f"the policy computes past {unused[0]} and {len(unused) - 1} more: they cannot be adapted",
