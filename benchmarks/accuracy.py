@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from baselines import batch_certainties
 from report import Report
 from shopr1_client.wire import Group, ScoreRequest
-from shopr1_service.core import Certainty, TokenGroup
+from shopr1_service.core import Certainty, PromptKey, TokenGroup
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.settings import DType
 from subject import RECIPE, Subject, load_model
@@ -63,7 +63,7 @@ def _lone_rollouts(groups: Sequence[TokenGroup]) -> Iterator[TokenGroup]:
     """A group for each completion: of one prompt they differ in length."""
     for group in groups:
         for completion in group.completions:
-            yield TokenGroup(group.prompt_ids, [completion])
+            yield TokenGroup(PromptKey(group.prompt_ids), [completion])
 
 
 def mean_absolute_error(values_T: Tensor, exact_T: Tensor) -> float:

@@ -101,8 +101,8 @@ class PromptScope:
     """Everything but the token ids that the keys and values of a prompt depend on.
 
     Attributes:
-        weights: in the queue the target of the request; in the engine the version of the adapter, None for the
-            policy's own weights.
+        weights: in the queue the request's target; in the engine the adapter's version, None for the policy's
+            own weights.
         inputs_digest: digest of inputs that are not tokens, such as images; empty if there are none.
     """
 
@@ -110,12 +110,16 @@ class PromptScope:
     inputs_digest: bytes = b""
 
 
+TEXT_SCOPE = PromptScope()
+"""The scope of tokens alone, with the policy's own weights."""
+
+
 @dataclass(frozen=True, eq=False)
 class PromptKey:
     """The identity of a prompt. Only equal prompts share a batch and a place in the prefix cache."""
 
     ids: Sequence[int]
-    scope: PromptScope = PromptScope()
+    scope: PromptScope = TEXT_SCOPE
 
     def with_weights(self, weights: Target | Version | None) -> "PromptKey":
         return PromptKey(self.ids, replace(self.scope, weights=weights))

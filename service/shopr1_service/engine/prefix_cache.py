@@ -17,10 +17,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from shopr1_service.core import CacheStats, PromptScope
-
-
-_BARE = PromptScope()
+from shopr1_service.core import TEXT_SCOPE, CacheStats, PromptScope
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class PrefixCache:
     def is_enabled(self) -> bool:
         return self.max_bytes > 0
 
-    def match(self, ids: Sequence[int], scope: PromptScope = _BARE) -> list[Chunk]:
+    def match(self, ids: Sequence[int], scope: PromptScope = TEXT_SCOPE) -> list[Chunk]:
         """The chunks of the longest cached beginning of `ids`; the last may be a view of a longer chunk."""
         self._clock += 1
         chunks = []
@@ -98,7 +95,7 @@ class PrefixCache:
         self.stats.num_missed_tokens += len(ids) - num_matched
         return chunks
 
-    def insert(self, ids: Sequence[int], chunk: Chunk, scope: PromptScope = _BARE) -> None:
+    def insert(self, ids: Sequence[int], chunk: Chunk, scope: PromptScope = TEXT_SCOPE) -> None:
         """Add a chunk that follows `ids`; ignored unless all of `ids` are cached."""
         if not self.is_enabled or not len(chunk):
             return

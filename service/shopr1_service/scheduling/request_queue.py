@@ -4,8 +4,8 @@ Order. First come, first served, but a short group may overtake a long one. The 
 arrival plus the time that the engine will take for it; the lowest rank is next. So a long prompt lets shorter
 ones pass only for as long as it takes itself, and no group waits forever.
 
-Batches. Groups with the same prompt and rules are merged: trainers that send one rollout per request send them
-in bursts, and the prompt is computed once. Short prompts are taken several at a time, up to
+Batches. Groups with the same prompt and rules are merged: trainers that send one rollout per request send
+them in bursts, and the prompt is computed once. Short prompts are taken several at a time, up to
 `MAX_BATCH_TOKENS`: alone they would not fill the device.
 
 A plain data structure; `Scheduler` guards it by a lock.
@@ -20,8 +20,8 @@ from shopr1_service.core import Certainty, Measurements, Progress, TokenGroup, U
 from shopr1_service.monitoring.spans import EnginePass
 
 MAX_BATCH_TOKENS = 4096
-"""Upper limit for the tokens of several prompts in a batch: enough to fill a device, and little enough that the
-first result does not wait long for the last."""
+"""Upper limit for the tokens of several prompts in a batch: enough to fill a device, and little enough that
+the first result does not wait long for the last."""
 
 
 @dataclass(eq=False)
@@ -111,3 +111,58 @@ class RequestQueue:
     def take(self) -> Batch:
         """Remove the group with the lowest rank, and those that are computed together with it."""
         first, *others = sorted(self._batches.values(), key=lambda batch: batch[0].rank_s)
+        taken = self._take(first, MAX_BATCH_TOKENS)
+        batch, num_free = [taken], MAX_BATCH_TOKENS - _num_tokens(taken)
+        for other in others if self._merges else ():
+            head = other[0]
+            if head.kind == taken[0].kind and head.group.num_tokens <= num_free:
+                batch.append(self._take(other, num_free - head.num_prompt_tokens))
+                num_free -= _num_tokens(batch[-1])
+        return batch
+
+    def _take(self, batch: PromptBatch, max_own_tokens: int) -> PromptBatch:
+        """Remove groups from the front of a prompt batch: at least one, and as many as fit."""
+        taken: PromptBatch = []
+        num_own_tokens = 0
+        for queued in batch:
+            num_own_tokens += queued.group.num_own_tokens
+            if taken and (num_own_tokens > max_own_tokens or not self._merges):
+                break
+            taken.append(queued)
+        self._remove(taken)
+        return taken
+
+    def _remove(self, removed: PromptBatch) -> None:
+        key = removed[0].key
+        rest = [queued for queued in self._batches[key] if queued not in removed]
+        self.num_tokens -= sum(queued.group.num_own_tokens for queued in removed)
+        if rest:
+            self._batches[key] = rest
+        else:
+            self.num_tokens -= removed[0].num_prompt_tokens
+            del self._batches[key]
+
+
+def _num_tokens(batch: PromptBatch) -> int:
+    return batch[0].num_prompt_tokens + sum(queued.group.num_own_tokens for queued in batch)
+
+
+def merge(batch: PromptBatch) -> TokenGroup:
+    """A group of all completions, behind the prompt that they share."""
+    completions = [completion for queued in batch for completion in queued.group.completions]
+    return TokenGroup(batch[0].group.prompt, completions)
+
+
+def distribute(batch: PromptBatch, certainties: Sequence[Certainty | Unmeasurable], version: Version) -> None:
+    """Give each group the self-certainties of its own completions."""
+    start = 0
+    for queued in batch:
+        end = start + len(queued.group.completions)
+        queued.future.set_result(Measurements(certainties[start:end], version))
+        start = end
+
+
+def reject(batch: Batch, error: Exception) -> None:
+    """Set the error for each group."""
+    for queued in (queued for prompt_batch in batch for queued in prompt_batch):
+        queued.future.set_exception(error)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
-from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup, Tokens
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Tokens
 from shopr1_service.policy import loading
 from shopr1_service.policy.factory import build_policy
 from shopr1_service.policy.loading import load_policy
@@ -43,7 +43,7 @@ def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None
     prompt_ids = policy.codec.encode_chat([Message(role="user", content="Is green tea cheap?")])
     tokens = policy.codec.encode_text('{"rationale": "便宜 tea"}')
     measured = range(len(tokens.ids))
-    group = TokenGroup(prompt_ids, [MeasuredCompletion(tokens.ids, measured)])
+    group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(tokens.ids, measured)])
     [[certainty]] = policy.certainties([group], rules())
     with torch.no_grad():
         logits_T_V = model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()

@@ -14,14 +14,23 @@ from shopr1_rewards import load_recipe
 from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_policy import RemoteEngines
-from shopr1_service.core import Certainty, Kind, MeasuredCompletion, Measurements, Target, TokenGroup, Version
+from shopr1_service.core import (
+    Certainty,
+    Kind,
+    MeasuredCompletion,
+    Measurements,
+    PromptKey,
+    Target,
+    TokenGroup,
+    Version,
+)
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
 
 pytestmark = pytest.mark.anyio
 
 KIND = Kind(load_recipe("shop_r1").self_certainty)
-GROUP = TokenGroup((1, 2, 3), [MeasuredCompletion((4, 5), (0, 1))])
+GROUP = TokenGroup(PromptKey((1, 2, 3)), [MeasuredCompletion((4, 5), (0, 1))])
 MEASURED = Measurements([Certainty((26.0, 26.0))], Version("0"))
 DIED = ActorDiedError()
 
@@ -131,6 +140,6 @@ def test_answers_of_versions_that_are_going_are_not_those_of_the_next() -> None:
 
 async def test_nothing_to_measure_needs_nobody() -> None:
     handle = Handle()
-    [measured] = await fleet_of(handle).compute_certainties([TokenGroup((), [])], KIND)
+    [measured] = await fleet_of(handle).compute_certainties([TokenGroup(PromptKey(()), [])], KIND)
     assert measured.values == []
     assert measured.version.name == "0"

@@ -17,6 +17,7 @@ from shopr1_service.core import (
     Kind,
     MeasuredCompletion,
     Measurements,
+    PromptKey,
     Target,
     TokenGroup,
     Unmeasurable,
@@ -65,6 +66,11 @@ def completions(*measured: int) -> list[MeasuredCompletion]:
     return [MeasuredCompletion(range(index + 1), [index]) for index in measured]
 
 
+def group_of(prompt_ids: Sequence[int], *indices: int) -> TokenGroup:
+    """A prompt, and completions of which these tokens are scored."""
+    return TokenGroup(PromptKey(prompt_ids), completions(*indices))
+
+
 def values(measured: Sequence[Measurements]) -> list[list[float]]:
     return [[item.mean for item in group.values if isinstance(item, Certainty)] for group in measured]
 
@@ -96,7 +102,7 @@ async def scheduler(
 
 async def hold_up(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
     """Give the engine work that keeps it until the gate opens."""
-    task = asyncio.create_task(scheduler.compute_certainties([TokenGroup([token_id], completions(0))], KIND))
+    task = asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 0)], KIND))
     await asyncio.to_thread(policy.has_begun.wait, WAIT_S)
     return task
 
@@ -114,9 +120,7 @@ def gauge(metrics: Metrics, name: str) -> float | None:
 
 async def test_an_idle_engine_begins_at_once(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    assert values(await scheduler.compute_certainties([TokenGroup([1], completions(3, 5))], KIND)) == [
-        [3.0, 5.0]
-    ]
+    assert values(await scheduler.compute_certainties([group_of([1], 3, 5)], KIND)) == [[3.0, 5.0]]
     assert policy.batches == [[([1], 2)]]
 
 
@@ -124,10 +128,10 @@ async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler
     await hold_up(scheduler, policy)
     tasks = await submit(
         scheduler,
-        TokenGroup([1], completions(1)),
-        TokenGroup([2], completions(2)),
-        TokenGroup((1,), completions(3, 4)),
-        TokenGroup([1], completions(5)),
+        group_of([1], 1),
+        group_of([2], 2),
+        group_of((1,), 3, 4),
+        group_of([1], 5),
     )
     policy.gate.set()
     # Each gets its own, in its own order …
@@ -138,7 +142,11 @@ async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler
 
 async def test_the_groups_of_a_request_go_together(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    groups = [TokenGroup([1], completions(1)), TokenGroup([2], []), TokenGroup([3], completions(3, 4))]
+    groups = [
+        group_of([1], 1),
+        group_of([2]),
+        group_of([3], 3, 4),
+    ]
     assert values(await scheduler.compute_certainties(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
     assert policy.batches == [[([1], 1), ([3], 2)]]
 
@@ -147,9 +155,9 @@ async def test_deterministic_groups_go_alone(policy: Gated, metrics: Metrics) ->
     scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
     await hold_up(scheduler, policy)
     groups = [
-        TokenGroup([1], completions(1)),
-        TokenGroup([1], completions(2)),
-        TokenGroup([2], completions(3)),
+        group_of([1], 1),
+        group_of([1], 2),
+        group_of([2], 3),
     ]
     tasks = await submit(scheduler, *groups)
     policy.gate.set()
@@ -168,10 +176,10 @@ async def test_short_groups_overtake_a_long_one_only_so_long(
     monkeypatch.setattr(TokenRate, "seconds", lambda _self, num_tokens: float(num_tokens))
     scheduler = Scheduler(policy, metrics, max_queue_tokens=10**6)
     await hold_up(scheduler, policy)
-    tasks = await submit(scheduler, TokenGroup([1] * 50, completions(0)))  # due at 151
+    tasks = await submit(scheduler, group_of([1] * 50, 0))  # due at 151
     for number, at_s in enumerate((101.0, 130.0, 148.0, 200.0), start=2):
         now_s = at_s
-        tasks += await submit(scheduler, TokenGroup([number], completions(0)))  # due 2 s later
+        tasks += await submit(scheduler, group_of([number], 0))  # due 2 s later
     policy.gate.set()
     await asyncio.gather(*tasks)
     assert [batch[0][0][0] for batch in policy.batches[1:]] == [2, 3, 4, 1, 5]
@@ -180,7 +188,7 @@ async def test_short_groups_overtake_a_long_one_only_so_long(
 
 async def test_dropped_requests_cost_nothing(policy: Gated, scheduler: Scheduler, metrics: Metrics) -> None:
     await hold_up(scheduler, policy)
-    gone, there = await submit(scheduler, TokenGroup([1], completions(1)), TokenGroup([2], completions(2)))
+    gone, there = await submit(scheduler, group_of([1], 1), group_of([2], 2))
     assert gauge(metrics, "shopr1_queue_tokens") == 3 + 4
     gone.cancel()
     await asyncio.wait([gone])
@@ -195,15 +203,18 @@ async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
     policy: Gated, scheduler: Scheduler, metrics: Metrics
 ) -> None:
     await hold_up(scheduler, policy)
-    [waiting] = await submit(scheduler, TokenGroup([1] * 59, completions(0)))  # 60 of 100
-    one, other = TokenGroup([2] * 19, completions(0)), TokenGroup([3] * 20, completions(0))
+    [waiting] = await submit(scheduler, group_of([1] * 59, 0))  # 60 of 100
+    one, other = (
+        group_of([2] * 19, 0),
+        group_of([3] * 20, 0),
+    )
     with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
         await scheduler.compute_certainties([one, other], KIND)
     assert caught.value.retry_after_s == 1.0  # nothing is known yet of how fast the engine is
     assert gauge(metrics, "shopr1_queue_tokens") == 60
     assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
     # What fits is still welcome, and the prompt that waits already is no burden.
-    more = await submit(scheduler, one, TokenGroup([1] * 59, completions(*[0] * 20)))
+    more = await submit(scheduler, one, group_of([1] * 59, *[0] * 20))
     scheduler_is_full = pytest.raises(OverloadedError, match="100 tokens wait")
     with scheduler_is_full:
         scheduler.refuse_if_full()
@@ -216,15 +227,15 @@ async def test_what_is_larger_than_the_queue_is_admitted_to_an_empty_one(
     policy: Gated, scheduler: Scheduler
 ) -> None:
     policy.gate.set()
-    large = TokenGroup([1] * (MAX_QUEUE_TOKENS + 1), completions(0))
+    large = group_of([1] * (MAX_QUEUE_TOKENS + 1), 0)
     assert values(await scheduler.compute_certainties([large], KIND)) == [[0.0]]
 
 
 async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, scheduler: Scheduler) -> None:
     await hold_up(scheduler, policy)
     other_rules = RULES.model_copy(update={"temperature": 0.6})
-    tasks = await submit(scheduler, TokenGroup([13], completions(1)), TokenGroup([13], completions(3)))
-    tasks += await submit(scheduler, TokenGroup([2], completions(2)), rules=other_rules)
+    tasks = await submit(scheduler, group_of([13], 1), group_of([13], 3))
+    tasks += await submit(scheduler, group_of([2], 2), rules=other_rules)
     policy.gate.set()
     first, third, second = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(first, ZeroDivisionError)
@@ -238,7 +249,8 @@ async def test_a_failure_drops_what_else_waits_of_the_request(policy: Gated, met
     policy.gate.set()
     with pytest.raises(ZeroDivisionError):
         await scheduler.compute_certainties(
-            [TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], KIND
+            [group_of([13], 1), group_of([2] * 9, 1)],
+            KIND,
         )
     assert gauge(metrics, "shopr1_queue_tokens") == 0
     scheduler.close()
@@ -248,7 +260,7 @@ async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
     policy: Gated, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy.gate.set()
-    group = TokenGroup([1], completions(1, 2))
+    group = group_of([1], 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(policy, "certainties", lambda _groups, _rules, _version: [[Certainty((1.0,))]])
         with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
@@ -260,7 +272,7 @@ async def test_when_the_device_is_gone_everybody_is_told(
     policy: Gated, scheduler: Scheduler, failures: list[BaseException]
 ) -> None:
     running = await hold_up(scheduler, policy, token_id=666)
-    [waiting, gone] = await submit(scheduler, *(TokenGroup([i], completions(1)) for i in (1, 2)))
+    [waiting, gone] = await submit(scheduler, *(group_of([i], 1) for i in (1, 2)))
     gone.cancel()
     policy.gate.set()
     for task in (running, waiting):
@@ -268,14 +280,14 @@ async def test_when_the_device_is_gone_everybody_is_told(
             await task
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
-        await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
+        await scheduler.compute_certainties([group_of([1], 1)], KIND)
     await asyncio.to_thread(scheduler._thread.join, WAIT_S)  # it reports the error last
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
 
 
 async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
-    assert await scheduler.compute_certainties([TokenGroup([1], [])], KIND) == [
+    assert await scheduler.compute_certainties([group_of([1])], KIND) == [
         Measurements([], policy.versions.base)
     ]
     assert policy.batches == []
@@ -283,14 +295,14 @@ async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Schedule
 
 async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, scheduler: Scheduler) -> None:
     running = await hold_up(scheduler, policy)
-    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+    [waiting] = await submit(scheduler, group_of([1], 1))
     scheduler.close()
     policy.gate.set()
     assert values(await running) == [[0.0]]
     with pytest.raises(asyncio.CancelledError):
         await waiting
     with pytest.raises(NotReadyError, match="shutting down"):
-        await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
+        await scheduler.compute_certainties([group_of([1], 1)], KIND)
 
 
 # --- errands ----------------------------------------------------------------------------------------
@@ -305,7 +317,7 @@ async def errands(scheduler: Scheduler, *works: Callable[[], Any]) -> list["asyn
 
 async def test_an_errand_comes_between_two_batches(policy: Gated, scheduler: Scheduler) -> None:
     running = await hold_up(scheduler, policy)
-    waiting = await submit(scheduler, TokenGroup([1], completions(1)))
+    waiting = await submit(scheduler, group_of([1], 1))
     seen: list[Any] = []
 
     def look(name: str) -> Callable[[], str]:
@@ -342,7 +354,7 @@ async def test_what_an_errand_raises_is_handed_over(
         outcome.append(caught)
     assert outcome == [error]
     policy.gate.set()
-    assert values(await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)) == [[1.0]]
+    assert values(await scheduler.compute_certainties([group_of([1], 1)], KIND)) == [[1.0]]
 
 
 async def test_an_errand_is_done_though_nobody_waits(policy: Gated, scheduler: Scheduler) -> None:
@@ -360,7 +372,7 @@ async def test_an_errand_that_is_the_end(
     policy: Gated, scheduler: Scheduler, failures: list[BaseException]
 ) -> None:
     running = await hold_up(scheduler, policy)
-    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+    [waiting] = await submit(scheduler, group_of([1], 1))
 
     def fail() -> None:
         raise FatalEngineError("no way back")
@@ -399,7 +411,7 @@ def targeting(adapter: str | None = None, **demand: Any) -> Kind:
 
 
 def measuring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
-    return asyncio.create_task(scheduler.compute_certainties([TokenGroup([token_id], completions(1))], kind))
+    return asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 1)], kind))
 
 
 def renew(policy: Gated, name: str) -> None:
