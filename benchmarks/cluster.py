@@ -61,11 +61,11 @@ COUNTS = "SHOPR1BENCH_COUNTS"
 class CountingEngine(EngineDeployment):
     """Tells how many tokens of prompts it has computed, and how many it had."""
 
-    async def measure(
+    async def compute_certainties(
         self, group: TokenGroup, kind: Kind, route: Route
     ) -> Measurements | ProblemError | Declined:
-        measured = await super().measure(group, kind, route)
-        cache = self._policy.stats.cache
+        measured = await super().compute_certainties(group, kind, route)
+        cache = self._engine.policy.stats.cache
         counts = {"missed": cache.num_missed_tokens, "hit": cache.num_hit_tokens}
         (Path(os.environ[COUNTS]) / f"{os.getpid()}.json").write_text(json.dumps(counts))
         return measured

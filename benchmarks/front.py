@@ -35,9 +35,9 @@ TICKS_S = os.sysconf("SC_CLK_TCK")
 class InstantEngine(EngineDeployment):
     """An engine that takes no time."""
 
-    async def measure(self, group: TokenGroup, kind: Kind, _route: Route) -> Measurements:
+    async def compute_certainties(self, group: TokenGroup, kind: Kind, _route: Route) -> Measurements:
         values = [Certainty((1.0,) * len(completion.measured)) for completion in group.completions]
-        return Measurements(values, self._policy.versions.find(kind.target))
+        return Measurements(values, self._engine.versions.find(kind.target))
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def why(reward: Reward) -> str:
     if details.format_error is not None:
         return f"{details.format_error}: {details.format_message}"
     notes = [alikeness(name, value) for name, value in details.similarity.items() if value is not None]
-    if reward.components.action_type == 0:
+    if not details.type_match:
         notes.append("unknown type" if details.unknown_action_type else "wrong type")
     notes += [f"{name} missing" for name in details.missing_attributes]
     notes += [f"extra key {key}" for key in details.extra_keys]
@@ -96,10 +96,10 @@ def why(reward: Reward) -> str:
 def table(group: Group, rewards: list[Reward]) -> Table:
     title = f"{group.id}: the human did {group.ground_truth}"
     result = Table(title=title, title_justify="left", show_lines=True)
-    for name in ("predicted", "format", "type", "attribute", "value", "certainty", "reward", "why"):
+    for name in ("predicted", *rewards[0].components, "reward", "why"):
         result.add_column(name, justify="left" if name in ("predicted", "why") else "right", overflow="fold")
     for reward in rewards:
-        terms = [_number(value) for _, value in reward.components]
+        terms = map(_number, reward.components.values())
         result.add_row(
             action_text(reward.details.predicted_action), *terms, _number(reward.reward), why(reward)
         )
@@ -132,7 +132,7 @@ def main() -> int:
         f"{response.policy.model}, recipe {response.recipe.name} ({response.recipe.digest[:19]}…)."
     )
     console.print(
-        "Each reward is the sum of the five terms before it. certainty = 0.005 · s. A value earns its weight "
+        "Each reward is the sum of the terms before it. self_certainty = 0.005 · s. A value earns its weight "
         f"times its alikeness (ROUGE-L F1) where that exceeds {RULES.threshold}."
     )
     return 0 if all(reward.status is Status.SCORED for reward in rewards) else 1

@@ -1,4 +1,4 @@
-"""Comes before every test module, so that nothing of the developer's shell or of a model hub gets in."""
+"""Settings of all tests, isolated from the developer's environment and from model hubs."""
 
 import os
 

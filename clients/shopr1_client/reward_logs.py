@@ -1,32 +1,37 @@
 """A reward as flat numbers for a trainer's log."""
 
-from shopr1_client.wire import Components, Reward
+from collections.abc import Iterable
+
+from shopr1_client.wire import Reward
 
 PREFIX = "shopr1/"
 """Before every key, in logs where others have theirs."""
-LOG_KEYS = tuple(
-    PREFIX + name
-    for name in (
-        *Components.model_fields,
-        "self_certainty_nats",
-        "has_self_certainty",
-        "format_ok",
-        "type_match",
-        "exact_match",
-        "num_rationale_tokens",
-        "unscorable",
-    )
+_DETAILS = (
+    "self_certainty_nats",
+    "has_self_certainty",
+    "format_ok",
+    "type_match",
+    "exact_match",
+    "num_rationale_tokens",
+    "unscorable",
 )
-"""The same for every rollout, scored or not: trainers read a batch by the keys of its first sample."""
+
+
+def log_keys(components: Iterable[str]) -> tuple[str, ...]:
+    """The keys of `log_values` for a recipe with these components.
+
+    They are the same for every rollout, scored or not: trainers read a batch by the keys of its first sample.
+    """
+    return tuple(PREFIX + name for name in (*components, *_DETAILS))
 
 
 def terms(reward: Reward) -> dict[str, float]:
-    """The weighted terms; 0 for the one that could not be measured."""
-    return {name: 0.0 if value is None else value for name, value in reward.components}
+    """The weighted terms; 0 for one that could not be measured."""
+    return {name: 0.0 if value is None else value for name, value in reward.components.items()}
 
 
 def log_values(reward: Reward) -> dict[str, float]:
-    """Numbers under `LOG_KEYS`."""
+    """Numbers under `log_keys`."""
     details, nats = reward.details, reward.details.self_certainty_nats
     values = (
         *terms(reward).values(),
@@ -38,4 +43,4 @@ def log_values(reward: Reward) -> dict[str, float]:
         details.num_rationale_tokens,
         reward.reward is None,
     )
-    return {key: float(value) for key, value in zip(LOG_KEYS, values, strict=True)}
+    return {key: float(value) for key, value in zip(log_keys(reward.components), values, strict=True)}

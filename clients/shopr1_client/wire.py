@@ -200,16 +200,6 @@ class Reason(StrEnum):
     """The forward failed; the service's log says how."""
 
 
-class Components(AnswerModel):
-    """The terms of the reward, each already weighted: in this order they sum to it."""
-
-    format: float
-    action_type: float
-    attribute: float
-    value: float
-    self_certainty: Annotated[float | None, Field(description="Null where it could not be measured.")]
-
-
 class TokenCertainty(AnswerModel):
     """One measured token."""
 
@@ -257,7 +247,15 @@ class Reward(AnswerModel):
     status: Status
     reason: Reason | None
     message: Annotated[str | None, Field(description="The reason in words.")]
-    components: Components
+    components: Annotated[
+        dict[str, float | None],
+        Field(
+            description=(
+                "The terms of the reward by name, each already weighted: in this order they sum to it. The "
+                "recipe declares the names. Null where a term could not be measured."
+            )
+        ),
+    ]
     details: Details
 
 

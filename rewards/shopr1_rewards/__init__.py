@@ -7,14 +7,15 @@ from shopr1_rewards.actions import Action, PredictedAction, read_ground_truth, r
 from shopr1_rewards.completion import Envelope, parse_strict, parse_tolerant
 from shopr1_rewards.errors import GroundTruthError, RecipeError, RewardsError
 from shopr1_rewards.format_error import FormatError, FormatFailure
-from shopr1_rewards.recipe import Recipe, load_recipe, parse_recipe, recipe_names
-from shopr1_rewards.reward import Components, Judgement, judge
+from shopr1_rewards.recipe import Component, Recipe, load_recipe, parse_recipe, recipe_names
+from shopr1_rewards.reward import Judgement, judge
 from shopr1_rewards.similarity import Tokenizer, rouge_l_f1, tokenize
 from shopr1_rewards.strict_json import Span
+from shopr1_rewards.terms import measured_terms, needs_policy, total
 
 __all__ = [
     "Action",
-    "Components",
+    "Component",
     "Envelope",
     "FormatError",
     "FormatFailure",
@@ -28,6 +29,8 @@ __all__ = [
     "Tokenizer",
     "judge",
     "load_recipe",
+    "measured_terms",
+    "needs_policy",
     "parse_recipe",
     "parse_strict",
     "parse_tolerant",
@@ -36,4 +39,5 @@ __all__ = [
     "recipe_names",
     "rouge_l_f1",
     "tokenize",
+    "total",
 ]

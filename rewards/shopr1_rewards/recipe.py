@@ -17,7 +17,16 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from shopr1_rewards.errors import RecipeError
@@ -27,6 +36,18 @@ from shopr1_rewards.similarity import Tokenizer
 Weight = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
+class Component(StrEnum):
+    """Name of a term of the reward."""
+
+    # `terms.py` has the rule of each, and says how to add one.
+
+    FORMAT = "format"
+    ACTION_TYPE = "action_type"
+    ATTRIBUTE = "attribute"
+    VALUE = "value"
+    SELF_CERTAINTY = "self_certainty"
 
 
 class Reading(StrEnum):
@@ -171,11 +192,23 @@ class ActionSpace(_Part):
         return tuple(dict.fromkeys(names))
 
 
+def _check_unique(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    if len(set(components)) < len(components):
+        raise ValueError("a component is listed twice")
+    return components
+
+
+Components = Annotated[tuple[Component, ...], Field(min_length=1), AfterValidator(_check_unique)]
+_SHOP_R1 = tuple(Component)
+
+
 class Recipe(_Part):
     """A complete reward. Frozen; see `recipes/shop_r1.toml` for what each number means."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     source: str = ""
+    components: Components = _SHOP_R1
+    """The terms of the reward, in the order in which they are added and shown."""
     format: FormatRecipe
     similarity: SimilarityRecipe = SimilarityRecipe()
     self_certainty: SelfCertaintyRecipe
@@ -183,8 +216,12 @@ class Recipe(_Part):
 
     @property
     def digest(self) -> str:
-        """`sha256:` of the recipe's canonical JSON, defaults filled in, without `source`."""
-        content = self.model_dump(mode="json", exclude={"source"})
+        """`sha256:` of the recipe's canonical JSON, defaults filled in, without `source`.
+
+        Shop-R1's components are left out: recipes had no others, and no list of them, before.
+        """
+        excluded = {"source", "components"} if self.components == _SHOP_R1 else {"source"}
+        content = self.model_dump(mode="json", exclude=excluded)
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 

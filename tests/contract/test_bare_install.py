@@ -71,13 +71,13 @@ ALLOWED = {
 SCRIPT = """
 import sys
 import shopr1_client, shopr1_client.wire, shopr1_rewards
-from shopr1_rewards import judge, load_recipe, read_ground_truth
+from shopr1_rewards import judge, load_recipe, measured_terms, read_ground_truth, total
 
 recipe = load_recipe("shop_r1")
 truth = read_ground_truth({"type": "click", "name": "add_to_cart.buy_now"}, recipe.action_space)
 answer = '{"rationale": "why", "action": {"type": "click", "name": "refinements.customer_reviews"}}'
 judgement = judge(answer, truth, recipe)
-print(judgement.components(0.005 * 26).reward)
+print(total(judgement.components(measured_terms(26.0, recipe))))
 
 request = shopr1_client.wire.ScoreRequest.model_validate({"groups": []})
 with shopr1_client.Client("http://127.0.0.1:1", retry_for_s=0) as client:

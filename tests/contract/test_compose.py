@@ -1,4 +1,4 @@
-"""The containers' configuration: one of its own parts fits the other, and nothing in it is left open."""
+"""Compose configuration: consistent with itself, its example and the settings, and closed to the network."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from shopr1_service.settings import ENV_PREFIX, Settings
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 OURS = ("shopr1", "shopr1-cpu", "shopr1-ray")
-READ_BY_COMPOSE_ITSELF = {"COMPOSE_PROFILES"}
+COMPOSE_VARIABLES = {"COMPOSE_PROFILES"}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -26,18 +26,18 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROMETHEUS = read(DOCKER / "prometheus" / "prometheus.yml")
 
 
-def in_env_example() -> dict[str, str]:
-    """The variables of .env.example with their values, those that are commented out, too."""
+def example_variables() -> dict[str, str]:
+    """The variables of .env.example with their values, including commented-out ones."""
     return dict(re.findall(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", (DOCKER / ".env.example").read_text("utf-8"), re.M))
 
 
 def defaults() -> dict[str, str]:
-    """The variables that compose.yaml substitutes with their defaults."""
+    """The variables that compose.yaml substitutes, with their defaults."""
     return dict(re.findall(r"\$\{([A-Z0-9_]+):-([^}]*)\}", (DOCKER / "compose.yaml").read_text("utf-8")))
 
 
-def passed_on(service: dict[str, Any]) -> set[str]:
-    """The variables that a container or a build gets as they are, if they are set."""
+def passed_through(service: dict[str, Any]) -> set[str]:
+    """The variables that a container or a build inherits unchanged, if they are set."""
     given = {**service.get("environment", {}), **service.get("build", {}).get("args", {})}
     return {name for name, value in given.items() if value is None}
 
@@ -47,7 +47,7 @@ def substituted(text: str) -> str:
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
-    """Targets of a service's volumes by their sources."""
+    """Targets of a service's volumes, by source."""
     parts = [substituted(volume).split(":") for volume in service.get("volumes", [])]
     return {part[0]: part[1] for part in parts}
 
@@ -56,51 +56,51 @@ def each_service() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", SERVICES)
 
 
-def each_of_ours() -> pytest.MarkDecorator:
+def each_service_of_the_project() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", OURS)
 
 
 # --- compose.yaml -----------------------------------------------------------------------------------
 
 
-def test_it_follows_the_specification() -> None:
+def test_compose_file_follows_the_specification() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    ended = subprocess.run(
+    completed = subprocess.run(
         [*command, str(DOCKER / "compose.yaml")], capture_output=True, encoding="utf-8", check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
 
 
-def test_the_variables_are_those_of_the_example() -> None:
-    used = {*defaults(), *READ_BY_COMPOSE_ITSELF}.union(*map(passed_on, SERVICES.values()))
-    assert used == set(in_env_example())
+def test_variables_equal_those_of_the_example() -> None:
+    used = {*defaults(), *COMPOSE_VARIABLES}.union(*map(passed_through, SERVICES.values()))
+    assert used == set(example_variables())
 
 
-def test_every_variable_has_a_default_or_may_be_left_out() -> None:
+def test_every_variable_has_a_default_or_is_optional() -> None:
     text = (DOCKER / "compose.yaml").read_text("utf-8")
     assert text.count("${") == len(re.findall(r"\$\{[A-Z0-9_]+:-[^}]+\}", text))
 
 
 def test_the_example_shows_the_defaults() -> None:
-    shown = in_env_example()
-    # A volume by default; a path says better what to put there.
+    shown = example_variables()
+    # The default is a volume; the example shows a path.
     assert {name: shown[name] for name in defaults() if name != "DEPLOY_MODELS"} == {
         name: value for name, value in defaults().items() if name != "DEPLOY_MODELS"
     }
 
 
-def test_the_settings_exist_and_their_defaults_are_right() -> None:
+def test_settings_exist_with_the_given_defaults() -> None:
     named = {name for service in SERVICES.values() for name in service.get("environment", {})}
     fields = {f"{ENV_PREFIX}{name.upper()}": field for name, field in Settings.model_fields.items()}
     assert {name for name in named if name.startswith(ENV_PREFIX)} <= set(fields)
-    shown = {name: value for name, value in in_env_example().items() if name in fields}
-    assert set(shown) == {name for name in in_env_example() if name.startswith(ENV_PREFIX)}
+    shown = {name: value for name, value in example_variables().items() if name in fields}
+    assert set(shown) == {name for name in example_variables() if name.startswith(ENV_PREFIX)}
     for name in ("RECIPE", "DTYPE", "MEMORY_SHARE", "MAX_QUEUE_TOKENS", "SHUTDOWN_GRACE_S", "LOG_LEVEL"):
         assert shown[ENV_PREFIX + name] == str(fields[ENV_PREFIX + name].default)
 
 
 @each_service()
-def test_what_is_mounted_is_in_the_repository(name: str) -> None:
+def test_mounted_files_are_in_the_repository(name: str) -> None:
     sources = [source for source in mounts(SERVICES[name]) if source.startswith(".")]
     assert [source for source in sources if not (DOCKER / source).exists()] == []
     volumes = {source for source in mounts(SERVICES[name]) if not source.startswith((".", "/"))}
@@ -117,13 +117,13 @@ def test_secrets_are_declared(name: str) -> None:
 
 
 @each_service()
-def test_nothing_is_reachable_from_outside_by_default(name: str) -> None:
+def test_ports_are_bound_to_loopback_by_default(name: str) -> None:
     for port in SERVICES[name]["ports"]:
         assert substituted(port).startswith("127.0.0.1:")
 
 
 @each_service()
-def test_a_container_can_do_little(name: str) -> None:
+def test_containers_are_restricted(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -132,41 +132,41 @@ def test_a_container_can_do_little(name: str) -> None:
 
 
 @each_service()
-def test_a_container_comes_back_and_does_not_fill_the_disk(name: str) -> None:
+def test_containers_restart_and_rotate_their_logs(name: str) -> None:
     service = SERVICES[name]
     assert service["restart"] == "unless-stopped"
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}
     assert service["healthcheck"]["start_period"]
 
 
-@pytest.mark.parametrize("name", set(SERVICES) - set(OURS))
-def test_images_of_others_are_pinned(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - set(OURS)))
+def test_third_party_images_are_pinned(name: str) -> None:
     assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
 
 
-@each_of_ours()
-def test_the_service_demands_a_key(name: str) -> None:
+@each_service_of_the_project()
+def test_the_service_requires_a_key(name: str) -> None:
     environment = SERVICES[name]["environment"]
     assert environment["SHOPR1_API_KEY_FILE"] == "/run/secrets/api_keys"
     assert "api_keys" in SERVICES[name]["secrets"]
     assert "SHOPR1_ALLOW_UNAUTHENTICATED" not in environment
 
 
-@each_of_ours()
-def test_open_requests_finish_before_the_kill(name: str) -> None:
+@each_service_of_the_project()
+def test_open_requests_finish_before_the_container_is_killed(name: str) -> None:
     grace_s = int(substituted(SERVICES[name]["stop_grace_period"]).removesuffix("s"))
     assert grace_s > Settings().shutdown_grace_s
 
 
-@each_of_ours()
-def test_it_writes_only_where_it_may(name: str) -> None:
+@each_service_of_the_project()
+def test_writable_directories(name: str) -> None:
     assert mounts(SERVICES[name])["cache"] == "/cache"
     assert SERVICES[name]["tmpfs"][0].startswith("/tmp:")
     dockerfile = (DOCKER / "Dockerfile").read_text("utf-8")
     assert {"HOME=/cache", "TMPDIR=/tmp"} <= set(dockerfile.split())
 
 
-def test_gpus_are_for_whoever_computes_on_them() -> None:
+def test_gpus_are_reserved_for_gpu_profiles() -> None:
     assert SERVICES["shopr1"]["profiles"] == ["gpu"]
     [device] = SERVICES["shopr1"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
@@ -180,7 +180,7 @@ def test_gpus_are_for_whoever_computes_on_them() -> None:
 # --- Prometheus and Grafana -------------------------------------------------------------------------
 
 
-def test_prometheus_finds_whichever_serves() -> None:
+def test_prometheus_finds_the_service_of_every_profile() -> None:
     [job] = PROMETHEUS["scrape_configs"]
     [target] = job["static_configs"][0]["targets"]
     host, _, port = target.partition(":")
@@ -190,7 +190,7 @@ def test_prometheus_finds_whichever_serves() -> None:
     assert all(volume.endswith(f":{port}") for name in OURS for volume in SERVICES[name]["ports"])
 
 
-def test_prometheus_has_a_key_of_its_own() -> None:
+def test_prometheus_has_its_own_key() -> None:
     [job] = PROMETHEUS["scrape_configs"]
     assert job["authorization"]["credentials_file"] == "/run/secrets/metrics_key"
     assert SERVICES["prometheus"]["secrets"] == ["metrics_key"]

@@ -1,4 +1,4 @@
-"""The demo against a running server: what it prints are the numbers, worked out by hand."""
+"""The demo against a running server: it prints the rewards that were computed by hand."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from shopr1_rewards import load_recipe
 from shopr1_service.policy.fake import FakePolicy
-from tests.contract.test_examples import EARNED, NO_RATIONALE
+from tests.contract.test_examples import EXPECTED_TERMS, NO_RATIONALE
 from tests.support.http import WAIT_S, served
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
@@ -28,7 +28,7 @@ def run_demo(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def rows(printed: str) -> list[list[str]]:
-    """The cells of all rows of all tables, what was folded put together again."""
+    """The cells of all rows of all tables, with wrapped lines joined."""
     found: list[list[str]] = []
     for line in printed.splitlines():
         if line.startswith(("├", "┡")):
@@ -46,29 +46,29 @@ def number(value: float) -> str:
 @pytest.fixture(scope="module")
 def printed() -> str:
     with served(FakePolicy(26.0)) as url:
-        ended = run_demo("--url", url)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
-    return ended.stdout
+        completed = run_demo("--url", url)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr == ""
+    return completed.stdout
 
 
-def test_every_number_of_every_row(printed: str) -> None:
+def test_numbers_of_every_row(printed: str) -> None:
     expected = []
-    for name, rollouts in EARNED.items():
-        for i, earned in enumerate(rollouts):
-            # 0.005 · 26 where the answer is valid and has a rationale
-            certainty = 0.13 if earned[0] and (name, i) != NO_RATIONALE else 0.0
-            expected.append([number(value) for value in (*earned, certainty, sum(earned) + certainty)])
+    for name, rollouts in EXPECTED_TERMS.items():
+        for i, terms in enumerate(rollouts):
+            # 0.005 · 26 if the completion is valid and has a rationale
+            certainty = 0.13 if terms[0] and (name, i) != NO_RATIONALE else 0.0
+            expected.append([number(value) for value in (*terms, certainty, sum(terms) + certainty)])
     assert [row[1:7] for row in rows(printed)] == expected
 
 
-def test_a_table_per_session(printed: str) -> None:
+def test_one_table_per_session(printed: str) -> None:
     titles = [line for line in printed.splitlines() if ": the human did " in line]
-    assert [title.partition(":")[0] for title in titles] == list(EARNED)
-    header = "predicted format type attribute value certainty reward why"
+    assert [title.partition(":")[0] for title in titles] == list(EXPECTED_TERMS)
+    header = "predicted format action_type attribute value self_certainty reward why"
     assert [" ".join(re.findall(r"\w+", line)) for line in printed.splitlines() if line.startswith("┃")] == [
         header
-    ] * len(EARNED)
+    ] * len(EXPECTED_TERMS)
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_a_table_per_session(printed: str) -> None:
         (19, "-", "wrong_type"),
     ],
 )
-def test_why(printed: str, row: int, predicted: str, why: str) -> None:
+def test_explanations(printed: str, row: int, predicted: str, why: str) -> None:
     cells = rows(printed)[row]
-    # Folding takes the spaces at the ends of lines.
+    # Wrapping removes the spaces at the ends of lines.
     assert predicted.replace(" ", "") in cells[0].replace(" ", "")
     assert why.replace(" ", "") in cells[7].replace(" ", "")
 
 
-def test_the_sum_of_it(printed: str) -> None:
+def test_summary_line(printed: str) -> None:
     text = " ".join(printed.split())
     digest = load_recipe("shop_r1").digest[:19]
     assert re.search(
@@ -103,10 +103,10 @@ def test_the_sum_of_it(printed: str) -> None:
     )
 
 
-def test_a_rollout_without_a_reward_is_a_failure() -> None:
-    # The longest of the three prompts does not fit, the others do.
+def test_an_unscorable_rollout_fails_the_demo() -> None:
+    # Only the longest of the three prompts exceeds the limit.
     with served(FakePolicy(26.0, max_sequence_tokens=2350)) as url:
-        ended = run_demo("--url", url)
-    assert ended.returncode == 1
-    last = [row[1:7] for row in rows(ended.stdout)][14]
+        completed = run_demo("--url", url)
+    assert completed.returncode == 1
+    last = [row[1:7] for row in rows(completed.stdout)][14]
     assert last == ["0.5000", "0.3000", "0", "0", "null", "null"]

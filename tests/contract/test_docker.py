@@ -1,4 +1,4 @@
-"""What the image is made from, the scripts beside it, and the page that explains them."""
+"""The image's build context, the scripts of docker/, and docs/deploy.md."""
 
 import os
 import re
@@ -28,42 +28,42 @@ def make_secrets(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text("utf-8") for file in folder.iterdir()}
 
 
-def test_it_makes_every_secret(tmp_path: Path) -> None:
-    made = make_secrets(tmp_path / "secrets")
-    assert set(made) == {"api_keys", "metrics_key", "grafana_password"}
-    key, metrics_key = made["api_keys"].splitlines()
+def test_make_secrets_writes_every_secret(tmp_path: Path) -> None:
+    secrets = make_secrets(tmp_path / "secrets")
+    assert set(secrets) == {"api_keys", "metrics_key", "grafana_password"}
+    key, metrics_key = secrets["api_keys"].splitlines()
     assert KEY.fullmatch(key)
-    assert KEY.fullmatch(made["metrics_key"].strip())
-    assert metrics_key == f"metrics:{made['metrics_key'].strip()}"
-    assert KEY.fullmatch(made["grafana_password"].strip())
-    assert len({key, *(text.strip() for text in made.values())}) == 4
+    assert KEY.fullmatch(secrets["metrics_key"].strip())
+    assert metrics_key == f"metrics:{secrets['metrics_key'].strip()}"
+    assert KEY.fullmatch(secrets["grafana_password"].strip())
+    assert len({key, *(text.strip() for text in secrets.values())}) == 4
 
 
-def test_it_keeps_the_secrets_that_are_there(tmp_path: Path) -> None:
+def test_make_secrets_keeps_existing_secrets(tmp_path: Path) -> None:
     assert make_secrets(tmp_path) == make_secrets(tmp_path)
 
 
-def test_other_users_of_the_machine_cannot_read_them(tmp_path: Path) -> None:
-    # The containers can: each file is mounted for itself, and each container has another user.
+def test_other_users_of_the_machine_cannot_read_the_secrets(tmp_path: Path) -> None:
+    # The containers can: each file is mounted separately, and containers have different users.
     folder = tmp_path / "secrets"
     make_secrets(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
-def test_a_metrics_key_that_the_service_does_not_know_is_told(tmp_path: Path) -> None:
+def test_make_secrets_reports_a_missing_metrics_key(tmp_path: Path) -> None:
     (tmp_path / "api_keys").write_text("0123456789abcdef\n", "utf-8")
-    ended = subprocess.run(
+    completed = subprocess.run(
         [str(DOCKER / "make_secrets.sh"), str(tmp_path)], check=False, capture_output=True, encoding="utf-8"
     )
-    assert ended.returncode == 1
-    assert "add the line `metrics:" in ended.stderr
+    assert completed.returncode == 1
+    assert "add the line `metrics:" in completed.stderr
 
 
 # --- the image --------------------------------------------------------------------------------------
 
 
-def test_what_the_image_is_built_from_is_not_ignored() -> None:
+def test_files_copied_into_the_image_are_not_ignored() -> None:
     dockerfile = (DOCKER / "Dockerfile").read_text("utf-8")
     copied = {
         name
@@ -75,13 +75,13 @@ def test_what_the_image_is_built_from_is_not_ignored() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_the_image_has_the_embedded_policy_that_make_has() -> None:
+def test_image_and_makefile_have_the_same_embedded_policy() -> None:
     [wanted] = re.findall(r"^EMBEDDED_POLICY := (\S+)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
     assert wanted in (DOCKER / "Dockerfile").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["build.sh", "make_secrets.sh", "healthcheck.py"])
-def test_scripts_can_be_run(name: str) -> None:
+def test_scripts_are_executable(name: str) -> None:
     assert os.access(DOCKER / name, os.X_OK)
 
 
@@ -107,7 +107,7 @@ def test_the_health_check() -> None:
 # --- docs/deploy.md ---------------------------------------------------------------------------------
 
 
-def test_what_the_page_names_exists() -> None:
+def test_links_and_make_targets_of_the_page_exist() -> None:
     text = DEPLOY.read_text("utf-8")
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert links
@@ -116,7 +116,7 @@ def test_what_the_page_names_exists() -> None:
     assert set(re.findall(r"make ([a-z-]+)", text)) <= set(re.findall(r"^([a-z-]+):", makefile, re.M))
 
 
-def test_the_variables_the_page_names_exist() -> None:
+def test_variables_of_the_page_exist() -> None:
     named = set(re.findall(r"\b(?:DEPLOY|SHOPR1)_[A-Z0-9_]+", DEPLOY.read_text("utf-8")))
     example = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", (DOCKER / ".env.example").read_text("utf-8"), re.M))
     settings = {f"SHOPR1_{name.upper()}" for name in Settings.model_fields}
@@ -124,7 +124,7 @@ def test_the_variables_the_page_names_exist() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_the_service_takes_the_keys_that_the_page_makes(tmp_path: Path) -> None:
+def test_keys_from_the_commands_of_the_page_are_valid(tmp_path: Path) -> None:
     commands = re.findall(r"^\$ (.*openssl.*)$", DEPLOY.read_text("utf-8"), re.M)
     assert len(commands) == 2
     (tmp_path / "docker" / "secrets").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The example sessions: what they cover, and what each rollout earns, worked out by hand."""
+"""The example sessions: their coverage, and the terms of each rollout, computed by hand."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,23 +6,23 @@ from pathlib import Path
 import pytest
 
 from shopr1_client.wire import Group
-from shopr1_rewards import FormatError, Judgement, judge, load_recipe, read_ground_truth
+from shopr1_rewards import FormatError, Judgement, judge, load_recipe, read_ground_truth, total
 
 SESSIONS = Path(__file__).parents[2] / "examples" / "sessions.jsonl"
 GROUPS = [Group.model_validate_json(line) for line in SESSIONS.read_bytes().splitlines()]
 RECIPE = load_recipe("shop_r1")
 
-# Format, type, attribute and value; what makes up the value stands behind it.
-EARNED: dict[str, list[tuple[float, float, float, float]]] = {
+# Format, type, attribute and value, with the computation of the value in a comment.
+EXPECTED_TERMS: dict[str, list[tuple[float, float, float, float]]] = {
     # The human typed "stoneware mug set of 4" (5 words) into nav_bar.search_input (4 words).
     "search": [
         (0.5, 0.3, 0.2, 1000.1),  # 0.1 · 1 + 1000 · 1
         (0.5, 0.3, 0.2, 800.1),  # "… set of 6": 4 of 5 words, 0.8; 0.1 · 1 + 1000 · 0.8
-        (0.5, 0.3, 0.2, 1000.0),  # search_button: 3 of 4 words, 0.75, which does not exceed 0.75
-        (0.5, 0.3, 0.2, 0.1),  # "stoneware mug set": 2 · 3 / (3 + 5) = 0.75 does not either
+        (0.5, 0.3, 0.2, 1000.0),  # search_button: 3 of 4 words = 0.75, not above the threshold of 0.75
+        (0.5, 0.3, 0.2, 0.1),  # "stoneware mug set": 2 · 3 / (3 + 5) = 0.75, not above it either
         (0.5, 0.0, 0.0, 0.0),  # click
         (0.5, 0.3, 0.1, 0.1),  # no text
-        (0.0, 0.0, 0.0, 0.0),  # cut off
+        (0.0, 0.0, 0.0, 0.0),  # truncated
     ],
     # The human clicked results.blue_stoneware_mug.view_product (6 words).
     "pick": [
@@ -31,7 +31,7 @@ EARNED: dict[str, list[tuple[float, float, float, float]]] = {
         (0.5, 0.3, 0.2, 0.0),  # add_to_wishlist: 2 · 4 / (7 + 6) = 0.62
         (0.5, 0.3, 0.0, 0.0),  # an empty name
         (0.5, 0.0, 0.0, 0.0),  # terminate
-        (0.0, 0.0, 0.0, 0.0),  # chatter and a fence around it
+        (0.0, 0.0, 0.0, 0.0),  # text and a fence around the object
         (0.0, 0.0, 0.0, 0.0),  # two rationales
     ],
     # The human left.
@@ -39,13 +39,13 @@ EARNED: dict[str, list[tuple[float, float, float, float]]] = {
         (0.5, 0.3, 0.0, 0.0),
         (0.5, 0.3, 0.0, 0.0),  # in Chinese
         (0.5, 0.0, 0.0, 0.0),  # click
-        (0.5, 0.0, 0.0, 0.0),  # scroll, which is no action
+        (0.5, 0.0, 0.0, 0.0),  # scroll, an unknown action
         (0.5, 0.3, 0.0, 0.0),  # an empty rationale
         (0.0, 0.0, 0.0, 0.0),  # a list as rationale
     ],
 }
 NO_RATIONALE = ("leave", 4)
-"""The one valid rollout whose certainty cannot be measured."""
+"""The only valid rollout without self-certainty."""
 
 
 def judgements() -> Iterator[tuple[str, int, Judgement]]:
@@ -59,42 +59,42 @@ def judgements() -> Iterator[tuple[str, int, Judgement]]:
 @pytest.mark.parametrize(
     ("name", "i", "judgement"), [pytest.param(*case, id=f"{case[0]} {case[1]}") for case in judgements()]
 )
-def test_what_a_rollout_earns(name: str, i: int, judgement: Judgement) -> None:
-    earned = (judgement.format, judgement.action_type, judgement.attribute, judgement.value)
-    assert earned == pytest.approx(EARNED[name][i], rel=1e-12)
-    assert judgement.components(0.0).reward == pytest.approx(sum(EARNED[name][i]), rel=1e-12)
-    is_measured = judgement.failure is None and (name, i) != NO_RATIONALE
-    assert (judgement.certainty_span is not None) is is_measured
+def test_terms_of_each_rollout(name: str, i: int, judgement: Judgement) -> None:
+    assert list(judgement.earned) == ["format", "action_type", "attribute", "value", "self_certainty"]
+    assert tuple(judgement.earned.values()) == pytest.approx((*EXPECTED_TERMS[name][i], 0.0), rel=1e-12)
+    assert total(judgement.earned) == pytest.approx(sum(EXPECTED_TERMS[name][i]), rel=1e-12)
+    has_certainty = judgement.failure is None and (name, i) != NO_RATIONALE
+    assert (judgement.certainty_span is not None) is has_certainty
 
 
-def test_the_table_is_of_these_sessions() -> None:
+def test_the_table_covers_all_sessions() -> None:
     assert {str(group.id): len(group.completions) for group in GROUPS} == {
-        name: len(rows) for name, rows in EARNED.items()
+        name: len(rows) for name, rows in EXPECTED_TERMS.items()
     }
 
 
-def test_there_are_enough() -> None:
+def test_number_of_examples() -> None:
     assert len({str(group.prompt) for group in GROUPS}) >= 3
     assert sum(len(group.completions) for group in GROUPS) >= 12
 
 
-def test_every_action_type_is_the_humans_once() -> None:
+def test_every_action_type_is_a_ground_truth() -> None:
     truths = {read_ground_truth(group.ground_truth, RECIPE.action_space).type for group in GROUPS}
     assert truths == set(RECIPE.action_space.types)
     assert {type(group.ground_truth) for group in GROUPS} == {dict, str}
 
 
-def test_every_kind_of_flaw_is_shown() -> None:
-    errors, flaws = set(), set()
+def test_every_kind_of_mistake_is_shown() -> None:
+    errors, mistakes = set(), set()
     for _, _, judgement in judgements():
         if judgement.failure is not None:
             errors.add(judgement.failure.error)
             continue
         assert judgement.prediction is not None
         attributes = judgement.prediction.action.attributes
-        flaws |= {
+        mistakes |= {
             "unknown type" if not judgement.prediction.is_known_type else "",
-            "wrong type" if judgement.action_type == 0 else "right type",
+            "wrong type" if not judgement.is_type_match else "right type",
             *("absent" if n not in attributes else "empty" for n in judgement.prediction.missing_attributes),
             *("unlike" if 0 < s < 0.75 else "" for s in judgement.similarity.values()),
             *("at the threshold" if s == 0.75 else "" for s in judgement.similarity.values()),
@@ -108,7 +108,7 @@ def test_every_kind_of_flaw_is_shown() -> None:
         FormatError.DUPLICATE_KEY,
         FormatError.WRONG_TYPE,
     }
-    assert flaws - {""} == {
+    assert mistakes - {""} == {
         *("unknown type", "wrong type", "right type", "absent", "empty"),
         *("unlike", "at the threshold", "alike", "exact", "no rationale"),
     }

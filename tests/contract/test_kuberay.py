@@ -1,4 +1,4 @@
-"""The manifest for KubeRay: one of its parts fits the other. Ray itself reads it in tests/cluster."""
+"""The manifest for KubeRay is consistent with itself. tests/integration/ray loads it with Ray."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ PODS = {
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_what_is_mounted_is_declared(name: str) -> None:
+def test_mounted_volumes_are_declared(name: str) -> None:
     [container] = PODS[name]["containers"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounted) == {volume["name"] for volume in PODS[name]["volumes"]}
@@ -26,8 +26,8 @@ def test_what_is_mounted_is_declared(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_variables_of_kubernetes_are_not_taken_for_settings(name: str) -> None:
-    """Each Service is told to every pod: NAME_PORT, NAME_SERVICE_HOST ..."""
+def test_variables_of_kubernetes_are_not_read_as_settings(name: str) -> None:
+    """Kubernetes sets NAME_PORT, NAME_SERVICE_HOST etc. of each Service in every pod."""
     assert PODS[name]["enableServiceLinks"] is False
     assert not f"{MANIFEST['metadata']['name']}_".upper().startswith(ENV_PREFIX)
 
@@ -47,6 +47,6 @@ def test_an_engine_fits_on_a_worker() -> None:
     assert PODS["gpu"]["terminationGracePeriodSeconds"] > Settings().shutdown_grace_s
 
 
-def test_there_are_keys() -> None:
+def test_keys_are_required() -> None:
     assert ARGS["api_key_file"].startswith("/keys/")
     assert "allow_unauthenticated" not in ARGS

@@ -26,7 +26,7 @@ ALL_PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text("utf-8"))["pan
 PANELS = [panel for panel in ALL_PANELS if panel["type"] != "row"]
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
-EXPORTERS_OWN = ("process_", "python_", "up")
+CLIENT_LIBRARY_METRICS = ("process_", "python_", "up")
 _TOTAL = {"counter": "_total"}
 
 each_alert = pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
@@ -36,7 +36,11 @@ each_panel = pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["t
 def exposed() -> dict[str, str]:
     """Types of the service's own metrics by name, as Prometheus sees them."""
     families = State(Settings()).metrics.registry.collect()
-    return {f.name + _TOTAL.get(f.type, ""): f.type for f in families if not f.name.startswith(EXPORTERS_OWN)}
+    return {
+        f.name + _TOTAL.get(f.type, ""): f.type
+        for f in families
+        if not f.name.startswith(CLIENT_LIBRARY_METRICS)
+    }
 
 
 def listed() -> dict[str, str]:
@@ -50,12 +54,12 @@ def named_in(text: str) -> set[str]:
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
 
 
-def test_the_page_lists_exactly_the_metrics_that_there_are() -> None:
+def test_the_page_lists_exactly_the_exposed_metrics() -> None:
     assert listed() == exposed()
 
 
 @pytest.mark.anyio
-async def test_a_running_service_exposes_no_others() -> None:
+async def test_a_running_service_exposes_the_same_metrics() -> None:
     async with running(FakePolicy()) as client:
         text = (await client.get("/metrics")).text
     types = dict(re.findall(r"^# TYPE (shopr1_\w+) (\w+)$", text, re.MULTILINE))
@@ -63,7 +67,7 @@ async def test_a_running_service_exposes_no_others() -> None:
 
 
 @each_alert
-def test_alerts_say_what_is_wrong_and_what_to_do(alert: dict[str, Any]) -> None:
+def test_alerts_have_annotations_and_a_runbook(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
     annotations = alert["annotations"]
     assert annotations.keys() == {"summary", "description", "runbook"}
@@ -73,20 +77,20 @@ def test_alerts_say_what_is_wrong_and_what_to_do(alert: dict[str, Any]) -> None:
         assert "$labels.run" in annotations["summary"]
 
 
-def test_the_page_describes_no_alert_that_does_not_exist() -> None:
+def test_alerts_of_the_page_exist() -> None:
     described = set(re.findall(r"^### (\w+)$", PAGE, re.MULTILINE))
     assert described <= {alert["alert"] for alert in ALERTS}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
-def test_rules_ask_for_metrics_that_exist(rule: dict[str, Any]) -> None:
+def test_metrics_of_the_rules_exist(rule: dict[str, Any]) -> None:
     recorded = set(re.findall(r"run:\w+:\w+", rule["expr"]))
     assert recorded <= {each.get("record") for each in RULES}
     assert named_in(rule["expr"]) <= exposed().keys()
 
 
 def unit(panel: dict[str, Any]) -> str:
-    """Unit of a panel's values. A heatmap has it on its axis, as its cells are counts."""
+    """Unit of a panel's values. A heatmap has it on its axis because its cells are counts."""
     where = panel["options"]["yAxis"] if panel["type"] == "heatmap" else panel["fieldConfig"]["defaults"]
     return str(where["unit"])
 
@@ -102,27 +106,27 @@ def test_panels_query_documented_metrics(panel: dict[str, Any]) -> None:
 
 
 @each_panel
-def test_panels_say_what_they_show_what_is_healthy_and_what_to_do(panel: dict[str, Any]) -> None:
+def test_panels_describe_meaning_healthy_range_and_action(panel: dict[str, Any]) -> None:
     assert panel["title"].strip()
     assert re.fullmatch(r"\S.*\. Healthy: .+\. If .+\.", panel["description"])
     assert unit(panel)
 
 
 @each_panel
-def test_panels_have_the_selected_data_source(panel: dict[str, Any]) -> None:
+def test_panels_use_the_selected_data_source(panel: dict[str, Any]) -> None:
     for each in (panel, *panel["targets"]):
         assert each["datasource"] == SOURCE
 
 
 @each_panel
-def test_panels_refer_to_panels_rows_and_alerts_that_exist(panel: dict[str, Any]) -> None:
+def test_panels_rows_and_alerts_in_descriptions_exist(panel: dict[str, Any]) -> None:
     titles = {each["title"] for each in ALL_PANELS} - {panel["title"]}
     assert set(re.findall(r'"([^"]+)"', panel["description"])) <= titles
     alerts = {alert["alert"] for alert in ALERTS}
     assert set(re.findall(r"alert (\w+)", panel["description"])) <= alerts
 
 
-def test_panels_have_ids_and_titles_of_their_own() -> None:
+def test_panels_have_unique_ids_and_titles() -> None:
     for key in ("id", "title"):
         values = [panel[key] for panel in ALL_PANELS]
         assert len(set(values)) == len(values)
@@ -139,8 +143,8 @@ def test_panels_fill_their_rows_and_do_not_overlap() -> None:
     assert len(cells) == 24 * (max(row for _, row in cells) + 1)
 
 
-def test_the_dashboard_is_formatted_to_diff_well() -> None:
-    """Sorted keys and two spaces, and nothing that changes with each Grafana that exports it."""
+def test_the_dashboard_is_formatted_for_diffs() -> None:
+    """Sorted keys, two spaces, and no value that depends on the exporting Grafana."""
     text = DASHBOARD.read_text("utf-8")
     dashboard = json.loads(text)
     assert text == json.dumps(dashboard, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -148,7 +152,7 @@ def test_the_dashboard_is_formatted_to_diff_well() -> None:
     assert dashboard["uid"] == "shopr1"
 
 
-def test_the_links_of_the_page_lead_somewhere() -> None:
+def test_links_of_the_page_exist() -> None:
     for file, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGE):
         target = ROOT / "docs" / file if file else ROOT / "docs" / "metrics.md"
         assert target.exists(), file

@@ -1,4 +1,4 @@
-"""`openapi.yaml` is the application's document, and both examples and real answers are of its schemas."""
+"""`openapi.yaml` is the application's document; examples and real responses match its schemas."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -80,7 +80,7 @@ def operations() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def contents() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every body of the document: what it is, its media type, and what is said of it."""
+    """Every body of the document: name, media type, and content."""
     for name, operation in operations():
         for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
             yield name, media_type, content
@@ -98,7 +98,7 @@ def examples() -> Iterator[tuple[str, dict[str, Any], Any]]:
 
 
 def errors(schema: dict[str, Any], value: Any) -> list[str]:
-    """What is wrong with a value by a schema of the document."""
+    """Violations of a schema of the document by a value."""
     validator = OAS31Validator({**schema, "components": DOCUMENT["components"]})
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
 
@@ -114,27 +114,27 @@ each_example = pytest.mark.parametrize(
 # --- the document -----------------------------------------------------------------------------------
 
 
-def test_the_file_is_the_document_of_the_application() -> None:
+def test_the_file_equals_the_application_document() -> None:
     document = create_app(Settings(), LocalEngine.opener(FakePolicy)).openapi()
     assert document == DOCUMENT
     assert to_yaml(document) == FILE.read_text("utf-8"), "run `make openapi`"
 
 
-def test_settings_do_not_change_it() -> None:
+def test_settings_do_not_change_the_document() -> None:
     settings = Settings(port=1, max_groups=2, max_body_bytes=3, policy="x", log_level="debug")
     assert create_app(settings, LocalEngine.opener(FakePolicy)).openapi() == DOCUMENT
 
 
-async def test_it_is_served() -> None:
+async def test_the_document_is_served() -> None:
     async with running() as client:
         assert (await client.get("/openapi.json")).json() == DOCUMENT
 
 
-def test_it_is_openapi() -> None:
+def test_the_document_is_valid_openapi() -> None:
     validate(DOCUMENT)
 
 
-def test_operations() -> None:
+def test_operation_ids() -> None:
     assert {name: operation["operationId"] for name, operation in operations()} == OPERATIONS
 
 
@@ -151,13 +151,13 @@ def test_every_body_has_an_example_and_a_schema() -> None:
     assert len(bodies) > 20
     for name, media_type, content in bodies:
         assert content["schema"], name
-        if media_type == "application/octet-stream":  # an example would be no text
+        if media_type == "application/octet-stream":  # binary: no example
             continue
         assert "example" in content or content.get("examples"), name
 
 
 def problem_examples(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The problems of one status, each with its code as the example's name where there are several."""
+    """The problems of one status. If there are several, each example is named by its code."""
     if "example" in content:
         return [content["example"]]
     assert all(named["value"]["code"] == code for code, named in content["examples"].items())
@@ -180,20 +180,20 @@ def test_problems_have_the_status_of_their_class(operation: dict[str, Any]) -> N
 
 def test_every_problem_of_scoring_is_documented() -> None:
     documented = set(DOCUMENT["paths"]["/score"]["post"]["responses"])
-    # Another path or method is no answer of this one, and it brings no weights.
+    # Not possible here: unknown paths and methods, and the storage of weights.
     assert documented == {"200", *STATUSES} - {"404", "405", "507"}
 
 
 @pytest.mark.parametrize("path", SCORING_FOR_TRAINERS)
 def test_every_problem_of_a_trainers_route_is_documented(path: str) -> None:
     responses = DOCUMENT["paths"][path]["post"]["responses"]
-    # A trainer demands no policy version, and brings no weights.
+    # Not possible here either: a demanded policy version.
     assert set(responses) == {"200", *STATUSES} - {"404", "405", "409", "507"}
     bodies = problem_examples(responses["422"]["content"][PROBLEM_MEDIA_TYPE])
     assert [body["code"] for body in bodies] == ["invalid_request", "unscorable"]
 
 
-def test_no_schema_is_left_over() -> None:
+def test_every_schema_is_used() -> None:
     text = json.dumps(DOCUMENT)
     unused = [name for name in DOCUMENT["components"]["schemas"] if f'schemas/{name}"' not in text]
     assert unused == []
@@ -203,12 +203,12 @@ def test_no_schema_is_left_over() -> None:
 
 
 @each_example
-def test_an_example_is_of_its_schema(schema: dict[str, Any], value: Any) -> None:
+def test_examples_match_their_schemas(schema: dict[str, Any], value: Any) -> None:
     assert errors(schema, value) == []
 
 
-def test_schemas_tell_wrong_from_right() -> None:
-    """Or the test above would say nothing."""
+def test_schemas_reject_invalid_values() -> None:
+    """The test above relies on this."""
     schema = {"$ref": "#/components/schemas/ScoreResponse"}
     assert errors(schema, SCORE_RESPONSE) == []
     wrong = deepcopy(SCORE_RESPONSE)
@@ -223,7 +223,7 @@ def request_examples() -> list[Any]:
 
 
 @pytest.mark.parametrize("request_", request_examples())
-async def test_an_example_request_is_scored(request_: Any) -> None:
+async def test_example_requests_are_scored(request_: Any) -> None:
     assert ScoreRequest.model_validate(request_).groups
     async with running() as client:
         response = await post(client, request_)
@@ -231,7 +231,7 @@ async def test_an_example_request_is_scored(request_: Any) -> None:
     assert errors({"$ref": "#/components/schemas/ScoreResponse"}, response.json()) == []
 
 
-async def test_the_example_answer_is_the_answer_to_the_example_request() -> None:
+async def test_the_example_response_is_the_response_to_the_example_request() -> None:
     async with running(FakePolicy(26.0)) as client:
         answered = (await post(client, SCORE_REQUEST)).json()
     of_the_run = ("request_id", "policy")
@@ -240,17 +240,17 @@ async def test_the_example_answer_is_the_answer_to_the_example_request() -> None
     }
 
 
-def test_the_documented_answer_is_the_tested_one() -> None:
+def test_the_documented_response_is_the_tested_one() -> None:
     responses = DOCUMENT["paths"]["/score"]["post"]["responses"]
     assert responses["200"]["content"]["application/json"]["example"] == SCORE_RESPONSE
 
 
-# In this order: LLaMA-Factory finds the label that the first one registers.
+# The order matters: LLaMA-Factory needs the label that the first request registers.
 OF_TRAINERS = [name for name in OPERATIONS if "/dialects/" in name]
 CALLS = ["PUT /labels", "GET /labels", *OF_TRAINERS, "DELETE /labels"]
 
 
-async def test_the_trainers_examples_are_answered_as_documented() -> None:
+async def test_trainers_examples_get_the_documented_responses() -> None:
     policy = FakePolicy(26.0)
     policy.codec.end_tokens = ("<|im_end|>",)
     async with running(policy) as client:
@@ -263,7 +263,7 @@ async def test_the_trainers_examples_are_answered_as_documented() -> None:
             answers = [await client.request(method, path, json=body) for body in requests]
             assert [answer.status_code for answer in answers] == [200] * len(requests), name
             assert all(errors(documented["schema"], answer.json()) == [] for answer in answers), name
-            # The documented answer is that to the first request; an id is of the run.
+            # The documented response belongs to the first request; ids differ between runs.
             first, example = answers[0].json(), documented["example"]
             if path == "/dialects/llama_factory/v1/score/evaluation":
                 assert first.pop("id").startswith("scoreval-")
@@ -271,7 +271,7 @@ async def test_the_trainers_examples_are_answered_as_documented() -> None:
             assert first == example, name
 
 
-# --- real answers -----------------------------------------------------------------------------------
+# --- real responses -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ async def service() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def documented(path: str, method: str, response: httpx.Response) -> dict[str, Any]:
-    """The schema that the document gives for this answer."""
+    """The documented schema of this response."""
     content = DOCUMENT["paths"][path][method]["responses"][str(response.status_code)]["content"]
     schema: dict[str, Any] = content[response.headers["Content-Type"].partition(";")[0]]["schema"]
     return schema
@@ -298,7 +298,7 @@ def documented(path: str, method: str, response: httpx.Response) -> dict[str, An
         ("/health/ready", "/health/ready"),
     ],
 )
-async def test_answers_are_documented(service: httpx.AsyncClient, path: str, documented_path: str) -> None:
+async def test_responses_are_documented(service: httpx.AsyncClient, path: str, documented_path: str) -> None:
     response = await service.get(path)
     assert errors(documented(documented_path, "get", response), response.json()) == []
 
@@ -319,7 +319,9 @@ async def test_metrics_are_documented(service: httpx.AsyncClient) -> None:
         (422, {"groups": [group(truth={}), {}]}),
     ],
 )
-async def test_answers_of_scoring_are_documented(service: httpx.AsyncClient, status: int, body: Any) -> None:
+async def test_responses_of_scoring_are_documented(
+    service: httpx.AsyncClient, status: int, body: Any
+) -> None:
     response = await post(service, body)
     assert response.status_code == status
     assert errors(documented("/score", "post", response), response.json()) == []

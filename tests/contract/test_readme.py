@@ -1,11 +1,11 @@
-"""The README's commands and code do what it says."""
+"""Commands, code and links of the README are valid."""
 
 import json
 import re
 from pathlib import Path
 
 from shopr1_client.wire import ScoreRequest, ScoreResponse
-from shopr1_rewards import load_recipe
+from shopr1_rewards import load_recipe, total
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -14,7 +14,7 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
 
 
-def test_curl_example_is_a_valid_request() -> None:
+def test_the_curl_example_is_a_valid_request() -> None:
     console = next(block for block in _blocks("console") if "curl" in block)
     body = re.search(r"-d '(.*)'", console, re.DOTALL)
     assert body is not None
@@ -22,17 +22,17 @@ def test_curl_example_is_a_valid_request() -> None:
     assert len(request.groups[0].completions) == 1
 
 
-def test_printed_answer_is_a_valid_answer_of_the_shipped_recipe() -> None:
+def test_the_printed_response_is_valid_with_the_shipped_recipe() -> None:
     answer = ScoreResponse.model_validate(json.loads(_blocks("json")[0]))
     reward = answer.groups[0].rewards[0]
     assert answer.recipe.digest == load_recipe("shop_r1").digest
-    assert reward.reward == sum(value for _, value in reward.components)
+    assert reward.reward == total(reward.components)
     assert reward.details.self_certainty_nats is not None
     alpha = load_recipe("shop_r1").self_certainty.alpha
-    assert reward.components.self_certainty == alpha * reward.details.self_certainty_nats
+    assert reward.components["self_certainty"] == alpha * reward.details.self_certainty_nats
 
 
-def test_make_targets_it_names_exist() -> None:
+def test_make_targets_exist() -> None:
     text = README.read_text("utf-8")
     makefile = (README.parent / "Makefile").read_text("utf-8")
     named = set(re.findall(r"`?make ([a-z-]+)", text))
@@ -40,7 +40,7 @@ def test_make_targets_it_names_exist() -> None:
     assert named <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
-def test_files_it_links_to_exist() -> None:
+def test_linked_files_exist() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README.read_text("utf-8"))
     assert links
     assert [link for link in links if not (README.parent / link).exists()] == []

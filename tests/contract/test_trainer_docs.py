@@ -1,4 +1,4 @@
-"""What docs/trainers says exists: routes, settings, keys, links."""
+"""Routes, settings, keys and links in docs/trainers exist."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shopr1_client.reward_logs import LOG_KEYS, PREFIX
+from shopr1_client.reward_logs import PREFIX, log_keys
+from shopr1_rewards import load_recipe
 from shopr1_service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_links(page: Path) -> None:
 @each_page
 def test_routes(page: Path) -> None:
     named = set(re.findall(r"/dialects/[a-z_]+(?:/[a-z_0-9]+)*", page.read_text("utf-8")))
-    # A base URL stands for the routes below it.
+    # A base URL means all routes below it.
     assert [path for path in named if not any(f"{known}/".startswith(f"{path}/") for known in PATHS)] == []
 
 
@@ -47,4 +48,5 @@ def test_every_setting_is_described() -> None:
 
 def test_every_key_is_described() -> None:
     text = (ROOT / "docs" / "trainers" / "README.md").read_text("utf-8")
-    assert [key for key in LOG_KEYS if f"`{key.removeprefix(PREFIX)}`" not in text.replace(PREFIX, "")] == []
+    keys = log_keys(load_recipe("shop_r1").components)
+    assert [key for key in keys if f"`{key.removeprefix(PREFIX)}`" not in text.replace(PREFIX, "")] == []

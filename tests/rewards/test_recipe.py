@@ -1,4 +1,5 @@
 import copy
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ def edited(old: str, new: str) -> str:
 def test_every_number_and_choice_of_shop_r1() -> None:
     assert SHOP_R1.model_dump(mode="json", exclude={"source"}) == {
         "name": "shop_r1",
+        "components": ["format", "action_type", "attribute", "value", "self_certainty"],
         "format": {
             "reward": 0.5,
             "reading": "strict",
@@ -96,6 +98,7 @@ def test_defaults() -> None:
     assert recipe.model_dump(mode="json") == {
         "name": "minimal",
         "source": "",
+        "components": shop_r1["components"],
         "format": {**shop_r1["format"], "reward": 1.0},
         "similarity": shop_r1["similarity"],
         "self_certainty": {**shop_r1["self_certainty"], "alpha": 0.0},
@@ -252,6 +255,20 @@ def test_recipe_errors_are_rewards_errors() -> None:
     assert issubclass(RewardsError, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ('["format", "politeness"]', "components.1: Input should be 'format', 'action_type'"),
+        ('["format", "value", "format"]', "components: Value error, a component is listed twice"),
+        ("[]", "components: Tuple should have at least 1 item"),
+        ('"format"', "components: Input should be a valid tuple"),
+    ],
+)
+def test_components_that_are_none(components: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        parse_recipe(re.sub("components = .*", f"components = {components}", TOML))
+
+
 # --- frozen -----------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[BaseModel, str]] = {
@@ -273,6 +290,7 @@ def test_frozen(part: BaseModel, field: str) -> None:
 
 # --- digest -----------------------------------------------------------------------------------------
 
+SHOP_R1_DIGEST = "8cdec04b30fd6bcf9d3ec57a8be623de0c95006e09b9d892d91cb64cef5e333b"
 OTHER_CHOICE: dict[str, Any] = {
     "shop_r1": "other",
     "strict": "tolerant",
@@ -302,8 +320,13 @@ def changed(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     for key in path[:-1]:
         parent = parent[key]
     value = parent[path[-1]]
-    # One or two units in the last place: no change is too small.
-    parent[path[-1]] = OTHER_CHOICE[value] if isinstance(value, str) else value * (1 + 2**-52)
+    match value:
+        case str():
+            parent[path[-1]] = OTHER_CHOICE[value]
+        case list():
+            parent[path[-1]] = value[::-1]
+        case _:
+            parent[path[-1]] = value * (1 + 2**-52)  # one or two units in the last place
     return tree
 
 
@@ -318,8 +341,14 @@ def test_digest_changes_with_every_number_and_choice(path: tuple[str, ...]) -> N
 
 def test_no_two_changes_have_the_same_digest() -> None:
     digests = {Recipe.model_validate(changed(SHIPPED, path)).digest for path in LEAVES}
-    # 1 name, 5 of format, 3 of similarity, 6 of self-certainty, dars, and of the types 1 + 3 + 5.
-    assert len(digests) == len(LEAVES) == 25
+    # 1 name, 1 order of components, 5 of format, 3 of similarity, 6 of self-certainty, dars, and of the
+    # types 1 + 3 + 5.
+    assert len(digests) == len(LEAVES) == 26
+
+
+def test_digest_of_shop_r1_is_that_of_recipes_without_a_list_of_components() -> None:
+    without = "".join(line for line in TOML.splitlines(True) if not line.startswith("components"))
+    assert parse_recipe(without).digest == SHOP_R1.digest == f"sha256:{SHOP_R1_DIGEST}"
 
 
 def test_digest_changes_with_types_and_attributes() -> None:

@@ -1,12 +1,12 @@
 import re
-from dataclasses import FrozenInstanceError, astuple
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shopr1_rewards import Action, Components, FormatError, Judgement, Recipe, judge, parse_recipe
+from shopr1_rewards import Action, FormatError, Judgement, Recipe, judge, measured_terms, parse_recipe, total
 from shopr1_rewards.strict_json import Span
 from tests.support.completions import (
     SHOP_R1,
@@ -24,6 +24,15 @@ def recipe(**parts: dict[str, Any]) -> Recipe:
     return Recipe.model_validate({**content, **{name: {**content[name], **parts[name]} for name in parts}})
 
 
+def values(judgement: Judgement, self_certainty: float | None = 0.0) -> tuple[float | None, ...]:
+    """Of all components, the weighted self-certainty being this."""
+    return tuple(judgement.components({"self_certainty": self_certainty}).values())
+
+
+def reward(judgement: Judgement, self_certainty: float | None = 0.0) -> float | None:
+    return total(judgement.components({"self_certainty": self_certainty}))
+
+
 def judged(predicted: Action, truth: Action, rules: Recipe = SHOP_R1) -> Judgement:
     return judge(answer(predicted.to_dict()), truth, rules)
 
@@ -34,9 +43,15 @@ def judged(predicted: Action, truth: Action, rules: Recipe = SHOP_R1) -> Judgeme
 def test_figure_1() -> None:
     # 0.5 for the format, 0.3 for the type, 0.2 for a name, 0 for the wrong one; 0.005 · 26 = 0.13
     judgement = judged(click("refinements.customer_reviews"), click("add_to_cart.buy_now"))
-    components = judgement.components(SHOP_R1.self_certainty.alpha * 26)
-    assert astuple(components) == (0.5, 0.3, 0.2, 0.0, 0.13)
-    assert components.reward == 1.13
+    components = judgement.components(measured_terms(26.0, SHOP_R1))
+    assert components == {
+        "format": 0.5,
+        "action_type": 0.3,
+        "attribute": 0.2,
+        "value": 0.0,
+        "self_certainty": 0.13,
+    }
+    assert total(components) == 1.13
 
 
 @pytest.mark.parametrize(
@@ -54,7 +69,7 @@ def test_figure_1() -> None:
 def test_maxima_without_self_certainty(action: Action, maximum: float) -> None:
     judgement = judged(action, action)
     assert judgement.is_exact_match
-    assert judgement.components(0.0).reward == maximum
+    assert reward(judgement) == maximum
 
 
 @pytest.mark.parametrize(("threshold_is", "value"), [("exclusive", 0.0), ("inclusive", 750.0)])
@@ -63,8 +78,8 @@ def test_exactly_at_the_threshold(threshold_is: str, value: float) -> None:
     rules = recipe(similarity={"threshold_is": threshold_is})
     judgement = judged(click("nav_bar.search_button"), click("nav_bar.search_input"), rules)
     assert judgement.similarity == {"name": 0.75}
-    assert judgement.value == value
-    assert judgement.components(0.0).reward == 1.0 + value
+    assert judgement.earned["value"] == value
+    assert reward(judgement) == 1.0 + value
 
 
 @pytest.mark.parametrize(
@@ -93,7 +108,7 @@ def test_exactly_at_the_threshold(threshold_is: str, value: float) -> None:
 )
 def test_attribute_and_value(predicted: Action, truth: Action, attribute: float, value: float) -> None:
     judgement = judged(predicted, truth)
-    assert (judgement.action_type, judgement.attribute, judgement.value) == (0.3, attribute, value)
+    assert values(judgement) == (0.5, 0.3, attribute, value, 0.0)
 
 
 def test_attribute_left_out_is_compared_as_nothing() -> None:
@@ -118,7 +133,7 @@ def test_attribute_left_out_is_compared_as_nothing() -> None:
 )
 def test_wrong_type_earns_the_format_only(predicted: Action, truth: Action) -> None:
     judgement = judged(predicted, truth)
-    assert astuple(judgement.components(0.13)) == (0.5, 0.0, 0.0, 0.0, 0.13)
+    assert values(judgement, 0.13) == (0.5, 0.0, 0.0, 0.0, 0.13)
     assert judgement.prediction is not None
     assert judgement.prediction.action == predicted
     assert (judgement.similarity, judgement.is_exact_match) == ({}, False)
@@ -153,7 +168,7 @@ def test_invalid_format_earns_nothing(completion: str, error: FormatError, rules
     judgement = judge(completion, TERMINATE, recipe(format=rules))
     assert judgement.failure is not None
     assert judgement.failure.error is error
-    assert judgement.components(0.0) == Components(0.0, 0.0, 0.0, 0.0, 0.0)
+    assert values(judgement) == (0.0, 0.0, 0.0, 0.0, 0.0)
     assert (judgement.prediction, judgement.similarity, judgement.is_exact_match) == (None, {}, False)
     assert judgement.certainty_span is None
 
@@ -161,7 +176,7 @@ def test_invalid_format_earns_nothing(completion: str, error: FormatError, rules
 def test_tolerant_reading_earns_in_full() -> None:
     completion = f"```json\n{answer(click('buy_now').to_dict(), 'Cheap.')}\n```"
     judgement = judge(completion, click("buy_now"), recipe(format={"reading": "tolerant"}))
-    assert judgement.components(0.0).reward == 1001.0
+    assert reward(judgement) == 1001.0
     assert judgement.certainty_span is not None
     assert completion[slice(*judgement.certainty_span)] == "Cheap."
 
@@ -171,7 +186,7 @@ def test_end_tokens_do_not_count(reading: str) -> None:
     completion = answer(TERMINATE.to_dict()) + "<|im_end|>\n"
     rules = recipe(format={"reading": reading})
     judgement = judge(completion, TERMINATE, rules, ["<|im_end|>"])
-    assert judgement.components(0.0).reward == 0.8
+    assert reward(judgement) == 0.8
 
 
 # --- exact match ------------------------------------------------------------------------------------
@@ -227,14 +242,15 @@ def test_certainty_span_of_the_completion_leaves_its_end_out() -> None:
 
 
 def test_reward_is_none_where_self_certainty_is() -> None:
-    assert judged(TERMINATE, TERMINATE).components(None).reward is None
+    assert reward(judged(TERMINATE, TERMINATE), None) is None
 
 
 def test_results_are_frozen() -> None:
     judgement = judged(TERMINATE, TERMINATE)
-    for result in (judgement, judgement.components(0.0)):
-        with pytest.raises(FrozenInstanceError):
-            result.format = 1.0  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        judgement.failure = None  # type: ignore[misc]
+    judgement.components({}).clear()
+    assert values(judgement) == (0.5, 0.3, 0.0, 0.0, 0.0)
 
 
 FLOATS = st.floats(-1e6, 1e6)
@@ -242,12 +258,12 @@ FLOATS = st.floats(-1e6, 1e6)
 
 @given(FLOATS, FLOATS, FLOATS, FLOATS, FLOATS)
 def test_reward_is_the_sum_from_left_to_right(a: float, b: float, c: float, d: float, e: float) -> None:
-    assert Components(a, b, c, d, e).reward == a + b + c + d + e
+    assert total(dict(zip(SHOP_R1.components, (a, b, c, d, e), strict=True))) == a + b + c + d + e
 
 
 def test_sum_is_plain_addition_on_every_python() -> None:
     # From Python 3.12 on, sum() of floats compensates for rounding and would give 0.6.
-    assert Components(0.1, 0.2, 0.3, 0.0, 0.0).reward == 0.1 + 0.2 + 0.3 == 0.6000000000000001
+    assert total({"a": 0.1, "b": 0.2, "c": 0.3}) == 0.1 + 0.2 + 0.3 == 0.6000000000000001
 
 
 # --- against Table 1, written out -------------------------------------------------------------------
@@ -302,16 +318,16 @@ def test_rewards_are_those_of_table_1(pair: tuple[dict[str, str], dict[str, str]
     predicted, truth = pair
     names = SHOP_R1.action_space.types[truth["type"]].attributes
     true_action = Action(truth["type"], {name: truth[name] for name in names})
-    components = judge(answer(predicted), true_action, SHOP_R1).components(0.13)
+    judgement = judge(answer(predicted), true_action, SHOP_R1)
     expected = table_1(predicted, truth)
-    assert astuple(components) == (*expected, 0.13)
-    assert components.reward == expected[0] + expected[1] + expected[2] + expected[3] + 0.13
+    assert values(judgement, 0.13) == (*expected, 0.13)
+    assert reward(judgement, 0.13) == expected[0] + expected[1] + expected[2] + expected[3] + 0.13
 
 
 @given(st.text() | st.builds(answer, st.dictionaries(st.sampled_from(["type", "name"]), st.text())))
 def test_judge_never_raises(completion: str) -> None:
     judgement = judge(completion, click("buy_now"), SHOP_R1)
-    assert (judgement.failure is None) == (judgement.format == 0.5)
+    assert (judgement.failure is None) == (judgement.earned["format"] == 0.5)
 
 
 # --- another action space ---------------------------------------------------------------------------
@@ -334,5 +350,5 @@ def test_recipe_decides_what_there_is_to_earn() -> None:
     # type 2; presence 0.5, target's is 0; direction 4 · 1 + target 8 · 2·3/(3+4)
     predicted = Action("scroll", {"direction": "down", "target": "reviews of tea"})
     judgement = judged(predicted, truth, parse_recipe(SCROLL))
-    assert astuple(judgement.components(0.0)) == (-1.0, 2.0, 0.5, 4 + 8 * (6 / 7), 0.0)
+    assert values(judgement) == (-1.0, 2.0, 0.5, 4 + 8 * (6 / 7), 0.0)
     assert judgement.similarity == {"direction": 1.0, "target": 6 / 7}

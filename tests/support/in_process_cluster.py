@@ -121,7 +121,7 @@ class Cluster:
         self.dead.add(name)
         if engine._following is not None:
             engine._following.cancel()
-        engine._scheduler.close()
+        engine._engine.scheduler.close()
 
     async def change(self, change: Change) -> Any:
         return raise_problem(await self.coordinator.change.remote(change))
@@ -178,7 +178,7 @@ async def running(
 
 async def measured(engine: EngineReplica, route: Route | None = None, **target: Any) -> Any:
     """An engine's answer to a group, always the same one."""
-    return await engine.measure(GROUP, Kind(RULES, Target(**target)), route or Route())
+    return await engine.compute_certainties(GROUP, Kind(RULES, Target(**target)), route or Route())
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +204,6 @@ async def agree(cluster: Cluster, **target: Any) -> tuple[Values, str, int]:
     """`numbers` of all engines, after a check that all have the same numbers and tables."""
     first, *others = [await numbers(engine, **target) for engine in cluster.engines.values()]
     assert all(other == first for other in others)
-    tables = [engine._policy.versions for engine in cluster.engines.values()]
+    tables = [engine._engine.policy.versions for engine in cluster.engines.values()]
     assert all(table == tables[0] for table in tables)
     return first

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from shopr1_client.wire import Components
+from shopr1_rewards import load_recipe
 from tests.support.http import TERMINATE, answer
 
 OPENRLHF = "/dialects/openrlhf/get_reward"
@@ -28,7 +28,7 @@ REQUESTS = {
 }
 
 LOG_KEYS = [
-    *(f"shopr1/{term}" for term in Components.model_fields),
+    *(f"shopr1/{term}" for term in load_recipe("shop_r1").components),
     "shopr1/self_certainty_nats",
     "shopr1/has_self_certainty",
     "shopr1/format_ok",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shopr1_client.grouping import Rollout
-from shopr1_client.reward_logs import LOG_KEYS, PREFIX, log_values
+from shopr1_client.reward_logs import PREFIX, log_values
 from shopr1_client.trainers.service import Service
 
 
@@ -39,7 +39,7 @@ def reward_func(
     return {
         "rewards": torch.tensor(service.numbers(rewards)),
         "scores": torch.tensor([values[f"{PREFIX}exact_match"] for values in logs]),
-        "extra_logs": {key: torch.tensor([values[key] for values in logs]) for key in LOG_KEYS},
+        "extra_logs": {key: torch.tensor([values[key] for values in logs]) for key in (logs or [{}])[0]},
     }
 
 

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from shopr1_client.grouping import Rollout
-from shopr1_client.reward_logs import LOG_KEYS, log_values
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.service import Service, chat, noted_version
 from shopr1_client.wire import Reward, TokenIds
 
@@ -77,6 +77,6 @@ def _truth(truth: Any) -> Any:  # noqa: ANN401
 def _told(service: Service, rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:
     values = [log_values(reward) for reward in rewards]
     if log_metric is not None:
-        for key in LOG_KEYS:  # on every rank, whatever was scored there: TRL gathers by name
+        for key in values[0]:  # the same on every rank, whatever was scored there: TRL gathers by name
             log_metric(key, fmean(value[key] for value in values))
     return [service.unscorable if reward.reward is None else reward.reward for reward in rewards]

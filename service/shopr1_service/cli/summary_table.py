@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rich.table import Table
 
-from shopr1_client.wire import Components, Group, Reward
+from shopr1_client.wire import Group, Reward
 
 _ALL = "all"
+_Cell = Callable[[Sequence[Reward]], str]
 
 
 def summary(groups: Sequence[Group], rewards: Sequence[Sequence[Reward]]) -> Table:
@@ -20,7 +21,7 @@ def summary(groups: Sequence[Group], rewards: Sequence[Sequence[Reward]]) -> Tab
     table = Table("human's action", title="Mean of each weighted term")
     for name in columns:
         table.add_column(name, justify="right")
-    for label, cell in _ROWS.items():
+    for label, cell in _rows(columns[_ALL]).items():
         table.add_row(label, *(cell(column) for column in columns.values()))
     return table
 
@@ -36,16 +37,17 @@ def _mean(values: Iterable[float | None]) -> str:
     return f"{sum(known) / len(known):.4f}" if known else "-"
 
 
-def _term(name: str) -> Callable[[Sequence[Reward]], str]:
-    return lambda rewards: _mean(
-        getattr(reward.components, name) for reward in rewards if reward.reward is not None
-    )
+def _term(name: str) -> _Cell:
+    return lambda rewards: _mean(reward.components[name] for reward in rewards if reward.reward is not None)
 
 
-_ROWS: dict[str, Callable[[Sequence[Reward]], str]] = {
-    "rollouts": lambda rewards: str(len(rewards)),
-    "unscorable": lambda rewards: str(sum(reward.reward is None for reward in rewards)),
-    **{name: _term(name) for name in Components.model_fields},
-    "reward": lambda rewards: _mean(reward.reward for reward in rewards),
-    "exact match": lambda rewards: _mean(float(reward.details.exact_match) for reward in rewards),
-}
+def _rows(rewards: Sequence[Reward]) -> dict[str, _Cell]:
+    """Labels and cells; the recipe's components are the same in all rewards."""
+    components = rewards[0].components if rewards else ()
+    return {
+        "rollouts": lambda column: str(len(column)),
+        "unscorable": lambda column: str(sum(reward.reward is None for reward in column)),
+        **{name: _term(name) for name in components},
+        "reward": lambda column: _mean(reward.reward for reward in column),
+        "exact match": lambda column: _mean(float(reward.details.exact_match) for reward in column),
+    }

@@ -20,7 +20,7 @@ from shopr1_service.cluster.engine_metrics import QueuedTokens
 from shopr1_service.cluster.engine_replica import Description, EngineReplica
 from shopr1_service.cluster.messages import ClusterView
 from shopr1_service.cluster.ray_router import AffinityRouter
-from shopr1_service.cluster.remote_policy import RemoteEngines
+from shopr1_service.cluster.remote_engines import RemoteEngines
 from shopr1_service.cluster.update_coordinator import UpdateCoordinator
 from shopr1_service.http.problems import REQUEST_ID_HEADER
 from shopr1_service.monitoring.metrics import Metrics

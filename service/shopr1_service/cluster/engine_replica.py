@@ -1,4 +1,4 @@
-"""One engine behind Ray: a policy on one device, its scheduler, and its updates."""
+"""One engine behind Ray, on one device."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,11 +14,9 @@ from shopr1_service.core import Kind, Measurements, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.policy.tokenizer import Codec
-from shopr1_service.scheduling.scheduler import Scheduler
-from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
-from shopr1_service.updates.adapter_updates import AdapterFiles, AdapterUpdates
-from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.updates.adapter_updates import AdapterFiles
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 
 _RETRY_AFTER_S = 2.0
 _MAX_DTYPE_BYTES = 8
@@ -55,20 +53,10 @@ class EngineReplica:
         self._name = name
         self._failure: BaseException | None = None
         self._following: asyncio.Task[None] | None = None
-        self._policy = load_policy(self._settings)
         self._metrics = Metrics(max_queue_tokens=self._settings.max_queue_tokens)
-        self._scheduler = Scheduler(
-            self._policy,
-            self._metrics,
-            max_queue_tokens=self._settings.max_queue_tokens,
-            is_deterministic=self._settings.deterministic,
-            on_fatal=self._fail,
-        )
-        self._metrics.watch(lambda: self._failure is None, lambda: self._policy.heartbeat.age_s)
-        self._metrics.policy.record_loaded(self._policy.info)
-        new_versions = VersionWaiter(lambda: self._policy.versions)
-        how = self._policy, self._scheduler, self._settings, self._metrics, new_versions
-        self._updates, self._adapters = Updates(*how), AdapterUpdates(*how)
+        policy = load_policy(self._settings)
+        self._engine = UpdatableEngine(policy, self._settings, self._metrics, self._fail)
+        self._metrics.watch(lambda: self._failure is None, lambda: self._engine.heartbeat_age_s)
 
     async def join(self, coordinator: Any, actor: Any) -> None:  # noqa: ANN401
         """Catch up with the other engines, and follow every change from then on.
@@ -80,20 +68,18 @@ class EngineReplica:
         Raises:
             BehindError: the engine cannot catch up.
         """
-        follower = UpdateFollower(
-            coordinator, self._name, actor, self._policy, self._scheduler, self._updates, self._adapters
-        )
+        follower = UpdateFollower(coordinator, self._name, actor, self._engine)
         await follower.catch_up()
         self._following = asyncio.create_task(follower.follow(self._fail))
 
-    async def measure(
+    async def compute_certainties(
         self, group: TokenGroup, kind: Kind, route: Route
     ) -> Measurements | ProblemError | Declined:
-        """As `Scheduler.compute_certainties`, but problems are returned: Ray would log a traceback."""
+        """As `EngineClient`, but problems are returned: Ray would log a traceback."""
         if (reason := self._reason_to_decline(route)) is not None:
             return Declined(self._name, NotReadyError(reason, retry_after_s=_RETRY_AFTER_S))
         try:
-            [measurements] = await self._scheduler.compute_certainties([group], kind)
+            [measurements] = await self._engine.compute_certainties([group], kind)
         except (NotReadyError, PolicyVersionError, InvalidRequestError) as error:
             return Declined(self._name, error)
         except ProblemError as error:
@@ -102,10 +88,10 @@ class EngineReplica:
 
     async def describe(self) -> Description:
         """Describe the policy."""
-        num_parameters = sum(tensor.numel() for tensor in self._policy.model.state_dict().values())
+        num_parameters = sum(tensor.numel() for tensor in self._engine.policy.model.state_dict().values())
         max_weight_bytes = num_parameters * _MAX_DTYPE_BYTES
         max_adapter_bytes = self._settings.max_adapter_bytes
-        return Description(self._policy.info, self._policy.codec, max_weight_bytes, max_adapter_bytes)
+        return Description(self._engine.info, self._engine.codec, max_weight_bytes, max_adapter_bytes)
 
     async def scrape(self, _route: Route) -> Scrape:
         """Metrics of this engine."""
@@ -113,24 +99,24 @@ class EngineReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Numbers for `QueuedTokens`. Called by Ray at intervals."""
-        return {QUEUED_TOKENS: self._scheduler.num_waiting_tokens}
+        return {QUEUED_TOKENS: self._engine.scheduler.num_waiting_tokens}
 
     @returns_problems
     async def adapter_files(self, path: str) -> AdapterFiles:
         """Files of an adapter in a directory that engines can read."""
-        return await self._adapters.files(path)
+        return await self._engine.adapters.files(path)
 
     async def check_health(self) -> None:
         """Raise if the engine must be replaced. Called by Ray at intervals."""
         if self._failure is not None:
             raise EngineFailedError(str(self._failure))
-        if (age_s := self._policy.heartbeat.age_s) > self._settings.engine_timeout_s:
-            raise EngineFailedError(f"no heartbeat for {age_s:.0f} s; stack:\n{self._scheduler.stack()}")
+        if (age_s := self._engine.heartbeat_age_s) > self._settings.engine_timeout_s:
+            raise EngineFailedError(f"no heartbeat for {age_s:.0f} s; stack:\n{self._engine.stack()}")
 
     def _reason_to_decline(self, route: Route) -> str | None:
         if self._failure is not None:
             return f"an engine has failed: {self._failure}"
-        if self._policy.versions.num_changes < route.min_number:
+        if self._engine.versions.num_changes < route.min_number:
             return "an engine has not applied the policy's last change yet"
         return None
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from shopr1_client.errors import NotReadyError, ProblemError
-from shopr1_client.wire_policy import AdapterRequest, UpdateRequest
+from shopr1_client.wire_policy import UpdateRequest
 from shopr1_service.cluster.messages import (
     Answer,
     BehindError,
@@ -18,11 +18,8 @@ from shopr1_service.cluster.messages import (
     raise_problem,
     returns_problems,
 )
-from shopr1_service.cluster.update_log import Change, Entry, UpdateLog
-from shopr1_service.policy.local import LoadedPolicy
-from shopr1_service.scheduling.scheduler import Scheduler
-from shopr1_service.updates.adapter_updates import AdapterUpdates
-from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.cluster.update_log import Change, Entry, UnloadRequest, UpdateLog
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 from shopr1_service.weights.files import Signature
 
 logger = logging.getLogger(__name__)
@@ -47,19 +44,13 @@ class UpdateFollower:
         coordinator: Any,  # noqa: ANN401
         name: str,
         actor: Any,  # noqa: ANN401
-        policy: LoadedPolicy,
-        scheduler: Scheduler,
-        updates: Updates,
-        adapters: AdapterUpdates,
+        engine: UpdatableEngine,
     ) -> None:
         self._coordinator = coordinator
         self._name = name
         self._actor = actor
-        self._policy = policy
-        self._scheduler = scheduler
-        self._updates = updates
-        self._adapters = adapters
-        self._log = UpdateLog(policy.versions)
+        self._engine = engine
+        self._log = UpdateLog(engine.versions)
         self._log_number = -1
 
     async def catch_up(self) -> None:
@@ -88,7 +79,7 @@ class UpdateFollower:
             await self._coordinator.deregister.remote(self._name)
 
     async def _poll(self, *, waits: bool) -> Order | None:
-        report = Report(self._name, self._actor, self._policy.versions.num_changes, self._log_number)
+        report = Report(self._name, self._actor, self._engine.versions.num_changes, self._log_number)
         while True:
             try:
                 order: Order | None = await self._coordinator.poll.remote(report, waits=waits)
@@ -113,13 +104,13 @@ class UpdateFollower:
     @returns_problems
     async def _try(self, trial: TryUpdate) -> TrialResult:
         answer = await self._apply(trial.number, trial.change)
-        taken = self._updates.taken if isinstance(trial.change.request, UpdateRequest) else None
-        return TrialResult(self._policy.versions, answer, taken)
+        taken = self._engine.weights.taken if isinstance(trial.change.request, UpdateRequest) else None
+        return TrialResult(self._engine.versions, answer, taken)
 
     async def _apply_log(self, log: UpdateLog) -> None:
-        for entry in log.after(self._policy.versions.num_changes):
+        for entry in log.after(self._engine.versions.num_changes):
             await self._apply_entry(entry)
-        await self._scheduler.between_batches(lambda: self._policy.agree(log.table))
+        await self._engine.scheduler.between_batches(lambda: self._engine.policy.agree(log.table))
         self._log, self._log_number = log, log.number
 
     async def _apply_entry(self, entry: Entry) -> None:
@@ -132,19 +123,18 @@ class UpdateFollower:
             raise BehindError(f"change {entry.number} cannot be applied here: {error}") from error
 
     async def _apply(self, number: int, change: Change, files: frozenset[Signature] | None = None) -> Answer:
-        await self._scheduler.between_batches(lambda: self._policy.expect(number))
-        request = change.request
+        engine, request = self._engine, change.request
+        await engine.scheduler.between_batches(lambda: engine.policy.expect(number))
+        if isinstance(request, UnloadRequest):
+            await engine.unload_adapter(request.name, request.version)
+            return None
+        if change.upload is None:
+            assert isinstance(request, UpdateRequest)
+            return await engine.weights.from_checkpoint(request, files)
+        chunks = self._chunks(change.upload)
         if isinstance(request, UpdateRequest):
-            if change.upload is None:
-                return await self._updates.from_checkpoint(request, files)
-            return await self._updates.from_upload(
-                self._chunks(change.upload), request.version, is_partial=request.partial
-            )
-        if isinstance(request, AdapterRequest):
-            assert change.upload is not None
-            return await self._adapters.from_upload(self._chunks(change.upload), request, change.config)
-        await self._adapters.unload(request.name, request.version)
-        return None
+            return await engine.load_upload(chunks, request.version, is_partial=request.partial)
+        return await engine.adapters.from_upload(chunks, request, change.config)
 
     async def _chunks(self, upload: str) -> AsyncIterator[bytes]:
         start, coming = 0, self._coordinator.read.remote(upload, 0, _CHUNK_BYTES)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request
 from pydantic import BaseModel, Field
 
-from shopr1_client.reward_logs import LOG_KEYS, PREFIX
+from shopr1_client.reward_logs import PREFIX, log_keys
 from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
@@ -71,7 +71,7 @@ async def get_reward(
     return Rewards(
         rewards=[result.reward for result in results],
         scores=[result.logs[f"{PREFIX}exact_match"] for result in results],
-        extra_logs=_extra_logs(results),
+        extra_logs=_extra_logs(results, state.recipes.default.components),
     )
 
 
@@ -96,8 +96,11 @@ def _rollouts(body: GetReward, state: State) -> list[Rollout]:
     return reader.finish()
 
 
-def _extra_logs(results: Sequence[TrainerResult]) -> dict[str, float | list[float]]:
+def _extra_logs(
+    results: Sequence[TrainerResult], components: Sequence[str]
+) -> dict[str, float | list[float]]:
     # OpenRLHF makes a tensor of [value]: from a number it makes one value per sample, like its own entries.
     if len(results) == 1:
         return {**results[0].logs}
-    return {key: [result.logs[key] for result in results] for key in LOG_KEYS}
+    keys = results[0].logs if results else log_keys(components)
+    return {key: [result.logs[key] for result in results] for key in keys}

@@ -68,7 +68,7 @@ class TrainerResult:
     Attributes:
         reward: the reward, or the operator's number where there is none.
         terms: the weighted terms; 0 for one that could not be computed.
-        logs: numbers for the trainer's logs, under `LOG_KEYS`.
+        logs: numbers for the trainer's logs, under `log_keys`.
         failure: why the rollout cannot be scored, or None.
     """
 

@@ -11,14 +11,15 @@ How much a text repeats itself.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from shopr1_client.wire import Components, Reason, Reward, Status
-from shopr1_rewards import Judgement, Recipe
+from shopr1_client.reward_logs import terms
+from shopr1_client.wire import Reason, Reward, Status
+from shopr1_rewards import Judgement, Recipe, needs_policy
 from shopr1_rewards.format_error import FormatError
 from shopr1_service.core import PreparedRollout, ScoredGroup
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
@@ -112,18 +113,16 @@ class _Children:
 class _Distributions:
     """Histograms of one true action type."""
 
-    def __init__(self, children: _Children, true_type: str) -> None:
+    def __init__(self, children: _Children, true_type: str, components: Iterable[str]) -> None:
         make, families = children.make, children.families
         self._reward = make(families.rewards, true_type)
-        self._components = {
-            name: make(families.components, name, true_type) for name in Components.model_fields
-        }
+        self._components = {name: make(families.components, name, true_type) for name in components}
         self._certainty = make(families.certainties, true_type)
 
     def record(self, reward: Reward, value: float) -> None:
         """Count a scored rollout, whose reward is `value`."""
         self._reward.observe(value)
-        for name, term in reward.components:
+        for name, term in terms(reward).items():
             self._components[name].observe(term)
         if reward.details.self_certainty_nats is not None:
             self._certainty.observe(reward.details.self_certainty_nats)
@@ -142,7 +141,8 @@ class _RecipeSeries:
         self._exact_matches = {name: make(families.exact_matches, name) for name in types}
         self._lengths = make(families.lengths)
         self._repetitions = make(families.repetitions)
-        self._has_rationales = recipe.self_certainty.alpha != 0
+        self._has_rationales = needs_policy(recipe)
+        self._components = tuple(recipe.components)
         self._distributions: dict[str, _Distributions] = {}
         self._format_errors: dict[FormatError, Counter] = {}
 
@@ -172,7 +172,7 @@ class _RecipeSeries:
 
     def _distributions_of(self, true_type: str) -> _Distributions:
         if true_type not in self._distributions:
-            self._distributions[true_type] = _Distributions(self._children, true_type)
+            self._distributions[true_type] = _Distributions(self._children, true_type, self._components)
         return self._distributions[true_type]
 
     def _format_error(self, error: FormatError) -> Counter:

@@ -10,7 +10,6 @@ from contextvars import copy_context
 
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.wire import (
-    Components,
     Details,
     GroupScore,
     Include,
@@ -22,7 +21,7 @@ from shopr1_client.wire import (
     TokenCertainty,
 )
 from shopr1_client.wire_policy import VersionDemand
-from shopr1_rewards import Recipe
+from shopr1_rewards import Recipe, measured_terms, total
 from shopr1_service.core import (
     Certainty,
     Kind,
@@ -161,27 +160,27 @@ def _group_score(
 def _reward(
     rollout: PreparedRollout, measurement: Measurement, recipe: Recipe, include: Sequence[Include]
 ) -> Reward:
-    components = rollout.judgement.components(_self_certainty(measurement, recipe))
+    components = rollout.judgement.components(_measured_terms(measurement, recipe))
     failed = measurement if isinstance(measurement, Unmeasurable) else None
     return Reward(
-        reward=components.reward,
+        reward=total(components),
         status=Status.UNSCORABLE if failed else Status.SCORED,
         reason=failed.reason if failed else None,
         message=failed.message if failed else None,
-        components=Components.model_validate(vars(components)),
+        components=components,
         details=_details(rollout, measurement, recipe, include),
     )
 
 
-def _self_certainty(measurement: Measurement, recipe: Recipe) -> float | None:
-    """The weighted term: 0 where there was nothing to measure, None where measuring failed."""
+def _measured_terms(measurement: Measurement, recipe: Recipe) -> dict[str, float | None]:
+    """The components that the policy decides: none where there was nothing to measure."""
     match measurement:
         case None:
-            return 0.0
+            return {}
         case Certainty():
-            return recipe.self_certainty.alpha * measurement.mean
+            return measured_terms(measurement.mean, recipe)
         case Unmeasurable():
-            return None
+            return measured_terms(None, recipe)
 
 
 def _details(

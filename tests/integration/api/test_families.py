@@ -241,7 +241,7 @@ def check_reward(reward: Reward, ids: Sequence[int], measured: Sequence[int], va
     assert [t.value for t in details.tokens] == pytest.approx(values, rel=0, abs=TOLERANCE)
     assert details.num_rationale_tokens == len(measured)
     assert details.self_certainty_nats == pytest.approx(mean, rel=0, abs=TOLERANCE)
-    assert reward.components.self_certainty == pytest.approx(0.005 * mean, rel=0, abs=TOLERANCE)
+    assert reward.components["self_certainty"] == pytest.approx(0.005 * mean, rel=0, abs=TOLERANCE)
     assert reward.reward == pytest.approx(0.5 + 0.3 + 0.005 * mean, rel=0, abs=TOLERANCE)
 
 

@@ -1,7 +1,7 @@
 """The image, built from a plain Debian, and containers of it.
 
-Everything lies in a storage of its own under the test's folder: no image or container of the machine's user
-is seen or touched. Only a docker engine has no such thing; there the images get names of their own.
+Images and containers are in a separate storage under the test's folder, apart from those of the machine's
+user. A docker engine has no separate storage; there the images have names of their own.
 """
 
 import ast
@@ -25,7 +25,7 @@ IMAGE = "localhost/shopr1-test"
 
 
 def output(*command: str, env: dict[str, str] | None = None) -> str:
-    """What a command that must succeed prints."""
+    """Standard output of a command that must succeed."""
     return subprocess.run(
         command, check=True, stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, **(env or {})}
     ).stdout
@@ -41,7 +41,7 @@ def succeeds(*command: str) -> bool:
 
 
 def archive() -> str | None:
-    """Where this machine's apt gets the suite from."""
+    """The mirror from which this machine's apt gets the suite."""
     if not shutil.which("apt-get"):
         return None
     targets = output("apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages")
@@ -49,7 +49,7 @@ def archive() -> str | None:
 
 
 def plain_debian(folder: Path, mirror: str) -> Path:
-    """A tar file of a root with apt, and little else: no Python."""
+    """A tar file of a minimal root file system with apt and without Python."""
     root = folder / "root"
     output("debootstrap", "--variant=minbase", SUITE, str(root), mirror)
     tar = folder / "root.tar"
@@ -62,7 +62,7 @@ def plain_debian(folder: Path, mirror: str) -> Path:
 
 
 def find_builder() -> str | None:
-    """buildah first: it needs neither a daemon nor a container runtime."""
+    """An available builder. buildah is preferred: it needs neither a daemon nor a container runtime."""
     if shutil.which("buildah"):
         return "buildah"
     if shutil.which("podman"):
@@ -71,7 +71,7 @@ def find_builder() -> str | None:
 
 
 def use_storage(folder: Path) -> dict[str, str]:
-    """What makes buildah and podman keep everything in this folder."""
+    """Environment variables that move the storage of buildah and podman into this folder."""
     driver = os.environ.get("STORAGE_DRIVER", "overlay")
     settings = {"driver": driver, "graphroot": f"{folder}/graph", "runroot": f"{folder}/run"}
     lines = ["[storage]", *(f'{name} = "{value}"' for name, value in settings.items()), ""]
@@ -90,11 +90,11 @@ def import_root(builder: str, tar: Path) -> None:
 
 
 class PipConfiguration:
-    """This machine's configuration of pip, for a build: what it names on the disk is mounted there.
+    """This machine's configuration of pip, for a build. Paths that it names are mounted into the build.
 
     Attributes:
-        text: of a pip.conf.
-        mounted: paths here, by their paths there.
+        text: content of the pip.conf.
+        mounted: paths on this machine, by their paths in the build.
     """
 
     def __init__(self) -> None:
@@ -102,21 +102,21 @@ class PipConfiguration:
         printed = output(sys.executable, "-m", "pip", "config", "list")
         found = re.findall(r"^(?:\S+)\.([\w-]+)=(.*)$", printed, re.MULTILINE)
         values = {name: str(ast.literal_eval(value)) for name, value in found}
-        lines = [f"{name} = {self._moved(value)}" for name, value in values.items()]
+        lines = [f"{name} = {self._relocated(value)}" for name, value in values.items()]
         self.text = "\n".join(["[global]", *lines, ""])
 
     def flags(self) -> str:
         return " ".join(f"--volume {here}:{there}:ro" for there, here in self.mounted.items())
 
-    def _moved(self, value: str) -> str:
-        return " ".join(map(self._moved_word, value.split()))
+    def _relocated(self, value: str) -> str:
+        return " ".join(map(self._relocated_word, value.split()))
 
-    def _moved_word(self, word: str) -> str:
+    def _relocated_word(self, word: str) -> str:
         scheme, path = ("file://", Path(word[7:])) if word.startswith("file://") else ("", Path(word))
         if not path.is_absolute() or not path.exists():
             return word
         there = f"/mnt/{len(self.mounted)}"
-        # The files of an index lie beside it, more often than in it.
+        # The files of an index are usually next to it, not below it.
         self.mounted[there] = path.parent if scheme else path
         return f"{scheme}{there}/{path.name}" if scheme else there
 
@@ -127,15 +127,15 @@ def build(builder: str, folder: Path) -> None:
     (folder / "pip.conf").write_text(pip.text, "utf-8")
     environment = {"BUILDER": builder, "IMAGE": IMAGE, "BASE_IMAGE": BASE, "PIP_CONF": f"{folder}/pip.conf"}
     if builder != "docker":
-        # A layer for each step is of no use to an image that is built once.
+        # Layers are useless for an image that is built once.
         more = os.environ.get("BUILD_FLAGS", "")
         environment["BUILD_FLAGS"] = f"--layers=false {pip.flags()} {more}"
-        environment["BUILDAH_ISOLATION"] = "chroot"  # works with any container runtime and with none
+        environment["BUILDAH_ISOLATION"] = "chroot"  # works without a container runtime
     output(str(ROOT / "docker" / "build.sh"), env=environment)
 
 
 def configuration(builder: str) -> dict[str, Any]:
-    """User, entry point and so on of the image."""
+    """The image's configuration: user, entry point etc."""
     if builder == "buildah":
         found = json.loads(output("buildah", "inspect", "--type", "image", IMAGE))["Docker"]["config"]
     else:
@@ -144,11 +144,11 @@ def configuration(builder: str) -> dict[str, Any]:
 
 
 def remove_all(builder: str) -> None:
-    """Everything in the storage of `use_storage`; of a docker engine the two images."""
+    """Remove everything in the storage of `use_storage`, or the two images of a docker engine."""
     if builder == "docker":
         subprocess.run(["docker", "rmi", "--force", IMAGE, BASE], check=False)
         return
-    # Containers first; buildah does not know podman's, nor its volumes.
+    # Containers first: buildah knows neither podman's containers nor its volumes.
     for command in ("podman rm --all --force", "podman volume rm --all --force", "buildah rm --all"):
         succeeds(*command.split())
     succeeds(builder, "rmi", "--all", "--force")
@@ -158,7 +158,7 @@ def remove_all(builder: str) -> None:
 
 
 class Engine:
-    """docker or podman, with everything taken away from the container that compose.yaml takes away."""
+    """docker or podman, with the restrictions of compose.yaml."""
 
     name = "shopr1-test"
 
@@ -174,11 +174,11 @@ class Engine:
         return [*self._run("--name", self.name, *flags), IMAGE]
 
     def terminate(self, _pid: int) -> None:
-        """Sends the container its stop signal, and kills it a minute later."""
+        """Send the container its stop signal, and kill it a minute later."""
         output(*self.command, "stop", "--time", "60", self.name)
 
     def works(self) -> bool:
-        """Whether containers can be run here at all."""
+        """Whether this engine can run containers on this machine."""
         return succeeds(*self._run("--pull", "never"), BASE, "true")
 
     def _run(self, *flags: str) -> list[str]:
@@ -188,7 +188,7 @@ class Engine:
 
 
 class Chroot:
-    """buildah, where no container runtime works: another root and another user, and no more than that."""
+    """buildah without a container runtime: only the root file system and the user differ."""
 
     def __init__(self) -> None:
         self._entrypoint = configuration("buildah")["Entrypoint"]
@@ -201,7 +201,7 @@ class Chroot:
         return [*self._run(*flags), *self._entrypoint]
 
     def terminate(self, pid: int) -> None:
-        """Signals the service itself: buildah, the first process, would kill it."""
+        """Signal the service itself, because buildah, the first process, would kill it."""
         os.kill(_innermost(pid), signal.SIGTERM)
 
     def _run(self, *flags: str) -> list[str]:
@@ -209,7 +209,7 @@ class Chroot:
 
 
 class Checkout:
-    """No container at all: the service of this repository, to compare with."""
+    """The service of this repository without a container, for comparison."""
 
     def serve(self, *flags: str) -> list[str]:
         environment = [flag.removeprefix("--env=") for flag in flags]
@@ -223,15 +223,15 @@ Runner = Engine | Chroot
 
 
 def working_engine(builder: str) -> Engine | None:
-    """One that runs containers of what the builder has built."""
-    # Where podman's defaults fail, they often do because there is no systemd, or because cgroups are mixed.
+    """An engine that runs containers of the builder's images."""
+    # podman's defaults often fail without systemd or with mixed cgroups.
     podman = [Engine("podman"), Engine("podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs")]
     candidates = [Engine("docker")] if builder == "docker" else podman
     return next((engine for engine in candidates if engine.works()), None)
 
 
 def _limits() -> Iterator[str]:
-    """An engine's own limits are refused where this process may not have as much."""
+    """Limits that this process may set: an engine's default limits can exceed them."""
     for name, limit in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
         _, hard = resource.getrlimit(limit)
         most = hard if 0 < hard < 30_000 else 30_000
@@ -239,7 +239,7 @@ def _limits() -> Iterator[str]:
 
 
 def _innermost(pid: int) -> int:
-    """The last of a chain of processes, each of which has started the next."""
+    """The last process of a chain in which each has started the next."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     children = [child for task in tasks for child in (task / "children").read_text("utf-8").split()]
     return _innermost(int(children[0])) if children else pid

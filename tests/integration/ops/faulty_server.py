@@ -1,9 +1,9 @@
-"""`shopr1 serve` whose model fails now and then, as `FAULT` says, as long as the file `FAULTY_WHILE` exists.
+"""`shopr1 serve` with a model that fails regularly while the file `FAULTY_WHILE` exists. `FAULT` is one of:
 
-memory      PyTorch says that memory has run out
+memory      PyTorch reports that it is out of memory
 exception   the model raises
-nan         the model's last hidden states are not a number
-hang        a pass does not come back
+nan         the model's last hidden states are NaN
+hang        a pass does not return
 """
 
 import itertools
@@ -25,7 +25,7 @@ from shopr1_service.settings import load_settings
 
 FAULTS = ("memory", "exception", "nan")
 _EVERY = 3
-"""Every so many passes one fails: some groups in their second try too."""
+"""One in so many passes fails, so that some groups also fail in their retry."""
 
 
 class Fault:

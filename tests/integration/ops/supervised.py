@@ -1,4 +1,4 @@
-"""A real service on a tiny real policy, under a real supervisor that starts it again whenever it ends."""
+"""A real service with a tiny policy under a supervisor that restarts it."""
 
 import contextlib
 import functools
@@ -48,8 +48,8 @@ class Supervised:
     """The service, its supervisor and its log.
 
     Args:
-        directory: for the supervisor's files.
-        environment: settings, and faults of `faulty_server`.
+        directory: directory of the supervisor's files.
+        environment: settings, and the fault of `faulty_server`.
     """
 
     def __init__(self, directory: Path, *command: str, **environment: str) -> None:
@@ -69,7 +69,7 @@ class Supervised:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        # By way of Python: where the virtual environment's scripts lie is not on every PATH.
+        # As a Python module: the scripts of the virtual environment may not be on PATH.
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self._config)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
@@ -82,12 +82,12 @@ class Supervised:
             client.wait_until_ready(WAIT_S)
 
     def pid(self) -> int:
-        """Of the service's process that runs now; 0 between two."""
+        """Process id of the service; 0 while none runs."""
         command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(self._config), "pid", "shopr1"]
         return int(subprocess.run(command, capture_output=True, check=False, text=True).stdout or 0)
 
-    def ends(self) -> list[str]:
-        """How each process ended, in the supervisor's words."""
+    def exits(self) -> list[str]:
+        """The supervisor's log line of each exit."""
         log = self.log.parent / "supervisord.log"
         lines = log.read_text().splitlines() if log.exists() else []
         return [line.split("INFO ")[-1] for line in lines if "exited: shopr1" in line]
@@ -102,7 +102,7 @@ def checkpoint(directory: Path) -> Path:
 
 
 def batches() -> list[ScoreRequest]:
-    """Requests of a training run: each prompt once, right, wrong and broken completions."""
+    """Requests of a training run: each prompt once, with correct, wrong and invalid completions."""
     return [
         ScoreRequest.model_validate({"groups": [_group(10 * i + j) for j in range(10)]})
         for i in range(NUM_BATCHES)
@@ -120,7 +120,7 @@ def _group(number: int) -> dict[str, Any]:
 
 
 def score_all(url: str, requests: Sequence[ScoreRequest], num_threads: int = 4) -> list[list[GroupScore]]:
-    """The answers to all, as trainers ask: several at a time, through the client."""
+    """Score all requests concurrently through the client, as trainers do."""
     with Client(url, retry_for_s=WAIT_S) as client, ThreadPoolExecutor(num_threads) as pool:
         return [answered.groups for answered in pool.map(client.score, requests)]
 

@@ -1,6 +1,6 @@
-"""The machine's clock is set while the service runs: it goes on as if nothing had happened.
+"""The machine's clock is changed while the service runs; the service is not affected.
 
-libfaketime, which stands between the process and the C library, does the setting; monotonic time goes on.
+libfaketime, between the process and the C library, changes the clock. Monotonic time is not changed.
 """
 
 import time
@@ -22,7 +22,7 @@ _LIBRARY = "usr/lib/*/faketime/libfaketimeMT.so.1"
 
 @pytest.fixture
 def library() -> Path:
-    """Debian's libfaketime, installed or fetched by `make test-ops`."""
+    """Debian's libfaketime, installed or downloaded by `make test-ops`."""
     for root in (Path("/"), ROOT / ".tools" / "libfaketime"):
         for path in root.glob(_LIBRARY):
             return path
@@ -35,7 +35,7 @@ def metric(url: str, name: str) -> float:
 
 
 def is_ahead(url: str, num_days: int) -> bool:
-    """Whether the service's clock, as it stands in its answers, is so many days ahead of ours."""
+    """Whether the clock in the service's responses is `num_days` days ahead of this process's clock."""
     date = parsedate_to_datetime(httpx.get(f"{url}/health/live").headers["Date"])
     return round((date.timestamp() - time.time()) / DAY_S) == num_days
 
@@ -67,13 +67,13 @@ def test_a_clock_that_jumps(library: Path, tmp_path: Path) -> None:
         before, pid = score_all(service.url, requests[:5]), service.pid()
         for num_days in (1, -400, 0):
             set_clock(clock, f"{num_days:+}d")
-            until(partial(is_ahead, service.url, num_days), "its clock is not set")
-            # Equal ones are answered from memory, whose age is a time too; the others are measured.
+            until(partial(is_ahead, service.url, num_days), "its clock has not changed")
+            # Duplicate requests come from memory, whose entries expire by time; the others are computed.
             assert score_all(service.url, requests[:5]) == before
             assert len(score_all(service.url, requests[5:])) == len(requests) - 5
-            # However the clock is set, the policy is as old as it is.
+            # The age of the policy does not depend on the clock.
             loaded_s = metric(service.url, "shopr1_policy_loaded_timestamp_seconds")
             age_s = time.time() + num_days * DAY_S - loaded_s
             assert 0 < age_s < time.monotonic() - start_s + 1
         assert service.pid() == pid
-        assert service.ends() == []
+        assert service.exits() == []

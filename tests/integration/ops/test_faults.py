@@ -1,4 +1,4 @@
-"""What happens in a cluster within a week: nothing is lost, nothing is wrong, nobody has to get up for it."""
+"""Faults of a cluster: no rollout is lost, no reward is wrong, and no operator is needed."""
 
 import contextlib
 import itertools
@@ -38,7 +38,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[GroupScore]]:
-    """The answers of a service that nothing happens to."""
+    """Responses of a service without faults."""
     service = Supervised(tmp_path_factory.mktemp("quiet"), *SERVE, **settings(policy))
     with service.running():
         service.ready()
@@ -46,7 +46,7 @@ def expected(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
 
 
 def settings(policy: Path, **more: str) -> dict[str, str]:
-    # With the same bits in any order of arrival, equal answers mean equal numbers.
+    # Deterministic: responses are equal in any order of arrival.
     return {"SHOPR1_POLICY": str(policy), "SHOPR1_DETERMINISTIC": "true", **more}
 
 
@@ -55,7 +55,7 @@ def rewards(answers: list[list[GroupScore]]) -> list[Reward]:
 
 
 def num_scored(url: str) -> float:
-    """Rollouts that this process has scored; 0 where none answers."""
+    """Rollouts that the current process has scored; 0 if none responds."""
     try:
         text = httpx.get(f"{url}/metrics").text
     except httpx.TransportError:
@@ -64,11 +64,11 @@ def num_scored(url: str) -> float:
     return sum(float(row.split()[-1]) for row in rows)
 
 
-# --- processes that end -----------------------------------------------------------------------------
+# --- processes that exit -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_is_ended_under_load(
+def test_a_process_killed_under_load(
     policy: Path, expected: list[list[GroupScore]], tmp_path: Path, number: signal.Signals
 ) -> None:
     service = Supervised(tmp_path, *SERVE, **settings(policy))
@@ -76,11 +76,11 @@ def test_a_process_that_is_ended_under_load(
     def end(times: int) -> list[int]:
         ended = []
         for _ in range(times):
-            # It has answered some of the load and has more of it in hand.
-            until(lambda: num_scored(service.url) > 0 and service.pid() > 0, "nothing is scored")
+            # It has answered a part of the load and is working on more.
+            until(lambda: num_scored(service.url) > 0 and service.pid() > 0, "no rollout is scored")
             ended.append(service.pid())
             os.kill(ended[-1], number)
-            until(lambda: service.pid() not in (0, ended[-1]), "it is not started again")
+            until(lambda: service.pid() not in (0, ended[-1]), "it is not restarted")
         return ended
 
     with service.running(), ThreadPoolExecutor() as pool:
@@ -91,9 +91,9 @@ def test_a_process_that_is_ended_under_load(
             answers.append(score_all(service.url, batches()))
         assert len(set(ending.result())) == 3
         answers.append(score_all(service.url, batches()))
-        how = service.ends()
+        how = service.exits()
     assert all(each == expected for each in answers)
-    # SIGTERM is no failure: whatever was open was finished.
+    # SIGTERM is no failure: open requests are finished.
     wanted = "exit status 0; expected" if number == signal.SIGTERM else "terminated by SIGKILL; not expected"
     assert len(how) == 3
     assert all(wanted in line for line in how), how
@@ -103,7 +103,7 @@ def test_a_process_that_is_ended_under_load(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_model_that_fails_now_and_then(
+def test_a_model_that_fails_regularly(
     policy: Path, expected: list[list[GroupScore]], tmp_path: Path, fault: str
 ) -> None:
     switch = tmp_path / "faulty"
@@ -114,10 +114,10 @@ def test_a_model_that_fails_now_and_then(
         during = score_all(service.url, batches())
         switch.unlink()
         after = score_all(service.url, batches())
-        assert service.ends() == []  # the process has survived it
+        assert service.exits() == []  # the process survives
     pairs = list(zip(rewards(during), rewards(expected), strict=True))
     failed = [reward for reward, _ in pairs if reward.status is Status.UNSCORABLE]
-    # Where memory was short a group is measured in halves, and sums of other orders round differently.
+    # After a lack of memory a group is computed in halves, whose sums round differently.
     assert all(
         reward.reward == pytest.approx(right.reward, abs=1e-7)
         for reward, right in pairs
@@ -125,7 +125,7 @@ def test_a_model_that_fails_now_and_then(
     )
     assert all((reward.reward, reward.reason) == (None, REASONS[fault]) for reward in failed)
     assert 0 < len(failed) < len(pairs)
-    # What failed was not kept: asked again, it is computed again.
+    # Failures are not remembered: a new request computes them.
     assert after == expected
 
 
@@ -138,11 +138,11 @@ def test_a_device_that_hangs(policy: Path, expected: list[list[GroupScore]], tmp
         service.ready()
         first = service.pid()
         answers = pool.submit(score_all, service.url, batches())
-        until(lambda: service.pid() not in (0, first), "it is not started again")
+        until(lambda: service.pid() not in (0, first), "it is not restarted")
         switch.unlink()
         assert answers.result() == expected
-        how = service.ends()
-    assert how, "it has not ended"
+        how = service.exits()
+    assert how, "it has not exited"
     assert all("exit status 1; not expected" in line for line in how), how
     assert "no heartbeat of the engine" in service.log.read_text()
 
@@ -162,7 +162,7 @@ def reset(client: socket.socket) -> None:
 
 
 def drip(client: socket.socket) -> None:
-    """A byte now and then until the service has enough of it."""
+    """Send single bytes until the service closes the connection."""
     client.settimeout(0.1)
     with contextlib.suppress(ConnectionError):
         while True:
@@ -176,12 +176,12 @@ NUM_KINDS = 6
 
 
 def misbehave(url: str, stop: threading.Event) -> int:
-    """All kinds of bad clients, one after the other; how many there were."""
+    """Run all kinds of bad clients in turn. Returns their number."""
     body = batches()[0].model_dump_json(exclude_none=True).encode()
     whole = HEAD % len(body) + body
     turns = itertools.cycle(
         [
-            (whole, reset),  # while it waits or is computed
+            (whole, reset),  # while it is queued or computed
             (whole, lambda client: client.shutdown(socket.SHUT_WR)),
             (whole[: len(whole) // 2], reset),
             (whole[: len(whole) // 2], lambda client: client.shutdown(socket.SHUT_WR)),
@@ -200,7 +200,9 @@ def num_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def test_bad_clients_beside_good_ones(policy: Path, expected: list[list[GroupScore]], tmp_path: Path) -> None:
+def test_bad_clients_do_not_affect_good_ones(
+    policy: Path, expected: list[list[GroupScore]], tmp_path: Path
+) -> None:
     service = Supervised(tmp_path, *SERVE, **settings(policy, SHOPR1_RECEIVE_TIMEOUT_S="1"))
     stop = threading.Event()
     with service.running(), ThreadPoolExecutor(20) as pool:
@@ -211,10 +213,10 @@ def test_bad_clients_beside_good_ones(policy: Path, expected: list[list[GroupSco
         stop.set()
         assert all(each.result() >= NUM_KINDS for each in bad)
         assert answers == expected
-        until(lambda: num_files(service.pid()) <= before, "connections are left over")
-        until(lambda: queue_tokens(service.url) == 0, "work is left over")
+        until(lambda: num_files(service.pid()) <= before, "connections are leaked")
+        until(lambda: queue_tokens(service.url) == 0, "queued work is leaked")
         assert score_all(service.url, batches()) == expected
-        assert service.ends() == []
+        assert service.exits() == []
 
 
 def queue_tokens(url: str) -> float:
@@ -222,7 +224,7 @@ def queue_tokens(url: str) -> float:
     return next(float(row.split()[-1]) for row in rows if row.startswith("shopr1_queue_tokens "))
 
 
-# --- checkpoints that are not whole -----------------------------------------------------------------
+# --- incomplete checkpoints -----------------------------------------------------------------
 
 
 def test_a_checkpoint_that_is_still_being_copied(
@@ -235,9 +237,9 @@ def test_a_checkpoint_that_is_still_being_copied(
     service = Supervised(tmp_path / "run", *SERVE, **settings(half.parent))
     with service.running(), ThreadPoolExecutor() as pool:
         answers = pool.submit(score_all, service.url, batches())
-        until(lambda: len(service.ends()) >= 2, "it does not try again")
+        until(lambda: len(service.exits()) >= 2, "it does not retry")
         half.write_bytes(whole)
         assert answers.result() == expected
-        how = service.ends()
+        how = service.exits()
     assert all("exit status 1; not expected" in line for line in how), how
     assert "the policy cannot be loaded" in service.log.read_text()

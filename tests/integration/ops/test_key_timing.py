@@ -1,4 +1,4 @@
-"""How long it takes to look at a key says nothing about any key."""
+"""The time of a key check reveals nothing about the keys."""
 
 import random
 import statistics
@@ -14,14 +14,14 @@ pytestmark = pytest.mark.timeout(600)
 RIGHT = "0123456789abcdef" * 4
 GUESSES = {
     "right": RIGHT,
-    "right, once more": RIGHT,  # how far two medians of the same lie apart
+    "right, once more": RIGHT,  # the spread of two medians of the same
     "wrong from the first character": "x" + RIGHT[1:],
     "wrong in the last character": RIGHT[:-1] + "x",
     "wrong altogether": "x" * len(RIGHT),
 }
 NUM_TURNS = 40_000
-TELLING_NS = 50.0
-"""Comparing characters one by one until they differ takes 1 ns each: 64 for those here."""
+REVEALING_NS = 50.0
+"""A comparison that stops at the first difference takes 1 ns per character: 64 ns for these keys."""
 
 
 def test_right_and_wrong_keys_take_the_same_time() -> None:
@@ -30,7 +30,7 @@ def test_right_and_wrong_keys_take_the_same_time() -> None:
     durations_ns: dict[str, list[int]] = {name: [] for name in GUESSES}
     names, randomly = list(GUESSES), random.Random(0)
     for _ in range(NUM_TURNS):
-        randomly.shuffle(names)  # whatever the machine does meanwhile, it does to all of them
+        randomly.shuffle(names)  # so that interference affects all of them alike
         for name in names:
             given = GUESSES[name].encode()
             start_ns = time.perf_counter_ns()
@@ -38,10 +38,10 @@ def test_right_and_wrong_keys_take_the_same_time() -> None:
             durations_ns[name].append(time.perf_counter_ns() - start_ns)
     medians = {name: statistics.median(each) for name, each in durations_ns.items()}
     print(f"\nmedians in ns: {medians}")
-    assert spread(medians, "wrong") < TELLING_NS
-    # That a key is right, its answer tells. Here the processor does, which expects a comparison to fail, as
-    # nine of ten do: what it began in vain takes some nanoseconds.
-    assert spread(medians, "") < 2 * TELLING_NS
+    assert spread(medians, "wrong") < REVEALING_NS
+    # A right key is no secret from its sender. It may take some nanoseconds more, because the processor
+    # predicts that comparisons fail, as nine of ten do.
+    assert spread(medians, "") < 2 * REVEALING_NS
 
 
 def spread(medians: dict[str, float], kind: str) -> float:

@@ -1,6 +1,6 @@
-"""Twice as much as the service can do, for minutes, from clients that do not wait for one another.
+"""Twice the service's capacity for minutes, from clients that do not wait for each other.
 
-`LOAD_SECONDS` (300) says for how long. What it measured is printed, pass or fail (`pytest -s`).
+`LOAD_SECONDS` (300) is the duration. Measurements are always printed (`pytest -s`).
 """
 
 import asyncio
@@ -17,20 +17,20 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.ops.process import EMBEDDED, Process, process
 from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, group
+from tests.support.process import EMBEDDED, Process, process
 
 LOAD_S = float(os.environ.get("LOAD_SECONDS", "300"))
 pytestmark = pytest.mark.timeout(int(LOAD_S) * 3 + 900)
 
 SETTINGS = {
     "SHOPR1_DTYPE": "float32",
-    "SHOPR1_PREFIX_CACHE_BYTES": "0",  # every prompt costs what a new one costs
+    "SHOPR1_PREFIX_CACHE_BYTES": "0",  # every prompt costs as much as a new one
     "SHOPR1_MAX_QUEUE_TOKENS": "24000",
 }
 MAX_QUEUE_TOKENS = 24_000
 NUM_SHORT, NUM_LONG = 80, 4
-"""Many: groups that wait and have the same prompt are computed as one."""
+"""Many prompts, because queued groups with the same prompt are computed together."""
 LONG_EVERY = 20
 NUM_CLIENTS = 12
 NUM_LONG_TOKENS = 6000
@@ -55,7 +55,7 @@ _WORDS = [
 
 @dataclass(frozen=True)
 class Request:
-    """A group, and what a quiet service said of it."""
+    """A group and its self-certainty from an idle service."""
 
     body: dict[str, Any]
     is_long: bool
@@ -73,7 +73,7 @@ class Answer:
 
 @dataclass
 class Load:
-    """What came of it."""
+    """Results of the overload."""
 
     answers: list[Answer] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Load:
 
 
 def request(number: int, *, is_long: bool) -> Request:
-    """A prompt of its own. `include` keeps the answer out of the memory for repeats."""
+    """A request with a unique prompt. With `include` the response is not remembered for duplicates."""
     randomly = random.Random(number)
     num_words = NUM_LONG_TOKENS - 500 if is_long else 200
     page = " ".join(randomly.choices(_WORDS, k=num_words))
@@ -114,8 +114,8 @@ def client_of(service: Process) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=service.url, timeout=WAIT_S * 10, limits=limits)
 
 
-async def quiet(service: Process) -> list[Request]:
-    """The requests, each with its numbers, asked for one after the other."""
+async def idle_results(service: Process) -> list[Request]:
+    """The requests with their numbers, sent one after the other."""
     requests = [request(i, is_long=i >= NUM_SHORT) for i in range(NUM_SHORT + NUM_LONG)]
     async with client_of(service) as client:
         return [Request(r.body, r.is_long, (await ask(client, r)).nats) for r in requests]
@@ -128,7 +128,7 @@ def mixture(requests: Sequence[Request]) -> Iterator[Request]:
 
 
 async def capacity(service: Process, requests: Sequence[Request]) -> float:
-    """Requests a second that it answers when each client waits for its answer before it asks again."""
+    """Requests per second in a closed loop, in which each client waits for its response."""
     stream, num_done = mixture(requests), 0
     until_s = time.monotonic() + LOAD_S / 5
 
@@ -137,7 +137,7 @@ async def capacity(service: Process, requests: Sequence[Request]) -> float:
         while time.monotonic() < until_s:
             answered = await ask(client, next(stream))
             num_done += answered.status == 200
-            # Long ones that come together may fill the queue also here.
+            # Concurrent long ones may fill the queue here as well.
             await asyncio.sleep(float(answered.retry_after or 0))
 
     start_s = time.monotonic()
@@ -147,7 +147,7 @@ async def capacity(service: Process, requests: Sequence[Request]) -> float:
 
 
 async def overload(service: Process, requests: Sequence[Request], rate: float) -> Load:
-    """Requests at this rate, at random times, whatever has become of the ones before."""
+    """Requests at this rate and at random times, independent of earlier responses."""
     load, stream, randomly = Load(), mixture(requests), random.Random(3)
     pending: list[asyncio.Task[Answer]] = []
     start_s = due_s = time.monotonic()
@@ -192,37 +192,37 @@ def report(load: Load, per_s: float) -> None:
 @pytest.fixture(scope="module")
 def load() -> Iterator[Load]:
     with process(*EMBEDDED, **SETTINGS) as service:
-        requests = asyncio.run(quiet(service))
+        requests = asyncio.run(idle_results(service))
         per_s = asyncio.run(capacity(service, requests))
         result = asyncio.run(overload(service, requests, 2 * per_s))
         report(result, per_s)
         yield result
 
 
-def test_every_request_is_answered_rightly_or_refused(load: Load) -> None:
+def test_every_request_is_scored_correctly_or_rejected(load: Load) -> None:
     assert {a.status for a in load.answers} == {200, 429}
     for accepted in load.accepted():
-        # Sums depend on what is computed together: 1e-6 nats (docs/engine.md), and more on long prompts.
+        # Sums depend on the batch: 1e-6 nats (docs/engine.md), and more for long prompts.
         assert accepted.nats == pytest.approx(accepted.request.nats, abs=1e-4)
 
 
-def test_who_is_refused_is_told_when_to_come_back(load: Load) -> None:
-    refused = [a for a in load.answers if a.status == 429]
-    assert len(refused) > len(load.answers) / 10  # it was too much indeed
-    assert all(a.retry_after is not None and int(a.retry_after) >= 1 for a in refused)
+def test_rejected_requests_have_retry_after(load: Load) -> None:
+    rejected = [a for a in load.answers if a.status == 429]
+    assert len(rejected) > len(load.answers) / 10  # the service was overloaded
+    assert all(a.retry_after is not None and int(a.retry_after) >= 1 for a in rejected)
 
 
 def test_memory_is_flat(load: Load) -> None:
-    """The last third against the middle one: the first fills allocators."""
+    """Compares the last third with the middle one: the first fills allocators."""
     third = len(load.rss_bytes) // 3
     middle, last = load.rss_bytes[third : 2 * third], load.rss_bytes[2 * third :]
     assert statistics.median(last) < 1.03 * statistics.median(middle) + 2**24
 
 
 def test_the_queues_limit_bounds_the_wait(load: Load) -> None:
-    """Nobody waits longer than the engine takes for a full queue, one batch before it and its own.
+    """A request waits at most for a full queue, the current batch and its own.
 
-    A long group lets shorter ones pass for as long as it takes itself: that once more.
+    Shorter groups may pass a long one for its own duration, which is added.
     """
     tokens_per_s = load.num_engine_tokens / load.duration_s
     longest_s = NUM_LONG_TOKENS / tokens_per_s
@@ -232,6 +232,6 @@ def test_the_queues_limit_bounds_the_wait(load: Load) -> None:
 
 def test_long_prompts_do_not_starve_short_ones(load: Load) -> None:
     short, long = load.accepted(is_long=False), load.accepted(is_long=True)
-    assert long, "no long one came through"
+    assert long, "no long request was accepted"
     assert percentile(short, 0.5) < percentile(long, 0.5)
     assert len(short) / load.num_sent(is_long=False) >= len(long) / load.num_sent(is_long=True)

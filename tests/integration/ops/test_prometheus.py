@@ -14,7 +14,9 @@ import safetensors.torch
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from shopr1_service.updates.updatable_engine import UpdatableEngine
-from tests.integration.ops.prometheus import (
+from tests.support.http import CLICK, SEARCH, TERMINATE, WAIT_S, answer, group, serving
+from tests.support.models import policy_of, tiny_model
+from tests.support.prometheus import (
     CONFIG,
     ROOT,
     RULES,
@@ -24,8 +26,6 @@ from tests.integration.ops.prometheus import (
     promtool,
     until,
 )
-from tests.support.http import CLICK, SEARCH, TERMINATE, WAIT_S, answer, group, serving
-from tests.support.models import policy_of, tiny_model
 from tests.support.updating import NORM
 
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "shopr1.json").read_text("utf-8"))
@@ -36,18 +36,18 @@ RUNS = ("grpo-1", "grpo-2")
 NUM_BURSTS = 2
 
 LONG = "so much to read " * 400
-"""Longer than the policy takes."""
+"""Longer than the policy's limit."""
 OTHER_CLICK = {"type": "click", "name": "x"}
 
 
 WEIGHTS = safetensors.torch.save({NORM: tiny_model().state_dict()[NORM]})
 
 
-# --- what the trainings send ------------------------------------------------------------------------
+# --- requests of the trainers -----------------------------------------------------------------------
 
 
 def groups(prompt: str) -> list[dict[str, Any]]:
-    """10 rollouts: every type of action, 2 invalid, 1 unknown, 1 that is too long to be scored."""
+    """10 rollouts: every action type, 2 invalid, 1 unknown, 1 too long to be scored."""
     other_search = {**SEARCH, "text": "coffee"}
     clicks = (answer(CLICK), answer(OTHER_CLICK), answer(TERMINATE), answer({"type": "swipe"}), "{")
     return [
@@ -59,7 +59,7 @@ def groups(prompt: str) -> list[dict[str, Any]]:
 
 
 def burst(url: str, number: int) -> dict[str, list[Any]]:
-    """Rewards of the runs; beside them a repeat, and a number in place of a reward."""
+    """Rewards of the runs. Also sends a duplicate request, and one that gets a fallback reward."""
     headers = {"Authorization": f"Bearer {SCORE_KEY}"}
     with httpx.Client(base_url=url, headers=headers, timeout=WAIT_S) as client:
 
@@ -76,7 +76,7 @@ def burst(url: str, number: int) -> dict[str, list[Any]]:
             send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]})
         prompt = f"{number} {LONG}"
         asked = {"query": [prompt + answer()], "prompts": [prompt], "labels": [TERMINATE]}
-        send("stand-in", "/dialects/openrlhf/get_reward", asked)
+        send("fallback", "/dialects/openrlhf/get_reward", asked)
     return rewards
 
 
@@ -85,7 +85,7 @@ NUM_ROLLOUTS = 10 * len(RUNS) + 2
 
 @dataclass(frozen=True)
 class Scene:
-    """A service that trainings have used, and the Prometheus that saw it."""
+    """A used service, and the Prometheus server that scraped it."""
 
     service_url: str
     prometheus: Prometheus
@@ -103,7 +103,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     ):
         until(lambda: httpx.get(f"{url}/health/ready").is_success or None, "the service is ready")
         rewards: dict[str, list[Any]] = {run: [] for run in RUNS}
-        for number in range(NUM_BURSTS):  # a scrape after each: rates take two
+        for number in range(NUM_BURSTS):  # with a scrape after each: rates need two
             _update(url, f"{number}")
             for run, of_run in burst(url, number).items():
                 rewards[run] += of_run
@@ -112,7 +112,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def _update(url: str, version: str) -> None:
-    """New weights, which are the old ones: what was scored before and after can be compared."""
+    """Update with equal weights, so that rewards before and after are comparable."""
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     params = {"version": version, "partial": "true"}
     answered = httpx.put(f"{url}/policy/weights", params=params, content=WEIGHTS, headers=headers)
@@ -137,7 +137,7 @@ def test_the_shipped_configuration_is_valid() -> None:
     promtool("check", "config", "--syntax-only", CONFIG)
 
 
-def test_every_alert_fires_on_the_sick_and_none_on_the_healthy_and_the_idle() -> None:
+def test_alerts_fire_on_faults_but_not_on_healthy_or_idle_services() -> None:
     promtool("test", "rules", RULES_TEST)
     tested = set(re.findall(r'alertname="(\w+)"', RULES_TEST.read_text("utf-8")))
     assert tested == set(re.findall(r"alert: (\w+)", RULES.read_text("utf-8")))
@@ -146,13 +146,13 @@ def test_every_alert_fires_on_the_sick_and_none_on_the_healthy_and_the_idle() ->
 # --- the service ------------------------------------------------------------------------------------
 
 
-def test_metrics_are_named_as_prometheus_asks_for(scene: Scene) -> None:
+def test_metric_names_follow_prometheus_conventions(scene: Scene) -> None:
     headers = {"Authorization": f"Bearer {METRICS_KEY}"}
     text = httpx.get(f"{scene.service_url}/metrics", headers=headers).text
     assert promtool("check", "metrics", given=text) == ""
 
 
-def test_metrics_are_for_those_with_a_key(scene: Scene) -> None:
+def test_metrics_need_a_key(scene: Scene) -> None:
     assert httpx.get(f"{scene.service_url}/metrics").status_code == 401
 
 
@@ -162,7 +162,7 @@ def test_the_service_is_up(scene: Scene) -> None:
     assert scene.prometheus.values('up{job="shopr1"}') == [1]
 
 
-# What a burst adds to each run: see `groups`.
+# Increments of each run by one burst, see `groups`.
 PER_BURST = {
     'rollouts_total{status="scored"': 9,
     'rollouts_total{status="unscorable",reason="sequence_too_long"': 1,
@@ -202,14 +202,14 @@ PER_BURST = {
 
 
 @pytest.mark.parametrize("series", PER_BURST)
-def test_what_is_scraped_was_computed_by_hand(scene: Scene, series: str) -> None:
+def test_scraped_values_equal_those_computed_by_hand(scene: Scene, series: str) -> None:
     for run in RUNS:
         separator = "" if series.endswith("{") else ","
         values = scene.prometheus.values(f'shopr1_{series}{separator}run="{run}",recipe="shop_r1"}}')
         assert values == [pytest.approx(PER_BURST[series] * NUM_BURSTS)]
 
 
-def test_what_the_policy_decides_is_what_the_trainings_were_answered(scene: Scene) -> None:
+def test_scraped_sums_equal_the_returned_rewards(scene: Scene) -> None:
     for run, rewards in scene.rewards.items():
         scored = [reward for reward in rewards if reward["status"] == "scored"]
         measured = [r["details"] for r in scored if r["details"]["self_certainty_nats"] is not None]
@@ -235,7 +235,7 @@ def test_rules_are_loaded_and_healthy(scene: Scene) -> None:
     assert len(rules) == len(re.findall(r"- (?:alert|record):", RULES.read_text("utf-8")))
 
 
-def test_the_only_alert_is_the_number_that_was_given_in_place_of_a_reward(scene: Scene) -> None:
+def test_the_only_alert_is_the_fallback_reward(scene: Scene) -> None:
     def firing() -> list[Any] | None:
         alerts = scene.prometheus.get("alerts")["alerts"]
         return [alert["labels"] for alert in alerts if alert["state"] == "firing"] or None
@@ -254,7 +254,7 @@ def substituted(expr: str, run: str) -> str:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_every_query_of_the_dashboard_finds_something(scene: Scene, panel: dict[str, Any]) -> None:
+def test_every_query_of_the_dashboard_has_a_result(scene: Scene, panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         for run in (".*", "grpo-1"):
             values = scene.prometheus.values(substituted(target["expr"], run))

@@ -1,4 +1,4 @@
-"""What no HTTP library would send, byte by byte: it is refused or dropped, and nothing stays behind."""
+"""Malformed and unusual HTTP, byte by byte: it is rejected or dropped without leaks."""
 
 import json
 import socket
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.integration.ops.fake_server import HELD
-from tests.integration.ops.process import FAKE, Held, Process, process, request
+from tests.support.fake_server import HELD
 from tests.support.http import WAIT_S
+from tests.support.process import FAKE, Process, Resources, process, request
 
 BODY = json.dumps(request()).encode()
 SCORE = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -19,7 +19,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 ALL = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 NOTHING = -1
-"""The connection is closed without an answer."""
+"""The connection is closed without a response."""
 
 
 def get(line: bytes, *headers: bytes) -> bytes:
@@ -35,7 +35,7 @@ def typed(content_type: bytes, body: bytes = BODY) -> bytes:
     return line % (content_type, len(body)) + CLOSE + b"\r\n" + body
 
 
-# What is sent, and the status that must be answered.
+# Requests and the expected status.
 WHOLE: dict[str, tuple[bytes, int]] = {
     # the line
     "no words": (b"\r\n\r\n\r\n", 400),
@@ -113,7 +113,7 @@ WHOLE: dict[str, tuple[bytes, int]] = {
     "two types": (post(LENGTH, b"Content-Type: text/plain\r\n"), 200),
 }
 
-# What ends before it is whole. Nobody is there to read an answer.
+# Incomplete requests. The client does not read a response.
 HALF = {
     "nothing": b"",
     "HTTP/0.9": b"GET /\r\n",
@@ -128,21 +128,23 @@ HALF = {
 @pytest.fixture(scope="module")
 def service() -> Iterator[Process]:
     with process(*FAKE) as started:
-        started.check_right()
+        started.check_reward()
         yield started
 
 
 @pytest.fixture(scope="module")
-def before(service: Process) -> Held:
-    return service.held()
+def before(service: Process) -> Resources:
+    return service.resources()
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(service: Process, before: Held) -> Iterator[None]:
+def no_leaks(service: Process, before: Resources) -> Iterator[None]:
     yield
-    service.check_right()
-    # The end of a connection is seen when the loop comes round to it: requests make it do so.
-    after = next((held for held in (service.held() for _ in range(100)) if held <= before), service.held())
+    service.check_reward()
+    # The event loop handles the end of a connection later; requests make it run.
+    after = next(
+        (found for found in (service.resources() for _ in range(100)) if found <= before), service.resources()
+    )
     assert after <= before
 
 
@@ -151,13 +153,13 @@ def connect(service: Process) -> socket.socket:
 
 
 def read(connection: socket.socket) -> bytes:
-    """All that comes until the service closes the connection."""
+    """All bytes until the service closes the connection."""
     received = b""
     try:
         while data := connection.recv(65536):
             received += data
     except ConnectionResetError:
-        pass  # it has closed while more was on its way to it
+        pass  # closed before it read everything
     return received
 
 
@@ -166,7 +168,7 @@ def statuses(answered: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize(("sent", "status"), WHOLE.values(), ids=WHOLE)
-def test_a_strange_request_is_answered(service: Process, sent: bytes, status: int) -> None:
+def test_an_unusual_request_gets_a_response(service: Process, sent: bytes, status: int) -> None:
     with connect(service) as connection:
         connection.sendall(sent)
         answered = read(connection)
@@ -174,18 +176,18 @@ def test_a_strange_request_is_answered(service: Process, sent: bytes, status: in
 
 
 @pytest.mark.parametrize("headers", [[b"X: " + b"a" * 300_000], [b"X: aaaaaa"] * 30_000], ids=["one", "many"])
-def test_headers_without_end_are_refused(service: Process, headers: list[bytes]) -> None:
+def test_endless_headers_are_rejected(service: Process, headers: list[bytes]) -> None:
     with connect(service) as connection:
         connection.sendall(get(b"GET /info HTTP/1.1", *headers))
         answered = read(connection)
-    # It closes before it has read all; what the kernel then does with the answer is a matter of time.
+    # The service closes before it has read everything. The response may get lost in the kernel.
     assert statuses(answered)[0] in (400, NOTHING), answered
 
 
 def test_a_header_of_100_kilobytes(service: Process) -> None:
     with connect(service) as connection:
         connection.sendall(get(b"GET /info HTTP/1.1", b"X: " + b"a" * 100_000))
-        # Read in one piece it is taken: the limit of 64 kB is on what is not whole yet.
+        # Accepted if it is read at once: the limit of 64 kB is on incomplete heads.
         assert statuses(read(connection))[0] in (200, 400, NOTHING)
 
 
@@ -206,14 +208,16 @@ def reset(connection: socket.socket) -> None:
 
 @pytest.mark.parametrize("end", [close, shut_down, reset])
 @pytest.mark.parametrize("sent", HALF.values(), ids=HALF)
-def test_half_a_request_ends(service: Process, sent: bytes, end: Callable[[socket.socket], None]) -> None:
+def test_an_incomplete_request_ends(
+    service: Process, sent: bytes, end: Callable[[socket.socket], None]
+) -> None:
     connection = connect(service)
     connection.sendall(sent)
     end(connection)
 
 
-def test_whoever_will_say_no_more_gets_all_or_nothing(service: Process) -> None:
-    """uvicorn takes a client that has shut down its half of the connection for one that has gone."""
+def test_a_half_closed_connection_gets_a_complete_response_or_none(service: Process) -> None:
+    """uvicorn treats a half-closed connection as disconnected."""
     with connect(service) as connection:
         connection.sendall(SCORE + LENGTH + b"\r\n" + BODY)
         connection.shutdown(socket.SHUT_WR)
@@ -221,7 +225,7 @@ def test_whoever_will_say_no_more_gets_all_or_nothing(service: Process) -> None:
     assert answered == b"" or (statuses(answered) == [200] and b'"reward":0.93' in answered)
 
 
-def test_requests_in_one_go_are_answered_in_order(service: Process) -> None:
+def test_pipelined_requests_are_answered_in_order(service: Process) -> None:
     with connect(service) as connection:
         one = SCORE + LENGTH + b"\r\n" + BODY
         connection.sendall(
@@ -232,7 +236,7 @@ def test_requests_in_one_go_are_answered_in_order(service: Process) -> None:
 
 
 @pytest.mark.parametrize("end", [close, reset])
-def test_a_client_that_goes_while_it_is_scored(
+def test_a_client_that_disconnects_during_scoring(
     service: Process, end: Callable[[socket.socket], None]
 ) -> None:
     body = json.dumps(request(HELD)).encode()
@@ -240,11 +244,11 @@ def test_a_client_that_goes_while_it_is_scored(
     connection.sendall(SCORE + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     service.wait_until_scoring()
     end(connection)
-    service.go_on()
+    service.release()
 
 
-def test_many_connections_that_say_nothing(service: Process) -> None:
+def test_many_silent_connections(service: Process) -> None:
     idle = [connect(service) for _ in range(200)]
-    service.check_right()
+    service.check_reward()
     for connection in idle:
         reset(connection)

@@ -1,6 +1,6 @@
-"""schemathesis against a live service: whatever is sent, the answer is one that openapi.yaml has.
+"""schemathesis against a live service: every response is documented in openapi.yaml.
 
-Examples, boundary values, random data that is right or wrong, unknown methods, and sequences along links.
+It sends examples, boundary values, valid and invalid random data, unknown methods, and sequences along links.
 """
 
 import subprocess
@@ -15,16 +15,16 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.ops.process import EMBEDDED, FAKE, process
 from tests.support.http import CLICK, answer
+from tests.support.process import EMBEDDED, FAKE, process
 
 HERE = Path(__file__).parent
-DOCUMENT = HERE.parents[1] / "openapi.yaml"
+DOCUMENT = HERE.parents[2] / "openapi.yaml"
 CONFIG = HERE / "schemathesis.toml"
 KEY = "a-key-of-the-service-0123456789"
 SEED = "1"
 
-# Where one answer says what may be asked next.
+# Values of a response for the next request.
 LINKS: dict[tuple[str, str], Any] = {
     ("/recipes", "get"): {"operationId": "getRecipe", "parameters": {"name": "$response.body#/0/name"}},
     ("/info", "get"): {
@@ -45,25 +45,25 @@ def linked(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def keyed(document: dict[str, Any]) -> dict[str, Any]:
-    """The document of a service that has keys: they are not optional then, but for the health routes."""
+    """The document of a service with keys, which are then required except for the health routes."""
     document["security"] = [scheme for scheme in document["security"] if scheme]
     return document
 
 
 def check(url: str, document: Mapping[str, Any], directory: Path, *options: str) -> None:
-    """Runs schemathesis, which must find nothing."""
+    """Run schemathesis, which must find no error."""
     path = directory / "openapi.yaml"
     path.write_text(yaml.safe_dump(document), "utf-8")
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", str(path)]
     always = ("--url", url, "--request-timeout", "120", "--seed", SEED, "--continue-on-failure", "--no-color")
-    ended = subprocess.run(
+    completed = subprocess.run(
         [*command, *always, *options], cwd=directory, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert completed.returncode == 0, completed.stdout + completed.stderr
 
 
 def count(url: str, **headers: str) -> Counter[str]:
-    """How many requests each route has answered, as the service itself has counted them."""
+    """Number of requests by route, counted by the service."""
     text = httpx.get(f"{url}/metrics", headers=headers).text
     sent: Counter[str] = Counter()
     for family in text_string_to_metric_families(text):
@@ -86,14 +86,14 @@ def original() -> dict[str, Any]:
 
 
 @pytest.mark.timeout(1800)
-def test_a_service_that_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_without_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with process(*FAKE) as service:
         check(service.url, linked(original()), tmp_path, "--max-examples", "200")
         report(count(service.url), capsys, at_least=3000)
 
 
 @pytest.mark.timeout(1800)
-def test_a_service_that_has_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_with_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authorization = f"Bearer {KEY}"
     with process(*FAKE, SHOPR1_API_KEYS=KEY) as service:
         given = ("--header", f"Authorization: {authorization}", "--max-examples", "50")

@@ -20,7 +20,7 @@ KEYS = {"score": "score-key-0123456789", "admin": "admin-key-0123456789", "metri
 SETTINGS = {
     "dtype": "float32",
     "device": "cpu",
-    "deterministic": True,  # what else is being measured has no influence: numbers can be equal
+    "deterministic": True,  # so that the numbers of both servers can be equal
     "max_body_bytes": 200_000,
     "receive_timeout_s": 20.0,
 }
@@ -28,18 +28,18 @@ NUM_REPLICAS = 2
 START_S = 480.0
 _ROOT = Path(__file__).parents[3]
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-"""A token would be that of the process that has started it, and another one could not change it."""
+"""With tokens, only the process that has started Ray could deploy a configuration."""
 
 
 @pytest.fixture(scope="module")
 def policy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both servers read checkpoints, and keep uploads."""
+    """Directory where both servers read checkpoints and store uploads."""
     return tmp_path_factory.mktemp("policies")
 
 
 @pytest.fixture(scope="module")
 def settings(policy_root: Path) -> dict[str, Any]:
-    """Of both servers."""
+    """Settings of both servers."""
     return {**SETTINGS, "policy_roots": str(policy_root), "staging_dir": str(policy_root)}
 
 
@@ -62,10 +62,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) 
 
 @contextlib.contextmanager
 def serving(folder: Path, args: Mapping[str, Any]) -> Iterator[str]:
-    """The shipped application, on a Ray of its own; its URL.
+    """Run the shipped application on a new Ray cluster, and yield its URL.
 
     Args:
-        args: of the application, beside those that are shipped.
+        args: the application's arguments, in addition to the shipped ones.
     """
     port = _free_port()
     file = configuration(folder / "serve.yaml", port, args)
@@ -74,7 +74,7 @@ def serving(folder: Path, args: Mapping[str, Any]) -> Iterator[str]:
 
 
 def configuration(file: Path, port: int, args: Mapping[str, Any]) -> Path:
-    """Write the shipped one, with other arguments of the application."""
+    """Write the shipped configuration with other arguments of the application."""
     config = yaml.safe_load((_ROOT / "docker/ray/serve.yaml").read_text())
     config["http_options"]["port"] = port
     config["applications"][0]["args"] |= args
@@ -83,7 +83,7 @@ def configuration(file: Path, port: int, args: Mapping[str, Any]) -> Path:
 
 
 def deploy(file: Path) -> None:
-    """Change what runs. Returns before it has changed."""
+    """Deploy another configuration. Returns before it is running."""
     subprocess.run([_serve(), "deploy", str(file)], cwd=_ROOT, env={**os.environ, **_RAY}, check=True)
 
 
@@ -99,13 +99,13 @@ def client_of(url: str, scope: str | None = "score") -> httpx.Client:
 
 
 def replica_pids() -> list[int]:
-    """Processes of the engines. Ray gives them their names."""
+    """Process ids of the engines, found by the names that Ray gives them."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
     return [pid for pid in pids if "ServeReplica:shopr1:Engines" in _command(pid)]
 
 
 def proxy_pids() -> list[int]:
-    """Processes of the HTTP proxy."""
+    """Process ids of the HTTP proxy."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
     return [pid for pid in pids if "ProxyActor" in _command(pid)]
 
@@ -128,7 +128,7 @@ def _running(command: list[str], url: str) -> Iterator[str]:
     environment = {
         **_RAY,
         "SHOPR1_API_KEYS": keys,
-        "OMP_NUM_THREADS": "1",  # as Ray sets it where an engine has one CPU: sums depend on it
+        "OMP_NUM_THREADS": "1",  # as Ray sets it for an engine with one CPU: the order of sums depends on it
         "HF_HUB_OFFLINE": "1",
     }
     process = subprocess.Popen(command, cwd=_ROOT, env={**os.environ, **environment})
@@ -143,9 +143,9 @@ def _running(command: list[str], url: str) -> Iterator[str]:
 def _wait_until_ready(process: "subprocess.Popen[Any]", url: str) -> None:
     give_up_at = time.monotonic() + START_S
     while time.monotonic() < give_up_at:
-        assert process.poll() is None, "it has ended"
+        assert process.poll() is None, "the server has ended"
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health/ready").is_success:
                 return
-        time.sleep(0.2)  # nothing tells when a port is open
-    raise AssertionError("it does not become ready")
+        time.sleep(0.2)  # nothing signals that a port is open
+    raise AssertionError("the server does not become ready")

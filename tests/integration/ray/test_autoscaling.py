@@ -1,4 +1,4 @@
-"""More waits than one engine should have: there will be two, and nothing is lost on the way."""
+"""A queue that is too long for one engine: Ray starts a second one, and no request fails."""
 
 import threading
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[str]:
-    """URL of an application that begins with one engine."""
+    """URL of an application that starts with one engine."""
     args = {"num_replicas": 1, "max_replicas": 2, "target_queued_tokens": 200, **SETTINGS}
     with serving(tmp_path, args) as url:
         yield url
@@ -29,7 +29,7 @@ def body(number: int) -> dict[str, Any]:
     return {"groups": [group(answer(), prompt=f"page {number} " * 60)]}
 
 
-def test_there_are_more_engines_when_much_waits(growing: str) -> None:
+def test_a_long_queue_adds_an_engine(growing: str) -> None:
     is_over = threading.Event()
 
     def score(seed: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""The policy changes under load on both replicas: every answer is right for the version that it names."""
+"""The policy changes under load on both engines: every answer is right for the version that it names."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(1200)
 NUM_UPDATES = 20
 NUM_CLIENTS = 4
 NUM_BODIES = 7
-"""Another number than of clients: each asks for all of them in turns."""
+"""Not a multiple of the number of clients: each client sends all of them in turn."""
 PART = "model.layers.7."
 BODIES = [
     {"groups": [group(answer(rationale=f"Number {i}, please."), prompt=f"page {i} " * 20)]}
@@ -39,7 +39,7 @@ Rewards = tuple[float, ...]
 
 @pytest.fixture(scope="module")
 def checkpoints(policy_root: Path) -> list[Path]:
-    """Three policies that differ in every number; the third is the second but for one layer."""
+    """Three policies: two that differ in every number, and the second with one layer of the first."""
     base = dict(load_policy(Settings(dtype=DType.FLOAT32, device="cpu")).weights.tensors)
     changed = [_changed(base, seed) for seed in (1, 2)]
     part = {name: tensor for name, tensor in changed[0].items() if name.startswith(PART)}
@@ -80,7 +80,7 @@ def upload(client: httpx.Client, folder: Path, version: str, **params: Any) -> A
 
 @pytest.fixture(scope="module")
 def expected(single: str, checkpoints: list[Path]) -> dict[str, list[Rewards]]:
-    """What the one server answers with each, by the beginning of the version's name."""
+    """Answers of `shopr1 serve` with each policy, by the first letter of the version's name."""
     by_name = {}
     with client_of(single, "admin") as client:
         for folder in checkpoints:
@@ -92,7 +92,7 @@ def expected(single: str, checkpoints: list[Path]) -> dict[str, list[Rewards]]:
 
 @dataclass
 class Load:
-    """Clients that score all the time, and what is wrong with the answers."""
+    """Clients that score all the time, and the wrong answers that they have received."""
 
     url: str
     expected: dict[str, list[Rewards]]
@@ -108,7 +108,7 @@ class Load:
             while not self.is_over.is_set():
                 turn += NUM_CLIENTS
                 which = turn % len(BODIES)
-                # Each of a run of its own: the same request twice would get the answer that is there.
+                # Each in a run of its own: a duplicate request would get the stored answer.
                 response = client.post("/score", json=BODIES[which], headers={"X-Run-ID": f"run-{turn}"})
                 self._check(which, response)
 
@@ -141,7 +141,7 @@ class Load:
 def test_every_answer_is_right_for_the_version_that_it_names(
     cluster: str, checkpoints: list[Path], expected: dict[str, list[Rewards]]
 ) -> None:
-    """By path, by upload and in part, in turns; at the end everybody has the last."""
+    """Checkpoints, uploads and partial updates in turn; at the end all engines have the last version."""
     first, second, _ = checkpoints
     load = Load(cluster, expected)
     with client_of(cluster, "admin") as client:
@@ -167,7 +167,7 @@ def test_every_answer_is_right_for_the_version_that_it_names(
     assert load.num_right > NUM_UPDATES
     assert len(load.versions) > NUM_UPDATES // 2
     assert (state["current"]["version"], state["current"]["number"]) == (f"a{NUM_UPDATES}", NUM_UPDATES + 1)
-    print(f"{load.num_right} answers right, of {len(load.versions)} versions")  # noqa: T201  # for reports
+    print(f"{load.num_right} right answers, of {len(load.versions)} versions")  # noqa: T201  # for reports
 
 
 def test_a_refused_update_changes_nothing(
@@ -188,10 +188,10 @@ def test_a_refused_update_changes_nothing(
             assert rewards_of(client.post("/score", json=body).json()) == rewards
 
 
-def test_a_replica_that_comes_back_has_the_current_version(
+def test_a_replaced_engine_has_the_current_version(
     cluster: str, checkpoints: list[Path], expected: dict[str, list[Rewards]]
 ) -> None:
-    """The one that knows it dies with the upload's last holder: what was uploaded is still there."""
+    """All engines are replaced in turn: the coordinator still has the upload."""
     with client_of(cluster, "admin") as client:
         upload(client, checkpoints[1], "b-uploaded")
         update(client, checkpoints[1].with_name("part"), "c-part", partial=True)

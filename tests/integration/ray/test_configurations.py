@@ -1,4 +1,4 @@
-"""What is shipped for Ray Serve and KubeRay: Ray reads it, and the application takes it."""
+"""The shipped configurations for Ray Serve and KubeRay are valid for Ray and for the application."""
 
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,19 @@ def configurations() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", configurations())
-def test_ray_and_the_application_take_it(name: str) -> None:
+def test_ray_and_the_application_accept_it(name: str) -> None:
     [application] = ServeDeploySchema.model_validate(configurations()[name]).applications
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     build(application.args)
 
 
-def test_kuberay_has_the_ray_that_is_tested() -> None:
+def test_kuberay_uses_the_tested_version_of_ray() -> None:
     manifest = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())
     constraints = (FOLDER.parents[1] / "constraints.txt").read_text()
     assert f"ray=={manifest['spec']['rayClusterConfig']['rayVersion']}" in constraints.splitlines()
 
 
-def test_the_number_of_engines_may_change() -> None:
+def test_max_replicas_turns_autoscaling_on() -> None:
     ingress = build({"num_replicas": 2, "max_replicas": 5, "target_queued_tokens": 100})
     engines = ingress._bound_deployment.init_args[0]._bound_deployment
     assert engines.name == ENGINES
@@ -46,7 +46,7 @@ def test_the_number_of_engines_may_change() -> None:
     assert fixed.num_replicas == 2
 
 
-def test_what_is_wrong_is_said() -> None:
+def test_wrong_options_are_named() -> None:
     with pytest.raises(SettingsError, match="num_replica"):
         build({"num_replica": 2})
     with pytest.raises(ValidationError, match="num_replicas"):

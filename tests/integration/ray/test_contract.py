@@ -1,4 +1,4 @@
-"""The same requests to both servers get the same answers, to the last digit."""
+"""Both servers give the same answers to the same requests, to the last digit."""
 
 import json
 from typing import Any
@@ -38,9 +38,9 @@ SCORED = {
 REFUSED = {
     "an unknown recipe": post({**TWO, "recipe": "x"}),
     "an unknown adapter": post({**TWO, "adapter": "x"}),
-    "a version that is not there": post({**TWO, "policy_version": "7"}),
+    "a version that is not loaded": post({**TWO, "policy_version": "7"}),
     "a later version": post({**TWO, "policy_version": {"at_least": 7}}),
-    "a field of no meaning": post({**TWO, "x": 1}),
+    "an unknown field": post({**TWO, "x": 1}),
     "no JSON": raw(b"{"),
     "not UTF-8": raw(b'{"\xff'),
     "deep": raw(b"[" * 100_000),
@@ -48,17 +48,17 @@ REFUSED = {
     "too large, in chunks": ("POST", "/score", {"content": [b" " * 100_000] * 3}),
     "a wrong method": ("GET", "/score", {}),
     "a wrong path": ("GET", "/scores", {}),
-    "a deadline that is none": post(TWO, **{"X-Request-Timeout": "soon"}),
+    "a malformed deadline": post(TWO, **{"X-Request-Timeout": "soon"}),
 }
 PATHS = ("/info", "/recipes", "/recipes/shop_r1", "/recipes/x", "/policy", "/health/live")
 READ: dict[str, Request] = {path: ("GET", path, {}) for path in PATHS}
 REQUESTS = SCORED | REFUSED | READ
 CHANGING = {"request_id", "current", "base"}
-"""What is never the same: versions tell when they were loaded."""
+"""Members that always differ: versions contain the time at which they were loaded."""
 
 
 def answered(client: httpx.Client, request: Request) -> tuple[int, dict[str, str], Any]:
-    """Status, headers that mean something, and body."""
+    """Status, relevant headers, and body."""
     method, path, arguments = request
     if isinstance(arguments.get("content"), list):
         arguments = {**arguments, "content": iter(arguments["content"])}
@@ -76,7 +76,7 @@ def _body(response: httpx.Response) -> Any:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_both_answer_alike(single: str, cluster: str, name: str) -> None:
+def test_both_servers_give_the_same_answer(single: str, cluster: str, name: str) -> None:
     with client_of(single) as one, client_of(cluster) as other:
         expected = answered(one, REQUESTS[name])
         assert answered(other, REQUESTS[name]) == expected
@@ -85,7 +85,7 @@ def test_both_answer_alike(single: str, cluster: str, name: str) -> None:
 
 @pytest.mark.parametrize("scope", [None, "score", "admin", "metrics"])
 @pytest.mark.parametrize("path", ["/score", "/info", "/policy", "/metrics", "/policy/update", "/x"])
-def test_keys_open_the_same_doors(single: str, cluster: str, scope: str | None, path: str) -> None:
+def test_both_servers_check_keys_alike(single: str, cluster: str, scope: str | None, path: str) -> None:
     request: Request = ("POST" if path in ("/score", "/policy/update") else "GET", path, {"json": {}})
     statuses = []
     for url in (single, cluster):
@@ -94,7 +94,7 @@ def test_keys_open_the_same_doors(single: str, cluster: str, scope: str | None, 
     assert statuses[0] == statuses[1]
 
 
-def test_the_request_id_comes_back(single: str, cluster: str) -> None:
+def test_the_request_id_is_returned(single: str, cluster: str) -> None:
     for url in (single, cluster):
         with client_of(url) as client:
             response = client.post("/score", json=TWO, headers={"X-Request-ID": "mine-1"})

@@ -1,4 +1,4 @@
-"""Replicas and the proxy are killed under load: nothing promised is lost, and every score is right."""
+"""An engine and the proxy are killed under load: no request is lost, and every score is right."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ from tests.support.http import answer, group
 NUM_REQUESTS = 48
 NUM_CLIENTS = 6
 NUM_BEFORE = 6
-"""Answers until something is killed."""
+"""Number of answers before a process is killed."""
 WAIT_S = 120.0
 
 Score = Callable[[dict[str, Any]], list[float | None]]
 
 
 def bodies(name: str) -> list[dict[str, Any]]:
-    """Requests of which no two are alike."""
+    """Requests that all differ."""
     return [
         {"groups": [group(answer(rationale=f"Number {i}, please."), prompt=f"{name} {i} " * 60)]}
         for i in range(NUM_REQUESTS)
@@ -50,7 +50,7 @@ def _rewards(answered: dict[str, Any]) -> list[float | None]:
 def scored_while(
     score: Score, requests: Sequence[dict[str, Any]], kill: Callable[[], None]
 ) -> list[list[float | None]]:
-    """The rewards of all requests; something is killed as soon as some have been answered."""
+    """Rewards of all requests; `kill` is called when some have been answered."""
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         futures = [pool.submit(score, body) for body in requests]
         for num_done, _ in enumerate(as_completed(futures), start=1):
@@ -64,11 +64,11 @@ def until(is_true: Callable[[], bool]) -> None:
         if is_true():
             return
         threading.Event().wait(0.1)
-    raise AssertionError("it does not happen")
+    raise AssertionError("the condition does not become true")
 
 
-def test_a_replica_that_dies_loses_nothing(single: str, cluster: str) -> None:
-    """The client does not try again: whatever is lost would be seen."""
+def test_no_request_is_lost_when_an_engine_dies(single: str, cluster: str) -> None:
+    """The client does not retry: a lost request would fail the test."""
     requests = bodies("replica")
     expected = expected_of(single, requests)
     until(lambda: len(replica_pids()) == NUM_REPLICAS)
@@ -83,8 +83,8 @@ def test_a_replica_that_dies_loses_nothing(single: str, cluster: str) -> None:
     until(lambda: len(replica_pids()) == NUM_REPLICAS and victim not in replica_pids())
 
 
-def test_a_proxy_that_dies_loses_nothing(single: str, cluster: str) -> None:
-    """With the client library, which asks again when a connection breaks."""
+def test_no_request_is_lost_when_the_proxy_dies(single: str, cluster: str) -> None:
+    """The client library retries when a connection breaks."""
     requests = bodies("proxy")
     expected = expected_of(single, requests)
     [victim] = proxy_pids()
@@ -98,10 +98,10 @@ def test_a_proxy_that_dies_loses_nothing(single: str, cluster: str) -> None:
     assert victim not in proxy_pids()
 
 
-def test_a_new_configuration_loses_nothing(
+def test_no_request_is_lost_when_a_new_configuration_is_deployed(
     single: str, cluster: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """All of it is replaced, with one engine fewer; those that go finish what they have."""
+    """All processes are replaced, with one engine fewer; the old ones finish their requests."""
     requests, port = bodies("fewer"), int(cluster.rpartition(":")[2])
     expected = expected_of(single, requests)
     until(lambda: len(replica_pids()) == NUM_REPLICAS)

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes the service on Ray with the shipped configuration, rules and dashboard."""
+"""A Prometheus with the shipped configuration, rules and dashboard scrapes the service on Ray."""
 
 import json
 import math
@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.integration.ops.prometheus import ROOT, Prometheus, prometheus, promtool, until
 from tests.integration.ray.conftest import KEYS, NUM_REPLICAS, START_S, client_of, replica_pids
 from tests.support.http import answer, group
+from tests.support.prometheus import ROOT, Prometheus, prometheus, promtool, until
 
 NUM_BODIES = 12
 _NORM = safetensors.torch.save({"model.norm.weight": torch.ones(576)})
@@ -23,7 +23,7 @@ _NORM = safetensors.torch.save({"model.norm.weight": torch.ones(576)})
 
 @pytest.fixture(scope="module")
 def running(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """It has seen both engines at work before new weights and after them."""
+    """A Prometheus that has seen both engines score, before an update and after it."""
     directory = tmp_path_factory.mktemp("prometheus")
     with prometheus(directory, cluster.removeprefix("http://"), KEYS["metrics"]) as running:
         score_all(cluster, "before")
@@ -37,7 +37,7 @@ def running(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def score_all(url: str, name: str) -> None:
-    """So many at a time that both engines have work."""
+    """Enough requests at a time for both engines."""
 
     def score(client: httpx.Client, number: int) -> None:
         body = {"groups": [group(answer(), prompt=f"{name} {number} " * 30)]}
@@ -58,13 +58,13 @@ def engines_row() -> list[Any]:
     return panels[titles.index("Engines") + 1 :][:6]
 
 
-def test_metrics_are_named_as_prometheus_asks_for(cluster: str) -> None:
+def test_metrics_follow_the_naming_rules_of_prometheus(cluster: str) -> None:
     with client_of(cluster, "metrics") as client:
         text = client.get("/metrics").raise_for_status().text
     assert promtool("check", "metrics", given=text) == ""
 
 
-def test_one_target_is_all_engines(running: Prometheus) -> None:
+def test_one_target_has_the_metrics_of_all_engines(running: Prometheus) -> None:
     wait_for(running, "up", 1)
     wait_for(running, 'count by (version) (shopr1_policy_info{version="new"})', NUM_REPLICAS)
     wait_for(running, "max by (engine) (shopr1_policy_number)", *[1.0] * NUM_REPLICAS)
@@ -77,7 +77,7 @@ def test_the_dashboard_shows_each_engine(running: Prometheus, panel: dict[str, A
     [target] = panel["targets"]
     expr = target["expr"].replace("$__rate_interval", "10m").replace("$instance", ".*")
     num_lines = {"Engines by version": 1, "Host memory of each process": NUM_REPLICAS + 1}
-    # A scrape that takes longer than a second is missing, and with it all lines until the next one.
+    # A scrape that takes longer than a second fails, and its samples are missing until the next one.
     wait_for(running, f"count({expr})", num_lines.get(panel["title"], NUM_REPLICAS))
     until(lambda: all(map(math.isfinite, running.values(expr))) or None, expr)
 
@@ -92,8 +92,8 @@ def test_rules_are_healthy_and_nothing_fires(running: Prometheus) -> None:
     assert [alert for alert in running.get("alerts")["alerts"] if alert["state"] == "firing"] == []
 
 
-def test_an_engine_that_comes_in_place_of_another_has_its_version(running: Prometheus) -> None:
-    """It is never seen with the version that it has started with."""
+def test_a_replaced_engine_has_the_current_version(running: Prometheus) -> None:
+    """It is never seen with the version that it has started from."""
     [since_s] = running.values("vector(time())")
     [victim, *_] = replica_pids()
     os.kill(victim, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""A live service as a trainer meets it: `shopr1 serve` on the embedded policy, in an environment of its own.
+"""A live service for trainers: `shopr1 serve` with the embedded policy, in the project's own environment.
 
 Not part of `make test`. `make test-trainers` runs each file in an environment with its trainer, from PyPI,
-and this project's base install; `make test-trainer-trl` one of them.
+and this project's base install; `make test-trainer-trl` runs one of them.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,6 @@ def live() -> Iterator[Live]:
 
 @pytest.fixture
 def environment(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment variables that tell a shim where the service is."""
+    """The environment variables with the service's URL and key for the shims."""
     monkeypatch.setenv("SHOPR1_CLIENT_URL", live.url)
     monkeypatch.setenv("SHOPR1_CLIENT_API_KEY", API_KEY)

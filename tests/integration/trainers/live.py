@@ -1,4 +1,4 @@
-"""Rollouts, and what `POST /score` says of them: what each trainer must receive."""
+"""Rollouts and their rewards from `POST /score`, which each trainer must receive."""
 
 import json
 import socket
@@ -9,14 +9,18 @@ from typing import Any
 
 import httpx
 
+from shopr1_client.reward_logs import log_keys
+from shopr1_rewards import load_recipe
+
 ROOT = Path(__file__).parents[3]
 API_KEY = "trainers-0123456789abcdef"  # pragma: allowlist secret
 TIMEOUT_S = 600.0
+LOG_KEYS = log_keys(load_recipe("shop_r1").components)
 
 ROUNDING = 1e-7
-"""Absolute. Values depend on what is computed together, by 1e-6 nats (docs/engine.md): 5e-9 of the reward."""
+"""Absolute. Values depend on the batch by 1e-6 nats (docs/engine.md): 5e-9 of the reward."""
 TOO_LONG = [{"role": "user", "content": "mug " * 20_000}]
-"""More than the embedded policy takes: rollouts of this prompt cannot be scored."""
+"""Longer than the limit of the embedded policy: rollouts of this prompt are unscorable."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Rollout:
 
     @property
     def label(self) -> str:
-        """The ground truth as a data set of strings holds it."""
+        """The ground truth as a string, for a data set with text columns."""
         return json.dumps(self.ground_truth)
 
 
@@ -41,11 +45,11 @@ class Live:
 
     @property
     def keyed_url(self) -> str:
-        """For trainers that can send no header."""
+        """URL with the key, for trainers that cannot send headers."""
         return f"{self.url}/key/{API_KEY}"
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-        """What `POST /score` answers for each, asked for alone and without the client library."""
+        """Results of `POST /score`, one request per rollout and without the client library."""
         return [self._score(rollout) for rollout in rollouts]
 
     def rewards(self, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -64,7 +68,7 @@ class Live:
 
 
 def sessions() -> list[dict[str, Any]]:
-    """The example sessions: a prompt of messages, the human's action, completions good and bad."""
+    """The example sessions: messages as prompt, the human's action, good and bad completions."""
     lines = (ROOT / "examples" / "sessions.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -84,5 +88,5 @@ def free_port() -> int:
 
 
 def command(port: int) -> list[str]:
-    """Starts a service in the project's own environment."""
+    """Command that starts a service in the project's own environment."""
     return [str(ROOT / ".venv" / "bin" / "shopr1"), "serve", "--port", str(port)]

@@ -1,4 +1,4 @@
-"""What an example script runs."""
+"""Dry runs of the example scripts."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from tests.integration.trainers.live import ROOT
 
 
 def arguments(name: str, directory: Path) -> list[str]:
-    """The arguments that `examples/<name>` gives to Python: a program of that name that only prints them."""
+    """The arguments that `examples/<name>` passes to Python, printed by a fake Python."""
     python = directory / "python3"
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o700)

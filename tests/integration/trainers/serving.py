@@ -1,4 +1,4 @@
-"""Services with settings of their own, beside the one of the fixture `live`."""
+"""Services with other settings than that of the fixture `live`."""
 
 import subprocess
 import tempfile
@@ -13,7 +13,7 @@ READY_TIMEOUT_S = 300.0
 
 @contextmanager
 def serving(**settings: str) -> Iterator[Live]:
-    """A service that is ready to score; settings by their names without `SHOPR1_`."""
+    """Run a service until the block ends. Settings are named without `SHOPR1_`."""
     port = free_port()
     environment = {"SHOPR1_API_KEYS": API_KEY, "HF_HUB_OFFLINE": "1", "SHOPR1_DTYPE": "float32"}
     environment |= {f"SHOPR1_{name.upper()}": value for name, value in settings.items()}

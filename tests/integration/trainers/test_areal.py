@@ -1,6 +1,6 @@
-"""AReaL 1.0: its workflow, reward processes and executor, on a CPU. What the engine answers is prescribed.
+"""AReaL 1.0: its workflow, reward processes and executor, on a CPU. Completions are prescribed.
 
-What stays untested is what needs a GPU: SGLang or vLLM as the engine, and the training step.
+Not tested, because it needs a GPU: SGLang or vLLM as the engine, and the training step.
 """
 
 import asyncio
@@ -23,8 +23,7 @@ from transformers import AutoTokenizer
 
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
-from shopr1_client.reward_logs import LOG_KEYS
-from tests.integration.trainers.live import ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.integration.trainers.live import LOG_KEYS, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.integration.trainers.tokenizer import save_tokenizer
 
 FLOAT32 = 1e-6
@@ -39,20 +38,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def new_processes() -> Iterator[None]:
-    """AReaL keeps its reward processes, and they their environment."""
+    """Stop AReaL's reward processes, which would keep their environment."""
     yield
     AsyncRewardWrapper._atexit_shutdown_all()
 
 
 def own_workflow(tokenizer: Any) -> RLVRWorkflow:
-    """As AReaL makes it from the path in its configuration."""
+    """The workflow, built from its path as in AReaL's configuration."""
     workflow = import_from_string("shopr1_client.trainers.areal_workflow.ShopR1Workflow")
     made: RLVRWorkflow = workflow(gconfig=GenerationHyperparameters(), tokenizer=tokenizer)
     return made
 
 
 def function(tokenizer: Any) -> RLVRWorkflow:
-    """AReaL's workflow, which calls the function in its reward processes."""
+    """AReaL's own workflow, which calls the function in its reward processes."""
     path = "shopr1_client.trainers.areal.reward_fn"
     return RLVRWorkflow(reward_fn=path, gconfig=GenerationHyperparameters(), tokenizer=tokenizer)
 
@@ -61,7 +60,7 @@ HOOKS = pytest.mark.parametrize("make", [own_workflow, function])
 
 
 class Engine:
-    """Answers each prompt with the completion that was recorded for it, in their order."""
+    """Returns the recorded completions of each prompt in order."""
 
     def __init__(self, tokenizer: Any, own: Sequence[Rollout]) -> None:
         self._tokenizer = tokenizer
@@ -85,7 +84,7 @@ class Engine:
 
 @HOOKS
 @pytest.mark.usefixtures("environment")
-def test_rewards_are_those_of_the_service(make: Make, tokenizer: Any, live: Live) -> None:
+def test_rewards_equal_those_of_the_service(make: Make, tokenizer: Any, live: Live) -> None:
     own = rollouts()
     episodes = _run(make(tokenizer), tokenizer, own)
     truths = live.rewards(own)
@@ -95,22 +94,22 @@ def test_rewards_are_those_of_the_service(make: Make, tokenizer: Any, live: Live
 
 @pytest.mark.usefixtures("environment")
 def test_function_in_areals_processes(tokenizer: Any, live: Live) -> None:
-    """Its numbers before AReaL makes them float32."""
+    """Rewards before AReaL converts them to float32."""
     own = rollouts()[:4]
     truths = pytest.approx(live.rewards(own), rel=0.0, abs=ROUNDING)
     assert asyncio.run(_wrapped(tokenizer, own)) == truths
 
 
 @pytest.mark.usefixtures("environment")
-def test_why_not_in_areals_processes(tokenizer: Any, live: Live) -> None:
-    """AReaL takes 0 where it has waited too long, also for those that wait for a process."""
+def test_timeout_in_areals_processes(tokenizer: Any, live: Live) -> None:
+    """AReaL uses 0 after a timeout, which includes the wait for a process."""
     own = rollouts()[:2]
     assert 0 not in live.rewards(own)
     assert asyncio.run(_wrapped(tokenizer, own, timeout_seconds=0.001)) == [0, 0]
 
 
 @pytest.mark.usefixtures("environment")
-def test_workflow_tells_areal_the_terms(tokenizer: Any, live: Live) -> None:
+def test_workflow_logs_the_terms(tokenizer: Any, live: Live) -> None:
     own = rollouts()
     stats_tracker.export_all()
     _run(own_workflow(tokenizer), tokenizer, own)
@@ -123,7 +122,7 @@ def test_workflow_tells_areal_the_terms(tokenizer: Any, live: Live) -> None:
 
 
 @pytest.mark.usefixtures("environment")
-def test_executor_leaves_out_what_cannot_be_scored(tokenizer: Any, live: Live) -> None:
+def test_executor_rejects_unscorable_rollouts(tokenizer: Any, live: Live) -> None:
     own = _with_one_too_long()
     good, _, also_good = live.rewards(own)
     executor = WorkflowExecutor(
@@ -140,8 +139,8 @@ def test_executor_leaves_out_what_cannot_be_scored(tokenizer: Any, live: Live) -
 
 
 @pytest.mark.usefixtures("environment")
-def test_group_is_left_out_whole(tokenizer: Any) -> None:
-    """AReaL normalises slices of the size of a group: without one rollout all behind it would shift."""
+def test_whole_group_is_rejected(tokenizer: Any) -> None:
+    """AReaL normalises slices of the group size: a missing rollout would shift all later groups."""
     good = rollouts()[0]
     endless = json.dumps({"rationale": "mug " * 20_000, "action": {"type": "terminate"}})
     too_long = Rollout(good.prompt, endless, good.ground_truth)
@@ -152,14 +151,16 @@ def test_group_is_left_out_whole(tokenizer: Any) -> None:
 
 @HOOKS
 @pytest.mark.usefixtures("environment")
-def test_rollout_that_cannot_be_scored(make: Make, tokenizer: Any) -> None:
+def test_unscorable_rollout(make: Make, tokenizer: Any) -> None:
     with pytest.raises(UnscorableError, match="sequence_too_long"):
         _run(make(tokenizer), tokenizer, _with_one_too_long()[1:2])
 
 
 @HOOKS
 @pytest.mark.usefixtures("environment")
-def test_operators_number_stands_for_it(make: Make, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_reward_of_an_unscorable_rollout(
+    make: Make, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHOPR1_CLIENT_UNSCORABLE", "-1.5")
     [episode] = _run(make(tokenizer), tokenizer, _with_one_too_long()[1:2])
     assert episode["rewards"].item() == -1.5
@@ -184,7 +185,7 @@ def _run(workflow: RLVRWorkflow, tokenizer: Any, own: Sequence[Rollout]) -> list
 
 
 async def _wrapped(tokenizer: Any, own: Sequence[Rollout], **options: float) -> list[float]:
-    """As AReaL's workflows call a function."""
+    """Call the function like AReaL's workflows."""
     call = AsyncRewardWrapper(import_from_string("shopr1_client.trainers.areal.reward_fn"), **options)
     return [
         await call("", "", prompt_ids, _ids(tokenizer, rollout), **_row(rollout))

@@ -1,6 +1,6 @@
-"""LLaMA-Factory 0.9.5: a PPO run of its own on a CPU, with the rewards of a live service.
+"""LLaMA-Factory 0.9.5: its PPO trainer on a CPU, with the rewards of a live service.
 
-The policy is tiny and knows nothing: what it would sample are the example completions.
+The policy is tiny and untrained; the example completions replace its samples.
 """
 
 import json
@@ -25,9 +25,9 @@ from tests.integration.trainers.live import ROUNDING, TIMEOUT_S, TOO_LONG, Live,
 from tests.integration.trainers.serving import serving
 from tests.integration.trainers.tokenizer import save_tokenizer
 
-# PPO needs trl 0.9.6, the rest of LLaMA-Factory says that it needs trl 0.18.
+# PPO needs trl 0.9.6, but the rest of LLaMA-Factory requires trl 0.18.
 os.environ["DISABLE_VERSION_CHECK"] = "1"
-# LLaMA-Factory imports it for sound. PyPI's needs CUDA's libraries.
+# LLaMA-Factory imports it for audio. The release on PyPI needs CUDA's libraries.
 _torchaudio = sys.modules["torchaudio"] = ModuleType("torchaudio")
 _torchaudio.__spec__ = ModuleSpec("torchaudio", None)
 
@@ -41,11 +41,11 @@ ROUTE = "/dialects/llama_factory/v1/score/evaluation"
 CUTOFF = 4096
 MINI_BATCH = 2
 NUM_MINI_BATCHES = 4
-"""Of a step. Each is a request of its own."""
+"""Mini-batches of a step, each of which is one request."""
 UNSCORABLE = 0.25
 """Exact in float32."""
 LOG_DIGITS = 1e-3
-"""LLaMA-Factory logs a mean of float32, of up to 1001, with four digits behind the point."""
+"""LLaMA-Factory logs a float32 mean of up to 1001 with four decimals."""
 FLOAT32 = 1e-6
 """Relative: LLaMA-Factory stores rewards in float32."""
 
@@ -61,7 +61,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a policy of one layer, and the service's tokenizer."""
     directory = tmp_path_factory.mktemp("policy")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(save_tokenizer(directory))
-    tokenizer.save_pretrained(directory)  # its class has another name in older releases of transformers
+    tokenizer.save_pretrained(directory)  # its class has a different name in older releases of transformers
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -83,7 +83,7 @@ def tokenizer(policy: str) -> Any:
 
 
 def _prompt(tokenizer: Any, rollout: Rollout) -> str:
-    """The text that LLaMA-Factory sends for a prompt, made as docs/trainers/llama_factory.md says."""
+    """The text that LLaMA-Factory sends for a prompt, built as in docs/trainers/llama_factory.md."""
     system, user = rollout.prompt
     template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="smollm2"))
     answer = {"role": "assistant", "content": ""}
@@ -97,7 +97,7 @@ def _register(service: Live, tokenizer: Any, own: Sequence[Rollout]) -> None:
 
 
 def _text(tokenizer: Any, rollout: Rollout) -> str:
-    """As LLaMA-Factory decodes a rollout."""
+    """A rollout, decoded like by LLaMA-Factory."""
     return f"{_prompt(tokenizer, rollout)}{rollout.completion}{tokenizer.eos_token}"
 
 
@@ -106,7 +106,7 @@ def _approx(expected: Any) -> Any:
 
 
 class _Recorder:
-    """Takes the place of sampling, and writes down what a step is taken with."""
+    """Replaces sampling, and records the inputs of each step."""
 
     def __init__(self, tokenizer: Any, own: Sequence[Rollout]) -> None:
         self.rewards: dict[str, float] = {}
@@ -152,7 +152,7 @@ def recorder(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> _Recorder:
 
 
 def _write_rows(own: Sequence[Rollout], directory: Path) -> None:
-    """A data set in the form that LLaMA-Factory calls alpaca."""
+    """A data set in LLaMA-Factory's format alpaca."""
     names = ("system", "instruction")
     rows = [{name: m["content"] for name, m in zip(names, r.prompt, strict=True)} for r in own]
     (directory / "rows.json").write_text(json.dumps([row | {"output": ""} for row in rows]), "utf-8")
@@ -162,7 +162,7 @@ def _write_rows(own: Sequence[Rollout], directory: Path) -> None:
 
 
 def _train(policy: str, url: str, own: Sequence[Rollout], directory: Path) -> dict[str, Any]:
-    """One step of LLaMA-Factory's PPO over these rollouts; what it logs of it."""
+    """Run one step of LLaMA-Factory's PPO over these rollouts. Returns its logs."""
     _write_rows(own, directory)
     options = {
         "stage": "ppo",
@@ -203,7 +203,7 @@ def test_training(policy: str, tokenizer: Any, recorder: _Recorder, live: Live, 
 
 
 def test_order(tokenizer: Any, live: Live) -> None:
-    """All rollouts in one request, in an order of their own."""
+    """All rollouts in one request, in a different order."""
     own = rollouts()[::-1]
     _register(live, tokenizer, own)
     rewards = get_rewards_from_server(_url(live), [_text(tokenizer, rollout) for rollout in own])
@@ -211,7 +211,7 @@ def test_order(tokenizer: Any, live: Live) -> None:
 
 
 def test_not_registered(live: Live) -> None:
-    """The run ends, and says nothing of the reason; the service's answer does."""
+    """The run ends without a reason; the service's response contains it."""
     messages = ["Which prompt is this? {}"]
     with pytest.raises(KeyError, match="scores"):
         get_rewards_from_server(_url(live), messages)
@@ -221,7 +221,7 @@ def test_not_registered(live: Live) -> None:
 
 
 def _too_long(service: Live) -> str:
-    """A rollout that cannot be scored, whose prompt is registered."""
+    """An unscorable rollout with a registered prompt."""
     prompt = TOO_LONG[0]["content"]
     label = {"prompt": prompt, "ground_truth": {"type": "terminate"}}
     httpx.put(f"{service.keyed_url}/labels", json={"labels": [label]}).raise_for_status()
@@ -229,7 +229,7 @@ def _too_long(service: Live) -> str:
 
 
 def test_unscorable(tokenizer: Any, live: Live) -> None:
-    """One is enough to end the run."""
+    """A single unscorable rollout ends the run."""
     own = rollouts()[:1]
     _register(live, tokenizer, own)
     messages = [_text(tokenizer, own[0]), _too_long(live)]

@@ -1,6 +1,6 @@
-"""ms-swift 4.6: whole GRPO runs of a tiny model on a CPU. Only what the engine answers is prescribed.
+"""ms-swift 4.6: GRPO runs of a tiny model on a CPU. Only the engine's completions are prescribed.
 
-What stays untested is what needs a GPU: vLLM as the engine.
+Not tested, because it needs a GPU: vLLM as the engine.
 """
 
 import json
@@ -37,12 +37,12 @@ from tests.integration.trainers.tokenizer import save_tokenizer
 FLOAT32 = 1e-6
 """Relative: ms-swift stores rewards in float32."""
 NUM_GENERATIONS = 6
-"""Of every example session: the shortest has no more."""
+"""Completions of every example session: the shortest has no more."""
 
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Untrained weights under the service's tokenizer."""
+    """Untrained weights with the service's tokenizer."""
     directory = save_tokenizer(tmp_path_factory.mktemp("policy"))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = LlamaConfig(
@@ -60,7 +60,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
-    """What the engine answers, in the order of the requests: each session's completions in turn."""
+    """The engine's completions in the order of the requests: each session's completions in turn."""
     answered: list[Rollout] = []
 
     def infer(engine: TransformersEngine, requests: Sequence[Any], *_: Any, **__: Any) -> list[Any]:
@@ -78,7 +78,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[SentRollout]:
-    """What the shim sends."""
+    """The rollouts that the shim sends."""
     all_sent: list[SentRollout] = []
     score = Service.score
 
@@ -94,10 +94,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[SentRollout]:
 def test_training_run(
     policy: str, recorded: list[Rollout], sent: list[SentRollout], live: Live, tmp_path: Path
 ) -> None:
-    """A batch for each session, one after the other, and each in an event loop of its own."""
+    """One batch per session, one after the other, each in a new event loop."""
     state = _train(policy, tmp_path, [_row(session) for session in sessions()])
     truths = live.rewards(recorded)
-    tables = _tables(tmp_path)[: len(sessions())]  # at the end ms-swift writes the last one again
+    tables = _tables(tmp_path)[: len(sessions())]  # ms-swift writes the last one twice
     assert [reward for table in tables for reward in table["ShopR1"]] == _approx(truths)
     assert len(set(truths)) > 5
     steps = [truths[i : i + NUM_GENERATIONS] for i in range(0, len(truths), NUM_GENERATIONS)]
@@ -111,7 +111,7 @@ def test_training_run(
 
 @pytest.mark.usefixtures("environment")
 def test_policy_sees_the_prompt_that_is_scored(policy: str, recorded: list[Rollout], tmp_path: Path) -> None:
-    """ms-swift has templates of its own; the service uses the policy's."""
+    """ms-swift has its own templates; the service uses the policy's."""
     _train(policy, tmp_path, [_row(sessions()[0])])
     table = _tables(tmp_path)[0]
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -140,22 +140,22 @@ def test_rollout_of_several_turns_is_scored_by_its_last_text(sent: list[SentRoll
 
 
 @pytest.mark.usefixtures("environment")
-def test_rollout_that_cannot_be_scored() -> None:
+def test_unscorable_rollout() -> None:
     with pytest.raises(UnscorableError, match="sequence_too_long") as error:
         _scored(_with_one_too_long())
     assert [field["location"] for field in error.value.errors] == ["rollouts[1]"]
 
 
 @pytest.mark.usefixtures("environment")
-def test_operators_number_stands_for_it(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_reward_of_an_unscorable_rollout(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOPR1_CLIENT_UNSCORABLE", "-1.5")
     own = _with_one_too_long()
     good, _, also_good = live.rewards(own)
     assert _scored(own).tolist() == _approx([good, -1.5, also_good])
 
 
-def test_why_it_is_no_none() -> None:
-    """ms-swift counts a missing reward as 0, where TRL leaves it out of its group."""
+def test_none_counts_as_0() -> None:
+    """ms-swift counts a missing reward as 0; TRL excludes it from its group."""
     rewards = torch.tensor([[3.0], [torch.nan]])
     advantages, counted = compute_advantages(rewards, torch.ones(1), 2, scale_rewards="none")
     assert counted.tolist() == [3.0, 0.0]
@@ -184,7 +184,7 @@ def _train(policy: str, directory: Path, rows: Sequence[dict[str, Any]]) -> dict
         "model": policy,
         "model_type": "llama",
         "template": "chatml",
-        "check_model": "false",  # asks the hub
+        "check_model": "false",  # needs the hub
         "tuner_type": "full",
         "torch_dtype": "float32",
         "num_generations": NUM_GENERATIONS,
@@ -209,7 +209,7 @@ def _row(session: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tables(directory: Path) -> list[dict[str, Any]]:
-    """What ms-swift logs of each batch."""
+    """ms-swift's log of each batch."""
     lines = (directory / "out" / "completions.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -238,7 +238,7 @@ def _with_one_too_long() -> list[Rollout]:
 
 
 def _scored(own: Sequence[Rollout], **fields: Any) -> torch.Tensor:
-    """As ms-swift's trainer has a batch scored."""
+    """Score a batch like ms-swift's trainer."""
     samples = [_sample(rollout, **fields) for rollout in own]
     scores: torch.Tensor = score_completions(
         samples, [ShopR1()], [None], use_gym_env=False, device=torch.device("cpu")

@@ -1,6 +1,6 @@
-"""OpenRLHF 0.11: its executor asks for rewards, its experience maker takes them, on a CPU.
+"""OpenRLHF 0.11: its executor requests rewards and its experience maker uses them, on a CPU.
 
-vLLM, DeepSpeed and flash-attn need a GPU to be installed. OpenRLHF imports them on the way to its own code.
+vLLM, DeepSpeed and flash-attn need a GPU to be installed. OpenRLHF's modules import them.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 
 class _GpuPackages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules in place of the packages that need a GPU."""
+    """Empty modules that replace the packages that need a GPU."""
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
@@ -55,9 +55,9 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator  # noq
 from openrlhf.utils.agent import SingleTurnAgentExecutor  # noqa: E402
 
 from shopr1_client.base import BaseClient  # noqa: E402
-from shopr1_client.reward_logs import LOG_KEYS  # noqa: E402
 from tests.integration.trainers.live import (  # noqa: E402
     API_KEY,
+    LOG_KEYS,
     ROUNDING,
     TIMEOUT_S,
     TOO_LONG,
@@ -75,7 +75,7 @@ ROUTE = "/dialects/openrlhf/get_reward"
 FLOAT32 = 1e-6
 """Relative: OpenRLHF stores rewards in float32."""
 NUM_SAMPLES = 7
-"""Completions of the first session: a group."""
+"""Completions of the first session, which form a group."""
 
 Response = dict[str, Any]
 
@@ -87,7 +87,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def truths(live: Live) -> list[dict[str, Any]]:
-    """What the service says of each of `rollouts()`."""
+    """The service's result for each of `rollouts()`."""
     return live.score(rollouts())
 
 
@@ -101,28 +101,28 @@ def shim() -> str:
 
 @pytest.fixture(params=["url", "file"])
 def remote_url(request: pytest.FixtureRequest, live: Live, shim: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both things that `--reward.remote_url` may be."""
+    """Both kinds of `--reward.remote_url`."""
     _tell_shim(monkeypatch, live.url)
     return shim if request.param == "file" else live.keyed_url + ROUTE
 
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenRLHF waits a second between its tries."""
+    """Replace OpenRLHF's wait of a second between its tries."""
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """OpenRLHF's log, which does not reach the root logger."""
+    """OpenRLHF's log, which is not passed to the root logger."""
     logger = logging.getLogger("openrlhf.utils.agent")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
 
 
-def test_rewards_are_those_of_the_service(
+def test_rewards_equal_those_of_the_service(
     remote_url: str, tokenizer: Any, truths: list[dict[str, Any]]
 ) -> None:
     responses = _execute(remote_url, tokenizer, rollouts())
@@ -146,7 +146,7 @@ def test_terms_reach_the_experience(remote_url: str, tokenizer: Any, truths: lis
         assert experience.rewards.item() == pytest.approx(truth["reward"], rel=FLOAT32)
 
 
-def test_experiences_can_be_joined_and_parted(
+def test_experiences_can_be_concatenated_and_split(
     remote_url: str, tokenizer: Any, truths: list[dict[str, Any]]
 ) -> None:
     own = _experiences(_execute(remote_url, tokenizer, rollouts()))
@@ -158,19 +158,19 @@ def test_experiences_can_be_joined_and_parted(
     assert [value.item() for value in batch.info["shopr1/value"]] == pytest.approx(values, rel=FLOAT32)
 
 
-def test_group_norm_takes_them_whole(remote_url: str, tokenizer: Any, truths: list[dict[str, Any]]) -> None:
+def test_group_norm_does_not_clip(remote_url: str, tokenizer: Any, truths: list[dict[str, Any]]) -> None:
     group = _experiences(_execute(remote_url, tokenizer, rollouts()[:NUM_SAMPLES]))
     rewards = torch.tensor([truth["reward"] for truth in truths[:NUM_SAMPLES]])
     expected = (rewards - rewards.mean()) / rewards.std()
     returns = _returns(group, "group_norm", clip_range=(-10.0, 10.0))
-    assert returns == pytest.approx(expected.tolist(), rel=1e-4)  # of float32 differences
+    assert returns == pytest.approx(expected.tolist(), rel=1e-4)  # differences of float32 numbers
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce_baseline", "dr_grpo"])
 def test_other_estimators_need_a_wider_clip_range(
     estimator: str, live: Live, tokenizer: Any, truths: list[dict[str, Any]]
 ) -> None:
-    """They clip differences of rewards at 10 by default: all that is better than average is the same."""
+    """They clip differences of rewards at 10 by default: all rollouts above the average become equal."""
     responses = _execute(live.keyed_url + ROUTE, tokenizer, rollouts()[:NUM_SAMPLES])
     clipped = _returns(_experiences(responses), estimator, clip_range=(-10.0, 10.0))
     assert set(clipped) == {-10.0, 10.0}
@@ -191,20 +191,20 @@ def test_rewards_themselves_are_clipped_without_a_baseline(
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_rollout_that_cannot_be_scored_has_no_reward(
+def test_unscorable_rollout_has_no_reward(
     remote_url: str, tokenizer: Any, log: pytest.LogCaptureFixture
 ) -> None:
     good, bad = _execute(remote_url, tokenizer, [rollouts()[0], _too_long()])
     assert (bad["reward"], bad["scores"], bad["extra_logs"]) == (None, None, {})
-    # What is wrong is told by the shim only.
+    # Only the shim logs the reason.
     assert ("sequence_too_long" in log.text) == remote_url.endswith(".py")
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'size'"):
         Experience.concat_experiences(_experiences([good, bad]), 0)
-    # Where the first has none, a reward model is asked for, and there is none.
+    # If the first rollout has no reward, OpenRLHF requires a reward model.
     assert Experience.concat_experiences(_experiences([bad, good]), 0).rewards is None
 
 
-def test_shim_takes_the_operators_number(
+def test_shim_uses_the_configured_reward(
     shim: str, live: Live, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _tell_shim(monkeypatch, live.url)
@@ -212,15 +212,13 @@ def test_shim_takes_the_operators_number(
     _check_number(shim, tokenizer)
 
 
-def test_route_takes_the_operators_number(tokenizer: Any) -> None:
+def test_route_uses_the_configured_reward(tokenizer: Any) -> None:
     with serving(openrlhf_unscorable="-1.5") as service:
         _check_number(service.keyed_url + ROUTE, tokenizer)
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_tries_again_while_the_service_refuses(
-    live: Live, tokenizer: Any, truths: list[dict[str, Any]]
-) -> None:
+def test_retries_while_the_service_refuses(live: Live, tokenizer: Any, truths: list[dict[str, Any]]) -> None:
     with _refusing(live, [429, 503, 503, 429]) as url:
         [response] = _execute(url, tokenizer, rollouts()[:1])
     assert _number(response["reward"]) == pytest.approx(truths[0]["reward"], rel=0.0, abs=ROUNDING)
@@ -241,10 +239,10 @@ def test_no_service(shim: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
         assert response["reward"] is None
 
 
-def test_shim_outlasts_a_start(
+def test_shim_retries_until_the_service_is_ready(
     shim: str, tokenizer: Any, truths: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first try meets nobody, the next ones a service that still loads."""
+    """The first try finds no service, the next ones find a loading service."""
     port = free_port()
     _tell_shim(monkeypatch, f"http://127.0.0.1:{port}")
     environment = {"SHOPR1_API_KEYS": API_KEY, "HF_HUB_OFFLINE": "1"}
@@ -256,7 +254,7 @@ def test_shim_outlasts_a_start(
     assert _number(response["reward"]) == pytest.approx(truths[0]["reward"], rel=FLOAT32)
 
 
-def test_example_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOPR1_CLIENT_URL", "http://shop:8000")
     monkeypatch.setenv("SHOPR1_CLIENT_API_KEY", API_KEY)
     module, name, *options = arguments("openrlhf_grpo.sh", tmp_path)
@@ -266,22 +264,22 @@ def test_example_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (args.algo.advantage.estimator, args.data.label_key) == ("group_norm", "label")
 
 
-class _Understood(Exception):  # noqa: N818  # no error: stops where the training would begin
+class _Parsed(Exception):  # noqa: N818  # no error: stops before the training
     pass
 
 
 def _parsed(options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What OpenRLHF's program makes of options. It parses them where it starts, and nowhere else."""
+    """OpenRLHF's parsed options. Only the start of its program parses them."""
     parsed = []
 
     def stop(args: Any) -> None:
         parsed.append(args)
-        raise _Understood
+        raise _Parsed
 
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("openrlhf.utils.get_strategy", stop)
     monkeypatch.setattr(sys, "argv", ["train_ppo_ray", *options])
-    with pytest.raises(_Understood):
+    with pytest.raises(_Parsed):
         runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
     return parsed[0]
 
@@ -306,7 +304,7 @@ def _check_number(remote_url: str, tokenizer: Any) -> None:
 
 
 class _Engine:
-    """In place of vLLM: samples what it was told to."""
+    """Replaces vLLM and returns prescribed completions."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self._token_ids = token_ids
@@ -317,7 +315,7 @@ class _Engine:
 
 
 def _execute(remote_url: str, tokenizer: Any, own: Sequence[Rollout]) -> list[Response]:
-    """A batch, from the rows of a data set on: all its rollouts at once, as OpenRLHF's engine does it."""
+    """Process a batch of rows, with all rollouts at once like OpenRLHF's engine."""
     executor = SingleTurnAgentExecutor([remote_url])
 
     async def all_of_them() -> list[Response]:
@@ -342,24 +340,24 @@ async def _execute_one(executor: Any, tokenizer: Any, rollout: Rollout) -> Respo
 
 
 def _label(truth: Any) -> str:
-    """A column of strings: one of the example sessions has its ground truth as JSON already."""
+    """A column of strings. One example session already has its ground truth as JSON."""
     return truth if isinstance(truth, str) else json.dumps(truth)
 
 
 def _number(value: Any) -> float:
-    """A reward as OpenRLHF takes it: the one item of a list or a tensor, or a number."""
+    """A reward in OpenRLHF's forms: the only item of a list or a tensor, or a number."""
     return float(torch.as_tensor(value, dtype=torch.float64).item())
 
 
 def _experiences(responses: Sequence[Response]) -> list[Any]:
-    generator = SamplesGenerator.__new__(SamplesGenerator)  # its constructor asks for engines
+    generator = SamplesGenerator.__new__(SamplesGenerator)  # its constructor needs engines
     return [
         generator._process_response_into_experience(response, max_len=1_000_000) for response in responses
     ]
 
 
 def _returns(group: Sequence[Any], estimator: str, clip_range: tuple[float, float]) -> list[float]:
-    """What a rollout's reward has become where OpenRLHF hands it to the loss, before it is whitened."""
+    """A rollout's return in OpenRLHF's loss, before whitening."""
     args = SimpleNamespace(
         algo=SimpleNamespace(
             advantage=SimpleNamespace(estimator=estimator, gamma=1.0, no_std_norm=False),
@@ -383,7 +381,7 @@ class _Padding:
 
 @contextmanager
 def _refusing(live: Live, statuses: list[int]) -> Iterator[str]:
-    """A service that refuses with these statuses, one after the other, before it answers."""
+    """A service that rejects requests with these statuses, one after the other, before it scores."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _handler(live, statuses)) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
@@ -392,7 +390,7 @@ def _refusing(live: Live, statuses: list[int]) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
-    assert not statuses  # each was met
+    assert not statuses  # each was returned
 
 
 def _handler(live: Live, statuses: list[int]) -> Callable[..., BaseHTTPRequestHandler]:

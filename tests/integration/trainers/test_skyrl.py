@@ -1,6 +1,6 @@
-"""SkyRL 0.3: its data set, its registry and its generator, on a CPU. What the engine answers is prescribed.
+"""SkyRL 0.3: its data set, its registry and its generator, on a CPU. Completions are prescribed.
 
-What stays untested is what needs a GPU: vLLM as the engine, and the training step.
+Not tested, because it needs a GPU: vLLM as the engine, and the training step.
 """
 
 import asyncio
@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
-from shopr1_client.reward_logs import LOG_KEYS
-from tests.integration.trainers.live import ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.integration.trainers.live import LOG_KEYS, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.integration.trainers.tokenizer import save_tokenizer
 
 BATCHED = pytest.mark.parametrize("batched", [False, True], ids=["agent_loop", "batched"])
@@ -36,7 +35,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def skyrl() -> Any:
-    """SkyRL's modules. Before Python 3.12 pydantic refuses the TypedDict that they use."""
+    """SkyRL's modules. Before Python 3.12 pydantic rejects the TypedDict that they use."""
     names = ("train.config", "train.dataset.dataset", "train.generators.skyrl_gym_generator")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typing, "TypedDict", typing_extensions.TypedDict)
@@ -53,7 +52,7 @@ def registered() -> Iterator[None]:
 
 
 class Engine:
-    """Answers with completions that were recorded. Each session is the index of its rollout."""
+    """Returns recorded completions. The session id is the index of the rollout."""
 
     def __init__(self, tokenizer: Any, own: Sequence[Rollout]) -> None:
         self._tokenizer = tokenizer
@@ -76,14 +75,14 @@ class Engine:
 
 @BATCHED
 @pytest.mark.usefixtures("environment")
-def test_rewards_are_those_of_the_service(batched: bool, skyrl: Any, tokenizer: Any, live: Live) -> None:
+def test_rewards_equal_those_of_the_service(batched: bool, skyrl: Any, tokenizer: Any, live: Live) -> None:
     own = rollouts()
     generated = _generate(skyrl, tokenizer, own, batched)
     truths = live.rewards(own)
     totals = [_total(reward) for reward in generated["rewards"]]
     assert totals == _approx(truths)
     assert len(set(truths)) > 5
-    if not batched:  # a reward for each token: all of it is on the last one
+    if not batched:  # per-token rewards: only the last one is not 0
         assert [reward[-1] for reward in generated["rewards"]] == totals
 
 
@@ -101,7 +100,7 @@ def test_terms_are_logged(batched: bool, skyrl: Any, tokenizer: Any, live: Live)
 
 @pytest.mark.usefixtures("environment")
 def test_rows_of_a_data_set(skyrl: Any, tokenizer: Any, live: Live, tmp_path: Path) -> None:
-    """A column of objects has the keys of all rows, with None where a row has none."""
+    """In a column of objects each row has the keys of all rows, with None for missing ones."""
     own = rollouts()
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([_row(rollout) for rollout in own]), path)
@@ -115,11 +114,11 @@ def test_rows_of_a_data_set(skyrl: Any, tokenizer: Any, live: Live, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("environment")
-def test_environment_by_itself(live: Live) -> None:
+def test_environment_without_a_generator(live: Live) -> None:
     [rollout] = rollouts()[:1]
     environment = skyrl_gym.make("shop_r1", extras={"reward_spec": {"ground_truth": rollout.ground_truth}})
     assert environment.init(rollout.prompt) == (rollout.prompt, {})
-    assert environment.get_metrics() == {}  # no answer, no numbers that could be averaged
+    assert environment.get_metrics() == {}  # no response: no numbers to average
     output = environment.step(rollout.completion)
     assert output["reward"] == _approx(live.rewards([rollout])[0])
     assert (output["done"], output["observations"]) == (True, [])
@@ -128,7 +127,7 @@ def test_environment_by_itself(live: Live) -> None:
 
 @BATCHED
 @pytest.mark.usefixtures("environment")
-def test_rollout_that_cannot_be_scored(batched: bool, skyrl: Any, tokenizer: Any) -> None:
+def test_unscorable_rollout(batched: bool, skyrl: Any, tokenizer: Any) -> None:
     """The whole batch fails."""
     with pytest.raises(UnscorableError, match="sequence_too_long"):
         _generate(skyrl, tokenizer, _with_one_too_long(), batched)
@@ -136,7 +135,7 @@ def test_rollout_that_cannot_be_scored(batched: bool, skyrl: Any, tokenizer: Any
 
 @BATCHED
 @pytest.mark.usefixtures("environment")
-def test_operators_number_stands_for_it(
+def test_configured_reward_of_an_unscorable_rollout(
     batched: bool, skyrl: Any, tokenizer: Any, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOPR1_CLIENT_UNSCORABLE", "-1.5")
@@ -164,7 +163,7 @@ def _generate(
     batched: bool,
     extras: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What SkyRL's trainer gets for a batch."""
+    """The result of a batch for SkyRL's trainer."""
     generator = skyrl.train.generators.skyrl_gym_generator.SkyRLGymGenerator(
         skyrl.train.config.GeneratorConfig(batched=batched, max_input_length=100_000),
         skyrl.train.config.SkyRLGymConfig(),

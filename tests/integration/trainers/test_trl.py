@@ -1,7 +1,7 @@
-"""TRL 1.16: its GRPOTrainer takes steps on a CPU, with the rewards of a live service.
+"""TRL 1.16: steps of its GRPOTrainer on a CPU with the rewards of a live service.
 
-The policy is tiny, but has learnt the example sessions' completions: what it samples is often a valid answer.
-Most runs do not sample, they are given those completions: TRL's `rollout_func` is made for such.
+The policy is tiny, but has learnt the completions of the example sessions: its samples are often valid.
+Most runs do not sample but use those completions, through TRL's `rollout_func`.
 """
 
 import functools
@@ -44,13 +44,14 @@ from trl import GRPOConfig, GRPOTrainer
 from shopr1_client import Client
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError
-from shopr1_client.reward_logs import LOG_KEYS, log_values
+from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.callback import PolicyPush
 from shopr1_client.trainers.trl import shop_r1_reward, shop_r1_reward_sync
 from shopr1_client.wire import Reward, ScoreResponse
 from shopr1_client.wire_policy import PolicyState
 from tests.integration.trainers.live import (
     API_KEY,
+    LOG_KEYS,
     ROOT,
     ROUNDING,
     TIMEOUT_S,
@@ -64,19 +65,19 @@ from tests.integration.trainers.serving import serving
 from tests.integration.trainers.tokenizer import save_tokenizer
 
 GROUP = 7
-"""No session has more completions: a group holds all of them."""
+"""Maximum number of completions of a session: a group contains all of them."""
 NUM_LESSONS = 120
 PROMPT_IDS = 48
-"""How much of a prompt the tiny policy sees. The service gets all of it."""
+"""Length of the prompt for the tiny policy. The service gets the whole prompt."""
 FLOAT32 = 1e-6
-"""Relative error of one number in float32, as TRL stores it, and of a sum of a few."""
+"""Relative errors of a float32 number, as stored by TRL, and of a sum of a few."""
 
 RewardFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What TRL says of a run.
+    """Tables and metrics of a TRL run.
 
     Attributes:
         generations: per batch of rollouts its table of completions, rewards and advantages.
@@ -102,7 +103,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        sliding_window=PROMPT_IDS // 2,  # twice: what stands before cannot be seen
+        sliding_window=PROMPT_IDS // 2,  # in two layers: earlier tokens are invisible
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -114,7 +115,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _teach(model: MistralForCausalLM, tokenizer: Any) -> None:
-    """The completions, almost by heart: what is sampled earns something, and not always the same."""
+    """Train the policy on the completions, so that samples have different rewards."""
     pairs = [(_prompt_ids(tokenizer, r.prompt), _completion_ids(tokenizer, r.completion)) for r in rollouts()]
     batch = tokenizer.pad({"input_ids": [prompt + ids for prompt, ids in pairs]}, return_tensors="pt")
     length = batch["input_ids"].shape[1]
@@ -122,7 +123,7 @@ def _teach(model: MistralForCausalLM, tokenizer: Any) -> None:
     completed = torch.tensor([i for _, ids in pairs for i in ids])
     used, targets = torch.unique(completed, return_inverse=True)
     head = torch.nn.Parameter(model.lm_head.weight[used].detach().clone())
-    # The ids that no completion has get weights of 0: together they are one choice more.
+    # Ids that are in no completion get weights of 0, as one additional choice.
     others = torch.full((len(targets), 1), math.log(len(tokenizer) - len(used)))
     optimizer = torch.optim.AdamW([*model.model.layers.parameters(), head], lr=1e-2)
     for _ in range(NUM_LESSONS):
@@ -173,7 +174,7 @@ def train(
     num_copies: int = 1,
     **more: Any,
 ) -> Run:
-    """A run of the real trainer: every batch of rollouts has a group of each prompt."""
+    """Run the real trainer. Every batch of rollouts has one group per prompt."""
     rows = {_key(r.prompt): {"prompt": r.prompt, "ground_truth": column(_truth(r))} for r in own}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     steps = len(rows) * GROUP // (per_device * world_size)
@@ -215,7 +216,7 @@ def train(
 
 
 def _given(own: Sequence[Rollout], prompts: list[Any], trainer: Any) -> dict[str, Any]:
-    """A rollout function: the rollouts' completions in turn."""
+    """A rollout function that returns the rollouts' completions in turn."""
     texts: dict[str, list[str]] = defaultdict(list)
     for rollout in own:
         texts[_key(rollout.prompt)].append(rollout.completion)
@@ -229,13 +230,13 @@ def _given(own: Sequence[Rollout], prompts: list[Any], trainer: Any) -> dict[str
 
 
 def _truth(rollout: Rollout) -> dict[str, str]:
-    """One of the sessions has it as JSON in a string."""
+    """The ground truth as an object. One session has it as JSON in a string."""
     truth: Any = rollout.ground_truth
     return dict(json.loads(truth) if isinstance(truth, str) else truth)
 
 
 def _told(live: Live, own: Sequence[Rollout]) -> dict[tuple[str, str], Reward]:
-    """What `POST /score` says, by prompt and completion."""
+    """Results of `POST /score`, by prompt and completion."""
     answers = live.score(own)
     return {
         (_key(rollout.prompt), rollout.completion): Reward.model_validate(answer)
@@ -244,7 +245,7 @@ def _told(live: Live, own: Sequence[Rollout]) -> dict[tuple[str, str], Reward]:
 
 
 def _check(run: Run, told: dict[tuple[str, str], Reward]) -> None:
-    """TRL's tables and metrics have these rewards, and all of these."""
+    """Assert that TRL's tables and metrics contain exactly these rewards."""
     for table, log in zip(run.generations, run.logs, strict=True):
         rewards = [told[_key(row["prompt"]), _text(row["completion"])] for row in table]
         assert {(_key(row["prompt"]), _text(row["completion"])) for row in table} == told.keys()
@@ -268,7 +269,7 @@ def _check_terms(log: dict[str, Any], rewards: Sequence[Reward]) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_messages(policy: str, live: Live, tmp_path: Path) -> None:
-    """With actions as objects: the data set gives each the keys of all."""
+    """Actions are objects: the data set gives each one the keys of all."""
     run = train(policy, tmp_path, rollouts(), num_generations=2, column=dict)
     assert len(run.generations) == 2
     _check(run, _told(live, rollouts()))
@@ -284,7 +285,7 @@ def test_strings_without_await(policy: str, live: Live, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_sampled(policy: str, live: Live, tmp_path: Path) -> None:
-    """What the policy itself writes, cut at 96 tokens or not, by its token ids."""
+    """Sampled completions as token ids, some of them truncated at 96 tokens."""
     calls: list[tuple[list[Rollout], list[float | None]]] = []
 
     @functools.wraps(shop_r1_reward)
@@ -299,13 +300,13 @@ def test_sampled(policy: str, live: Live, tmp_path: Path) -> None:
     [(sampled, rewards)] = calls
     assert rewards == pytest.approx(live.rewards(sampled), rel=0.0, abs=ROUNDING)
     assert [row["shop_r1_reward"] for row in run.generations[0]] == _approx(rewards)
-    assert len(set(rewards)) > 3  # else it would prove little
+    assert len(set(rewards)) > 3  # otherwise the test is weak
     assert run.change > 0
 
 
 @pytest.mark.usefixtures("environment")
 def test_connection_lost(policy: str, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second batch of rollouts is sent twice; its rewards are those of an undisturbed run."""
+    """The second batch of rollouts is sent twice; its rewards equal those of an undisturbed run."""
     with _forwarder(live.url, break_at=2) as forwarder:
         monkeypatch.setenv("SHOPR1_CLIENT_URL", forwarder.own_url)
         run = train(policy, tmp_path, rollouts(), num_generations=2)
@@ -320,7 +321,7 @@ def test_connection_lost(policy: str, live: Live, tmp_path: Path, monkeypatch: p
 def test_unscorable(
     number: float | None, policy: str, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of one group, and one of another."""
+    """A whole group, and one rollout of another group."""
     if number is not None:
         monkeypatch.setenv("SHOPR1_CLIENT_UNSCORABLE", str(number))
     own = [*rollouts()[:-6], *_too_long()]
@@ -333,7 +334,7 @@ def test_unscorable(
     assert [_or_nan(row["shop_r1_reward"]) for row in table] == _approx([_or_nan(r) for r in rewards])
     groups = [rewards[i : i + GROUP] for i in range(0, len(rewards), GROUP)]
     advantages = [advantage for group in groups for advantage in _advantages(group)]
-    # TRL has the difference of two numbers of float32, up to 1000, in units of their deviation.
+    # TRL divides the difference of two float32 numbers of up to 1000 by their deviation.
     assert [row["advantage"] for row in table] == pytest.approx(advantages, rel=1e-4, abs=1e-4)
     assert log["shopr1/unscorable"] == pytest.approx((GROUP + 1) / len(table), rel=FLOAT32)
     scored = [reward for reward in rewards if reward is not None]
@@ -342,23 +343,23 @@ def test_unscorable(
 
 
 def _too_long() -> list[Rollout]:
-    """Of valid form: others earn 0 whatever their prompt, for there is nothing to measure."""
+    """Rollouts of valid format. Others get 0 for any prompt, because they have no rationale."""
     return [Rollout(TOO_LONG, r.completion, r.ground_truth) for r in rollouts()[:4]]
 
 
 @functools.wraps(shop_r1_reward)
 async def _one_too_long(prompts: list[Any], **columns: Any) -> list[float | None]:
-    # In earnest it would be a completion of thousands of tokens, too much for a trainer on a CPU.
+    # In practice a completion of thousands of tokens, too long for a trainer on a CPU.
     return await shop_r1_reward([TOO_LONG, *prompts[1:]], **columns)
 
 
 def _or_nan(reward: float | None) -> float:
-    """Of approximate numbers pytest takes NaN, but not None."""
+    """NaN for None, because pytest.approx accepts only NaN."""
     return math.nan if reward is None else reward
 
 
 def _advantages(rewards: Sequence[float | None]) -> list[float]:
-    """TRL's, of those that have a reward: by how many standard deviations they exceed their mean."""
+    """TRL's advantages of the scored rollouts: distance to the mean in standard deviations."""
     scored = [reward for reward in rewards if reward is not None]
     if not scored:
         return [0.0] * len(rewards)
@@ -377,7 +378,7 @@ def test_no_service(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("environment")
 def test_two_ranks(policy: str, live: Live, tmp_path: Path) -> None:
-    """One has a session, the other a prompt that cannot be scored: the metrics are the same on both."""
+    """One rank has a session, the other an unscorable prompt: the metrics are equal on both."""
     own = [*rollouts()[:GROUP], *_too_long()]
     port = free_port()
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -392,11 +393,11 @@ def test_two_ranks(policy: str, live: Live, tmp_path: Path) -> None:
 
 
 def _rank(rank: int, port: int, policy: str, directory: Path, own: Sequence[Rollout]) -> Run:
-    """As `accelerate launch --cpu --num_processes 2` would start it."""
+    """One rank, started like by `accelerate launch --cpu --num_processes 2`."""
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in launched.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    # Of its own: the first writes tables while the second would read them.
+    # A separate directory: the first rank writes tables that the second would read.
     return train(policy, directory / str(rank), own)
 
 
@@ -406,14 +407,14 @@ def _metrics(log: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def following(policy: str) -> Iterator[Live]:
-    """A service with the trainer's own policy, which may change."""
+    """A service with the trainer's own policy and an admin key."""
     with serving(policy=policy, api_keys=f"admin:{API_KEY}") as service:
         yield service
 
 
 @dataclass
 class Watch(TrainerCallback):
-    """Comes after `PolicyPush`: what the service has when training begins, and after each step."""
+    """Runs after `PolicyPush`: records the service's version at the start and after each step."""
 
     url: str
     states: list[PolicyState] = field(default_factory=list)
@@ -432,7 +433,7 @@ class Watch(TrainerCallback):
 
 @dataclass(frozen=True)
 class Followed:
-    """What a run with `PolicyPush` left.
+    """Results of a run with `PolicyPush`.
 
     Attributes:
         states: of the service, when training begins and after each step.
@@ -452,14 +453,14 @@ def follow(
     push_every: int = 1,
     **more: Any,
 ) -> Followed:
-    """Steps on the first session, each with rollouts of its own; a wrong version is an error of the run."""
+    """Run steps on the first session, each with new rollouts. A wrong version fails the run."""
     patch.setenv("SHOPR1_CLIENT_DEMAND", "exact")
     patch.setenv("SHOPR1_CLIENT_API_KEY", API_KEY)
     watch = Watch(service.url)
     with _forwarder(service.url) as forwarder:
         patch.setenv("SHOPR1_CLIENT_URL", forwarder.own_url)
         callbacks = [PolicyPush(service.url, push_every), watch]
-        # No epoch ends before the run.
+        # The run ends within the first epoch.
         more |= {"callbacks": callbacks, "num_copies": 16}
         run = train(policy, directory, rollouts()[:GROUP], samples=True, **more)
     assert run.change > 0
@@ -470,7 +471,7 @@ def _versions(answers: Sequence[ScoreResponse]) -> list[str]:
     return [version for answer in answers for version in {group.policy_version for group in answer.groups}]
 
 
-def test_the_service_follows(
+def test_policy_updates(
     policy: str, following: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rollouts of step n are scored by version n - 1, which sampled them."""
@@ -491,7 +492,7 @@ def test_the_service_follows(
     ],
     ids=["iterations", "accumulation", "seldom"],
 )
-def test_which_version_scores(
+def test_version_that_scores(
     more: dict[str, Any],
     scored_by: list[str],
     policy: str,
@@ -499,17 +500,17 @@ def test_which_version_scores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As the callback's module says, with `steps_per_generation=1`: ⌊k * num_iterations / accumulation⌋."""
+    """docs/trainers/trl.md with `steps_per_generation=1`: ⌊k * num_iterations / accumulation⌋."""
     run = follow(policy, tmp_path, following, monkeypatch, num_generations=4, **more)
     assert _versions(run.answers) == scored_by
     every = more.get("push_every", 1)
     assert [state.current.version for state in run.states] == [str(n - n % every) for n in range(5)]
 
 
-def test_an_adapter_follows(
+def test_adapter_updates(
     policy: str, following: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the adapter is sent, and scores what names none."""
+    """Only the adapter is sent. It scores requests that name none."""
     peft = importlib.import_module("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with Client(following.url, api_key=API_KEY) as client:
@@ -538,7 +539,7 @@ def test_example(policy: str, following: Live, tmp_path: Path, monkeypatch: pyte
 
 
 class _Forwarder(ThreadingHTTPServer):
-    """Passes requests on, but resets the connection of one, if any, after having read it."""
+    """Forwards requests, but resets the connection of at most one after it was read."""
 
     daemon_threads = True
 
@@ -551,7 +552,7 @@ class _Forwarder(ThreadingHTTPServer):
         self.answers: list[bytes] = []
 
     def shutdown_request(self, request: Any) -> None:
-        request.close()  # without the farewell that would turn a reset into an end
+        request.close()  # without a shutdown, so that the client sees a reset
 
 
 class _Forward(BaseHTTPRequestHandler):

@@ -1,6 +1,6 @@
 """verifiers 0.4: its own evaluation of examples/verifiers_env.py, and of NeMo Gym tasks, on a live service.
 
-A small server stands for the policy: it answers each session with the example completions in turn.
+A small server replaces the policy. It returns the example completions of each session in turn.
 """
 
 import asyncio
@@ -22,9 +22,10 @@ from verifiers.v1.cli.eval.runner import run_eval
 from verifiers.v1.configs.cli.eval import EvalConfig
 
 from shopr1_client.base import BaseClient
-from shopr1_client.reward_logs import LOG_KEYS, log_values
+from shopr1_client.reward_logs import log_values
 from shopr1_client.wire import Reward
 from tests.integration.trainers.live import (
+    LOG_KEYS,
     ROOT,
     ROUNDING,
     TIMEOUT_S,
@@ -44,7 +45,7 @@ SHIM = "shopr1_client.trainers.verifiers:shop_r1"
 FUNCTION_WEIGHT = 0.5
 
 NATS = 1e-5
-"""The same for numbers in nats."""
+"""The tolerance for numbers in nats."""
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S)
 
@@ -52,10 +53,10 @@ Settings = dict[str, Any]
 
 
 class _Policy(ThreadingHTTPServer):
-    """Chat completions, or token ids as vLLM gives them: a prompt's answers in turn."""
+    """Returns the completions of a prompt in turn, as chat completions or as vLLM's token ids."""
 
     daemon_threads = True
-    request_queue_size = 64  # all rollouts ask at once
+    request_queue_size = 64  # all rollouts connect at once
 
     def __init__(self, answers: dict[str, list[Any]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -88,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        self.send_error(404)  # how long a prompt may be: not known
+        self.send_error(404)  # the maximum length of a prompt: unknown
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -127,7 +128,7 @@ def _policy(answers: dict[str, list[Any]]) -> Iterator[_Policy]:
 
 
 def _texts(own: Sequence[Rollout]) -> dict[str, list[Any]]:
-    """Answers by prompt."""
+    """Completions by prompt."""
     answers: dict[str, list[Any]] = {}
     for rollout in own:
         answers.setdefault(_key(rollout.prompt), []).append({"content": rollout.completion})
@@ -153,7 +154,7 @@ def _evaluate(
 
 
 def _sessions(own: Sequence[Rollout], path: Path) -> Settings:
-    """The example environment, on the prompts of these rollouts."""
+    """The example environment with the prompts of these rollouts."""
     tasks = {_key(rollout.prompt): rollout for rollout in own}
     lines = [
         json.dumps({"id": str(i), "prompt": rollout.prompt, "ground_truth": rollout.ground_truth})
@@ -170,14 +171,14 @@ def _run(
     scoring_s: float | None = None,
     **taskset: Any,
 ) -> list[Any]:
-    """An evaluation of the example environment in which the policy answers with these rollouts."""
+    """An evaluation of the example environment with these rollouts as the policy's completions."""
     settings = _sessions(own, directory / "sessions.jsonl") | taskset
     with _policy(_texts(own)) as policy:
         return _evaluate(settings, {"base_url": policy.url}, directory, group, scoring_s)
 
 
 def _told(live: Live, own: Sequence[Rollout]) -> dict[tuple[str, str], Reward]:
-    """What `POST /score` says, by prompt and completion."""
+    """Results of `POST /score`, by prompt and completion."""
     answers = live.score(own)
     return {
         (_key(rollout.prompt), rollout.completion): Reward.model_validate(answer)
@@ -190,14 +191,14 @@ def _approx(expected: Any) -> Any:
 
 
 def _seen(trace: Any) -> tuple[str, str]:
-    """Prompt and completion as verifiers has recorded them."""
+    """Prompt and completion as recorded by verifiers."""
     *prompt, answer = trace.messages
     return _key([message.model_dump() for message in prompt]), answer.content or ""
 
 
 @pytest.fixture(autouse=True)
 def example(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`verifiers_env` can be imported, as with PYTHONPATH=examples."""
+    """Make `verifiers_env` importable, as with PYTHONPATH=examples."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
 
@@ -219,7 +220,7 @@ def test_rewards(live: Live, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_function(live: Live, tmp_path: Path) -> None:
-    """Plugged into a taskset by its configuration, with a weight."""
+    """The function in a taskset's configuration, with a weight."""
     own = rollouts()[:GROUP]
     told = _told(live, own)
     plugged = {"rewards": {"plugged": {"fn": SHIM, "weight": FUNCTION_WEIGHT}}}
@@ -233,7 +234,7 @@ def test_function(live: Live, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_command(live: Live, tmp_path: Path) -> None:
-    """The line of the example's docstring."""
+    """The command of the example's docstring."""
     own = rollouts()[:GROUP]
     told = _told(live, own)
     with _policy(_texts(own)) as policy:
@@ -251,7 +252,7 @@ def test_command(live: Live, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_unscorable(live: Live, tmp_path: Path) -> None:
-    """The rollout has failed, and no other with it."""
+    """Only the unscorable rollout fails."""
     good = rollouts()[0]
     scored, failed = _run([good, _too_long(good)], tmp_path, group=1)
     assert scored.ok
@@ -288,7 +289,7 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_timeout_of_scoring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """verifiers does not count it as a failure: only the null and `is_timeout` tell it from a reward of 0."""
+    """verifiers does not count it as a failure: only null and `is_timeout` differ from a reward of 0."""
     monkeypatch.setenv("SHOPR1_CLIENT_URL", f"http://127.0.0.1:{free_port()}")
     [trace] = _run(rollouts()[:1], tmp_path, group=1, scoring_s=0.5)
     assert trace.ok
@@ -299,7 +300,7 @@ def test_timeout_of_scoring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("environment")
 def test_reasoning(tmp_path: Path) -> None:
-    """An answer whose text is not all that was sampled is not scored as if it were."""
+    """A completion whose text is only a part of the sampled tokens is not scored."""
     own = rollouts()[:1]
     answer = {"content": own[0].completion, "reasoning_content": "Mugs."}
     with _policy({_key(own[0].prompt): [answer]}) as policy:
@@ -312,12 +313,12 @@ def test_reasoning(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("environment")
 def test_token_ids(live: Live, tmp_path: Path) -> None:
-    """With the client for training the ids that were sampled are scored, not their text."""
+    """With the client for training the sampled token ids are scored, not their text."""
     path = save_tokenizer(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(path)
     rollout = rollouts()[0]
     prompt = tokenizer.apply_chat_template(rollout.prompt, add_generation_prompt=True, return_dict=False)
-    # As no tokenizer would cut it.
+    # Ids that no tokenizer would produce.
     completion = [token for character in rollout.completion for token in tokenizer.encode(character)]
     client = {"type": "train", "renderer_model_name": path, "renderer": {"name": "default"}}
     with _policy({_key(prompt): [[*completion, tokenizer.eos_token_id]]}) as policy:
@@ -333,7 +334,7 @@ def _too_long(rollout: Rollout) -> Rollout:
 
 
 def _gym_run(service: Live, own: Sequence[Rollout], directory: Path, group: int = GROUP) -> list[Any]:
-    """An evaluation of verifiers' NeMo Gym tasks, whose rewards it asks the service's `/verify` for."""
+    """An evaluation of verifiers' NeMo Gym tasks with rewards from the service's `/verify`."""
     path = directory / "rows.jsonl"
     rows = {
         _key(rollout.prompt): {
@@ -351,7 +352,7 @@ def _gym_run(service: Live, own: Sequence[Rollout], directory: Path, group: int 
 
 @pytest.fixture
 def any_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verifiers offers a NeMo Gym task's tools, here none, to a harness that takes such."""
+    """A harness that accepts the tools of a NeMo Gym task, of which there are none."""
     monkeypatch.setattr("verifiers_env.OneTurn.SUPPORTS_MCP", True)
 
 
@@ -373,7 +374,7 @@ def test_nemo_gym(live: Live, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("any_harness")
 def test_nemo_gym_unscorable(live: Live, tmp_path: Path) -> None:
-    """verifiers knows no mask: it takes the 0.0, which only the metrics tell from a reward."""
+    """verifiers ignores the mask and uses 0.0; only the metrics show the difference."""
     [trace] = _gym_run(live, [_too_long(rollouts()[0])], tmp_path, 1)
     assert trace.ok
     assert trace.reward == 0.0

@@ -1,6 +1,6 @@
-"""verl 0.9: its reward managers, its workers on ray and its agent loop's hand-over, on a CPU.
+"""verl 0.9: its reward managers, its workers on Ray and the interface to its agent loop, on a CPU.
 
-What stays untested is what needs a GPU: generation, and the training step.
+Not tested, because it needs a GPU: generation, and the training step.
 """
 
 import asyncio
@@ -25,10 +25,18 @@ from verl.utils.config import validate_config
 
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
-from shopr1_client.reward_logs import LOG_KEYS
 from shopr1_client.trainers.service import Service
 from shopr1_client.trainers.verl_manager import ShopR1RewardManager
-from tests.integration.trainers.live import API_KEY, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
+from tests.integration.trainers.live import (
+    API_KEY,
+    LOG_KEYS,
+    ROUNDING,
+    TOO_LONG,
+    Live,
+    Rollout,
+    free_port,
+    rollouts,
+)
 from tests.integration.trainers.scripts import arguments
 from tests.integration.trainers.tokenizer import save_tokenizer
 
@@ -52,7 +60,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def loop_worker(policy: str) -> AgentLoopWorker:
-    """verl's worker without the engine that its constructor asks for."""
+    """verl's worker without the engine that its constructor needs."""
     worker = AgentLoopWorker.__new__(AgentLoopWorker)
     worker.tokenizer = hf_tokenizer(policy)
     worker.processor = None
@@ -62,13 +70,13 @@ def loop_worker(policy: str) -> AgentLoopWorker:
 
 @pytest.fixture(scope="session")
 def truths(live: Live) -> list[dict[str, Any]]:
-    """What the service says of each of `rollouts()`."""
+    """The service's result for each of `rollouts()`."""
     return live.score(rollouts())
 
 
 @pytest.fixture(scope="module")
 def workers(policy: str, live: Live) -> Iterator[RewardLoopManager]:
-    """verl's reward workers, two processes of their own: they know of the service what the options say."""
+    """verl's reward workers in two processes, which get the service's URL from the options."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     options = [*_kwargs(url=live.url, api_key=API_KEY), "reward.num_workers=2"]
     yield RewardLoopManager(_config(policy, *MANAGER, *options))
@@ -77,7 +85,7 @@ def workers(policy: str, live: Live) -> Iterator[RewardLoopManager]:
 
 @HOOKS
 @pytest.mark.usefixtures("environment")
-def test_rewards_are_those_of_the_service(
+def test_rewards_equal_those_of_the_service(
     hook: list[str], policy: str, loop_worker: AgentLoopWorker, truths: list[dict[str, Any]]
 ) -> None:
     results = _run(_config(policy, *hook), loop_worker, rollouts())
@@ -90,7 +98,7 @@ def test_rewards_are_those_of_the_service(
         assert {name: info[f"shopr1/{name}"] for name in terms} == _approx(terms)
 
 
-def test_verl_loads_what_is_named(policy: str, loop_worker: AgentLoopWorker) -> None:
+def test_verl_loads_the_named_classes(policy: str, loop_worker: AgentLoopWorker) -> None:
     managers = [
         load_reward_manager(_config(policy, *hook), loop_worker.tokenizer) for hook in (FUNCTION, MANAGER)
     ]
@@ -98,7 +106,7 @@ def test_verl_loads_what_is_named(policy: str, loop_worker: AgentLoopWorker) -> 
 
 
 @pytest.mark.usefixtures("environment")
-def test_manager_sends_what_ends_together_at_once(
+def test_manager_batches_rollouts_that_end_together(
     policy: str, loop_worker: AgentLoopWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
@@ -120,7 +128,7 @@ def test_workers_score_a_batch(
     scored = workers.compute_rm_score(batch)
     scores = scored.non_tensor_batch["score"].tolist()
     assert scores == _approx(_rewards(truths))
-    at_once = torch.tensor(scores, dtype=torch.float32).tolist()  # what verl stores
+    at_once = torch.tensor(scores, dtype=torch.float32).tolist()  # as verl stores them
     assert scored.batch["rm_scores"].sum(-1).tolist() == at_once
     ends = batch.batch["attention_mask"][:, batch.batch["prompts"].shape[1] :].sum(-1, keepdim=True) - 1
     assert scored.batch["rm_scores"].gather(1, ends).squeeze(-1).tolist() == at_once
@@ -131,7 +139,7 @@ def test_workers_score_a_batch(
 def test_workers_score_while_others_generate(
     indices: list[int], workers: RewardLoopManager, loop_worker: AgentLoopWorker, truths: list[dict[str, Any]]
 ) -> None:
-    """The agent loop pads prompts on the right, and hands over all parts of a rollout; the last counts."""
+    """The agent loop pads prompts on the right and passes all parts of a rollout; the last counts."""
     scored = _handed_over(workers, loop_worker, [rollouts()[i] for i in indices])
     assert scored.reward_score == _approx(truths[indices[-1]]["reward"])
     assert list(scored.extra_fields["reward_extra_info"]) == KEYS
@@ -150,7 +158,7 @@ def test_validation_averages_the_terms(
 
 
 @pytest.mark.usefixtures("environment")
-def test_rollout_that_cannot_be_scored_fails_alone(
+def test_unscorable_rollout_fails_alone(
     policy: str, loop_worker: AgentLoopWorker, truths: list[dict[str, Any]]
 ) -> None:
     good, failed, also_good = _run(_config(policy, *MANAGER), loop_worker, _with_one_too_long())
@@ -162,7 +170,9 @@ def test_rollout_that_cannot_be_scored_fails_alone(
 
 @HOOKS
 @pytest.mark.usefixtures("environment")
-def test_operators_number_stands_for_it(hook: list[str], policy: str, loop_worker: AgentLoopWorker) -> None:
+def test_configured_reward_of_an_unscorable_rollout(
+    hook: list[str], policy: str, loop_worker: AgentLoopWorker
+) -> None:
     config = _config(policy, *hook, *_kwargs(unscorable=-1.5))
     infos = [result["reward_extra_info"] for result in _run(config, loop_worker, _with_one_too_long())]
     assert [list(info) for info in infos] == [KEYS] * 3
@@ -188,8 +198,8 @@ def test_no_service(
 
 
 @pytest.mark.usefixtures("environment")
-def test_function_asks_for_the_prompt(policy: str, loop_worker: AgentLoopWorker) -> None:
-    """verl's trainer, unlike its older one, does not tell it: the data set has to."""
+def test_function_needs_the_prompt(policy: str, loop_worker: AgentLoopWorker) -> None:
+    """verl's trainer, unlike its older one, does not pass it: it must be in the data set."""
     batch = _batch(loop_worker, rollouts()[:1])
     batch.non_tensor_batch["extra_info"] = np.array([{}])
     [error] = asyncio.run(_results(_config(policy, *FUNCTION), loop_worker.tokenizer, batch))
@@ -214,7 +224,7 @@ def _approx(expected: Any) -> Any:
 
 
 def _config(policy: str, *overrides: str) -> Any:
-    """verl's own configuration, with what its trainer does to it at start."""
+    """verl's own configuration, as changed by its trainer at start."""
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=list(overrides))
     config.actor_rollout_ref.model.path = policy
@@ -235,7 +245,7 @@ def _run(config: Any, worker: AgentLoopWorker, own: Sequence[Rollout]) -> list[A
 
 
 async def _results(config: Any, tokenizer: Any, batch: DataProto) -> list[Any]:
-    """All rollouts at once, as verl's reward worker does it. verl's managers belong to the running loop."""
+    """Score all rollouts at once like verl's reward worker. verl's managers belong to the running loop."""
     manager = load_reward_manager(config, tokenizer)
     calls = [manager.run_single(batch[i : i + 1]) for i in range(len(batch))]
     return await asyncio.gather(*calls, return_exceptions=True)
@@ -249,7 +259,7 @@ def _ids(worker: AgentLoopWorker, rollout: Rollout) -> tuple[list[int], list[int
 
 
 def _batch(worker: AgentLoopWorker, own: Sequence[Rollout]) -> DataProto:
-    """A batch as verl's agent loop pads it: prompts on the left, responses on the right."""
+    """A batch, padded like by verl's agent loop: prompts on the left, responses on the right."""
     prompts, responses = zip(*(_ids(worker, rollout) for rollout in own), strict=True)
     prompts_, responses_ = _padded(worker, prompts, "left"), _padded(worker, responses, "right")
     mask = torch.cat([prompts_["attention_mask"], responses_["attention_mask"]], dim=1)
@@ -289,7 +299,7 @@ def _objects(values: Sequence[Any]) -> Any:
 def _handed_over(
     workers: RewardLoopManager, worker: AgentLoopWorker, own: Sequence[Rollout]
 ) -> AgentLoopOutput:
-    """Scored as verl's agent loop has a rollout scored that has ended."""
+    """Score a finished rollout like verl's agent loop."""
     outputs = []
     for prompt_ids, response_ids in (_ids(worker, rollout) for rollout in own):
         output = AgentLoopOutput(

@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from shopr1_client import Client
-from tests.integration.ops.process import EMBEDDED, Process, process
 from tests.support.http import WAIT_S, group
 from tests.support.models import Reference, byte_level, one_thread, tiny_model
+from tests.support.process import EMBEDDED, Process, process
 from tests.support.traffic import (
     NUM_CLIENTS,
     PROMPTS,

@@ -13,11 +13,11 @@ import pytest
 import safetensors.torch
 
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE
-from tests.integration.ops.process import EMBEDDED, Process, process
 from tests.service.policy.test_lora import merged, random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG, Sender
 from tests.support.http import WAIT_S, group
 from tests.support.models import Reference, byte_level, one_thread, tiny_model
+from tests.support.process import EMBEDDED, Process, process
 from tests.support.traffic import (
     NUM_CLIENTS,
     PROMPTS,

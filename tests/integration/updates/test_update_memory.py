@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.ops.process import EMBEDDED, Process, process
 from tests.support.http import WAIT_S, answer, group
 from tests.support.models import byte_level, tiny_model
+from tests.support.process import EMBEDDED, Process, process
 
 NUM_LARGE_TENSORS = 24
 MAX_GROWTH = 0.2

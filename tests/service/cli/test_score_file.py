@@ -11,7 +11,6 @@ import pytest
 
 from shopr1_client.errors import InvalidRequestError, TransportError
 from shopr1_client.wire import (
-    Components,
     Details,
     GroupScore,
     PolicyRef,
@@ -40,7 +39,7 @@ REWARD = Reward(
     status=Status.SCORED,
     reason=None,
     message=None,
-    components=Components(format=0.5, action_type=0, attribute=0, value=0, self_certainty=0),
+    components={"format": 0.5, "action_type": 0, "attribute": 0, "value": 0, "self_certainty": 0},
     details=Details(
         format_error=None,
         format_message=None,

@@ -43,11 +43,11 @@ async def test_it_computes_certainties_and_its_answers_can_be_pickled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = replica_of(FakePolicy(26.0, 1.0), monkeypatch)
-    measured = await engine.measure(*pickle.loads(pickle.dumps((GROUP, KIND, Route()))))
+    measured = await engine.compute_certainties(*pickle.loads(pickle.dumps((GROUP, KIND, Route()))))
     sent = cast("Measurements", pickle.loads(pickle.dumps(measured)))
     assert sent.values == [Certainty((26.0, 27.0))]
     assert sent.version.name == "0"
-    monkeypatch.setattr(engine._policy, "model", torch.nn.Linear(4, 2), raising=False)
+    monkeypatch.setattr(engine._engine.policy, "model", torch.nn.Linear(4, 2), raising=False)
     description = pickle.loads(pickle.dumps(await engine.describe()))
     assert description.info.model == "fake"
     assert description.codec.encode_text("ab").ids == [97, 98]
@@ -57,7 +57,7 @@ async def test_it_computes_certainties_and_its_answers_can_be_pickled(
 async def test_a_refusal_is_returned_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
     kind = Kind(KIND.rules, Target(demand=VersionDemand(exact="7")))
-    refused = await engine.measure(GROUP, kind, Route())
+    refused = await engine.compute_certainties(GROUP, kind, Route())
     assert isinstance(refused, Declined)
     sent = pickle.loads(pickle.dumps(refused))
     assert sent.engine == "a"
@@ -67,7 +67,7 @@ async def test_a_refusal_is_returned_and_not_raised(monkeypatch: pytest.MonkeyPa
 
 async def test_it_declines_groups_that_need_a_later_change(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
-    refused = await engine.measure(GROUP, KIND, Route(min_number=1))
+    refused = await engine.compute_certainties(GROUP, KIND, Route(min_number=1))
     assert isinstance(refused, Declined)
     assert isinstance(refused.problem, NotReadyError)
     assert refused.problem.retry_after_s
@@ -81,11 +81,11 @@ async def test_its_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert may_go.wait(WAIT_S)
 
     engine = replica_of(FakePolicy(before_scoring=hold), monkeypatch, max_queue_tokens=1)
-    first = asyncio.create_task(engine.measure(GROUP, KIND, Route()))
+    first = asyncio.create_task(engine.compute_certainties(GROUP, KIND, Route()))
     assert await asyncio.to_thread(is_held.wait, WAIT_S)
-    second = asyncio.create_task(engine.measure(GROUP, KIND, Route()))
+    second = asyncio.create_task(engine.compute_certainties(GROUP, KIND, Route()))
     await asyncio.sleep(0)
-    refused = await engine.measure(GROUP, KIND, Route())
+    refused = await engine.compute_certainties(GROUP, KIND, Route())
     assert isinstance(refused, OverloadedError)
     assert refused.retry_after_s is not None
     may_go.set()
@@ -107,9 +107,9 @@ async def test_it_is_unhealthy_when_the_device_is_gone(monkeypatch: pytest.Monke
         raise FatalEngineError("the device is gone")
 
     engine = replica_of(FakePolicy(before_scoring=fail), monkeypatch)
-    await engine.measure(GROUP, KIND, Route())
+    await engine.compute_certainties(GROUP, KIND, Route())
     await asyncio.to_thread(
-        engine._scheduler._thread.join, WAIT_S
+        engine._engine.scheduler._thread.join, WAIT_S
     )  # the thread reports the failure at its end
     with pytest.raises(EngineFailedError, match="the device is gone"):
         await engine.check_health()

@@ -117,9 +117,11 @@ async def test_a_rolling_update_changes_one_engine_after_another(
         path, seen = saved(tmp_path / "new", NEW), []
         update = asyncio.create_task(cluster.update(path, "x"))
         while not update.done():
-            seen.append(sorted(engine._policy.versions.num_changes for engine in cluster.engines.values()))
+            seen.append(
+                sorted(engine._engine.policy.versions.num_changes for engine in cluster.engines.values())
+            )
             # Engines that are loading new weights while they serve the old ones.
-            busy = [name for name, engine in cluster.engines.items() if engine._updates.progress]
+            busy = [name for name, engine in cluster.engines.items() if engine._engine.weights.progress]
             assert len(busy) <= 1
             await asyncio.sleep(0)
         await update
@@ -165,7 +167,7 @@ async def test_when_the_canary_dies_nothing_changes(
         await cluster.kill("a")
         await asyncio.Event().wait()
 
-    cluster.engines["a"]._updates.from_checkpoint = hang  # type: ignore[assignment, method-assign]
+    cluster.engines["a"]._engine.weights.from_checkpoint = hang  # type: ignore[assignment, method-assign]
     with pytest.raises(NotReadyError, match="the engine that tried the change has died"):
         await cluster.update(saved(tmp_path / "new", NEW), "x")
     assert (await agree(cluster))[1:] == ("0", 0)
@@ -229,6 +231,6 @@ async def test_uploads_are_lost_with_the_coordinator(cluster: Cluster, tmp_path:
 async def test_an_engine_with_a_change_of_its_own_restarts(cluster: Cluster, tmp_path: Path) -> None:
     """A coordinator that died in a trial has told nobody about the change that the canary has applied."""
     lone = cluster.engine("lone")
-    await lone._updates.from_checkpoint(UpdateRequest(path=saved(tmp_path / "new", NEW), version="x"))
+    await lone._engine.weights.from_checkpoint(UpdateRequest(path=saved(tmp_path / "new", NEW), version="x"))
     with pytest.raises(BehindError, match="a change that the others have not"):
         await lone.join(cluster.coordinator, "lone")

@@ -58,13 +58,13 @@ async def test_an_engine_that_finds_another_checkpoint_is_taken_out_of_service(
     """The canary has read the checkpoint before somebody writes to it."""
     path = saved(tmp_path / "new", NEW)
     second = cluster.engines["b"]
-    original = second._updates._read
+    original = second._engine.weights._read
 
     def read(path: str, stage: Any) -> None:
         saved(Path(path), NEWER)
         original(path, stage)
 
-    second._updates._read = read  # type: ignore[method-assign]
+    second._engine.weights._read = read  # type: ignore[method-assign]
     await cluster.update(path, "x")
     view = await cluster.until_ready("a")
     assert view.min_number == 1
@@ -86,8 +86,8 @@ async def test_an_engine_that_cannot_read_a_checkpoint_in_time_is_taken_out_of_s
     cluster: Cluster, tmp_path: Path
 ) -> None:
     second, is_over = cluster.engines["b"], threading.Event()
-    second._updates._read_timeout_s = 0.05
-    second._updates._read = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
+    second._engine.weights._read_timeout_s = 0.05
+    second._engine.weights._read = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
     try:
         await cluster.update(saved(tmp_path / "new", NEW), "x")
         assert (await cluster.until_ready("a")).engines == {"a": 1}
@@ -99,7 +99,7 @@ async def test_an_engine_that_cannot_read_a_checkpoint_in_time_is_taken_out_of_s
 
 async def test_an_engine_refuses_a_version_table_that_does_not_fit_its_weights(cluster: Cluster) -> None:
     await cluster.load_adapter("lora", adapter_file(4, config=None))
-    policy, before = cluster.engines["a"]._policy, cluster.engines["a"]._policy.versions
+    policy, before = cluster.engines["a"]._engine.policy, cluster.engines["a"]._engine.policy.versions
     other = before.with_adapter(Version("x", 9, "lora"), max_kept=2, is_default=True)
     for table in (other, before.with_base("x", 0.0)):
         with pytest.raises(ValueError, match="its versions are"):

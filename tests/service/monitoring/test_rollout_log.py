@@ -253,7 +253,7 @@ def test_no_half_line_stays_in_front_of_a_whole_one(tmp_path: Path, monkeypatch:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from shopr1_service.jsonl_files import JsonlFiles
+from shopr1_service.monitoring.rotating_jsonl import JsonlFiles
 log = JsonlFiles(Path(sys.argv[1]), max_bytes=100, max_files=3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 100))
 log.append(b"first\\n")

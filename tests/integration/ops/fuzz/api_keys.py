@@ -1,4 +1,4 @@
-"""Fuzzes where a request's key is looked for: nothing raises, and no key stays in the URL that others see."""
+"""Fuzzes the extraction of API keys: it never raises, and no key stays in the URL."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ SEEDS = (
 
 
 class Recorder:
-    """The application behind the check: it sees what the check lets through."""
+    """The application behind the check, which records the requests that pass."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
@@ -50,7 +50,7 @@ class Recorder:
 
 
 def scope_of(path: str, query: str, authorization: str) -> dict[str, Any]:
-    """As uvicorn makes it of a request."""
+    """The ASGI scope of a request, as built by uvicorn."""
     return {
         "type": "http",
         "method": "GET",
@@ -63,7 +63,7 @@ def scope_of(path: str, query: str, authorization: str) -> dict[str, Any]:
 
 def check(keys: ApiKeys, data: bytes) -> None:
     path, query, authorization = [*data.decode("latin-1").split("\n"), "", ""][:3]
-    path = "/" + re.sub("[^!-~]|[?#]", "", path).removeprefix("/")  # what h11 lets through
+    path = "/" + re.sub("[^!-~]|[?#]", "", path).removeprefix("/")  # the characters that h11 accepts
     query = re.sub("[^!-~]", "", query)
     scope = scope_of(path, query, authorization)
     recorder = Recorder()
@@ -75,7 +75,7 @@ def check(keys: ApiKeys, data: bytes) -> None:
 
 
 def check_url(scope: Scope) -> None:
-    """No key is left where keys are looked for."""
+    """Assert that no key is left in the URL."""
     assert not re.match("/key/[^/]*/", scope["path"]), scope["path"]
     assert not re.match("/key/[^/]*/", unquote(scope["raw_path"])), scope["raw_path"]
     assert "api_key" not in dict(parse_qsl(scope["query_string"].decode(), keep_blank_values=True))

@@ -1,4 +1,4 @@
-"""Fuzzes the bodies of all routes that take one: whatever is sent, a valid answer or a documented problem."""
+"""Fuzzes the bodies of all routes: every response is valid or a documented problem."""
 
 import asyncio
 import json
@@ -56,11 +56,11 @@ GRAFTS = (
 )
 MARK = "the place of the graft"
 STATUSES = {problem.code: problem.status for problem in PROBLEMS} | {"internal": None}
-"""A bug of the service is a problem that is documented, and none that is allowed."""
+"""`internal` is documented but not allowed: it is a bug of the service."""
 
 
 class Service:
-    """The application, whose loop runs while a request is answered."""
+    """The application, whose event loop runs during a request."""
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner()
@@ -94,7 +94,7 @@ def check(service: Service, data: bytes) -> None:
 
 
 def read(data: bytes) -> tuple[int, bytes]:
-    """The route, and a body: the bytes themselves or, for every other value of the first, grafted."""
+    """Route and body. The parity of the first byte selects the rest itself or a grafted seed."""
     if len(data) < 3:
         return 0, data
     route, body = data[0] // 2 % len(ROUTES), data[2:]
@@ -102,7 +102,7 @@ def read(data: bytes) -> tuple[int, bytes]:
 
 
 def grafted(value: Any, number: int, text: bytes) -> bytes:
-    """A valid body that has this text in the place of one of its values."""
+    """A valid body in which this text replaces one of the values."""
     found = places(body := {"body": deepcopy(value)})
     container, key = found[number % len(found)]
     container[key] = MARK

@@ -1,4 +1,4 @@
-"""Fuzzes the reading of completions: nothing raises, and what is read is what was written."""
+"""Fuzzes the parsing of completions: it never raises, and the result agrees with the text."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def check_failure(failure: FormatFailure) -> None:
 
 
 def check_envelope(envelope: Envelope, text: str) -> None:
-    """The span has what the rationale was decoded from."""
+    """Assert that the span contains the encoded rationale."""
     start, end = envelope.rationale_span
     assert 0 < start <= end < len(text)
     assert text[start - 1] == text[end] == '"'
@@ -51,7 +51,7 @@ def check_envelope(envelope: Envelope, text: str) -> None:
 
 
 def check_against_json(envelope: Envelope, text: str) -> None:
-    """Python's own JSON is more lenient: it must read the same wherever the strict reading reads."""
+    """Assert that Python's more lenient JSON parser gives the same result."""
     value = json.loads(strip_end(text, END_TOKENS), parse_int=float)
     assert value["rationale"] == envelope.rationale
     assert value["action"] == {"type": envelope.action_type, **envelope.fields}

@@ -1,4 +1,4 @@
-"""What the fuzz targets have in common."""
+"""The fuzz loop of all targets."""
 
 import sys
 import tempfile
@@ -11,9 +11,9 @@ MAX_BYTES = 4096
 
 
 def fuzz(check: Callable[[bytes], object], seeds: Iterable[bytes]) -> None:
-    """Calls `check` with mutated seeds until it raises, or the limits of the command line are reached.
+    """Call `check` with mutated seeds until it raises or the limits of the command line are reached.
 
-    The arguments are libFuzzer's: `-runs=1000`, `-max_total_time=60`, or files to be tried once more.
+    The arguments are libFuzzer's: `-runs=1000`, `-max_total_time=60`, or files to run again.
     """
     with tempfile.TemporaryDirectory() as corpus:
         for number, seed in enumerate(seeds):

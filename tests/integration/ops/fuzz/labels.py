@@ -1,4 +1,4 @@
-"""Fuzzes the reading of ground truths: a label is one, or is refused by the one error that says why."""
+"""Fuzzes the parsing of labels: a label is valid, or raises `LabelError` with a message."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def check(data: bytes) -> None:
 
 
 def check_label(label: object) -> None:
-    """A label that is read says the same action when it is read once more."""
+    """Assert that a parsed label gives the same action when it is parsed again."""
     assert isinstance(is_missing(label), bool)
     try:
         read = parse_label(label, RECIPES)
@@ -54,7 +54,7 @@ def check_label(label: object) -> None:
 
 
 def check_message(error: LabelError) -> None:
-    """It will stand in an answer."""
+    """Assert that the message can be sent in a response."""
     assert str(error).encode()
     error.path.encode()
 

@@ -1,4 +1,4 @@
-"""Fuzzes the reading of safetensors headers: what is taken, the library of the format reads the same."""
+"""Fuzzes the parsing of safetensors headers: accepted headers are parsed like by the safetensors library."""
 
 import json
 import math
@@ -60,7 +60,7 @@ GRAFTS = (
 
 
 def check(data: bytes) -> None:
-    """Takes the bytes themselves or, where the first is even, a header that is made of them."""
+    """Parse the bytes themselves or, if the first is even, a header generated from them."""
     text = data[1:] if data[:1] and data[0] % 2 else written(data[1:])
     check_length(text[:LENGTH_BYTES])
     try:
@@ -74,7 +74,7 @@ def check(data: bytes) -> None:
 
 
 def written(data: bytes) -> bytes:
-    """A header of some tensors that is right but for one piece of it, and often without a flaw."""
+    """A header of some tensors with at most one damaged place."""
     source = atheris.FuzzedDataProvider(data)
     members, start = {}, 0
     for number in range(source.ConsumeIntInRange(0, 3)):
@@ -97,7 +97,7 @@ def check_length(first: bytes) -> None:
 
 
 def check_message(error: HeaderError) -> None:
-    """It will stand in an answer."""
+    """Assert that the message can be sent in a response."""
     assert str(error).encode()
     assert error.tensor is None or error.tensor.encode() is not None
 
@@ -113,7 +113,7 @@ def check_library(header: Header, text: bytes) -> None:
 
 
 def check_built(header: Header) -> None:
-    """What is written of it reads the same."""
+    """Assert that a rebuilt header is parsed to the same result."""
     tensors = [(entry.name, SPELLINGS[entry.dtype], entry.shape) for entry in header.entries]
     assert parse_header(build_header(tensors, header.metadata)[LENGTH_BYTES:]) == header
 

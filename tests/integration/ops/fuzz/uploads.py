@@ -1,4 +1,4 @@
-"""Fuzzes the upload of weights: what is taken whole, the library of the format reads the same."""
+"""Fuzzes the upload of weights: accepted files are read like by the safetensors library."""
 
 import random
 import sys
@@ -65,12 +65,12 @@ def check(data: bytes) -> None:
 
 
 def check_message(error: InvalidWeightsError) -> None:
-    """It will stand in an answer."""
+    """Assert that the message can be sent in a response."""
     assert str(error).encode()
 
 
 def grafted(source: Any) -> bytes:  # atheris has no types
-    """A good file, often with a piece of it replaced."""
+    """A valid file, usually with a damaged place."""
     file: bytes = source.PickValueInList(list(SEEDS))
     graft: bytes = source.PickValueInList(list(GRAFTS))
     place, num_dropped = source.ConsumeIntInRange(0, len(file)), source.ConsumeIntInRange(0, 4)

@@ -1,4 +1,4 @@
-"""A real Prometheus, and its tool."""
+"""A real Prometheus server, and promtool."""
 
 import contextlib
 import shutil
@@ -15,7 +15,7 @@ import yaml
 
 from tests.support.http import WAIT_S
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docker" / "prometheus" / "prometheus.yml"
 RULES = ROOT / "docker" / "prometheus" / "alerts.yml"
 RULES_TEST = ROOT / "docker" / "prometheus" / "alerts_test.yml"
@@ -26,12 +26,12 @@ _T = TypeVar("_T")
 
 def binary(name: str) -> str:
     path = shutil.which(name)
-    assert path, f"no {name} on PATH; `make test-ops` gets it, from Debian's package prometheus"
+    assert path, f"no {name} on PATH; `make test-ops` downloads it from Debian's package prometheus"
     return path
 
 
 def promtool(*arguments: str | Path, given: str = "") -> str:
-    """Its output; it must not complain."""
+    """Output of promtool, which must succeed."""
     done = subprocess.run(
         [binary("promtool"), *arguments], input=given, capture_output=True, text=True, timeout=WAIT_S
     )
@@ -40,7 +40,7 @@ def promtool(*arguments: str | Path, given: str = "") -> str:
 
 
 def until(get: Callable[[], _T | None], what: str, wait_s: float = WAIT_S) -> _T:
-    """What `get` gives as soon as it gives something."""
+    """Poll `get` until it returns a value, and return it."""
     deadline_s = time.monotonic() + wait_s
     while time.monotonic() < deadline_s:
         with contextlib.suppress(httpx.TransportError):
@@ -52,7 +52,7 @@ def until(get: Callable[[], _T | None], what: str, wait_s: float = WAIT_S) -> _T
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A Prometheus that runs."""
+    """A running Prometheus server."""
 
     client: httpx.Client
 
@@ -67,10 +67,10 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(directory: Path, target: str, api_key: str) -> Iterator[Prometheus]:
-    """With the shipped configuration, but for where the service and its key are, and how often it looks.
+    """Run Prometheus with the shipped configuration, except target, key and intervals.
 
     Args:
-        directory: for its data and its log.
+        directory: directory of its data and its log.
         target: host and port of the service.
     """
     key, config = directory / "key", directory / "prometheus.yml"

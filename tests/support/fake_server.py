@@ -1,7 +1,7 @@
-"""`shopr1 serve` with numbers in place of a policy. Prompts that begin so make it report over pipes.
+"""`shopr1 serve` with a fake policy that reports over pipes. The beginning of a prompt selects the report.
 
-HELD     prints `held`, and scores once a line has come on its standard input
-CENSUS   prints how many asyncio tasks there are
+HELD     prints `held`, and scores after a line on standard input
+CENSUS   prints the number of asyncio tasks
 """
 
 import asyncio
@@ -47,7 +47,7 @@ def say(line: str) -> None:
 
 def main() -> int:
     gc.collect()
-    gc.freeze()  # what the imports have made is not looked through at every count
+    gc.freeze()  # excludes objects of the imports from every count
     with mock.patch.object(server, "load_policy", return_value=Reporting()):
         return server.serve(load_settings())
 

@@ -1,4 +1,4 @@
-"""The service as a process of its own, and what it holds of the system's."""
+"""The service as a separate process, and its use of system resources."""
 
 import contextlib
 import itertools
@@ -15,33 +15,33 @@ import httpx
 
 from shopr1_client import Client
 from shopr1_client.errors import NotReadyError, TransportError
-from tests.integration.ops.fake_server import CENSUS
+from tests.support.fake_server import CENSUS
 from tests.support.http import TERMINATE, WAIT_S, answer, group
 
-FAKE = ("-m", "tests.integration.ops.fake_server")
+FAKE = ("-m", "tests.support.fake_server")
 EMBEDDED = ("-m", "shopr1_service", "serve", "--set", "device=cpu")
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
 
 
 _numbers = itertools.count()
 
 
 def request(prompt: str = "page") -> dict[str, Any]:
-    """One rollout. Its prompt is new each time: what the service remembers, it need not score again."""
+    """A request with one rollout. Each prompt is new, because the service remembers scored ones."""
     prompt = f"{prompt} {next(_numbers)}"
     return {"groups": [group(answer(), prompt=prompt, truth=TERMINATE)]}
 
 
 @dataclass(frozen=True)
-class Held:
-    """Counts of what a process has of each."""
+class Resources:
+    """Numbers of tasks, threads and open files of a process."""
 
     num_tasks: int
     num_threads: int
     num_files: int
 
-    def __le__(self, other: "Held") -> bool:
-        # Pools start their threads when there is work, up to a number of their own.
+    def __le__(self, other: "Resources") -> bool:
+        # Pools start their threads on demand, up to a limit.
         pool = (os.cpu_count() or 1) + 4
         return (
             self.num_tasks <= other.num_tasks
@@ -54,7 +54,7 @@ class Process:
     """A service that is ready to score.
 
     Args:
-        pipes: of `fake_server`, which reports through them.
+        pipes: the process with its pipes, through which `fake_server` reports.
     """
 
     def __init__(self, port: int, pipes: "subprocess.Popen[str]") -> None:
@@ -62,30 +62,30 @@ class Process:
         self.url = f"http://127.0.0.1:{port}"
         self._pipes = pipes
 
-    def check_right(self) -> None:
-        """A good request gets the right answer: 0.5 + 0.3 + 0.005 · 26."""
+    def check_reward(self) -> None:
+        """Assert that a valid request gets the correct reward: 0.5 + 0.3 + 0.005 · 26."""
         answered = httpx.post(f"{self.url}/score", json=request(), timeout=WAIT_S)
         assert answered.status_code == 200, answered.text
         assert answered.json()["groups"][0]["rewards"][0]["reward"] == 0.93
 
-    def held(self) -> "Held":
-        """What a request could leave behind."""
+    def resources(self) -> "Resources":
+        """Resources that a request could leak."""
         httpx.post(f"{self.url}/score", json=request(CENSUS), timeout=WAIT_S).raise_for_status()
         proc = Path(f"/proc/{self._pipes.pid}")
         num_threads = len(list((proc / "task").iterdir()))
-        return Held(int(self._read()), num_threads, len(list((proc / "fd").iterdir())))
+        return Resources(int(self._read()), num_threads, len(list((proc / "fd").iterdir())))
 
     def rss_bytes(self) -> int:
-        """Memory that it has in use."""
+        """Resident memory of the process."""
         num_pages = int(Path(f"/proc/{self._pipes.pid}/statm").read_text().split()[1])
         return num_pages * os.sysconf("SC_PAGE_SIZE")
 
     def wait_until_scoring(self) -> None:
-        """Returns once a request with the prompt HELD is being scored."""
+        """Return when a request with the prompt HELD is being scored."""
         assert self._read() == "held"
 
-    def go_on(self) -> None:
-        """Lets the held request be scored."""
+    def release(self) -> None:
+        """Let the held request be scored."""
         assert self._pipes.stdin is not None
         self._pipes.stdin.write("\n")
         self._pipes.stdin.flush()
@@ -97,7 +97,7 @@ class Process:
 
 @contextlib.contextmanager
 def process(*command: str, **environment: str) -> Iterator[Process]:
-    """A process with these arguments to Python; it must end cleanly."""
+    """Run a process with these arguments to Python. It must exit with code 0."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     pipes = subprocess.Popen(

@@ -1,0 +1,122 @@
+"""The rules behind a reward's components. Each gives the value of one component, already weighted.
+
+    RULES      from the text and the actions alone      rule(answer, recipe)
+    MEASURED   from statistics of the policy's tokens   weight(recipe) · s
+
+A completion in invalid format earns 0 in every component; no rule sees it.
+
+To add a component: name it in `recipe.Component`, write its rule here, and enter the rule in one of the two
+tables. Everything else follows the recipe: the answer, the client, metrics, logs and the dashboard.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+from shopr1_rewards.actions import Action, PredictedAction
+from shopr1_rewards.recipe import Component, Recipe
+
+
+@dataclass(frozen=True)
+class ValidAnswer:
+    """A completion in valid format beside the human's action.
+
+    Attributes:
+        similarity: ROUGE-L F1 per attribute, before the threshold; empty where the types differ.
+    """
+
+    prediction: PredictedAction
+    truth: Action
+    similarity: Mapping[str, float]
+
+    @property
+    def is_type_match(self) -> bool:
+        """Whether the predicted type is the human's."""
+        return self.prediction.action.type == self.truth.type
+
+
+def _format(answer: ValidAnswer, recipe: Recipe) -> float:
+    """The recipe's reward of valid output."""
+    return recipe.format.reward
+
+
+def _action_type(answer: ValidAnswer, recipe: Recipe) -> float:
+    """The true type's reward, if it is predicted."""
+    return recipe.action_space.types[answer.truth.type].reward if answer.is_type_match else 0.0
+
+
+def _attribute(answer: ValidAnswer, recipe: Recipe) -> float:
+    """Σ over the true type's attributes: `presence`, if the predicted one is not empty. Wrong type: 0."""
+    if not answer.is_type_match:
+        return 0.0
+    attributes = recipe.action_space.types[answer.truth.type].attributes
+    predicted = answer.prediction.action.attributes
+    return add(attribute.presence for name, attribute in attributes.items() if predicted.get(name))
+
+
+def _value(answer: ValidAnswer, recipe: Recipe) -> float:
+    """Σ over the true type's attributes: value weight · R(predicted, true). Wrong type: 0."""
+    if not answer.is_type_match:
+        return 0.0
+    space = recipe.action_space
+    return add(
+        space.value_weight(attribute) * recipe.similarity.thresholded(answer.similarity[name])
+        for name, attribute in space.types[answer.truth.type].attributes.items()
+    )
+
+
+def _self_certainty(recipe: Recipe) -> float:
+    """alpha; s is the mean self-certainty of the span in nats per token (`self_certainty.py`)."""
+    return recipe.self_certainty.alpha
+
+
+RULES: Mapping[Component, Callable[[ValidAnswer, Recipe], float]] = {
+    Component.FORMAT: _format,
+    Component.ACTION_TYPE: _action_type,
+    Component.ATTRIBUTE: _attribute,
+    Component.VALUE: _value,
+}
+MEASURED: Mapping[Component, Callable[[Recipe], float]] = {Component.SELF_CERTAINTY: _self_certainty}
+
+
+def rule_terms(answer: ValidAnswer | None, recipe: Recipe) -> dict[str, float]:
+    """All components that the recipe declares, in its order; 0 for those that the policy's tokens decide.
+
+    Args:
+        answer: None where the format is invalid.
+    """
+    return {
+        name.value: RULES[name](answer, recipe) if answer is not None and name in RULES else 0.0
+        for name in recipe.components
+    }
+
+
+def needs_policy(recipe: Recipe) -> bool:
+    """Whether any component with a weight depends on the policy's tokens."""
+    return bool(_weights(recipe))
+
+
+def measured_terms(nats: float | None, recipe: Recipe) -> dict[str, float | None]:
+    """The components that the policy's tokens decide, without those whose weight is 0.
+
+    Args:
+        nats: s; None where measuring it failed, which makes the components None.
+    """
+    return {name: None if nats is None else weight * nats for name, weight in _weights(recipe).items()}
+
+
+def _weights(recipe: Recipe) -> dict[str, float]:
+    declared = (name for name in recipe.components if name in MEASURED)
+    return {name.value: weight for name in declared if (weight := MEASURED[name](recipe))}
+
+
+def total(components: Mapping[str, float | None]) -> float | None:
+    """The reward: the sum of its components in their order, or None if one is missing."""
+    terms = [term for term in components.values() if term is not None]
+    return add(terms) if len(terms) == len(components) else None
+
+
+def add(terms: Iterable[float]) -> float:
+    """Plain addition from left to right: since Python 3.12 `sum` compensates, and would round otherwise."""
+    return reduce(operator.add, terms, 0.0)
