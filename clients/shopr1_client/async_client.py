@@ -4,17 +4,15 @@ import asyncio
 import contextlib
 import copy
 from collections.abc import AsyncIterator, Sequence
-from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel
 
-from shopr1_client import request_splitting as parts
-from shopr1_client import transport as exchange
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
-from shopr1_client.request_splitting import Part
+from shopr1_client.request_splitting import Part, check, merge, relocated
+from shopr1_client.transport import failure, parse
 from shopr1_client.updates.plan import Answer, Change, Source, UpdateOptions, plan
 from shopr1_client.updates.updater import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
@@ -26,12 +24,12 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class AsyncClient(BaseClient):
     """Asynchronous. For arguments see `BaseClient`.
 
-    Within `async with` connections are kept. Outside of it each call has its own: trainers that make an event
-    loop for every batch can hold a client all the same.
+    Within `async with`, connections are reused. Outside of it each call opens its own, so that trainers that
+    create an event loop for every batch can keep a client.
 
     Raises (every method):
         TransportError: no answer.
-        ProblemError: the subclass that the service's problem code stands for.
+        ProblemError: the subclass of the service's problem code.
     """
 
     _http: httpx.AsyncClient | None = None
@@ -39,7 +37,7 @@ class AsyncClient(BaseClient):
     async def score(
         self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None
     ) -> ScoreResponse:
-        """Score groups of rollouts, however many."""
+        """Score any number of groups."""
         async with self._connected() as client:
             try:
                 return await client._score(request, on_progress)
@@ -55,19 +53,19 @@ class AsyncClient(BaseClient):
             return await client._try(Info, "GET", "/info", self._urls)
 
     async def policy(self) -> PolicyState:
-        """The versions of the policy and of its adapters that are loaded."""
+        """The loaded versions of the policy and of its adapters."""
         async with self._connected() as client:
             return await client._try(PolicyState, "GET", "/policy", self._urls)
 
     async def update_policy(self, source: Source, version: str, **options: Unpack[UpdateOptions]) -> Answer:
-        """See `Client.update_policy`. Tensors are read in a thread, which goes on if this is cancelled."""
+        """See `Client.update_policy`. A thread reads the tensors, and continues if this is cancelled."""
         return await asyncio.to_thread(self._update, plan(source, version, options))
 
     async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Return once every server can score.
 
         Raises:
-            ProblemError, TransportError: the last obstacle, when `timeout_s` have passed.
+            ProblemError, TransportError: the last error, after `timeout_s`.
         """
         async with self._connected() as client:
             for url in self._urls:
@@ -85,9 +83,7 @@ class AsyncClient(BaseClient):
         self._http = httpx.AsyncClient(**self._http_options)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
     def _update(self, change: Change) -> Answer:
@@ -103,7 +99,7 @@ class AsyncClient(BaseClient):
                 yield own
 
     async def _infos(self) -> list[Info]:
-        """Of the servers that are there."""
+        """The answers of all reachable servers."""
         infos = []
         for url in self._urls:
             with contextlib.suppress(ShopR1Error):
@@ -111,27 +107,27 @@ class AsyncClient(BaseClient):
         return infos
 
     async def _score(self, request: ScoreRequest, on_progress: OnProgress) -> ScoreResponse:
-        own = self._split(request)
+        parts = self._split(request)
         free = asyncio.Semaphore(self._max_concurrency)
 
         async def score_part(part: Part) -> ScoreResponse:
             async with free:
                 return await self._score_part(part, on_progress)
 
-        tasks = [asyncio.ensure_future(score_part(part)) for part in own]
+        tasks = [asyncio.ensure_future(score_part(part)) for part in parts]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        return parts.merge(request, own, answers)
+        return merge(request, parts, answers)
 
     async def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
         try:
             answer = await self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
         except ProblemError as error:
-            raise parts.relocated(error, part) from None
-        parts.check(part, answer)
+            raise relocated(error, part) from None
+        check(part, answer)
         on_progress(part.num_rollouts)
         return answer
 
@@ -149,5 +145,5 @@ class AsyncClient(BaseClient):
         try:
             response = await self._http.request(method, url, content=body)
         except httpx.TransportError as error:
-            raise exchange.failure(f"{method} {url}", error) from error
-        return exchange.read(model, response)
+            raise failure(f"{method} {url}", error) from error
+        return parse(model, response)

@@ -1,8 +1,8 @@
-"""What the synchronous and the asynchronous client have in common.
+"""Base of the synchronous and the asynchronous client.
 
-Both do the same. A large request is split into parts (`parts.py`). Each part goes to the server that keeps
-its prompts (`servers.py`), several at a time. It is tried again while an error may pass (`exchange.py`), on
-the next server if there is one. Answers come back in the order of the request.
+Both split a large request into parts (`request_splitting.py`). Each part is sent to the server that caches
+its prompts, several at a time. Transient errors are retried (`transport.py`), on the next server if there is
+one. Answers are merged in the order of the request.
 """
 
 import itertools
@@ -11,26 +11,25 @@ from typing import Any, Protocol
 
 import stamina
 
-from shopr1_client import request_splitting as parts
-from shopr1_client import transport as exchange
 from shopr1_client.errors import NotReadyError, TransportError
-from shopr1_client.request_splitting import DEFAULT_LIMITS, Part
+from shopr1_client.request_splitting import DEFAULT_LIMITS, Part, split
+from shopr1_client.transport import WrongUrlError, backoff, headers, timeout
 from shopr1_client.wire import Info, Limits, ScoreRequest
 
 DEFAULT_TIMEOUT_S = 600.0
-"""A long prompt on a busy engine takes minutes; a training run should not die of it."""
+"""A long prompt on a busy engine takes minutes, which should not end a training run."""
 DEFAULT_RETRY_FOR_S = 600.0
-"""A server that is started anew loads its policy for minutes."""
+"""A restarted server takes minutes to load its policy."""
 _MAX_CONCURRENCY = 8
 _MAX_WAIT_S = 10.0
 _MAX_POLL_S = 0.5
 
 OnProgress = Callable[[int], None]
-"""Called with the number of rollouts that have been scored since the last call."""
+"""Called with the number of rollouts scored since the last call."""
 
 
 class Retries(Protocol):
-    """Attempts of stamina, for both kinds of loops."""
+    """Attempts of stamina, for `for` and `async for`."""
 
     def __iter__(self) -> Iterator[stamina.Attempt]: ...
 
@@ -38,15 +37,15 @@ class Retries(Protocol):
 
 
 class BaseClient:
-    """Settings, and what can be said of a request without sending it.
+    """Settings of a client, and the steps that need no connection.
 
     Args:
-        base_url: of a server, or of several that serve the same policy and recipes.
+        base_url: URL of a server, or of several that serve the same policy and recipes.
         api_key: sent as a bearer token.
-        run: the training run's id, 1 to 64 of A-Z a-z 0-9 . _ -; the service's metrics tell runs apart by it.
-        timeout_s: how long to wait for one answer; sent along, so that the server does not work in vain.
-        retry_for_s: how long to try again while nothing but transient errors come; 0: never.
-        max_concurrency: parts of one large request that are under way at a time.
+        run: the training run's id, 1 to 64 of A-Z a-z 0-9 . _ -, a label of the service's metrics.
+        timeout_s: how long to wait for an answer; also sent to the server as the request's deadline.
+        retry_for_s: how long to retry transient errors; 0: never.
+        max_concurrency: parts of a large request that are sent at the same time.
     """
 
     def __init__(
@@ -67,28 +66,28 @@ class BaseClient:
         self._max_concurrency = max_concurrency
         self._limits = DEFAULT_LIMITS
         self._http_options: dict[str, Any] = {
-            "headers": exchange.headers(api_key, timeout_s, run),
-            "timeout": exchange.timeout(timeout_s),
+            "headers": headers(api_key, timeout_s, run),
+            "timeout": timeout(timeout_s),
         }
 
     def _split(self, request: ScoreRequest) -> list[Part]:
-        return parts.split(request, self._limits, self._urls)
+        return split(request, self._limits, self._urls)
 
     def _learn(self, infos: Sequence[Info]) -> bool:
-        """Take over the servers' limits, the tightest of each; whether they are others than those known."""
-        former = self._limits
+        """Adopt the servers' limits, the tightest of each; whether they differ from the known ones."""
+        known = self._limits
         if infos:
-            own = [info.limits.model_dump() for info in infos]
-            self._limits = Limits(**{name: min(each[name] for each in own) for name in own[0]})
-        return self._limits != former
+            limits = [info.limits.model_dump() for info in infos]
+            self._limits = Limits(**{name: min(each[name] for each in limits) for name in limits[0]})
+        return self._limits != known
 
     def _tries(self, urls: Sequence[str]) -> tuple["Retries", Iterator[str]]:
-        """Attempts, as long as the error may pass, and the server of each."""
+        """Attempts while errors are transient, and the server of each."""
         return self._retries(), itertools.cycle(urls)
 
     def _retries(self) -> "Retries":
-        """Attempts, as long as the error may pass."""
-        return _retries(exchange.backoff, self._retry_for_s, max_wait_s=_MAX_WAIT_S)
+        """Attempts while errors are transient."""
+        return _retries(backoff, self._retry_for_s, max_wait_s=_MAX_WAIT_S)
 
     @staticmethod
     def _polls(timeout_s: float) -> "Retries":
@@ -106,5 +105,4 @@ def _retries(on: Callable[[Exception], bool | float], retry_for_s: float, *, max
 
 
 def _is_not_ready(error: Exception) -> bool:
-    is_wrong = isinstance(error, exchange.WrongUrlError)
-    return isinstance(error, NotReadyError | TransportError) and not is_wrong
+    return isinstance(error, NotReadyError | TransportError) and not isinstance(error, WrongUrlError)

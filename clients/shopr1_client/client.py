@@ -3,17 +3,15 @@
 import contextlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel
 
-from shopr1_client import request_splitting as parts
-from shopr1_client import transport as exchange
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
-from shopr1_client.request_splitting import Part
+from shopr1_client.request_splitting import Part, check, merge, relocated
+from shopr1_client.transport import failure, parse
 from shopr1_client.updates.plan import Answer, Source, UpdateOptions, plan
 from shopr1_client.updates.updater import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
@@ -23,11 +21,11 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Client(BaseClient):
-    """Synchronous; may be used from several threads. For arguments see `BaseClient`.
+    """Synchronous, thread-safe. For arguments see `BaseClient`.
 
     Raises (every method):
         TransportError: no answer.
-        ProblemError: the subclass that the service's problem code stands for.
+        ProblemError: the subclass of the service's problem code.
     """
 
     def __init__(self, base_url: str | Sequence[str], **options: Any) -> None:  # noqa: ANN401
@@ -35,7 +33,7 @@ class Client(BaseClient):
         self._http = httpx.Client(**self._http_options)
 
     def score(self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None) -> ScoreResponse:
-        """Score groups of rollouts, however many."""
+        """Score any number of groups."""
         try:
             return self._score(request, on_progress)
         except TooLargeError:
@@ -48,27 +46,27 @@ class Client(BaseClient):
         return self._try(Info, "GET", "/info", self._urls)
 
     def policy(self) -> PolicyState:
-        """The versions of the policy and of its adapters that are loaded."""
+        """The loaded versions of the policy and of its adapters."""
         return self._try(PolicyState, "GET", "/policy", self._urls)
 
     def update_policy(self, source: Source, version: str, **options: Unpack[UpdateOptions]) -> Answer:
-        """Give every server new weights, to one after the other; return once all score with them.
+        """Send new weights to one server after the other; return once all score with them.
 
         Args:
             source: a model, a mapping of names to tensors, or the path of a checkpoint or an adapter that the
-                servers can read. A model must not change meanwhile. Of one with PEFT's LoRA adapters only the
-                active one is sent.
-            version: the name that the weights get, 1 to 256 characters.
+                servers can read. A model must not change meanwhile. For a model with PEFT's LoRA adapters,
+                only the active one is sent.
+            version: name of the weights, 1 to 256 characters.
             options: see `UpdateOptions`.
 
         Returns:
-            The last server's answer. If it was lost and the weights are there all the same, what only it had
-            is missing: counts are 0, `pause_s` is None and `duration_s` is this client's.
+            The last server's answer. If it was lost although the update succeeded, its counts are 0,
+            `pause_s` is None, and `duration_s` is measured by this client.
 
         Raises:
-            ValueError: the model cannot be sent, as when it is sharded; the message says what to do.
-            InvalidWeightsError: they are not weights of this policy.
-            MixedVersionsError: some servers have them and others do not.
+            ValueError: the model cannot be sent, for example because it is sharded; the message has advice.
+            InvalidWeightsError: the weights do not fit the policy.
+            MixedVersionsError: only some servers have the new weights.
         """
         return Updater(self._http, self._urls, self._retries).run(plan(source, version, options))
 
@@ -76,7 +74,7 @@ class Client(BaseClient):
         """Return once every server can score.
 
         Raises:
-            ProblemError, TransportError: the last obstacle, when `timeout_s` have passed.
+            ProblemError, TransportError: the last error, after `timeout_s`.
         """
         for url in self._urls:
             for attempt in self._polls(timeout_s):
@@ -90,13 +88,11 @@ class Client(BaseClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _infos(self) -> list[Info]:
-        """Of the servers that are there."""
+        """The answers of all reachable servers."""
         infos = []
         for url in self._urls:
             with contextlib.suppress(ShopR1Error):
@@ -104,24 +100,24 @@ class Client(BaseClient):
         return infos
 
     def _score(self, request: ScoreRequest, on_progress: OnProgress) -> ScoreResponse:
-        own = self._split(request)
-        if len(own) == 1:
-            answers = [self._score_part(own[0], on_progress)]
+        parts = self._split(request)
+        if len(parts) == 1:
+            answers = [self._score_part(parts[0], on_progress)]
         else:
             with ThreadPoolExecutor(self._max_concurrency) as pool:
-                futures = [pool.submit(self._score_part, part, on_progress) for part in own]
+                futures = [pool.submit(self._score_part, part, on_progress) for part in parts]
                 wait(futures, return_when=FIRST_EXCEPTION)
                 pool.shutdown(wait=False, cancel_futures=True)
                 failed = [f for f in futures if f.done() and not f.cancelled() and f.exception()]
                 answers = [future.result() for future in failed or futures]
-        return parts.merge(request, own, answers)
+        return merge(request, parts, answers)
 
     def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
         try:
             answer = self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
         except ProblemError as error:
-            raise parts.relocated(error, part) from None
-        parts.check(part, answer)
+            raise relocated(error, part) from None
+        check(part, answer)
         on_progress(part.num_rollouts)
         return answer
 
@@ -138,5 +134,5 @@ class Client(BaseClient):
         try:
             response = self._http.request(method, url, content=body)
         except httpx.TransportError as error:
-            raise exchange.failure(f"{method} {url}", error) from error
-        return exchange.read(model, response)
+            raise failure(f"{method} {url}", error) from error
+        return parse(model, response)

@@ -1,31 +1,15 @@
-"""Every error that the service answers with, shared by server, client and OpenAPI document.
+"""Errors of the service, shared by server, client and OpenAPI document.
 
     ShopR1Error
-    ├── TransportError             no answer of the service: refused, reset, timed out, somebody else's
-    ├── MixedVersionsError         of several servers some took a new policy version and others did not
-    └── ProblemError               an answer, application/problem+json (RFC 9457)
-        ├── MalformedBodyError     400  malformed_body    the body is not JSON
-        ├── UnauthenticatedError   401  unauthenticated   no valid API key
-        ├── ForbiddenError         403  forbidden         a key for something else
-        ├── NotFoundError          404  not_found         no such path or recipe
-        ├── MethodNotAllowedError  405  method_not_allowed
-        ├── RequestTimeoutError    408  request_timeout   the body came too slowly
-        ├── PolicyVersionError     409  policy_version    another policy version than demanded is loaded
-        ├── UpdateConflictError    409  update_conflict   another update is under way
-        ├── TooLargeError          413  too_large         more than a limit allows
-        ├── InvalidRequestError    422  invalid_request   names each bad field; nothing was scored
-        ├── InvalidWeightsError    422  invalid_weights   no weights of this policy; the old ones stay
-        ├── UnscorableError        422  unscorable        a trainer's protocol has no place for "no reward"
-        ├── OverloadedError        429  overloaded        too much waits already; try again later
-        ├── InternalError          500  internal          a bug in the service
-        ├── NotReadyError          503  not_ready         loading or shutting down; try again
-        ├── DeadlineExceededError  504  deadline_exceeded not scored within the request's time
-        └── StorageError           507  storage           no room for new weights
+    ├── TransportError        no answer of the service
+    ├── MixedVersionsError    only some of several servers accepted a new policy version
+    └── ProblemError          an answer, application/problem+json (RFC 9457)
+        └── a class for each `code`, with its HTTP status
 
-`code` is the contract. The status is a view of it, and each stands once: in the class.
+`code` is the contract; the status follows from it. Both are defined once, in the class.
 
-A rollout that cannot be scored is no error. It is a result with `reward: null` and a reason. Only the
-protocols of trainers that know nothing but numbers make it one.
+A rollout that cannot be scored is not an error but a result with `reward: null` and a reason. Only trainers'
+protocols that have numbers and nothing else report it as an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +19,7 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
 class FieldError(TypedDict):
-    """One bad field of a request."""
+    """An invalid field of a request."""
 
     location: str
     """Path into the body, such as `groups[1].ground_truth.name`."""
@@ -47,18 +31,18 @@ class ShopR1Error(Exception):
 
 
 class TransportError(ShopR1Error):
-    """No answer of the service came: refused, reset, timed out, or somebody else answered."""
+    """No answer of the service: refused, reset, timed out, or the answer of another server."""
 
 
 class MixedVersionsError(ShopR1Error):
-    """Some servers have a new version and others do not. Sending it again, to all of them, is the way out.
+    """Some servers have a new version and others do not. To recover, send it to all of them again.
 
     Attributes:
         version: the new one.
         updated: URLs of the servers that have it.
         failed: URL of the server that failed; `__cause__` is its error. It has the version only if its answer
             was lost.
-        untried: URLs of the servers that were not reached any more.
+        untried: URLs of the servers after it, which were not asked.
     """
 
     def __init__(self, version: str, updated: Sequence[str], failed: str, untried: Sequence[str]) -> None:
@@ -74,13 +58,13 @@ class MixedVersionsError(ShopR1Error):
 
 
 class ProblemError(ShopR1Error):
-    """The service answered with a problem.
+    """A problem that the service answered with.
 
     Attributes:
-        detail: what happened, for people.
-        errors: the bad fields, where the request is at fault.
+        detail: human-readable description.
+        errors: the invalid fields, if the request is at fault.
         status: the answer's HTTP status.
-        retry_after_s: seconds to wait before another try, where one makes sense.
+        retry_after_s: seconds to wait before a retry, if one can succeed.
         request_id: the request's id in the service's logs.
     """
 
@@ -103,7 +87,7 @@ class ProblemError(ShopR1Error):
         self.request_id = request_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Trainers raise these in worker processes; keyword arguments would be lost by the default.
+        # Trainers raise these in worker processes; the default would lose the keyword arguments.
         return type(self), (self.detail,), self.__dict__
 
     def to_problem(self, request_id: str | None = None) -> dict[str, Any]:
@@ -126,13 +110,13 @@ class MalformedBodyError(ProblemError):
 
 
 class UnauthenticatedError(ProblemError):
-    """The service has API keys, and the request came with none of them."""
+    """The service has API keys, and the request has none of them."""
 
     code, status, title = "unauthenticated", 401, "No valid API key"
 
 
 class ForbiddenError(ProblemError):
-    """The API key is valid, but its scopes do not allow this."""
+    """The API key is valid, but its scopes do not allow the request."""
 
     code, status, title = "forbidden", 403, "Not allowed with this API key"
 
@@ -150,19 +134,19 @@ class MethodNotAllowedError(ProblemError):
 
 
 class RequestTimeoutError(ProblemError):
-    """The request's body did not come within the service's `receive_timeout_s`."""
+    """The request's body did not arrive within the service's `receive_timeout_s`."""
 
     code, status, title = "request_timeout", 408, "The body came too slowly"
 
 
 class PolicyVersionError(ProblemError):
-    """The request demands another policy version than the one loaded."""
+    """The request requires another policy version than the loaded one."""
 
     code, status, title = "policy_version", 409, "Another policy version is loaded"
 
 
 class UpdateConflictError(ProblemError):
-    """Another update of the policy is under way, or came between; `Retry-After` says when to try again."""
+    """Another update of the policy is running, or finished meanwhile; retry after `Retry-After`."""
 
     code, status, title = "update_conflict", 409, "Another update is under way"
 
@@ -174,31 +158,31 @@ class TooLargeError(ProblemError):
 
 
 class InvalidRequestError(ProblemError):
-    """The request is JSON but not a valid request; `errors` names each bad field. Nothing was scored."""
+    """The request is JSON but not valid; `errors` names each invalid field. Nothing was scored."""
 
     code, status, title = "invalid_request", 422, "Invalid request"
 
 
 class InvalidWeightsError(ProblemError):
-    """New weights do not fit the policy; `errors` names tensors or fields. The old ones go on serving."""
+    """New weights do not fit the policy; `errors` names tensors or fields. The old weights keep serving."""
 
     code, status, title = "invalid_weights", 422, "Not weights of this policy"
 
 
 class UnscorableError(ProblemError):
-    """A trainer's protocol has numbers only, and a rollout has none; `errors` names each and the reason."""
+    """A rollout has no reward, and the trainer's protocol only has numbers; `errors` has the reasons."""
 
     code, status, title = "unscorable", 422, "A rollout cannot be scored"
 
 
 class OverloadedError(ProblemError):
-    """More than `max_queue_tokens` wait already. Nothing was scored; `Retry-After` says when to try again."""
+    """The queue is full (`max_queue_tokens`). Nothing was scored; retry after `Retry-After`."""
 
     code, status, title = "overloaded", 429, "Overloaded"
 
 
 class InternalError(ProblemError):
-    """A bug in the service. The details are in its log under the request id."""
+    """A bug in the service. Its log has the details under the request id."""
 
     code, status, title = "internal", 500, "Internal error"
 
@@ -210,43 +194,26 @@ class NotReadyError(ProblemError):
 
 
 class DeadlineExceededError(ProblemError):
-    """The request was not scored within its time; what still waited of it is dropped."""
+    """The request missed its deadline; its queued groups are dropped."""
 
     code, status, title = "deadline_exceeded", 504, "Deadline exceeded"
 
 
 class StorageError(ProblemError):
-    """New weights cannot be kept: `staging_dir` is full or fails. The old ones go on serving."""
+    """New weights cannot be stored: `staging_dir` is full or fails. The old weights keep serving."""
 
     code, status, title = "storage", 507, "No room for new weights"
 
 
-PROBLEMS: tuple[type[ProblemError], ...] = (
-    MalformedBodyError,
-    UnauthenticatedError,
-    ForbiddenError,
-    NotFoundError,
-    MethodNotAllowedError,
-    RequestTimeoutError,
-    PolicyVersionError,
-    UpdateConflictError,
-    TooLargeError,
-    InvalidRequestError,
-    InvalidWeightsError,
-    UnscorableError,
-    OverloadedError,
-    InternalError,
-    NotReadyError,
-    DeadlineExceededError,
-    StorageError,
-)
+PROBLEMS: tuple[type[ProblemError], ...] = tuple(ProblemError.__subclasses__())
+"""All of the above, in their order."""
 _BY_CODE = {problem.code: problem for problem in PROBLEMS}
 
 
 def from_problem(
     body: Mapping[str, Any], status: int | None = None, retry_after_s: float | None = None
 ) -> ProblemError:
-    """The error that an answer stands for; a plain `ProblemError` where the code is not known here."""
+    """The error of an answer; a plain `ProblemError` if the code is unknown."""
     problem_class = _BY_CODE.get(str(body.get("code")), ProblemError)
     error = problem_class(
         str(body.get("detail", body)),

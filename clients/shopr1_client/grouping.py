@@ -1,4 +1,4 @@
-"""Lone rollouts, as trainers hold them: into groups, and the groups' rewards back in order."""
+"""Grouping of single rollouts, as trainers have them, and the groups' rewards in the rollouts' order."""
 
 import json
 from collections.abc import Hashable, Sequence
@@ -19,18 +19,18 @@ from shopr1_client.wire import (
 
 
 class RolloutLike(Protocol):
-    """A completion, what it completes, and what the human did."""
+    """A completion, its prompt, and the human's action."""
 
     @property
     def prompt(self) -> str | list[Message] | TokenIds: ...
     @property
-    def completion(self) -> Any: ...  # noqa: ANN401  # what `wire.Completion` takes
+    def completion(self) -> Any: ...  # noqa: ANN401  # as `wire.Completion` accepts
     @property
     def ground_truth(self) -> str | dict[str, Any]: ...
 
 
 class Rollout(BaseModel):
-    """A completion, what it completes, and what the human did; checked when it is made."""
+    """A completion, its prompt, and the human's action; validated on creation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,11 +40,11 @@ class Rollout(BaseModel):
 
 
 class Grouping:
-    """Rollouts by prompt and ground truth: a prompt travels and is computed once.
+    """Rollouts grouped by prompt and ground truth, so that each prompt is sent and computed once.
 
     Attributes:
-        groups: in the order in which they first occur.
-        indices: which rollouts are in each group.
+        groups: in the order of their first rollouts.
+        indices: the rollouts of each group.
 
     >>> pairs = "ax", "by", "az"
     >>> grouping = Grouping([Rollout(prompt=p, completion=c, ground_truth="{}") for p, c in pairs])
@@ -60,7 +60,7 @@ class Grouping:
         self.groups = [_group([rollouts[i] for i in indices]) for indices in self.indices]
 
     def in_order(self, answer: ScoreResponse) -> list[Reward]:
-        """The rewards of all groups in the order of the rollouts."""
+        """All rewards in the order of the rollouts."""
         rewards = {
             i: reward
             for indices, group in zip(self.indices, answer.groups, strict=True)

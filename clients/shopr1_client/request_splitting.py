@@ -1,12 +1,11 @@
-"""Which of several servers a group goes to: always the same for one prompt, whose keys and values it keeps.
+"""Splitting of large requests into parts for one or several servers, and merging of their answers.
 
-Rendezvous hashing: each server's weight for a key is a hash of both, and the heaviest comes first. When a
-server is added or goes, only its own share of the prompts moves.
+A part holds whole groups where possible. A group with more completions than a server accepts is cut; its
+rewards are joined in the answer, provided that the same policy version scored all of them.
 
-Large requests in parts that a server takes, and their answers put together again.
-
-A part holds whole groups as far as possible. A group with more completions than a server takes is cut; its
-rewards are joined in the answer, provided that one policy version scored all of them.
+Groups with the same prompt go to the same server, whose prefix cache has the prompt. Rendezvous hashing: each
+server's weight for a prompt is a hash of both, and the heaviest comes first. When a server is added or
+removed, only its own share of the prompts moves.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from shopr1_client.wire import Group, GroupScore, Limits, ScoreRequest, ScoreRes
 
 
 def ranked(urls: Sequence[str], key: bytes) -> list[str]:
-    """The servers in the order in which they are to be tried for this key."""
+    """The servers in the order in which to try them for this key."""
     return sorted(urls, key=lambda url: hashlib.blake2b(key, key=_digest(url)).digest(), reverse=True)
 
 
@@ -30,11 +29,11 @@ def _digest(url: str) -> bytes:
 
 
 MAX_PART_GROUPS = 32
-"""Small enough that little is repeated when a server goes away, large enough to keep one busy."""
+"""Small enough that little is repeated when a server fails, large enough to keep a server busy."""
 DEFAULT_LIMITS = Limits(
     max_body_bytes=64 * 2**20, max_groups=1024, max_completions_per_group=256, max_request_tokens=4 * 2**20
 )
-"""A server's own defaults: spares asking before the first request."""
+"""The server's defaults, which save a question before the first request."""
 
 _ENVELOPE_BYTES = 1024
 _LOCATION = re.compile(r"groups\[(\d+)\](?:\.completions\[(\d+)\])?")
@@ -54,11 +53,11 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """What one request to one server holds.
+    """A request to one server.
 
     Attributes:
         body: the request's JSON.
-        urls: the servers, in the order in which they are to be tried.
+        urls: the servers in the order in which to try them.
     """
 
     body: bytes
@@ -71,12 +70,12 @@ class Part:
 
 
 def split(request: ScoreRequest, limits: Limits, urls: Sequence[str]) -> list[Part]:
-    """Parts within the limits, one at least. What exceeds them by itself is left for the server to refuse."""
-    waiting: dict[tuple[str, ...], list[_Piece]] = {}
+    """Split into parts within the limits, at least one. The server rejects single pieces beyond them."""
+    pieces_of: dict[tuple[str, ...], list[_Piece]] = {}
     for index, group in enumerate(request.groups):
         for piece in _pieces(index, group, limits, urls):
-            waiting.setdefault(piece.urls[:1], []).append(piece)
-    parts = [_part(request, batch) for pieces in waiting.values() for batch in _batches(pieces, limits)]
+            pieces_of.setdefault(piece.urls[:1], []).append(piece)
+    parts = [_part(request, batch) for pieces in pieces_of.values() for batch in _batches(pieces, limits)]
     return parts or [Part(_body(request, []), list(urls), [])]
 
 
@@ -88,17 +87,18 @@ def _pieces(index: int, group: Group, limits: Limits, urls: Sequence[str]) -> It
     step = limits.max_completions_per_group
     for first in range(0, max(1, len(completions)), step):
         own = completions[first : first + step]
-        # Escapes half surrogate pairs, which a policy may have written; pydantic refuses them.
+        # json escapes half surrogate pairs, which a policy may have written; pydantic rejects them.
         content = json.dumps({**fields, "completions": own}).encode()
         num_tokens = _num_tokens(fields["prompt"]) + sum(map(_num_tokens, own))
         yield _Piece(index, first, len(own), content, num_tokens, servers)
 
 
-def _num_tokens(given: Any) -> int:  # noqa: ANN401  # a prompt or a completion
-    """How many tokens it is, or at most has: no tokenizer makes more of a text than it has bytes."""
-    if isinstance(given, Mapping) and "token_ids" in given:
-        return len(given["token_ids"])
-    return len(given) if isinstance(given, str) and given.isascii() else len(json.dumps(given))
+def _num_tokens(text_or_ids: Any) -> int:  # noqa: ANN401  # a prompt or a completion
+    """Upper bound of the number of tokens: no tokenizer makes more tokens of a text than it has bytes."""
+    if isinstance(text_or_ids, Mapping) and "token_ids" in text_or_ids:
+        return len(text_or_ids["token_ids"])
+    is_ascii = isinstance(text_or_ids, str) and text_or_ids.isascii()
+    return len(text_or_ids if is_ascii else json.dumps(text_or_ids))
 
 
 def _batches(pieces: Sequence[_Piece], limits: Limits) -> Iterator[list[_Piece]]:
@@ -129,10 +129,10 @@ def _body(request: ScoreRequest, groups: Sequence[bytes]) -> bytes:
 
 
 def check(part: Part, answer: ScoreResponse) -> ScoreResponse:
-    """The answer, if it has a reward for every rollout.
+    """Check that the answer has a reward for every rollout, and return it.
 
     Raises:
-        TransportError: it has not.
+        TransportError: it does not.
     """
     counts = [len(score.rewards) for score in answer.groups]
     if counts != [piece.num_completions for piece in part.pieces]:
@@ -141,11 +141,11 @@ def check(part: Part, answer: ScoreResponse) -> ScoreResponse:
 
 
 def merge(request: ScoreRequest, parts: Sequence[Part], answers: Sequence[ScoreResponse]) -> ScoreResponse:
-    """One answer to the whole request.
+    """Merge the parts' answers into one.
 
     Raises:
         TransportError: the servers use different recipes.
-        PolicyVersionError: the policy changed while a group was scored in several parts.
+        PolicyVersionError: the policy changed between the parts of a group.
     """
     if len(answers) == 1:
         return answers[0]
@@ -162,7 +162,7 @@ def merge(request: ScoreRequest, parts: Sequence[Part], answers: Sequence[ScoreR
 
 def _joined(scores: list[tuple[int, GroupScore]]) -> GroupScore:
     ordered = [score for _, score in sorted(scores, key=lambda pair: pair[0])]
-    # Not by number: servers count for themselves, and weights that were sent again are the same weights.
+    # Not by number: each server has its own count, and weights that are sent again are the same weights.
     if len({(score.policy_version, score.adapter) for score in ordered}) > 1:
         raise PolicyVersionError("the policy changed while a group was scored in several parts")
     rewards = [reward for score in ordered for reward in score.rewards]
@@ -170,15 +170,15 @@ def _joined(scores: list[tuple[int, GroupScore]]) -> GroupScore:
 
 
 def relocated(error: ProblemError, part: Part) -> ProblemError:
-    """The same error, naming fields by their place in the whole request."""
+    """The same error, with the fields' locations in the whole request."""
     for field in error.errors:
-        field["location"] = _LOCATION.sub(lambda found: _place(found, part), field["location"], count=1)
+        field["location"] = _LOCATION.sub(lambda match: _location(match, part), field["location"], count=1)
     return error
 
 
-def _place(found: "re.Match[str]", part: Part) -> str:
-    if int(found[1]) >= len(part.pieces):
-        return found[0]
-    piece = part.pieces[int(found[1])]
-    completion = "" if found[2] is None else f".completions[{piece.first + int(found[2])}]"
+def _location(match: "re.Match[str]", part: Part) -> str:
+    if int(match[1]) >= len(part.pieces):
+        return match[0]
+    piece = part.pieces[int(match[1])]
+    completion = "" if match[2] is None else f".completions[{piece.first + int(match[2])}]"
     return f"groups[{piece.index}]{completion}"

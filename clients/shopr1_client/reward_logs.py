@@ -1,11 +1,11 @@
-"""A reward as flat numbers for a trainer's log."""
+"""Flat numbers of a reward for a trainer's log."""
 
 from collections.abc import Iterable
 
 from shopr1_client.wire import Reward
 
 PREFIX = "shopr1/"
-"""Before every key, in logs where others have theirs."""
+"""Prefix of every key, because trainers' logs have keys of others."""
 _DETAILS = (
     "self_certainty_nats",
     "has_self_certainty",

@@ -1,4 +1,4 @@
-"""One request and its answer: what the synchronous and the asynchronous client have in common."""
+"""HTTP details that both clients share: headers, timeouts, parsing of answers, errors, retries."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -18,41 +18,41 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _CONNECT_TIMEOUT_S = 10.0
 _TRANSIENT_STATUSES = frozenset({408, 429, 502, 503, 504})
-"""Of the service, and of gateways before it that cannot reach it."""
+"""Statuses of the service, and of gateways that cannot reach it."""
 
 
 class WrongUrlError(TransportError):
-    """The URL leads to no such service: its scheme is not HTTP's, or somebody else answered."""
+    """The URL is not one of this service: its scheme is not HTTP, or another server answered."""
 
 
 def timeout(timeout_s: float) -> httpx.Timeout:
-    # A pool that waits for its own connections is no failure of the server.
+    # Waiting for a connection of the client's own pool is not a failure of the server.
     return httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S), pool=None)
 
 
 def headers(api_key: str | None, timeout_s: float, run: str | None = None) -> dict[str, str]:
-    """Of every request. The service need not work on what this client will not wait for."""
-    given = {
+    """Headers of every request. The timeout lets the service drop work that the client gave up on."""
+    values = {
         "X-Request-Timeout": f"{timeout_s:g}",
         "Content-Type": "application/json",
         "Authorization": None if api_key is None else f"Bearer {api_key}",
         "X-Run-ID": run,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def failure(what: str, error: httpx.TransportError) -> TransportError:
-    """The error of a request that got no answer."""
+    """The error of a request without an answer."""
     error_class = WrongUrlError if isinstance(error, httpx.UnsupportedProtocol) else TransportError
     return error_class(f"{what}: {error!r}")
 
 
-def read(model: type[_Model], response: httpx.Response) -> _Model:
-    """The answer.
+def parse(model: type[_Model], response: httpx.Response) -> _Model:
+    """Parse an answer.
 
     Raises:
-        ProblemError: the subclass that the answer's problem code stands for.
-        WrongUrlError: it is no answer of this service.
+        ProblemError: the subclass of the answer's problem code.
+        WrongUrlError: not an answer of this service.
     """
     if not response.is_success:
         raise _problem(response)
@@ -63,10 +63,10 @@ def read(model: type[_Model], response: httpx.Response) -> _Model:
 
 
 def backoff(error: Exception) -> bool | float:
-    """Whether to try again, and in how many seconds, where the service says so (a hook for stamina).
+    """Whether to retry, and after how many seconds if the service specifies it (a hook for stamina).
 
-    What the service refuses it will always refuse; that it was too slow is the caller's business. How long to
-    wait for a version stands in the request (`wait_s`).
+    Rejections are permanent, and a missed deadline is left to the caller. Waiting for a version is part of
+    the request (`wait_s`).
     """
     if isinstance(error, PolicyVersionError):
         return False

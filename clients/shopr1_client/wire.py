@@ -1,18 +1,13 @@
-"""What travels over HTTP, as pydantic models. The one definition for server, client and `openapi.yaml`.
+"""Pydantic models of requests and answers, shared by server, client and `openapi.yaml`.
 
-A request is group-shaped because GRPO samples many completions from one prompt: the prompt travels, is
-tokenised and is computed once. A lone rollout is a group of one.
+A request consists of groups because GRPO samples many completions from one prompt: the prompt is sent,
+tokenised and computed once. A single rollout is a group of one. Weights and versions are in `wire_policy.py`.
 """
 
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    StrictInt,
-    Tag,
-)
+from pydantic import Field, StrictInt, Tag
 
 from shopr1_client.wire_base import (
     MESSAGES,
@@ -23,6 +18,7 @@ from shopr1_client.wire_base import (
     AnswerModel,
     RequestModel,
     UnicodeText,
+    by_type,
 )
 from shopr1_client.wire_policy import AdapterName, VersionDemand
 
@@ -30,13 +26,13 @@ TokenId = Annotated[StrictInt, Field(ge=0)]
 
 
 class TokenIds(RequestModel):
-    """Token ids of the policy's tokenizer. The primary form: re-tokenising text drifts."""
+    """Token ids of the policy's tokenizer. The preferred form: re-tokenising text can give other ids."""
 
     token_ids: list[TokenId]
 
 
 class Text(RequestModel):
-    """The same as a bare string. What a policy wrote may be no valid text: that is a format error."""
+    """Equivalent to a plain string. Text that is not valid Unicode is a format error, not a bad request."""
 
     text: str
 
@@ -48,116 +44,69 @@ class Message(RequestModel):
     content: UnicodeText
 
 
-def _prompt_kind(value: object) -> str | None:
-    match value:
-        case str():
-            return STRING
-        case list():
-            return MESSAGES
-        case dict() | TokenIds():
-            return TOKEN_IDS
-        case _:
-            return None
-
-
-def _completion_kind(value: object) -> str | None:
-    match value:
-        case str():
-            return STRING
-        case {"text": _} | Text():
-            return TEXT
-        case dict() | TokenIds():
-            return TOKEN_IDS
-        case _:
-            return None
-
-
-def _truth_kind(value: object) -> str | None:
-    match value:
-        case str():
-            return STRING
-        case dict():
-            return OBJECT
-        case _:
-            return None
-
-
-def _demand_kind(value: object) -> str | None:
-    match value:
-        case str():
-            return STRING
-        case dict() | VersionDemand():
-            return OBJECT
-        case _:
-            return None
-
-
 Prompt = Annotated[
     Annotated[UnicodeText, Tag(STRING)]
     | Annotated[list[Message], Tag(MESSAGES)]
     | Annotated[TokenIds, Tag(TOKEN_IDS)],
-    Discriminator(
-        _prompt_kind,
-        custom_error_type="prompt_kind",
-        custom_error_message='must be a string, a list of messages or {"token_ids": […]}',
+    by_type(
+        {STRING: str, MESSAGES: list, TOKEN_IDS: (dict, TokenIds)},
+        "prompt_kind",
+        'must be a string, a list of messages or {"token_ids": […]}',
     ),
 ]
 Completion = Annotated[
     Annotated[str, Tag(STRING)] | Annotated[Text, Tag(TEXT)] | Annotated[TokenIds, Tag(TOKEN_IDS)],
-    Discriminator(
-        _completion_kind,
-        custom_error_type="completion_kind",
-        custom_error_message='must be a string, {"text": "…"} or {"token_ids": […]}',
+    by_type(
+        {STRING: str, TEXT: Text, TOKEN_IDS: (dict, TokenIds)},
+        "completion_kind",
+        'must be a string, {"text": "…"} or {"token_ids": […]}',
+        text_key=True,
     ),
 ]
 GroundTruth = Annotated[
     Annotated[dict[str, Any], Tag(OBJECT)] | Annotated[str, Tag(STRING)],
-    Discriminator(
-        _truth_kind,
-        custom_error_type="ground_truth_kind",
-        custom_error_message="must be an object or a JSON string",
-    ),
+    by_type({STRING: str, OBJECT: dict}, "ground_truth_kind", "must be an object or a JSON string"),
 ]
 Demand = Annotated[
     Annotated[str, Tag(STRING)] | Annotated[VersionDemand, Tag(OBJECT)],
-    Discriminator(
-        _demand_kind,
-        custom_error_type="policy_version_kind",
-        custom_error_message="must be a version's name or an object",
+    by_type(
+        {STRING: str, OBJECT: (dict, VersionDemand)},
+        "policy_version_kind",
+        "must be a version's name or an object",
     ),
 ]
 
 
 class Include(StrEnum):
-    """What an answer holds on demand."""
+    """Optional parts of an answer."""
 
     TOKENS = "tokens"
-    """`details.tokens`: the value of every token that was measured."""
+    """`details.tokens`: the value of every measured token."""
     TOKEN_IDS = "token_ids"
-    """`prompt_token_ids` and `details.completion_token_ids`: the ids that were used."""
+    """`prompt_token_ids` and `details.completion_token_ids`: the ids that the policy was given."""
 
 
 class Group(RequestModel):
-    """One prompt, the human's action, and the completions that a policy sampled."""
+    """A prompt, the human's action, and the completions that a policy sampled."""
 
     id: Annotated[UnicodeText | None, Field(description="Echoed in the answer.")] = None
     prompt: Annotated[
         Prompt,
         Field(
             description=(
-                "A string is used as it is, already templated: no special token is added. Messages go "
-                "through the policy's chat template with the generation prompt. Token ids are taken as given."
+                "A string is used unchanged, already templated: no special token is added. Messages pass "
+                "through the policy's chat template with the generation prompt. Token ids are used unchanged."
             )
         ),
     ]
     ground_truth: Annotated[
         GroundTruth,
-        Field(description="The human's action, as an object or as the same in a JSON string."),
+        Field(description="The human's action as an object, or as a string with this JSON."),
     ]
     completions: Annotated[
         list[Completion],
         Field(
-            description="Text is tokenised on its own, without special tokens, and appended to the prompt."
+            description="Text is tokenised separately, without special tokens, and appended to the prompt."
         ),
     ]
 
@@ -169,39 +118,41 @@ class ScoreRequest(RequestModel):
     groups: list[Group]
     policy_version: Annotated[
         Demand | None,
-        Field(description="Score with this version of the policy, or one that is new enough, or answer 409."),
+        Field(description="Score with this version of the policy, or with one that is new enough; else 409."),
     ] = None
     adapter: Annotated[
         AdapterName | None,
-        Field(description="Score with this LoRA adapter; `base`: with none. Default: the service's default."),
+        Field(
+            description="Score with this LoRA adapter; `base`: without any. Default: the service's default."
+        ),
     ] = None
     include: list[Include] = []  # noqa: RUF012  # pydantic copies it
 
 
 class Status(StrEnum):
-    """Whether there is a reward."""
+    """Whether the rollout has a reward."""
 
     SCORED = "scored"
     UNSCORABLE = "unscorable"
 
 
 class Reason(StrEnum):
-    """Why a rollout has no reward."""
+    """Reason why a rollout has no reward."""
 
     SEQUENCE_TOO_LONG = "sequence_too_long"
-    """Prompt and completion are longer than the policy's limit."""
+    """Prompt and completion together exceed the policy's limit."""
     NON_FINITE_LOGITS = "non_finite_logits"
-    """The policy answered with NaN or infinite logits."""
+    """The policy returned NaN or infinite logits."""
     NO_CONTEXT = "no_context"
-    """The first token has nothing before it that could predict it: the prompt is empty."""
+    """The prompt is empty, so that no distribution predicts the first token."""
     OUT_OF_MEMORY = "out_of_memory"
-    """The device's memory did not suffice, also not in smaller parts."""
+    """The device ran out of memory, even with a smaller batch."""
     ENGINE_FAILURE = "engine_failure"
-    """The forward failed; the service's log says how."""
+    """The forward failed; the error is in the service's log."""
 
 
 class TokenCertainty(AnswerModel):
-    """One measured token."""
+    """A measured token."""
 
     index: Annotated[int, Field(description="Position among the completion's tokens.")]
     token_id: int
@@ -211,37 +162,39 @@ class TokenCertainty(AnswerModel):
 
 
 class Details(AnswerModel):
-    """Why the reward is what it is."""
+    """Explanation of a reward."""
 
-    format_error: Annotated[str | None, Field(description="Code of what is wrong with the output.")]
-    format_message: Annotated[str | None, Field(description="The same in words.")]
+    format_error: Annotated[
+        str | None, Field(description="Error code of the output; null if its format is valid.")
+    ]
+    format_message: Annotated[str | None, Field(description="The error in words.")]
     predicted_action: Annotated[
-        dict[str, str] | None, Field(description="The action as parsed; null where the format is invalid.")
+        dict[str, str] | None, Field(description="The parsed action; null if the format is invalid.")
     ]
     unknown_action_type: bool
     missing_attributes: Annotated[
         list[str], Field(description="Absent or empty attributes of the predicted type.")
     ]
-    extra_keys: Annotated[list[str], Field(description="Keys that an answer need not have, as paths.")]
+    extra_keys: Annotated[list[str], Field(description="Paths of keys that the format does not have.")]
     similarity: Annotated[
         dict[str, float | None],
-        Field(description="ROUGE-L F1 per attribute, before the threshold; null where not compared."),
+        Field(description="ROUGE-L F1 per attribute, before the threshold; null if not compared."),
     ]
     type_match: Annotated[bool, Field(description="The action's type is the human's.")]
     exact_match: Annotated[bool, Field(description="Type and all attributes equal the human's.")]
     self_certainty_nats: Annotated[
         float | None,
-        Field(
-            description="Mean over the measured tokens, in nats (eq3: nats / V); null where there is none."
-        ),
+        Field(description="Mean over the measured tokens, in nats (eq3: nats / V); null if there is none."),
     ]
-    num_rationale_tokens: Annotated[int, Field(description="How many tokens were to be measured.")]
-    tokens: Annotated[list[TokenCertainty] | None, Field(description="On `include: [tokens]`.")] = None
-    completion_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
+    num_rationale_tokens: Annotated[int, Field(description="Number of tokens to measure.")]
+    tokens: Annotated[list[TokenCertainty] | None, Field(description="With `include: [tokens]`.")] = None
+    completion_token_ids: Annotated[list[int] | None, Field(description="With `include: [token_ids]`.")] = (
+        None
+    )
 
 
 class Reward(AnswerModel):
-    """What one completion earned."""
+    """The reward of a completion."""
 
     reward: Annotated[float | None, Field(description="Null if and only if the status is `unscorable`.")]
     status: Status
@@ -252,7 +205,7 @@ class Reward(AnswerModel):
         Field(
             description=(
                 "The terms of the reward by name, each already weighted: in this order they sum to it. The "
-                "recipe declares the names. Null where a term could not be measured."
+                "recipe declares the names. Null if a term could not be measured."
             )
         ),
     ]
@@ -263,22 +216,24 @@ class GroupScore(AnswerModel):
     """The rewards of a group, in the order of its completions."""
 
     id: str | None
-    policy_version: Annotated[str, Field(description="Of the weights that scored this group.")]
-    policy_number: Annotated[int, Field(description="The same version, counted since the service started.")]
-    adapter: Annotated[str | None, Field(description="That scored this group; null: none.")] = None
+    policy_version: Annotated[str, Field(description="Version of the weights that scored this group.")]
+    policy_number: Annotated[
+        int, Field(description="Number of this version, counted from the service's start.")
+    ]
+    adapter: Annotated[str | None, Field(description="Adapter that scored this group; null: none.")] = None
     rewards: list[Reward]
-    prompt_token_ids: Annotated[list[int] | None, Field(description="On `include: [token_ids]`.")] = None
+    prompt_token_ids: Annotated[list[int] | None, Field(description="With `include: [token_ids]`.")] = None
 
 
 class RecipeRef(AnswerModel):
-    """Which recipe."""
+    """Name and digest of a recipe."""
 
     name: str
-    digest: Annotated[str, Field(description="sha256 over every number and choice of the recipe.")]
+    digest: Annotated[str, Field(description="SHA-256 of every number and choice of the recipe.")]
 
 
 class PolicyRef(AnswerModel):
-    """Which policy. If it changed while the request was scored, the newest that scored a group of it."""
+    """Version of the policy. If it changed during the request, the newest version that scored a group."""
 
     model: str
     version: str
@@ -296,7 +251,7 @@ class ScoreResponse(AnswerModel):
 
 
 class Limits(AnswerModel):
-    """What a request may hold."""
+    """Limits of a request."""
 
     max_body_bytes: int
     max_groups: int
@@ -309,14 +264,16 @@ class PolicyInfo(AnswerModel):
 
     model: str
     version: str
-    number: Annotated[int, Field(description="Counts every change of the weights, from 0.")]
+    number: Annotated[int, Field(description="Number of changes of the weights, from 0.")]
     architecture: str
     dtype: str
     device: str
     num_head_rows: Annotated[int, Field(description="V of `vocabulary = head`.")]
     num_tokenizer_tokens: Annotated[int, Field(description="V of `vocabulary = tokenizer`.")]
     max_sequence_tokens: int
-    head: Annotated[str, Field(description="How logits are made from hidden states: `linear` or `module`.")]
+    head: Annotated[
+        str, Field(description="How logits are computed from hidden states: `linear` or `module`.")
+    ]
     forward: Annotated[
         str,
         Field(description="How prompts are shared: `shared_prefix`, `packed`, `expanded` or `independent`."),
@@ -324,7 +281,7 @@ class PolicyInfo(AnswerModel):
 
 
 class Info(AnswerModel):
-    """What this service is."""
+    """The service, its policy, limits and recipes."""
 
     version: str
     policy: PolicyInfo
@@ -334,7 +291,7 @@ class Info(AnswerModel):
 
 
 class Health(AnswerModel):
-    """A passed health check."""
+    """A successful health check."""
 
     status: Literal["live", "ready"]
 
@@ -346,15 +303,15 @@ class Problem(AnswerModel):
     title: str
     status: int
     detail: str
-    code: Annotated[str, Field(description="Stable name of the kind of error.")]
+    code: Annotated[str, Field(description="Stable code of the error.")]
     request_id: str | None
     errors: Annotated[
-        list["ProblemField"], Field(description="The bad fields, where the request is at fault.")
+        list["ProblemField"], Field(description="The invalid fields, if the request is at fault.")
     ]
 
 
 class ProblemField(AnswerModel):
-    """One bad field of a request."""
+    """An invalid field of a request."""
 
     location: str
     message: str

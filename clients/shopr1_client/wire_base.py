@@ -1,24 +1,25 @@
-"""What all models of requests, and all models of answers, have in common."""
+"""Base classes and types of the wire models."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator
 from pydantic_core import PydanticCustomError
 
 
 class RequestModel(BaseModel):
-    """A misspelt key must not silently become a default."""
+    """Base of requests: unknown keys are rejected, so that a misspelt one does not become a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class AnswerModel(BaseModel):
-    """What a newer service adds does not break an older client."""
+    """Base of answers: unknown keys are ignored, so that a newer service can add some."""
 
     model_config = ConfigDict(frozen=True)
 
 
-# Tags of unions appear in pydantic's error locations; the brackets tell them from keys of the request.
+# Tags of unions appear in pydantic's error locations; the brackets distinguish them from keys.
 STRING, NUMBER, MESSAGES, TEXT, TOKEN_IDS, OBJECT = _TAGS = (
     "<string>",
     "<number>",
@@ -34,8 +35,29 @@ def is_union_tag(part: str | int) -> bool:
     return part in _TAGS
 
 
+def by_type(
+    types: Mapping[str, type | tuple[type, ...]], code: str, message: str, *, text_key: bool = False
+) -> Discriminator:
+    """A discriminator that chooses the member of a union by the value's JSON type.
+
+    Args:
+        types: types per tag; a boolean is never a number.
+        code, message: the error of a value of any other type.
+        text_key: an object with the key `text` has the tag `TEXT`.
+    """
+
+    def tag(value: object) -> str | None:
+        if isinstance(value, bool):
+            return None
+        if text_key and isinstance(value, dict) and "text" in value:
+            return TEXT
+        return next((tag for tag, kinds in types.items() if isinstance(value, kinds)), None)
+
+    return Discriminator(tag, custom_error_type=code, custom_error_message=message)
+
+
 def _check_unicode(text: str) -> str:
-    # Python's JSON decoder lets half surrogate pairs through; nothing behind it can write them out again.
+    # Python's JSON decoder accepts half surrogate pairs, which cannot be encoded again.
     if not is_unicode(text):
         raise PydanticCustomError("unicode", "half a surrogate pair: not valid Unicode text")
     return text

@@ -1,4 +1,4 @@
-"""What a rollout is worth: the Shop-R1 reward, without HTTP and without a model.
+"""Rules of the reward, without HTTP and without a model.
 
 Only `shopr1_rewards.self_certainty` needs torch; it is not imported here.
 """

@@ -1,4 +1,4 @@
-"""Actions: what the policy predicted and what the human did, read against a recipe's action space."""
+"""The policy's and the human's actions, validated against a recipe's action space."""
 
 import json
 import reprlib
@@ -15,7 +15,7 @@ from shopr1_rewards.strict_json import check_text, load
 
 @dataclass(frozen=True)
 class Action:
-    """A type and the attributes that go with it."""
+    """A type and its attributes."""
 
     type: str
     attributes: Mapping[str, str]
@@ -27,12 +27,12 @@ class Action:
 
 @dataclass(frozen=True)
 class PredictedAction:
-    """The policy's action and its flaws, none of which invalidates the format by itself.
+    """The policy's action and its flaws. The recipe decides whether a flaw invalidates the format.
 
     Attributes:
         is_known_type: whether the action space has the type.
         missing_attributes: attributes of the type that are absent or empty.
-        extra_keys: paths of keys that the answer need not have, such as `action.confidence`.
+        extra_keys: paths of keys that the format does not have, such as `action.confidence`.
     """
 
     action: Action
@@ -44,9 +44,9 @@ class PredictedAction:
 def read_prediction(
     envelope: Envelope, space: ActionSpace, rules: FormatRecipe
 ) -> PredictedAction | FormatFailure:
-    """The action in an answer, or why the answer is invalid after all."""
+    """The action of an answer, or the reason why the answer is invalid."""
     action_type = space.types.get(envelope.action_type)
-    # An unknown type has no attributes to go by: whatever text it carries is reported as they come.
+    # The attributes of an unknown type are unknown: all its text fields are reported.
     names = list(action_type.attributes if action_type else _text_fields(envelope))
     attributes = {name: envelope.fields[name] for name in names if name in envelope.fields}
     for name, value in attributes.items():
@@ -82,10 +82,10 @@ def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailur
 
 
 def read_ground_truth(value: str | Mapping[str, Any], space: ActionSpace) -> Action:
-    """The human's action from an object, or from the same as a JSON string.
+    """The human's action from an object or from a JSON string.
 
-    Every attribute of its type must be there, as a string, which may be empty. Keys besides them are
-    left alone: data sets carry more about an action than its type and attributes.
+    Every attribute of its type is required, as a string, which may be empty. Other keys are ignored: data
+    sets have more about an action than its type and attributes.
 
     Raises:
         GroundTruthError: not an action of this action space; `field` names the key.

@@ -1,13 +1,13 @@
-"""Reading a completion: one JSON object with a rationale and an action.
+"""Parser of completions: one JSON object with a rationale and an action.
 
     {"rationale": "<why>", "action": {"type": "<type>", "<attribute>": "<value>", …}}
 
-Keys come in any order. What a policy may write wrong has a name (`FormatError`); nothing it writes
-raises. The parser knows JSON and the envelope only: which types and attributes exist is the action
-space's business (`actions.py`).
+Keys are in any order. Every error of a policy has a code (`FormatError`), and no completion raises an
+exception. The parser knows JSON and the envelope only; `actions.py` knows the action space's types and
+attributes.
 
-It walks the members of the outer object itself, because it must know *where* the rationale's characters
-stand in the raw text.
+It scans the members of the outer object itself, because it needs the *position* of the rationale's
+characters in the raw text.
 """
 
 import json
@@ -30,16 +30,16 @@ from shopr1_rewards.strict_json import (
 _T = TypeVar("_T")
 
 MAX_CANDIDATES = 64
-"""How many objects tolerant reading tries before it gives up, so that its time stays linear in the text."""
+"""Maximum number of objects that tolerant reading tries, which keeps its time linear in the text."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A completion that has the right shape.
+    """The content of a well-formed completion.
 
     Attributes:
         rationale: the decoded rationale.
-        rationale_span: where its content stands in the raw completion: between the quotes, escapes as
+        rationale_span: position of its content in the raw completion: between the quotes, with escapes as
             written.
         action_type: the action's `type`.
         fields: the action's other members, of any JSON type.
@@ -54,7 +54,7 @@ class Envelope:
 
 
 def strip_end(text: str, end_tokens: Sequence[str] = ()) -> str:
-    """`text` without the white space and end-of-turn tokens at its end; what is left keeps its positions.
+    """`text` without trailing white space and end-of-turn tokens; positions in it do not change.
 
     >>> strip_end("{}<|im_end|> ", ["<|im_end|>"])
     '{}'
@@ -67,9 +67,9 @@ def strip_end(text: str, end_tokens: Sequence[str] = ()) -> str:
 
 
 def parse_strict(text: str, end_tokens: Sequence[str] = ()) -> Envelope | FormatFailure:
-    """Read a completion that must be exactly one JSON object.
+    """Parse a completion that must be exactly one JSON object.
 
-    White space around it and the policy's `end_tokens` behind it do not count.
+    White space around it and the policy's `end_tokens` after it are ignored.
 
     >>> parse_strict('{"rationale": "why", "action": {"type": "terminate"}}').rationale_span
     Span(start=15, end=18)
@@ -92,9 +92,9 @@ def parse_strict(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Format
 
 
 def parse_tolerant(text: str, end_tokens: Sequence[str] = ()) -> Envelope | FormatFailure:
-    """Read the first valid answer in a completion, past code fences and chatter around it.
+    """Parse the first valid answer in a completion, ignoring code fences and text around it.
 
-    Without one, the failure is that of the first object that could be made out.
+    If there is none, the failure is that of the first object.
 
     >>> parse_tolerant('Sure! {"rationale": "why", "action": {"type": "terminate"}} Bye.').action_type
     'terminate'
@@ -107,7 +107,7 @@ def parse_tolerant(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Form
             return _parse_envelope(text, start)[0]
         except InvalidFormatError as exception:
             failures.append(exception.failure)
-            # Nothing before the point of failure is read again.
+            # No text before the error is parsed again.
             start = text.find("{", max(exception.position, start + 1))
     if not failures:
         error = FormatError.NO_OBJECT if text else FormatError.EMPTY
@@ -116,7 +116,7 @@ def parse_tolerant(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Form
 
 
 def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
-    """The envelope that begins at `start`, and the position behind it."""
+    """The envelope that begins at `start`, and the position after it."""
     check_depth(text, start)
     try:
         members, end = scan_members(text, start)
@@ -130,7 +130,7 @@ def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
 
 
 def _not_an_object(text: str, start: int) -> InvalidFormatError:
-    """Tell a JSON value that is no object from chatter around one and from no JSON at all."""
+    """Distinguish a JSON value that is not an object, text around an object, and text without JSON."""
     try:
         check_depth(text, start)
         _, end = DECODER.raw_decode(text, start)
@@ -146,8 +146,8 @@ def _not_an_object(text: str, start: int) -> InvalidFormatError:
 
 
 def _syntax_error(error: json.JSONDecodeError) -> InvalidFormatError:
-    what = error.msg.removesuffix(" at")  # some of the scanner's messages end so, some do not
-    return InvalidFormatError(FormatError.INVALID_JSON, f"{what} at character {error.pos}", error.pos)
+    message = error.msg.removesuffix(" at")  # the suffix of some of the scanner's messages
+    return InvalidFormatError(FormatError.INVALID_JSON, f"{message} at character {error.pos}", error.pos)
 
 
 def _envelope(members: dict[str, Member]) -> Envelope:

@@ -1,11 +1,11 @@
-"""What can be wrong with a *configuration* of the reward.
+"""Errors in the *configuration* of the reward.
 
     RewardsError
     ├── RecipeError        a recipe file that cannot be read or is not valid
     └── GroundTruthError   a ground truth that the recipe's action space does not describe
 
-What can be wrong with a *completion* is no exception: it is a `FormatError` code on the parsed
-completion (`completion.py`), because a policy that writes nonsense is data, not a failure.
+Errors in a *completion* are not exceptions but `FormatError` codes of the parsed completion
+(`completion.py`), because a policy that writes nonsense is data, not a failure.
 """
 
 
@@ -21,7 +21,7 @@ class GroundTruthError(RewardsError):
     """The human's action is not an action of the recipe's action space.
 
     Attributes:
-        field: the offending key of the ground truth, or `None` where the whole of it is meant.
+        field: the invalid key of the ground truth, or None if it is invalid as a whole.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:

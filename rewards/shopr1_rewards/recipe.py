@@ -1,11 +1,11 @@
 """Recipes: every number and choice of a reward in one frozen, validated TOML file.
 
-A recipe that ships with the package is loaded by name, your own by path:
+A recipe of the package is loaded by name, your own by path:
 
 >>> load_recipe("shop_r1").self_certainty.alpha
 0.005
 
-The digest of a recipe stands in every answer, so that a logged reward can be traced to its numbers.
+Every answer has the digest of its recipe, so that a logged reward can be traced to its numbers.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 class Component(StrEnum):
     """Name of a term of the reward."""
 
-    # `terms.py` has the rule of each, and says how to add one.
+    # `terms.py` has the rule of each, and describes how to add one.
 
     FORMAT = "format"
     ACTION_TYPE = "action_type"
@@ -51,30 +51,30 @@ class Component(StrEnum):
 
 
 class Reading(StrEnum):
-    """What counts as the answer in a completion."""
+    """How to find the answer in a completion."""
 
     STRICT = "strict"
     TOLERANT = "tolerant"
 
 
 class OnFlaw(StrEnum):
-    """What a flaw in a well-formed answer costs."""
+    """Effect of a flaw in a well-formed answer."""
 
     ACCEPT = "accept"
-    """What is missing earns nothing; the format stays valid."""
+    """A missing part earns nothing; the format stays valid."""
     REJECT = "reject"
     """The format is invalid."""
 
 
 class Threshold(StrEnum):
-    """Whether a similarity exactly at the threshold passes."""
+    """Whether a similarity equal to the threshold passes."""
 
     EXCLUSIVE = "exclusive"
     INCLUSIVE = "inclusive"
 
 
 class Divergence(StrEnum):
-    """What self-certainty measures, per token, in nats (`eq3`: nats / V)."""
+    """Self-certainty of a token, in nats (`eq3`: nats / V)."""
 
     KL_U_P = "kl_u_p"
     KL_P_U = "kl_p_u"
@@ -82,28 +82,28 @@ class Divergence(StrEnum):
 
 
 class SpanChoice(StrEnum):
-    """Which tokens self-certainty is averaged over."""
+    """Tokens over which self-certainty is averaged."""
 
     RATIONALE = "rationale"
     COMPLETION = "completion"
 
 
 class Position(StrEnum):
-    """Which distribution belongs to a token."""
+    """Distribution that belongs to a token."""
 
     PREDICT = "predict"
-    """The one that predicts it, from everything before it."""
+    """The distribution that predicts the token from everything before it."""
     SHIFTED = "shifted"
-    """The one after it, as in Kang et al.'s and open-r1-intuitor's code."""
+    """The next distribution, as in Kang et al.'s and open-r1-intuitor's code."""
 
 
 class Vocabulary(StrEnum):
-    """What V counts."""
+    """Definition of V."""
 
     HEAD = "head"
     """All rows of the language-model head."""
     TOKENIZER = "tokenizer"
-    """The tokenizer's tokens: leaves out padding rows of the head."""
+    """The tokenizer's tokens, without padding rows of the head."""
 
 
 class _Part(BaseModel):
@@ -111,7 +111,7 @@ class _Part(BaseModel):
 
 
 class FormatRecipe(_Part):
-    """The format reward and what it asks for."""
+    """The format reward and its conditions."""
 
     reward: Weight
     reading: Reading = Reading.STRICT
@@ -121,21 +121,21 @@ class FormatRecipe(_Part):
 
 
 class SimilarityRecipe(_Part):
-    """How attribute values are compared."""
+    """Comparison of attribute values."""
 
     tokenizer: Tokenizer = Tokenizer.UNICODE
     threshold: Fraction = 0.75
     threshold_is: Threshold = Threshold.EXCLUSIVE
 
     def thresholded(self, similarity: float) -> float:
-        """R(x): the similarity where it passes the threshold, else 0."""
+        """R(x): the similarity if it passes the threshold, else 0."""
         inclusive = self.threshold_is is Threshold.INCLUSIVE
         passes = similarity >= self.threshold if inclusive else similarity > self.threshold
         return similarity if passes else 0.0
 
 
 class SelfCertaintyRecipe(_Part):
-    """What self-certainty is and what it weighs. `alpha = 0` turns the policy's forward off."""
+    """Definition and weight of self-certainty. `alpha = 0` turns the policy's forward off."""
 
     alpha: Weight
     divergence: Divergence = Divergence.KL_U_P
@@ -145,7 +145,7 @@ class SelfCertaintyRecipe(_Part):
     vocabulary: Vocabulary = Vocabulary.HEAD
 
 
-# Tags of unions appear in pydantic's error locations; the brackets tell them from keys of the file.
+# Tags of unions appear in pydantic's error locations; the brackets distinguish them from keys.
 _NUMBER, _DARS = "<number>", "<dars>"
 
 ValueWeight = Annotated[
@@ -155,7 +155,7 @@ ValueWeight = Annotated[
 
 
 class AttributeRecipe(_Part):
-    """What an attribute earns: `presence` when it is not empty, `value · R(x)` when it is alike."""
+    """Reward of an attribute: `presence` if it is not empty, plus `value · R(x)`."""
 
     presence: Weight = 0.0
     value: ValueWeight = 0.0
@@ -163,7 +163,7 @@ class AttributeRecipe(_Part):
 
 
 class ActionTypeRecipe(_Part):
-    """What an action of this type earns, and its attributes. The human's action has all of them."""
+    """Reward of an action type, and its attributes. The human's action has all of them."""
 
     reward: Weight
     attributes: dict[str, AttributeRecipe] = {}
@@ -177,7 +177,7 @@ class ActionTypeRecipe(_Part):
 
 
 class ActionSpace(_Part):
-    """The actions there are."""
+    """The possible actions."""
 
     dars: Weight
     types: Annotated[dict[Annotated[str, Field(min_length=1)], ActionTypeRecipe], Field(min_length=1)]
@@ -203,7 +203,7 @@ _SHOP_R1 = tuple(Component)
 
 
 class Recipe(_Part):
-    """A complete reward. Frozen; see `recipes/shop_r1.toml` for what each number means."""
+    """A complete reward. Frozen; `recipes/shop_r1.toml` explains each number."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     source: str = ""
@@ -218,7 +218,7 @@ class Recipe(_Part):
     def digest(self) -> str:
         """`sha256:` of the recipe's canonical JSON, defaults filled in, without `source`.
 
-        Shop-R1's components are left out: recipes had no others, and no list of them, before.
+        Without Shop-R1's components, too: recipes once had no list of them, and keep their digests.
         """
         excluded = {"source", "components"} if self.components == _SHOP_R1 else {"source"}
         content = self.model_dump(mode="json", exclude=excluded)
@@ -227,16 +227,16 @@ class Recipe(_Part):
 
 
 def recipe_names() -> tuple[str, ...]:
-    """The recipes that ship with the package."""
+    """Names of the package's recipes."""
     files = _shipped().iterdir()
     return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The shipped recipe of this name, or the one in this TOML file.
+    """The package's recipe of this name, or the recipe in this TOML file.
 
     Raises:
-        RecipeError: there is no such recipe, or it is not valid; the message names file and key.
+        RecipeError: there is no such recipe, or it is invalid; the message names file and key.
     """
     if name_or_path in recipe_names():
         return parse_recipe((_shipped() / f"{name_or_path}.toml").read_text("utf-8"), name_or_path)
@@ -251,12 +251,12 @@ def _read(name_or_path: str) -> str:
         raise RecipeError(f"no recipe {name_or_path!r}: neither a file nor one of {known}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name_or_path}: {error}") from error
-    except (OSError, ValueError) as error:  # not readable; not a possible name of a file
+    except (OSError, ValueError) as error:  # not readable; not a valid file name
         raise RecipeError(f"{name_or_path!r}: {error}") from error
 
 
 def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
-    """A recipe from TOML text; `origin` stands in error messages.
+    """A recipe from TOML text; error messages begin with `origin`.
 
     Raises:
         RecipeError: not TOML, an unknown or missing key, or an impossible value.

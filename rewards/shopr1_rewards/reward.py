@@ -4,19 +4,19 @@ Shop-R1's (arXiv 2507.17842, Table 1):
 
     reward = format + action_type + attribute + value + self_certainty
 
-    format          what the recipe gives for valid output, else 0; where it is 0, all the rest is 0
-    action_type     what the recipe gives for the true type, if the predicted type is the true one
+    format          the recipe's reward of valid output; in invalid format all components are 0
+    action_type     the recipe's reward of the true type, if it is predicted
     attribute       Σ over the type's attributes: its `presence` weight, if the predicted one is not empty
     value           Σ over the type's attributes: its `value` weight · R(predicted, true)
     self_certainty  alpha · s,  s in nats per token (`self_certainty.py`)
 
-    R(x, y) = ROUGE-L F1(x, y) where that passes the threshold, else 0
+    R(x, y) = ROUGE-L F1(x, y) if that passes the threshold, else 0
 
 Attribute and value are earned only when the type is right. Each component is already weighted, so that they
 sum to the reward. `terms.py` has their rules.
 
-There are two halves, because only the second needs a model: `judge` applies the rules to the text and says
-where self-certainty is to be measured; `Judgement.components` adds the measured terms.
+There are two steps, because only the second needs a model: `judge` applies the rules to the text and finds
+the span of self-certainty; `Judgement.components` adds the measured terms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,13 +64,13 @@ class Judgement:
 
 
 def judge(completion: str, truth: Action, recipe: Recipe, end_tokens: Sequence[str] = ()) -> Judgement:
-    """Apply a recipe's rules to one completion. Never raises on what the completion says.
+    """Apply a recipe's rules to a completion. Never raises an exception because of its text.
 
     Args:
         completion: the raw text of the policy's answer.
         truth: the human's action (`read_ground_truth`).
         recipe: the rules.
-        end_tokens: the policy's end-of-turn and padding tokens, which do not count at the end.
+        end_tokens: the policy's end-of-turn and padding tokens, which are ignored at the end.
 
     >>> from shopr1_rewards import load_recipe, measured_terms, total
     >>> answer, recipe = '{"rationale": "Too dear.", "action": {"type": "terminate"}}', load_recipe("shop_r1")

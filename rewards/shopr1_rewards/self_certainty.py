@@ -141,7 +141,7 @@ def divergences(
     Args:
         hidden_T_H: the hidden state whose logits predict each token, [T, H], T may be 0.
         head: the policy's head.
-        divergence: which; see the module.
+        divergence: definition; the formulas are at the top of this module.
         temperature: divides the logits, after the head's own softcap.
         num_vocab: V; the head's first `num_vocab` entries count. Default: all of them.
 

@@ -1,4 +1,4 @@
-r"""How alike two attribute values are: ROUGE-L F1 (Lin 2004) over a declared tokenisation.
+r"""Similarity of two attribute values: ROUGE-L F1 (Lin 2004) over a declared tokenisation.
 
     ROUGE-L F1(x, y) = 2 · LCS(x, y) / (|x| + |y|)        in [0, 1]; 0 if either has no token
 
@@ -17,8 +17,8 @@ from rapidfuzz.distance import LCSseq
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 
-# Scripts that put no space between words: every character is a token of its own. Ranges of the
-# Unicode blocks Thai, Lao, Tibetan, Myanmar, Khmer, Kana and the Han ideographs with their extensions.
+# Scripts without spaces between words, in which every character is a token: the Unicode blocks Thai, Lao,
+# Tibetan, Myanmar, Khmer, Kana and the Han ideographs with their extensions.
 _UNSPACED_RANGES = (
     (0x0E00, 0x0FFF),
     (0x1000, 0x109F),
@@ -33,14 +33,14 @@ _UNSPACED_RANGES = (
 
 
 class Tokenizer(StrEnum):
-    """How an attribute value is cut into tokens before ROUGE-L."""
+    """Tokenisation of attribute values for ROUGE-L."""
 
     UNICODE = "unicode"
     """Case-folded words of any script; Han, Kana, Thai … by character. Equal to `rouge_score` on ASCII."""
     ROUGE_SCORE = "rouge_score"
     """Google's `rouge_score` without stemming: runs of a-z and 0-9. Drops every other script."""
     WHITESPACE = "whitespace"
-    """Split at white space, case and punctuation kept."""
+    """Split at white space, with case and punctuation."""
     EXACT = "exact"
     """The whole value is one token: 1 if equal, else 0."""
 
@@ -58,7 +58,7 @@ def _char_kind(char: str) -> _CharKind:
     category = unicodedata.category(char)
     if category.startswith("M"):
         return _CharKind.MARK
-    if category == "Cf":  # zero-width spaces and joiners, soft hyphens: pasted along, never meant
+    if category == "Cf":  # zero-width spaces and joiners, soft hyphens: copied, never intended
         return _CharKind.IGNORED
     if category[0] not in "LN":
         return _CharKind.BREAK
@@ -79,7 +79,7 @@ def _unicode_tokens(text: str) -> list[str]:
         if kind is _CharKind.BREAK:
             last = kind
         elif kind is _CharKind.MARK or (kind is last is _CharKind.WORD):
-            if last is not _CharKind.BREAK:  # a mark with nothing to stand on is dropped
+            if last is not _CharKind.BREAK:  # a mark without a base character is dropped
                 tokens[-1] += char
         else:
             tokens.append(char)
@@ -108,7 +108,7 @@ _TOKENIZERS: dict[Tokenizer, Callable[[str], list[str]]] = {
 
 
 def tokenize(text: str, tokenizer: Tokenizer = Tokenizer.UNICODE) -> list[str]:
-    """Cut `text` into the tokens that ROUGE-L compares.
+    """Split `text` into the tokens that ROUGE-L compares.
 
     >>> tokenize("nav_bar.search_input")
     ['nav', 'bar', 'search', 'input']
@@ -119,7 +119,7 @@ def tokenize(text: str, tokenizer: Tokenizer = Tokenizer.UNICODE) -> list[str]:
 
 
 def _lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
-    # rapidfuzz compares hashes; numbering the tokens first makes them exact.
+    # rapidfuzz compares hashes; numbers of tokens make the comparison exact.
     numbers: dict[str, int] = {}
     left_ids = [numbers.setdefault(token, len(numbers)) for token in left]
     right_ids = [numbers.setdefault(token, len(numbers)) for token in right]

@@ -1,7 +1,7 @@
-"""JSON as RFC 8259 has it, read by the standard library's scanner with its leniencies taken away.
+"""Strict JSON (RFC 8259), parsed by the standard library's scanner.
 
-No `NaN`, no duplicate keys, no half surrogate pairs, no nesting beyond `MAX_DEPTH`. Every refusal is a
-`InvalidFormatError`, or a `json.JSONDecodeError` for broken syntax.
+No `NaN`, no duplicate keys, no half surrogate pairs, no nesting beyond `MAX_DEPTH`. Errors are
+`InvalidFormatError`, or `json.JSONDecodeError` for invalid syntax.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from shopr1_rewards.format_error import FormatError, InvalidFormatError
 
 MAX_DEPTH = 64
-"""Deepest nesting that is read. An answer needs 2; a fixed limit keeps the verdict independent of the
-interpreter's recursion limit and of how deep the caller's stack is."""
+"""Maximum nesting. An answer needs 2; a fixed limit makes the result independent of the interpreter's
+recursion limit and of the depth of the caller's stack."""
 
 WHITESPACE = " \t\n\r"
 _SPACE = re.compile(rf"[{WHITESPACE}]*")
-# A string, closed or not, or a bracket outside of one.
+# A string, closed or not, or a bracket outside of strings.
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 
 def scan_members(text: str, start: int) -> tuple[dict[str, Member], int]:
-    """The members of the object that begins at `start`, and the position behind its closing brace."""
+    """The members of the object that begins at `start`, and the position after its closing brace."""
     members: dict[str, Member] = {}
     position = skip_space(text, start + 1)
     if text.startswith("}", position):
@@ -87,7 +87,7 @@ def check_depth(text: str, start: int) -> None:
 
 def _check_new(key: str, seen: Container[str]) -> None:
     if key in seen:
-        raise InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} stands twice")
+        raise InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} occurs twice")
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,14 +102,14 @@ def _refuse_constant(name: str) -> None:
     raise InvalidFormatError(FormatError.NON_FINITE_NUMBER, f"{name} is not a JSON number")
 
 
-# Numbers are never credited, so floats will do: int() refuses more than 4,300 digits.
+# Numbers earn nothing, so they are parsed as floats: int() rejects more than 4,300 digits.
 DECODER = json.JSONDecoder(
     object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_int=float
 )
 
 
 def check_text(value: object) -> None:
-    """Refuse half surrogate pairs in any key or string below `value`."""
+    """Reject half surrogate pairs in any key or string within `value`."""
     if isinstance(value, str) and (match := _SURROGATE.search(value)):
         message = f"half a surrogate pair (U+{ord(match.group()):04X})"
         raise InvalidFormatError(FormatError.LONE_SURROGATE, message)

@@ -250,7 +250,7 @@ def test_ground_truth_with_half_a_surrogate_pair(key: str) -> None:
         ("click", "not valid JSON: Expecting value"),
         ('{"type": "click", "name": "a"', "not valid JSON: Expecting ',' delimiter"),
         ('{"type": "terminate"} x', "not valid JSON: text after the JSON value, at character 21"),
-        ('{"type": "click", "name": "a", "name": "b"}', "not valid JSON: key 'name' stands twice"),
+        ('{"type": "click", "name": "a", "name": "b"}', "not valid JSON: key 'name' occurs twice"),
         ('{"type": "terminate", "x": NaN}', "not valid JSON: NaN is not a JSON number"),
         ('{"type": "terminate", "x": "\\ud800"}', "not valid JSON: half a surrogate pair"),
         ("[" * 10_000, "not valid JSON: nested deeper than 64 levels"),

@@ -232,7 +232,7 @@ def test_every_error_is_tested() -> None:
         (f"Sure! {ANSWER}", "text before the object"),
         (f" {ANSWER} Bye", f"text after the object, at character {len(ANSWER) + 1}"),
         ('{"a" 1}', "Expecting ':' at character 5"),
-        (with_extra('1, "extra": 1'), "key 'extra' stands twice"),
+        (with_extra('1, "extra": 1'), "key 'extra' occurs twice"),
         (with_extra("-Infinity"), "-Infinity is not a JSON number"),
         ("[" * 100, f"nested deeper than {MAX_DEPTH} levels at character {MAX_DEPTH}"),
         (with_rationale(r'"\ud83d"'), "half a surrogate pair (U+D83D)"),

@@ -1,4 +1,4 @@
-"""Tiny policies made in memory, and the slow way to every number that the engine gives.
+"""Tiny policies made in memory, and a slow reference for every number of the engine.
 
 Models are transformers' own classes with random weights, large enough that no distribution is near uniform.
 Tokenizers are trained on a few lines, and so small that they must cut characters of several bytes.
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram, WordPiece
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,7 +34,7 @@ from shopr1_service.settings import Settings
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """On models this small, threads only wait for each other."""
+    """Use one thread: on models this small, threads only wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -46,9 +46,9 @@ def one_thread() -> Iterator[None]:
 # --- tokenizers -------------------------------------------------------------------------------------
 
 NUM_TOKENS = 371
-"""Of the byte-level tokenizer. 256 bytes, 3 special tokens and 112 merges: most of CJK stays in pieces."""
+"""Tokens of the byte-level tokenizer: 256 bytes, 3 special ones, 112 merges. Most CJK characters are cut."""
 NUM_ROWS = 389
-"""Of every head, unless a family says otherwise: 18 rows are padding."""
+"""Rows of every head, unless a family says otherwise: 18 rows are padding."""
 
 _LINES = [
     '{"rationale": "I want the cheaper tea, the price is lower.", "action": {"type": "terminate"}}',
@@ -64,7 +64,7 @@ _CHAT_TEMPLATE = (
 
 @functools.cache
 def byte_level_json() -> str:
-    """A tokenizer.json like GPT-2's, Llama 3's and Qwen's: bytes, shown as printable characters."""
+    """A tokenizer.json like GPT-2's, Llama 3's and Qwen's: bytes, written as printable characters."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -87,12 +87,12 @@ def byte_level(*, normalizer: Any = None, chat_template: str = _CHAT_TEMPLATE) -
 
 
 def normalising() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that does not give its text back: `ﬁ` becomes `fi`, `A` becomes `a`."""
+    """A byte-level tokenizer that changes its text: `ﬁ` becomes `fi`, `A` becomes `a`."""
     return byte_level(normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]))
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """One like Llama 2's: words marked by `▁`, and bytes `<0xE8>` for what it has no piece for."""
+    """A tokenizer like Llama 2's: words are marked by `▁`, unknown characters become bytes like `<0xE8>`."""
     pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     trained = Tokenizer(BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizer
@@ -118,8 +118,30 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return _fast(tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
+def unigram() -> PreTrainedTokenizerFast:
+    """A tokenizer like T5's and Gemma's: Unigram, with `▁` and bytes for unknown characters."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", *"abcdefgh"]
+    tokenizer = Tokenizer(Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return _fast(tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """A tokenizer like BERT's: lower case, words and parts of words marked by `##`."""
+    pieces = ["[UNK]", "tea", "cheap", "##er"]
+    tokenizer = Tokenizer(WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return _fast(tokenizer, unk_token="[UNK]")
+
+
 def word_ends() -> PreTrainedTokenizerFast:
-    """One like GPT-1's: a token says whether it ends a word, and its text depends on the one before."""
+    """A tokenizer like GPT-1's: tokens mark ends of words, and a token's text depends on the one before."""
     tokenizer = Tokenizer(BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
@@ -151,7 +173,7 @@ def _shown_bytes() -> dict[str, int]:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
-    """What each token stands for, by the spelling of its piece and not by any decoder."""
+    """The bytes of each token, from the spelling of its piece and not from any decoder."""
     pieces = [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in ids]
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
     if "▁" not in tokenizer.get_vocab():
@@ -166,7 +188,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def slow_overlapping(tokens: Sequence[bytes], text: str, span: Span) -> list[int]:
-    """Which tokens have a byte of the span, from the bytes themselves."""
+    """Indices of the tokens that have a byte of the span, from the bytes themselves."""
     assert b"".join(tokens) == text.encode()
     start, end = len(text[: span.start].encode()), len(text[: span.end].encode())
     position, overlapping = 0, []
@@ -182,7 +204,7 @@ def slow_overlapping(tokens: Sequence[bytes], text: str, span: Span) -> list[int
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture, and how the service is expected to run it."""
+    """An architecture, and the head and forward strategy that the service should choose."""
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -391,14 +413,14 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **option
 
 @torch.no_grad()
 def _disturb(model: PreTrainedModel) -> None:
-    """Make biases and the weights of norms random too: at 0 and 1 nobody would miss them."""
+    """Make biases and the weights of norms random too: at 0 and 1 their loss would go unnoticed."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def llama4(**options: Any) -> PreTrainedModel:
-    """A layer that sees the chunk that a token lies in, and one that sees all and knows no positions."""
+    """A layer with chunked attention, and one with full attention and no positions."""
     sizes = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
     layers = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
     model = tiny_model("llama4_text", **{**sizes, **layers, **options})
@@ -418,12 +440,21 @@ def model_of(name: str) -> PreTrainedModel:
     return tiny_model(FAMILIES[name].kind, **FAMILIES[name].options)
 
 
+@functools.cache
+def shared_model(name: str) -> PreTrainedModel:
+    """`model_of`, made once for all tests that only read it."""
+    return model_of(name)
+
+
 def policy_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None, **settings: Any
 ) -> LoadedPolicy:
-    return build_policy(
-        model, tokenizer or byte_level(), Settings(**{"max_sequence_tokens": 512, **settings}), name="tiny"
-    )
+    return build_policy(model, tokenizer or byte_level(), _settings(**settings), name="tiny")
+
+
+@functools.cache  # making settings takes as long as checking a tiny model
+def _settings(**options: Any) -> Settings:
+    return Settings(**{"max_sequence_tokens": 512, **options})
 
 
 def random_ids(num: int, *, seed: int = 0, below: int = NUM_TOKENS - 20) -> list[int]:
@@ -432,11 +463,11 @@ def random_ids(num: int, *, seed: int = 0, below: int = NUM_TOKENS - 20) -> list
     return list(torch.randint(3, below, (num,), generator=generator).tolist())
 
 
-# --- the slow way -----------------------------------------------------------------------------------
+# --- the reference ----------------------------------------------------------------------------------
 
 
 class Reference:
-    """Everything from all the logits of a copy of the model in fp64, one sequence at a time."""
+    """Divergences from the full logits of a copy of the model in fp64, one sequence at a time."""
 
     def __init__(self, model: PreTrainedModel, num_tokenizer_tokens: int = NUM_TOKENS) -> None:
         self._model = copy.deepcopy(model).double()
@@ -467,7 +498,7 @@ class Reference:
 
 
 def naive(logits_T_V: Tensor, divergence: Divergence) -> list[float]:
-    """The divergences as they are defined, term by term."""
+    """The divergences by their definitions, term by term."""
     V = logits_T_V.shape[1]
     p_T_V = logits_T_V.softmax(dim=1)
     match divergence:

@@ -1,6 +1,6 @@
-"""Reward functions for trainers that call Python. One file each; docs/trainers/ has the lines to paste.
+"""Reward functions for trainers that call Python, a file for each; docs/trainers/ has the lines to paste.
 
-Where the service is comes from the environment: `SHOPR1_CLIENT_URL` (several with commas between),
+The environment configures the service: `SHOPR1_CLIENT_URL` (several separated by commas),
 `SHOPR1_CLIENT_API_KEY`, `SHOPR1_CLIENT_RECIPE`, `SHOPR1_CLIENT_UNSCORABLE`, `SHOPR1_CLIENT_RUN`,
-`SHOPR1_CLIENT_DEMAND`. See `service.py`. `callback.py` sends new weights there.
+`SHOPR1_CLIENT_DEMAND`; see `service.py`. `callback.py` sends new weights to it.
 """

@@ -1,7 +1,7 @@
 """AReaL: `reward_fn="shopr1_client.trainers.areal.reward_fn"`, in AReaL's worker processes.
 
-Better is the workflow (`areal_workflow.py`). There are few workers, each scores one rollout after the other,
-and AReaL takes 0 for the reward that has not come out of them within 15 s, in four tries.
+Prefer the workflow (`areal_workflow.py`). There are few workers, each scores one rollout after the other, and
+AReaL replaces a reward that takes longer than 15 s, in four attempts, by 0.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ def reward_fn(
     """The reward of one rollout.
 
     Args:
-        ground_truth: a column of the data set, the human's action, as an object or as JSON in a string.
+        ground_truth: a column of the data set with the human's action, as an object or as a JSON string.
 
     Raises:
-        UnscorableError: it cannot be scored, and no number may stand for its reward.
+        UnscorableError: the rollout cannot be scored, and no number is configured for it.
     """
     service = Service.find()
     rewards = service.score_sync([sampled(prompt_ids, completion_ids, ground_truth)])
@@ -35,7 +35,7 @@ def reward_fn(
 
 
 def sampled(prompt_ids: Sequence[int], completion_ids: Sequence[int], ground_truth: Any) -> Rollout:  # noqa: ANN401
-    """By its ids: the texts that AReaL has beside them are decoded."""
+    """A rollout by its sampled ids; AReaL's texts are only decoded from them."""
     return Rollout(
         prompt=TokenIds(token_ids=list(prompt_ids)),
         completion=TokenIds(token_ids=list(completion_ids)),

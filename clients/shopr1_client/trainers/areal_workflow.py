@@ -1,4 +1,4 @@
-"""AReaL's workflow of one turn, with rewards from the service: many rollouts at once, no worker processes."""
+"""AReaL's single-turn workflow with rewards from the service: concurrent, without worker processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from shopr1_client.trainers.service import Service
 
 
 class ShopR1Workflow(RLVRWorkflow):  # type: ignore[misc]  # checked where there is no AReaL
-    """`RLVRWorkflow` that asks the service. The data set has a column `ground_truth`: the human's action."""
+    """`RLVRWorkflow` with the service's rewards, for a data set with a column `ground_truth`."""
 
     def __init__(self, gconfig: Any, tokenizer: Any, **options: Any) -> None:  # noqa: ANN401
         super().__init__(reward_fn, gconfig, tokenizer, **options)
@@ -31,7 +31,7 @@ async def async_reward_fn(
     """The reward of one rollout; its terms go to AReaL's statistics.
 
     Raises:
-        UnscorableError: it cannot be scored, and no number may stand for its reward. AReaL rejects it.
+        UnscorableError: the rollout cannot be scored, and no number is configured; AReaL rejects it.
     """
     service = Service.find()
     rewards = await service.score([sampled(prompt_ids, completion_ids, ground_truth)])

@@ -1,30 +1,29 @@
-"""transformers' Trainer, and what is built on it: the service's policy follows the trainer's weights.
+"""transformers' Trainer and its derivatives: the service's policy follows the trainer's weights.
 
     GRPOTrainer(…, callbacks=[PolicyPush("http://127.0.0.1:8000")])
 
-How TRL 1.16 goes on, and which version does what. It counts micro-steps, of which an optimiser step has
-`gradient_accumulation_steps`; `global_step` is how many optimiser steps were taken.
+Versions in TRL 1.16, which counts micro-steps. An optimiser step has `gradient_accumulation_steps` of them;
+`global_step` is the number of optimiser steps.
 
-1. At every micro-step that `steps_per_generation * num_iterations` divides it samples completions with the
-   weights of that moment, version g = `global_step`, and asks for their rewards before anything else. It asks
-   for none later: all the micro-steps that use these completions use these rewards.
+1. At every micro-step that `steps_per_generation * num_iterations` divides, TRL samples completions with the
+   current weights, version g = `global_step`, and requests their rewards before anything else. All the
+   micro-steps that use these completions use these rewards.
 2. The optimiser steps, `global_step` becomes g + 1, and only then this callback is called. It returns when
    the service scores with version g + 1.
 
-So with `every_n_steps=1` rollouts are always scored by the version that sampled them. By TRL's defaults
-(`steps_per_generation` equals `gradient_accumulation_steps`, `num_iterations=1`) optimiser step n, counted
-from 1, learns from rollouts that version n - 1 sampled and scored. In general the batch of rollouts k,
-counted from 0, is sampled and scored by version
+With `every_n_steps=1`, rollouts are therefore always scored by the version that sampled them. With TRL's
+defaults (`steps_per_generation` equals `gradient_accumulation_steps`, `num_iterations=1`), optimiser step n,
+counted from 1, learns from rollouts that version n - 1 sampled and scored. In general the batch of rollouts
+k, counted from 0, is sampled and scored by version
 
     g_k = ⌊k * steps_per_generation * num_iterations / gradient_accumulation_steps⌋
 
-as long as no epoch ends within an optimiser step. Optimiser steps that use it again change nothing about
-that, nor does a reference model. With `every_n_steps=N` the version that scores is the newest that was sent:
-up to N - 1 steps older than the one that samples. An evaluation comes after the callback: its rollouts are
-scored by the version that samples them. After a resumption from a checkpoint the first version is the
-checkpoint's step.
+as long as no epoch ends within an optimiser step, also with several iterations or a reference model. With
+`every_n_steps=N` the newest version that was sent scores, which is up to N - 1 steps older than the one that
+samples. An evaluation runs after the callback: its rollouts are scored by the version that samples them.
+After a resumption from a checkpoint the first version is the checkpoint's step.
 
-TRL's asynchronous trainers, which sample while they train, keep no such order.
+TRL's asynchronous trainers, which sample while they train, do not have this order.
 """
 
 import logging
@@ -47,22 +46,22 @@ def _step(state: TrainerState) -> str:
 
 
 class PolicyPush(TrainerCallback):
-    """Sends the weights when training begins and after every N-th optimiser step, and waits until they score.
+    """Sends the weights before training and after every N-th optimiser step, and waits until they score.
 
-    The main process sends. The others go on, and wait in their next collective operation: TRL has one before
-    it asks for rewards. Of a model with PEFT's adapters only the active adapter is sent, and scores whatever
-    names no adapter.
+    The main process sends. The others continue, and wait in their next collective operation: TRL has one
+    before it requests rewards. For a model with PEFT's adapters only the active adapter is sent, as the
+    default adapter.
 
     Args:
-        client: a client, or the URL of a server or several, with the rest as the environment says (see
-            `trainers/service.py`). Default: the environment's. The key needs the scope `admin`.
-        every_n_steps: N, from 1 on.
+        client: a client, or the URLs of one or more servers, with defaults from the environment (see
+            `trainers/service.py`). The key needs the scope `admin`.
+        every_n_steps: N, at least 1.
         version: names the weights. Default: `global_step`.
-        on_error: `raise` ends the training; `log` goes on with the old weights in the service.
+        on_error: `raise` ends the training; `log` continues with the old weights in the service.
         options: see `UpdateOptions`.
 
     Raises (in every process, when training begins):
-        ValueError: the model is not whole in this process, as with FSDP and DeepSpeed ZeRO-3.
+        ValueError: this process does not have the whole model, as with FSDP and DeepSpeed ZeRO-3.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class PolicyPush(TrainerCallback):
         **options: Unpack[UpdateOptions],
     ) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}, and must be 1 at least")
+            raise ValueError(f"every_n_steps is {every_n_steps}, and must be at least 1")
         self._client = client
         self._every_n_steps = every_n_steps
         self._version = version
@@ -91,8 +90,8 @@ class PolicyPush(TrainerCallback):
         model: Module = None,
         **others: object,
     ) -> None:
-        """Sends the weights that the first rollouts are sampled from."""
-        # On every rank: if only one found that it cannot be sent, the others would wait for it.
+        """Send the weights that sample the first rollouts."""
+        # On every rank: if only one found that the model cannot be sent, the others would wait for it.
         plan(model, self._version(state), self._options)
         self._push(model, state)
 
@@ -105,7 +104,7 @@ class PolicyPush(TrainerCallback):
         model: Module = None,
         **others: object,
     ) -> None:
-        """Sends the weights that the optimiser has just made."""
+        """Send the weights of the optimiser step."""
         if state.global_step % self._every_n_steps == 0:
             self._push(model, state)
 
@@ -119,13 +118,13 @@ class PolicyPush(TrainerCallback):
         except ShopR1Error as error:
             if self._on_error == "raise":
                 raise
-            _logger.error("the service goes on without version %s: %r", version, error)
+            _logger.error("the service continues without version %s: %r", version, error)
 
     def _send(self, model: Module, version: str) -> None:
         if isinstance(self._client, Client):
             self._client.update_policy(model, version, **self._options)
             return
         urls = self._client
-        given = urls if urls is None or isinstance(urls, str) else ",".join(urls)
-        with Service.find(given).client() as client:
+        url = urls if urls is None or isinstance(urls, str) else ",".join(urls)
+        with Service.find(url).client() as client:
             client.update_policy(model, version, **self._options)

@@ -1,6 +1,6 @@
 """ms-swift: `--external_plugins /path/to/this/file.py --reward_funcs shop_r1`.
 
-The data set has a column `ground_truth`: the human's action, as an object or as JSON in a string.
+The data set's column `ground_truth` has the human's action, as an object or as a JSON string.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ class ShopR1(AsyncORM):  # type: ignore[misc]  # checked where there is no ms-sw
         """Rewards in the order of the completions, the last message of each conversation.
 
         Raises:
-            UnscorableError: a rollout cannot be scored, and no number may stand for its reward. ms-swift
-                takes None as well, but counts it as a reward of 0 like any other.
+            UnscorableError: a rollout cannot be scored, and no number is configured for it. ms-swift accepts
+                None, but counts it as a reward of 0.
         """
         service = Service.find()
         ids = response_token_ids or [[] for _ in completions]
@@ -46,7 +46,7 @@ class ShopR1(AsyncORM):  # type: ignore[misc]  # checked where there is no ms-sw
 
 
 def _completion(text: str, ids: Ids) -> Text | TokenIds:
-    """Ids where they are there: tokenising text again drifts. Those of several turns are lists of lists."""
+    """The sampled ids if available, else the text. Ids of several turns are lists of lists."""
     plain = [token_id for token_id in ids if isinstance(token_id, int)]
     return TokenIds(token_ids=plain) if plain else Text(text=text)
 

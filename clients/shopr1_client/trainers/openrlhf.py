@@ -1,7 +1,7 @@
 """OpenRLHF: `--reward.remote_url /path/to/this/file.py`, instead of a URL.
 
-A URL needs no code (docs/trainers/openrlhf.md). This waits for a service that is full or starts anew, and
-says what is wrong.
+A URL needs no code (docs/trainers/openrlhf.md). This function waits for a service that is overloaded or
+restarting, and reports errors in full.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ def reward_func(
     labels: Sequence[Any],
     **options: Any,  # noqa: ANN401  # what later releases add
 ) -> dict[str, Any]:
-    """Rewards, and 1 in `scores` where the action is the human's.
+    """Rewards, and in `scores` 1 for actions that equal the human's.
 
     Args:
         queries: prompt and completion, special tokens written out.
-        labels: the human's actions, as objects or as JSON in strings.
+        labels: the human's actions, as objects or as JSON strings.
 
     Raises:
-        UnscorableError: a rollout cannot be scored, and no number may stand for its reward.
+        UnscorableError: a rollout cannot be scored, and no number is configured for it.
     """
     service = Service.find()
     rollouts = [

@@ -1,4 +1,4 @@
-"""What all shims have in common: from a trainer's rollouts to rewards."""
+"""Common part of the shims: from a trainer's rollouts to rewards."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,22 +16,22 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_DEMAND_WAIT_S = 60.0
 
 _PUSHED_VERSION = "shopr1_version"
-"""An attribute of the trainer's state, which is what its callbacks and its rewards both see."""
+"""An attribute of the trainer's state, which both callbacks and reward functions receive."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """A service and how to ask it.
+    """A service with the options of its requests.
 
     Attributes:
-        urls: of one server, or of several that serve the same policy (`SHOPR1_CLIENT_URL`).
+        urls: a server, or several that serve the same policy (`SHOPR1_CLIENT_URL`).
         api_key: sent as a bearer token (`SHOPR1_CLIENT_API_KEY`).
-        recipe: None is the service's default (`SHOPR1_CLIENT_RECIPE`).
-        unscorable: what a trainer that knows nothing but numbers gets for a rollout that cannot be scored;
-            None is an error (`SHOPR1_CLIENT_UNSCORABLE`).
-        run: by which the service's metrics tell training runs apart (`SHOPR1_CLIENT_RUN`).
-        demand: `exact`: rollouts are scored by the version that the trainer sent last, where a shim knows it;
-            `at_least`: or by a later one; None: by any (`SHOPR1_CLIENT_DEMAND`).
+        recipe: None: the service's default (`SHOPR1_CLIENT_RECIPE`).
+        unscorable: reward of unscorable rollouts for trainers that require a number; None: an error
+            (`SHOPR1_CLIENT_UNSCORABLE`).
+        run: the training run in the service's metrics (`SHOPR1_CLIENT_RUN`).
+        demand: `exact`: the version that the trainer sent last scores, if the shim knows it; `at_least`: that
+            one or a later one; None: any (`SHOPR1_CLIENT_DEMAND`).
         demand_wait_s: how long the service waits for that version (`SHOPR1_CLIENT_DEMAND_WAIT_S`).
     """
 
@@ -52,43 +52,43 @@ class Service:
         unscorable: float | None = None,
         run: str | None = None,
     ) -> "Service":
-        """As given, and for the rest as the environment says."""
-        given = os.environ.get("SHOPR1_CLIENT_UNSCORABLE")
+        """The service of the arguments, with defaults from the environment."""
+        number = os.environ.get("SHOPR1_CLIENT_UNSCORABLE")
         return cls(
             urls=tuple((url or os.environ.get("SHOPR1_CLIENT_URL") or DEFAULT_URL).split(",")),
             api_key=api_key or os.environ.get("SHOPR1_CLIENT_API_KEY"),
             recipe=recipe or os.environ.get("SHOPR1_CLIENT_RECIPE"),
-            unscorable=float(given) if unscorable is None and given else unscorable,
+            unscorable=float(number) if unscorable is None and number else unscorable,
             run=run or os.environ.get("SHOPR1_CLIENT_RUN"),
             demand=_demand(os.environ.get("SHOPR1_CLIENT_DEMAND") or None),
             demand_wait_s=float(os.environ.get("SHOPR1_CLIENT_DEMAND_WAIT_S") or DEFAULT_DEMAND_WAIT_S),
         )
 
     def client(self) -> Client:
-        """A connection to it."""
+        """A client of this service."""
         return Client(self.urls, api_key=self.api_key, run=self.run)
 
     async def score(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
-        """Rewards in the order of the rollouts. Nothing is kept between calls: any event loop will do.
+        """Rewards in the order of the rollouts. Keeps nothing between calls, for any event loop.
 
         Args:
-            version: that sampled them, if that is known.
+            version: the version that sampled them, if known.
         """
         grouping = Grouping(rollouts)
         client = AsyncClient(self.urls, api_key=self.api_key, run=self.run)
         return grouping.in_order(await client.score(self._request(grouping, version)))
 
     def score_sync(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
-        """The same without an event loop."""
+        """`score` without an event loop."""
         grouping = Grouping(rollouts)
         with self.client() as client:
             return grouping.in_order(client.score(self._request(grouping, version)))
 
     def numbers(self, rewards: Sequence[Reward]) -> list[float]:
-        """For trainers that know no missing reward.
+        """Rewards for trainers that require a number for every rollout.
 
         Raises:
-            UnscorableError: a reward is missing, and no number may stand for it.
+            UnscorableError: a reward is missing, and no number is configured for it.
         """
         missing: list[FieldError] = [
             {"location": f"rollouts[{i}]", "message": f"{reward.reason}: {reward.message}"}
@@ -98,8 +98,8 @@ class Service:
         if self.unscorable is None and missing:
             detail = f"{len(missing)} of {len(rewards)} rollouts, such as {missing[0]['message']}"
             raise UnscorableError(detail, errors=missing)
-        stand_in = self.unscorable or 0.0
-        return [stand_in if reward.reward is None else reward.reward for reward in rewards]
+        number = self.unscorable or 0.0
+        return [number if reward.reward is None else reward.reward for reward in rewards]
 
     def _request(self, grouping: Grouping, version: str | None) -> ScoreRequest:
         return ScoreRequest(recipe=self.recipe, groups=grouping.groups, policy_version=self._wanted(version))
@@ -117,24 +117,24 @@ def _demand(given: str | None) -> str | None:
 
 
 def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer's state
-    """Remember the newest version that the service was sent."""
+    """Record the newest version sent to the service."""
     setattr(state, _PUSHED_VERSION, version)
 
 
 def noted_version(state: Any) -> str | None:  # noqa: ANN401
-    """The newest version that the service was sent; None: nobody said so, as before the training."""
+    """The newest version sent to the service; None: none is recorded, as before the training."""
     return getattr(state, _PUSHED_VERSION, None)
 
 
 def chat(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
-    """Messages as the service takes them: trainers add empty fields, and write texts as lists of parts."""
+    """Messages in the service's form: without trainers' empty fields and lists of text parts."""
     return [
         Message.model_validate({key: _text(value) for key, value in message.items() if value is not None})
         for message in messages
     ]
 
 
-def _text(content: Any) -> Any:  # noqa: ANN401  # what is no text is refused by the model
+def _text(content: Any) -> Any:  # noqa: ANN401  # the model rejects anything but text
     is_parts = isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type") == "text" for part in content
     )

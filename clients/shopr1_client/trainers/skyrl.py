@@ -1,4 +1,4 @@
-"""SkyRL: an environment of one turn, whose reward the service gives.
+"""SkyRL: a single-turn environment with rewards from the service.
 
     from skyrl_gym.envs import register
     register(id="shop_r1", entry_point="shopr1_client.trainers.skyrl:ShopR1Env")
@@ -19,7 +19,7 @@ from shopr1_client.wire import Message, Text
 
 
 class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no SkyRL
-    """One answer, one reward."""
+    """Environment with one answer and one reward."""
 
     def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:  # noqa: ANN401
         super().__init__()
@@ -32,10 +32,10 @@ class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no
         return prompt, {}
 
     def step(self, action: str) -> BaseTextEnvStepOutput:
-        """Ends the episode.
+        """Score the answer and end the episode.
 
         Raises:
-            UnscorableError: the answer cannot be scored, and no number may stand for its reward.
+            UnscorableError: the answer cannot be scored, and no number is configured for it.
         """
         service = Service.find()
         rollout = Rollout(prompt=self._prompt, completion=Text(text=action), ground_truth=self._truth)
@@ -46,5 +46,5 @@ class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no
         )
 
     def get_metrics(self) -> dict[str, Any]:
-        """What SkyRL logs as a mean under `environment/`."""
+        """Values that SkyRL averages and logs under `environment/`."""
         return self._logs

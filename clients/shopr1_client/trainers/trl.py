@@ -1,9 +1,9 @@
 """TRL's GRPOTrainer and RLOOTrainer, and Unsloth: `reward_funcs=shop_r1_reward`.
 
-The data set has a column `ground_truth`: the human's action, as an object or as JSON in a string.
+The data set's column `ground_truth` has the human's action, as an object or as a JSON string.
 
-With `PolicyPush` of `callback.py` among the trainer's callbacks the service's policy follows the trainer's.
-`SHOPR1_CLIENT_DEMAND=exact` makes sure of it: what the version that was sent last did not score is an error.
+With the callback `PolicyPush` (`callback.py`) the service's policy follows the trainer's. With
+`SHOPR1_CLIENT_DEMAND=exact`, rewards of any version but the last one sent are an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +27,10 @@ async def shop_r1_reward(
     trainer_state: Any = None,  # noqa: ANN401  # of transformers
     **columns: Any,  # noqa: ANN401  # the rest of the data set, and what later releases add
 ) -> list[float | None]:
-    """Rewards; None, or your number, where a rollout cannot be scored. TRL leaves None out of its group."""
+    """Rewards; for unscorable rollouts None, which TRL excludes from the group, or the configured number."""
     service = Service.find()
     rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
-    return _told(service, await service.score(rollouts, noted_version(trainer_state)), log_metric)
+    return _rewards(service, await service.score(rollouts, noted_version(trainer_state)), log_metric)
 
 
 def shop_r1_reward_sync(
@@ -42,10 +42,10 @@ def shop_r1_reward_sync(
     trainer_state: Any = None,  # noqa: ANN401  # of transformers
     **columns: Any,  # noqa: ANN401
 ) -> list[float | None]:
-    """The same for trainers that do not await."""
+    """`shop_r1_reward` for trainers that do not await."""
     service = Service.find()
     rollouts = _rollouts(prompts, completions, ground_truth, completion_ids)
-    return _told(service, service.score_sync(rollouts, noted_version(trainer_state)), log_metric)
+    return _rewards(service, service.score_sync(rollouts, noted_version(trainer_state)), log_metric)
 
 
 def _rollouts(
@@ -57,7 +57,7 @@ def _rollouts(
     return [
         Rollout(
             prompt=prompt if isinstance(prompt, str) else chat(prompt),
-            # What was sampled, not what it looks like: tokenising text again drifts.
+            # Sampled ids rather than text, because re-tokenising can give other ids.
             completion=_text(completions[i]) if ids is None else TokenIds(token_ids=list(ids[i])),
             ground_truth=_truth(truths[i]),
         )
@@ -70,11 +70,11 @@ def _text(completion: Any) -> str:  # noqa: ANN401  # a string, or the one messa
 
 
 def _truth(truth: Any) -> Any:  # noqa: ANN401
-    # A column of objects has the keys of all rows, with None where a row has none.
+    # A column of objects has the keys of all rows, with None in rows without the key.
     return {k: v for k, v in truth.items() if v is not None} if isinstance(truth, Mapping) else truth
 
 
-def _told(service: Service, rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:
+def _rewards(service: Service, rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:
     values = [log_values(reward) for reward in rewards]
     if log_metric is not None:
         for key in values[0]:  # the same on every rank, whatever was scored there: TRL gathers by name

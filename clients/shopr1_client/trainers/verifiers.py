@@ -1,8 +1,8 @@
-"""verifiers, and prime-rl with it: the reward of a task, or of any taskset whose tasks have a `ground_truth`.
+"""verifiers and prime-rl: a task with its reward, or a reward for tasks that have a `ground_truth`.
 
     --env.taskset.task.rewards.shop_r1.fn shopr1_client.trainers.verifiers:shop_r1
 
-puts it into a taskset that is there already. examples/verifiers_env.py is one of its own.
+adds the reward to an existing taskset. examples/verifiers_env.py is a complete one.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from shopr1_client.wire import Message, TokenIds
 
 
 class ShopR1Data(vf.TaskData):  # type: ignore[misc]  # checked where there is no verifiers
-    """A prompt, and the human's action as an object or as JSON in a string."""
+    """A prompt, and the human's action as an object or as a JSON string."""
 
     ground_truth: dict[str, Any] | str
 
 
 class ShopR1Task(vf.Task[ShopR1Data]):  # type: ignore[misc]
-    """One answer, one reward."""
+    """Task with one answer and one reward."""
 
     @vf.reward  # type: ignore[untyped-decorator]
     async def shop_r1(self, trace: vf.Trace) -> float:
@@ -30,11 +30,11 @@ class ShopR1Task(vf.Task[ShopR1Data]):  # type: ignore[misc]
 
 
 async def shop_r1(task: vf.TaskData, trace: vf.Trace) -> float:
-    """The reward of a rollout of one turn. The numbers for the log become metrics of the trace.
+    """The reward of a single-turn rollout. The values for the log become metrics of the trace.
 
     Raises:
-        UnscorableError: it cannot be scored, and no number may stand for its reward.
-        ValueError: what the policy saw and wrote cannot be told from the trace.
+        UnscorableError: the rollout cannot be scored, and no number is configured for it.
+        ValueError: the trace does not determine prompt and completion.
     """
     service = Service.find()
     rewards = await service.score([_rollout(task, trace)])
@@ -51,7 +51,7 @@ def _rollout(task: vf.TaskData, trace: vf.Trace) -> Rollout:
 
 
 def _tokens(branch: vf.Branch) -> tuple[TokenIds, TokenIds]:
-    """Of the training client: exactly what was sampled."""
+    """The ids of the training client, exactly as sampled."""
     places = list(zip(branch.token_ids, branch.sampled_mask, strict=True))
     prompt, completion = ([token for token, sampled in places if sampled is own] for own in (False, True))
     return TokenIds(token_ids=prompt), TokenIds(token_ids=completion)

@@ -1,7 +1,7 @@
-"""verl: a `custom_reward_function`, called for one rollout with its text.
+"""verl: a `custom_reward_function`, called with the text of a rollout.
 
-Better is the reward manager (`verl_manager.py`): it has the prompt and the token ids. Options in
-`reward_kwargs`: see `Service`.
+Prefer the reward manager (`verl_manager.py`), which has the prompt and the token ids. For the options in
+`reward_kwargs` see `Service`.
 """
 
 from typing import Any
@@ -26,37 +26,37 @@ async def compute_score(
     unscorable: float | None = None,
     **options: Any,  # noqa: ANN401  # what later releases add
 ) -> ScoreAndLogs:
-    """`score`, and the same numbers under the same keys for every rollout.
+    """`score`, and the values of `log_values`.
 
     Raises:
         ValueError: `extra_info` has no `raw_prompt`.
-        UnscorableError: the rollout cannot be scored, and no number may stand for its reward.
+        UnscorableError: the rollout cannot be scored, and no number is configured for it.
     """
     service = Service.find(url, api_key, recipe, unscorable)
     rollout = Rollout(
         prompt=_prompt(extra_info or {}), completion=solution_str, ground_truth=plain(ground_truth)
     )
-    return told(service, (await service.score([rollout]))[0])
+    return score_and_logs(service, (await service.score([rollout]))[0])
 
 
-def told(service: Service, reward: Reward) -> ScoreAndLogs:
-    """What verl gets for a rollout."""
+def score_and_logs(service: Service, reward: Reward) -> ScoreAndLogs:
+    """The result of a rollout for verl."""
     return {"score": service.numbers([reward])[0], **log_values(reward)}
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401
-    """A value out of a numpy array or a parquet file as JSON has it."""
+    """A value from a numpy array or a parquet file as plain JSON types."""
     if isinstance(value, dict):
-        # Columns of objects have the keys of all rows, with None where a row has none.
+        # A column of objects has the keys of all rows, with None in rows without the key.
         return {key: plain(item) for key, item in value.items() if item is not None}
     return value.item() if hasattr(value, "item") else value
 
 
 def _prompt(extra_info: dict[str, Any]) -> list[Message]:
     messages = extra_info.get("raw_prompt")
-    if messages is None:  # verl's own trainer tells a reward function no prompt
+    if messages is None:  # verl's own trainer passes no prompt to a reward function
         raise ValueError(
-            "extra_info has no raw_prompt: let the data set have the prompt's messages there, "
-            "or take the reward manager, which needs none"
+            "extra_info has no raw_prompt: add the prompt's messages to the data set, "
+            "or use the reward manager, which needs none"
         )
     return chat(messages)

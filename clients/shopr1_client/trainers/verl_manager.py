@@ -1,4 +1,4 @@
-"""verl's reward manager for the service: token ids, and one request for rollouts that end together."""
+"""verl's reward manager for the service: sends token ids, and one request for rollouts that end together."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
-from shopr1_client.trainers.verl import ScoreAndLogs, plain, told
+from shopr1_client.trainers.verl import ScoreAndLogs, plain, score_and_logs
 from shopr1_client.wire import Reward, TokenIds
 
 WINDOW_S = 0.01
@@ -29,8 +29,8 @@ class ShopR1RewardManager(RewardManagerBase):  # type: ignore[misc]  # checked w
         self._waiting.append((_rollout(data[-1:][0]), future))
         if len(self._waiting) == 1:
             loop.call_later(WINDOW_S, self._send)
-        # Each hears of its own reward only: the others of its request are scored all the same.
-        scores: ScoreAndLogs = told(self._service, await future)
+        # An unscorable rollout fails alone; the others of its request get their rewards.
+        scores: ScoreAndLogs = score_and_logs(self._service, await future)
         return {"reward_score": scores["score"], "reward_extra_info": scores}
 
     def _send(self) -> None:
@@ -43,7 +43,7 @@ class ShopR1RewardManager(RewardManagerBase):  # type: ignore[misc]  # checked w
         rollouts, futures = zip(*waiting, strict=True)
         try:
             rewards = await self._service.score(rollouts)
-        except Exception as error:  # each who waits has to hear of it
+        except Exception as error:  # every waiting rollout gets it
             for future in futures:
                 if not future.done():  # verl may have given up
                     future.set_exception(error)

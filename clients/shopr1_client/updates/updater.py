@@ -63,11 +63,11 @@ class Updater:
             response = self._http.get(f"{url}/policy")
         except httpx.TransportError as error:
             raise exchange.failure(f"GET {url}/policy", error) from error
-        return exchange.read(PolicyState, response)
+        return exchange.parse(PolicyState, response)
 
     def _send(self, change: Change, url: str) -> Answer:
         try:
             response = change.send(self._http, url)
         except httpx.TransportError as error:
             raise exchange.failure(f"version {change.version} for {url}", error) from error
-        return exchange.read(change.answer, response)
+        return exchange.parse(change.answer, response)

@@ -1,4 +1,7 @@
-"""Prometheus metrics of the service. Base units, one registry per application."""
+"""Prometheus metrics of the service: base units, one registry per application.
+
+Metrics of trainings are in `training_metrics.py`.
+"""
 
 import copy
 import time
@@ -21,13 +24,13 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from shopr1_client.wire import Reason
+from shopr1_client.wire import PolicyInfo, Reason
 from shopr1_service import __version__
 from shopr1_service.core import EngineStats, ScoredGroup
-from shopr1_service.monitoring.policy_metrics import PolicyMetrics
+from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 from shopr1_service.monitoring.training_metrics import TrainingMetrics
 
-__all__ = ["CONTENT_TYPE_LATEST", "ENGINE_FAMILIES", "Metrics", "Phase"]
+__all__ = ["CONTENT_TYPE_LATEST", "ENGINE_FAMILIES", "Metrics", "Phase", "PolicyMetrics"]
 
 # 1 ms to 131 s in powers of two, then 5 and 10 minutes: a rule-only group to a long prompt on a CPU.
 _SECONDS_BUCKETS = (*(0.001 * 2**k for k in range(18)), 300.0, 600.0)
@@ -51,12 +54,9 @@ ENGINE_FAMILIES = frozenset(
         "loaded_adapters",
     )
 )
-"""What only a process with an engine knows."""
+"""Metrics that only a process with an engine has."""
 
-_QUEUE_FULL = "queue_full"
-"""Why requests are rejected."""
-
-# A series more for each counter and histogram, which Prometheus makes no use of.
+# Counters and histograms have another series with their time of creation, which Prometheus does not use.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
@@ -68,89 +68,143 @@ class Phase(StrEnum):
     QUEUE = "queue"
     """Waiting for the engine, per group."""
     ENGINE = "engine"
-    """Forward and head, per batch of groups that were measured together."""
+    """Forward and head, per batch of groups."""
+
+
+class _Factory:
+    """Makes metrics whose names begin with `shopr1_` in a registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"shopr1_{name}", text, labels, registry=self.registry)
+
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"shopr1_{name}", text, labels, registry=self.registry)
+
+    def histogram(
+        self, name: str, text: str, *labels: str, buckets: Sequence[float] = _SECONDS_BUCKETS
+    ) -> Histogram:
+        return Histogram(f"shopr1_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+
+class PolicyMetrics:
+    """Versions of the policy, and updates of its weights."""
+
+    def __init__(self, make: _Factory) -> None:
+        self._info = make.gauge(
+            "policy_info", "The loaded policy; always 1.", "model", "version", "dtype", "head", "forward"
+        )
+        self._loaded = TimestampGauge(
+            "shopr1_policy_loaded_timestamp_seconds",
+            "Time at which the policy was loaded.",
+            registry=make.registry,
+        )
+        self._number = make.gauge("policy_number", "Number of the default version: changes since the start.")
+        self._adapters = make.gauge("loaded_adapters", "Loaded versions of LoRA adapters.")
+        self._updates = make.counter(
+            "policy_updates", "Updates of the policy's weights by source.", "source", "outcome"
+        )
+        for source in ("checkpoint", "upload", "transfer"):  # 0 before the first: its increase is 1
+            for outcome in ("done", "failed"):
+                self._updates.labels(source, outcome)
+        self._update_seconds = make.histogram(
+            "policy_update_duration_seconds", "Time from an update's first byte to its end.", "source"
+        )
+        self._update_bytes = make.counter("policy_update_bytes", "Bytes of received weights.", "source")
+        self._swap_seconds = make.histogram(
+            "policy_swap_duration_seconds", "Time without scoring while weights are swapped.", "source"
+        )
+
+    def record_loaded(self, info: PolicyInfo, num_adapters: int = 0) -> None:
+        """Record a change of the loaded versions.
+
+        Args:
+            num_adapters: loaded versions of adapters.
+        """
+        self._loaded.set_now()
+        self._info.clear()
+        self._info.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
+        self._number.set(info.number)
+        self._adapters.set(num_adapters)
+
+    def record_update(self, source: str, duration_s: float, num_bytes: int, *, is_done: bool) -> None:
+        """Record the end of an update."""
+        self._updates.labels(source, "done" if is_done else "failed").inc()
+        self._update_seconds.labels(source).observe(duration_s)
+        self._update_bytes.labels(source).inc(num_bytes)
+
+    def record_swap(self, source: str, pause_s: float) -> None:
+        """Record a swap of weights."""
+        self._swap_seconds.labels(source).observe(pause_s)
 
 
 class Metrics:
-    """All metrics, and what is recorded in them.
+    """All metrics, and the methods that record them.
 
     Args:
-        max_runs: training runs that are told apart (`TrainingMetrics`).
-        max_queue_tokens: how much may wait for the engine.
+        max_runs: training runs with series of their own (`TrainingMetrics`).
+        max_queue_tokens: the queue's capacity.
     """
 
     def __init__(self, *, max_runs: int = 32, max_queue_tokens: int = 0) -> None:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
+        self._make = make = _Factory(self.registry)
         self._training = TrainingMetrics(self.registry, max_runs)
-        self._former = EngineStats()
-        counter, histogram = self._counter, self._histogram
-        self._requests = counter("requests", "HTTP requests answered.", "method", "route", "status")
-        self._request_seconds = histogram(
+        self.policy = PolicyMetrics(make)
+        self._last_stats = EngineStats()
+        self._requests = make.counter("requests", "Answered HTTP requests.", "method", "route", "status")
+        self._request_seconds = make.histogram(
             "request_duration_seconds", "Time from the request's first byte to its answer.", "route"
         )
-        self._phase_seconds = histogram(
+        self._phase_seconds = make.histogram(
             "phase_duration_seconds",
             "Time of the phases: prepare per request, queue per group, engine per batch of groups.",
             "phase",
         )
-        self._fallbacks = counter(
+        self._fallbacks = make.counter(
             "fallback_rewards",
-            "Unscorable rollouts that a trainer was answered with a number all the same.",
+            "Unscorable rollouts for which a trainer received a number.",
             "dialect",
             "reason",
         )
-        self._cache_tokens = counter(
-            "prefix_cache_tokens",
-            "Prompt tokens by whether their keys and values were kept from before.",
-            "outcome",
+        self._cache_tokens = make.counter(
+            "prefix_cache_tokens", "Prompt tokens looked up in the prefix cache: hit or miss.", "outcome"
         )
-        self._cache_evictions = counter(
-            "prefix_cache_evicted_chunks", "Pieces of prompts dropped to make room."
+        self._cache_evictions = make.counter(
+            "prefix_cache_evicted_chunks", "Chunks evicted from the prefix cache."
         )
-        self._cache_bytes = self._gauge("prefix_cache_bytes", "Keys and values of prompts that are kept.")
-        self._queue_tokens = self._gauge("queue_tokens", "Tokens that wait for the engine.")
-        self._gauge("max_queue_tokens", "How many may wait; beyond, requests are refused.").set(
+        self._cache_bytes = make.gauge("prefix_cache_bytes", "Size of the prefix cache.")
+        self._queue_tokens = make.gauge("queue_tokens", "Tokens in the queue.")
+        make.gauge("max_queue_tokens", "Queue capacity; beyond it requests are rejected.").set(
             max_queue_tokens
         )
-        self._rejections = counter("rejected_requests", "Requests that were refused, by why.", "reason")
-        self._rejections.labels(_QUEUE_FULL)  # 0 before the first: rates of it then have a value
-        self._repeats = counter(
+        self._rejections = make.counter("rejected_requests", "Rejected requests by reason.", "reason")
+        self._rejections.labels("queue_full")  # 0 before the first, so that rates have a value
+        self._repeats = make.counter(
             "repeated_requests",
-            "Requests that got the answer of a twin: joined it, or it was answered.",
+            "Duplicate requests: joined the first one, or answered from its result.",
             "how",
         )
-        self._batch_tokens = counter("engine_tokens", "Tokens that the engine was given.")
-        self._batch_groups = self._histogram(
-            "batch_groups", "Prompts that were measured together.", buckets=_GROUPS_BUCKETS
+        self._batch_tokens = make.counter("engine_tokens", "Tokens passed to the engine.")
+        self._batch_groups = make.histogram(
+            "batch_groups", "Groups in a batch of the engine.", buckets=_GROUPS_BUCKETS
         )
-        self._out_of_memory = counter(
-            "out_of_memory", "Forwards that the device's memory did not suffice for."
+        self._out_of_memory = make.counter("out_of_memory", "Forwards that ran out of device memory.")
+        self._rollout_log_dropped = make.counter(
+            "rollout_log_dropped", "Rollouts missing from the rollout log, by reason.", "reason"
         )
-        self._rollout_log_dropped = counter(
-            "rollout_log_dropped", "Rollouts that are missing in the rollout log, by why.", "reason"
-        )
-        self.policy = PolicyMetrics(self.registry, _SECONDS_BUCKETS)
-        self._gauge("build_info", "The service; always 1.", "version").labels(__version__).set(1)
-
-    def _counter(self, name: str, what: str, *labels: str) -> Counter:
-        return Counter(f"shopr1_{name}", what, labels, registry=self.registry)
-
-    def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
-        return Gauge(f"shopr1_{name}", what, labels, registry=self.registry)
-
-    def _histogram(
-        self, name: str, what: str, *labels: str, buckets: Sequence[float] = _SECONDS_BUCKETS
-    ) -> Histogram:
-        return Histogram(f"shopr1_{name}", what, labels, buckets=buckets, registry=self.registry)
+        make.gauge("build_info", "The service; always 1.", "version").labels(__version__).set(1)
 
     def watch(self, is_ready: Callable[[], bool], heartbeat_age_s: Callable[[], float]) -> None:
-        """Show at every scrape what these say."""
-        self._gauge("ready", "Whether it can score: 1, else 0.").set_function(lambda: float(is_ready()))
-        self._gauge("engine_heartbeat_timestamp_seconds", "The engine's last sign of life.").set_function(
-            lambda: time.time() - heartbeat_age_s()
-        )
+        """Call these at every scrape for readiness and the engine's heartbeat."""
+        ready = self._make.gauge("ready", "1 if the service can score, else 0.")
+        ready.set_function(lambda: float(is_ready()))
+        heartbeat = self._make.gauge("engine_heartbeat_timestamp_seconds", "Time of the engine's heartbeat.")
+        heartbeat.set_function(lambda: time.time() - heartbeat_age_s())
 
     def record_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()
@@ -158,7 +212,7 @@ class Metrics:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Record the time that the block takes."""
+        """Record the duration of the block."""
         start_s = time.perf_counter()
         try:
             yield
@@ -192,21 +246,20 @@ class Metrics:
         self._batch_tokens.inc(num_tokens)
 
     def record_engine(self, stats: EngineStats) -> None:
-        """Take over what an engine has counted since the last time."""
-        former, self._former = self._former, copy.deepcopy(stats)
-        self._out_of_memory.inc(stats.num_out_of_memory - former.num_out_of_memory)
-        cache, former_cache = stats.cache, former.cache
-        self._cache_tokens.labels("hit").inc(cache.num_hit_tokens - former_cache.num_hit_tokens)
-        self._cache_tokens.labels("miss").inc(cache.num_missed_tokens - former_cache.num_missed_tokens)
-        self._cache_evictions.inc(cache.num_evicted_chunks - former_cache.num_evicted_chunks)
-        self._cache_bytes.set(cache.num_bytes)
+        """Add the increase of an engine's counts since the last call."""
+        last, self._last_stats = self._last_stats, copy.deepcopy(stats)
+        self._out_of_memory.inc(stats.num_out_of_memory - last.num_out_of_memory)
+        self._cache_tokens.labels("hit").inc(stats.cache.num_hit_tokens - last.cache.num_hit_tokens)
+        self._cache_tokens.labels("miss").inc(stats.cache.num_missed_tokens - last.cache.num_missed_tokens)
+        self._cache_evictions.inc(stats.cache.num_evicted_chunks - last.cache.num_evicted_chunks)
+        self._cache_bytes.set(stats.cache.num_bytes)
 
     def render(self, of_engines: Iterable[Metric] | None = None) -> bytes:
-        """All in the text format that Prometheus scrapes.
+        """All metrics in Prometheus' text format.
 
         Args:
-            of_engines: families of engines elsewhere, in place of those of which this process has nothing to
-                say then, and beside the others. None: the engine is in this process.
+            of_engines: metrics of engines in other processes. They replace `ENGINE_FAMILIES` of this process
+                and join the others. None: the engine is in this process.
         """
         families = list(self.registry.collect())
         if of_engines is not None:
@@ -215,7 +268,7 @@ class Metrics:
 
 
 class _Joined(Collector):
-    """Families, each name once, as the text format wants them."""
+    """Metrics of several registries, with the samples of each name together, as the text format requires."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families: dict[str, Metric] = {}

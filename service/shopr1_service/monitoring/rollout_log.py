@@ -1,8 +1,12 @@
-"""Every scored rollout as a line of JSON, for whoever wants to know what was rewarded, and why.
+"""The rollout log: a line of JSON for each scored rollout, with its reward and the reasons for it.
 
-Scoring never waits for a disk. Lines are made and written by a thread of its own, behind a queue that is
-bounded in bytes. What cannot be queued or written is dropped and counted, an outage is told once, and writing
-goes on by itself when there is room again.
+Scoring never waits for a disk. A thread of its own encodes and writes the lines, behind a queue that is
+bounded in bytes. Rollouts that cannot be queued or written are dropped and counted. An outage is logged once,
+and writing resumes when there is room again.
+
+`logging.handlers.QueueHandler` and `QueueListener` do not do: their queue is bounded in records, not in
+bytes, the listener's `stop` waits for the disk without a limit, and a handler that fails prints to standard
+error instead of counting the record. `rotating_jsonl.py` has the same about `RotatingFileHandler`.
 """
 
 import errno
@@ -13,80 +17,80 @@ from enum import StrEnum
 
 from shopr1_service.core import Origin, ScoredGroup
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.monitoring.rollout_record import Entry, entry
-from shopr1_service.monitoring.rotating_jsonl import JsonlFiles
+from shopr1_service.monitoring.rollout_record import Entry, make_entry
+from shopr1_service.monitoring.rotating_jsonl import RotatingJsonl
 from shopr1_service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES = 64 * 2**20
 CLOSE_S = 5.0
-"""How long the end of the service waits for the disk."""
+"""How long a shutdown waits for the disk."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Loss(StrEnum):
-    """Why a rollout is missing in the log."""
+    """Reason why a rollout is missing from the log."""
 
     QUEUE_FULL = "queue_full"
     """The disk is slower than scoring."""
     DISK_FULL = "disk_full"
-    """No room, or a quota or a limit of the system is reached."""
+    """No room, or a quota or a system limit is reached."""
     ERROR = "error"
-    """Anything else; the service's log says what."""
+    """Any other error, which is in the service's log."""
     SHUTDOWN = "shutdown"
-    """The service ended before it could be written."""
+    """The service ended before the rollout was written."""
 
 
 def open_rollout_log(settings: Settings, metrics: Metrics) -> "RolloutLog | None":
-    """The log that the settings ask for, if they do.
+    """Open the log that the settings configure, if any.
 
     Raises:
-        SettingsError: its directory cannot be made or written.
+        SettingsError: its directory cannot be created or written.
     """
     if settings.rollout_log is None:
         return None
-    files = JsonlFiles(
+    files = RotatingJsonl(
         settings.rollout_log, max_bytes=settings.rollout_log_bytes, max_files=settings.rollout_log_files
     )
     return RolloutLog(files, metrics, with_text=settings.rollout_log_text)
 
 
 class RolloutLog:
-    """See the module.
+    """Queue and writer thread of the rollout log.
 
     Args:
-        with_text: prompts and completions are logged too.
+        with_text: log prompts and completions too.
     """
 
-    def __init__(self, files: JsonlFiles, metrics: Metrics, *, with_text: bool = False) -> None:
+    def __init__(self, files: RotatingJsonl, metrics: Metrics, *, with_text: bool = False) -> None:
         self._files = files
         self._metrics = metrics
         self._with_text = with_text
-        self._former: Origin | None = None
+        self._last_origin: Origin | None = None
         self._index = 0
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards the next three
         self._queue: deque[Entry] = deque()
         self._num_queued_bytes = 0
         self._is_closed = False
-        self._num_lost = 0  # since the outage began; of the writer's thread
+        self._num_dropped = 0  # in this outage; used by the writer's thread only
         for loss in Loss:
-            metrics.record_rollout_log_dropped(loss, 0)  # rates of it have a value from the start
+            metrics.record_rollout_log_dropped(loss, 0)  # so that rates have a value from the start
         self._thread = threading.Thread(target=self._run, name="rollout-log", daemon=True)
         self._thread.start()
 
     def observe(self, scored: ScoredGroup) -> None:
         """Log a group (an `Observer`). Called from the event loop only, with a request's groups in order."""
-        # Ids of requests may be equal, being the clients'; their origins are not the same.
-        self._index = self._index + 1 if scored.origin is self._former else 0
-        self._former = scored.origin
-        new = entry(scored, self._index, with_text=self._with_text)
+        # Clients may send equal request ids, but each request has its own origin object.
+        self._index = self._index + 1 if scored.origin is self._last_origin else 0
+        self._last_origin = scored.origin
+        new = make_entry(scored, self._index, with_text=self._with_text)
         if not self._put(new):
             self._metrics.record_rollout_log_dropped(Loss.QUEUE_FULL, new.num_rollouts)
 
     def close(self) -> None:
-        """Write what is queued, as far as the disk takes it in time."""
+        """Write the queue, for at most `CLOSE_S` seconds."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -96,7 +100,9 @@ class RolloutLog:
             self._queue.clear()
         if num_left:
             self._metrics.record_rollout_log_dropped(Loss.SHUTDOWN, num_left)
-            logger.error("the rollout log is not written within %g s: %d are lost", CLOSE_S, num_left)
+            logger.error(
+                "the rollout log was not written within %g s: %d rollouts dropped", CLOSE_S, num_left
+            )
 
     def _put(self, new: Entry) -> bool:
         with self._changed:
@@ -108,19 +114,19 @@ class RolloutLog:
             return True
 
     def _run(self) -> None:
-        while (next_one := self._take()) is not None:
+        while (entry := self._take()) is not None:
             try:
-                self._files.append(next_one.lines())
+                self._files.append(entry.lines())
             except OSError as error:
-                self._lose(next_one, Loss.DISK_FULL if error.errno in _FULL else Loss.ERROR, str(error))
+                self._drop(entry, Loss.DISK_FULL if error.errno in _FULL else Loss.ERROR, str(error))
             except Exception as error:  # a rollout that cannot be written must not end the thread
-                self._lose(next_one, Loss.ERROR, type(error).__name__)
+                self._drop(entry, Loss.ERROR, type(error).__name__)
             else:
                 self._recover()
         self._files.close()
 
     def _take(self) -> Entry | None:
-        """The next entry; None once the log is closed and all is written."""
+        """The next entry; None once the log is closed and the queue is empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._is_closed)
             if not self._queue:
@@ -129,13 +135,13 @@ class RolloutLog:
             self._num_queued_bytes -= taken.num_bytes
             return taken
 
-    def _lose(self, lost: Entry, loss: Loss, why: str) -> None:
-        if self._num_lost == 0:
-            logger.error("the rollout log cannot be written, rollouts are dropped: %s", why)
-        self._num_lost += lost.num_rollouts
-        self._metrics.record_rollout_log_dropped(loss, lost.num_rollouts)
+    def _drop(self, entry: Entry, loss: Loss, reason: str) -> None:
+        if self._num_dropped == 0:
+            logger.error("the rollout log cannot be written, rollouts are dropped: %s", reason)
+        self._num_dropped += entry.num_rollouts
+        self._metrics.record_rollout_log_dropped(loss, entry.num_rollouts)
 
     def _recover(self) -> None:
-        if self._num_lost:
-            logger.warning("the rollout log is written again; %d rollouts were dropped", self._num_lost)
-            self._num_lost = 0
+        if self._num_dropped:
+            logger.warning("the rollout log is written again; %d rollouts were dropped", self._num_dropped)
+            self._num_dropped = 0

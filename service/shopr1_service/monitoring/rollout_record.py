@@ -1,7 +1,7 @@
-"""What the rollout log says of a rollout.
+"""Records of the rollout log.
 
-A line is a rollout, not a group: it is a row of a table as it stands, in any tool. The lines of a group lie
-together, in order; the prompt, where it is asked for, stands in the first of them only.
+A line is a rollout and not a group, so that any tool reads it as a row of a table. The lines of a group are
+consecutive and in order. The prompt, if it is logged, is in the first of them only.
 """
 
 import json
@@ -18,28 +18,21 @@ from shopr1_rewards import Action, Recipe
 from shopr1_service.core import Origin, ScoredGroup
 
 _LINE_BYTES = 1500
-"""About what a line takes without text."""
+"""Approximate size of a line without text."""
 _TOKEN_ID_BYTES = 8
-# Ids of tokens are text for whoever has the tokenizer, and are kept from the log like text.
+# The tokenizer turns token ids into text, so they are excluded like text.
 _ON_DEMAND = {"tokens", "completion_token_ids"}
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What was asked, as it was sent, and what was answered, as text."""
-
-    prompt: Prompt
-    completions: list[str]
-
-    @property
-    def num_bytes(self) -> int:
-        """About; long ones are what counts."""
-        return _length(self.prompt) + sum(map(len, self.completions))
-
-
-@dataclass(frozen=True)
 class Entry:
-    """A scored group, less what the log does not need: prompts are large, and queues are long."""
+    """A scored group without the data that the log does not need: prompts are large, and queues are long.
+
+    Attributes:
+        time: when it was scored.
+        index: number of the group in its request.
+        prompt, completions: as sent, and as text; None if text is not logged.
+    """
 
     time: datetime
     origin: Origin
@@ -47,7 +40,8 @@ class Entry:
     recipe: Recipe
     truth: Action
     score: GroupScore
-    texts: Texts | None
+    prompt: Prompt | None = None
+    completions: list[str] | None = None
 
     @property
     def num_rollouts(self) -> int:
@@ -55,12 +49,13 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory and on disk."""
-        return self.num_rollouts * _LINE_BYTES + (self.texts.num_bytes if self.texts else 0)
+        """Approximate size in memory and on disk."""
+        num_text_bytes = _length(self.prompt) + sum(map(len, self.completions or ()))
+        return self.num_rollouts * _LINE_BYTES + num_text_bytes
 
     def lines(self) -> bytes:
         """JSON lines, one for each rollout."""
-        return b"".join(_encoded(row) + b"\n" for row in self._rows())
+        return b"".join(_encode(row) + b"\n" for row in self._rows())
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         shared = {
@@ -83,16 +78,17 @@ class Entry:
             yield {**shared, "rollout": i, "predicted_action": predicted, **row, **self._text_of(i)}
 
     def _text_of(self, i: int) -> dict[str, Any]:
-        if self.texts is None:
+        if self.completions is None:
             return {}
-        return {"prompt": self.texts.prompt if i == 0 else None, "completion": self.texts.completions[i]}
+        return {"prompt": self.prompt if i == 0 else None, "completion": self.completions[i]}
 
 
-def entry(scored: ScoredGroup, index: int, *, with_text: bool) -> Entry:
-    """What to log of a group.
+def make_entry(scored: ScoredGroup, index: int, *, with_text: bool) -> Entry:
+    """The entry of a group.
 
     Args:
-        index: of the group in its request.
+        index: number of the group in its request.
+        with_text: include prompt and completions.
     """
     return Entry(
         time=datetime.now(UTC),
@@ -101,27 +97,30 @@ def entry(scored: ScoredGroup, index: int, *, with_text: bool) -> Entry:
         recipe=scored.recipe,
         truth=scored.prepared.truth,
         score=scored.score,
-        texts=_texts(scored) if with_text else None,
+        prompt=scored.group.prompt if with_text else None,
+        completions=_texts(scored) if with_text else None,
     )
 
 
-def _texts(scored: ScoredGroup) -> Texts:
+def _texts(scored: ScoredGroup) -> list[str]:
     rollouts = zip(scored.group.completions, scored.prepared.rollouts, strict=True)
-    return Texts(scored.group.prompt, [_text(given, rollout.tokens.text) for given, rollout in rollouts])
+    return [_text(sent, rollout.tokens.text) for sent, rollout in rollouts]
 
 
-def _text(given: Completion, decoded: str) -> str:
-    match given:
+def _text(sent: Completion, decoded: str) -> str:
+    match sent:
         case str():
-            return given
+            return sent
         case Text():
-            return given.text
+            return sent.text
         case TokenIds():
             return decoded
 
 
-def _length(prompt: Prompt) -> int:
+def _length(prompt: Prompt | None) -> int:
     match prompt:
+        case None:
+            return 0
         case str():
             return len(prompt)
         case TokenIds():
@@ -130,13 +129,13 @@ def _length(prompt: Prompt) -> int:
             return sum(len(message.content) for message in prompt)
 
 
-def _encoded(row: dict[str, Any]) -> bytes:
+def _encode(row: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(row, default=_plain)
-    except orjson.JSONEncodeError:  # half a surrogate pair, which no policy should write and some do
-        return json.dumps(row, default=_plain, ensure_ascii=False).encode("utf-8", "replace")
+        return orjson.dumps(row, default=_to_json)
+    except orjson.JSONEncodeError:  # half a surrogate pair, which some policies write
+        return json.dumps(row, default=_to_json, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def _plain(model: BaseModel) -> dict[str, Any]:
-    """Prompts are sent as messages or as ids, and logged as they were sent."""
+def _to_json(model: BaseModel) -> dict[str, Any]:
+    """Messages and token ids of a prompt, as they were sent."""
     return model.model_dump()

@@ -1,7 +1,7 @@
-"""When things happened, as gauges of Unix time.
+"""Gauges of the Unix time of an event's last occurrence.
 
-Kept on the monotonic clock and turned into Unix time at each scrape, so that a clock that is set does not
-change how long ago something was: `time() - <metric>` in Prometheus is its age.
+They keep the monotonic clock and convert it at each scrape, so that setting the system clock does not change
+the event's age, `time() - <metric>` in Prometheus.
 """
 
 import time
@@ -13,33 +13,33 @@ from prometheus_client.registry import Collector
 
 
 class TimestampGauge(Collector):
-    """One gauge: when it happened last, per label values. May be used from several threads.
+    """Time of the last occurrence, per label values. Thread-safe.
 
     Args:
-        name: in full, such as `shopr1_last_scored_timestamp_seconds`.
-        what: help text.
+        name: full name, such as `shopr1_last_scored_timestamp_seconds`.
+        text: help text.
         label_names: may be empty.
     """
 
-    def __init__(self, name: str, what: str, *label_names: str, registry: CollectorRegistry) -> None:
+    def __init__(self, name: str, text: str, *label_names: str, registry: CollectorRegistry) -> None:
         self._name = name
-        self._what = what
+        self._text = text
         self._label_names = label_names
-        self._happened_s: dict[tuple[str, ...], float] = {}
+        self._times_s: dict[tuple[str, ...], float] = {}
         registry.register(self)
 
-    def mark(self, *labels: str) -> None:
-        """It happens now."""
-        self._happened_s[labels] = time.monotonic()
+    def set_now(self, *labels: str) -> None:
+        """Record that the event occurs now."""
+        self._times_s[labels] = time.monotonic()
 
     def remove(self, *labels: str) -> None:
-        """Forget that it ever happened."""
-        self._happened_s.pop(labels, None)
+        """Drop the series, if there is one."""
+        self._times_s.pop(labels, None)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Seconds since 1970."""
-        family = GaugeMetricFamily(self._name, self._what, labels=self._label_names)
+        """Times in seconds since 1970."""
+        family = GaugeMetricFamily(self._name, self._text, labels=self._label_names)
         offset_s = time.time() - time.monotonic()
-        for labels, happened_s in list(self._happened_s.items()):
-            family.add_metric(labels, offset_s + happened_s)
+        for labels, time_s in list(self._times_s.items()):
+            family.add_metric(labels, offset_s + time_s)
         yield family

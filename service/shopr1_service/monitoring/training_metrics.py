@@ -1,33 +1,30 @@
-"""What training looks like from here: rewards, actions and rationales, by run and recipe.
+"""Metrics of trainings: rewards, actions and rationales, by run and recipe.
 
-Everything is by the *true* action's type where it is by type at all. Its distribution is the data's and stays
-as it is, while a policy that collapses shifts the predicted one, and with it every mean over predicted types.
+Metrics by action type use the *true* action's type. Its distribution is a property of the data, while a
+policy that collapses shifts the predicted type, and with it every mean over predicted types.
 
 A rollout that cannot be scored counts in `shopr1_rollouts_total` and nowhere else.
 
-Runs are bounded. When one more comes, all series of the one that was silent longest are dropped.
-
-How much a text repeats itself.
+The number of runs is bounded. A new run beyond it replaces the run that has been silent longest.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from shopr1_client.reward_logs import terms
 from shopr1_client.wire import Reason, Reward, Status
 from shopr1_rewards import Judgement, Recipe, needs_policy
-from shopr1_rewards.format_error import FormatError
 from shopr1_service.core import PreparedRollout, ScoredGroup
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 
 INVALID = "invalid"
-"""Predicted type of a completion whose format is invalid: there is no action."""
+"""Predicted type of a completion in invalid format, which has no action."""
 UNKNOWN = "unknown"
-"""Predicted type where the recipe's action space does not have it: policies make up any number of them."""
+"""Predicted type that is not in the recipe's action space: policies invent any number of them."""
 
 # The steps of the paper's Table 1, with room for self-certainty above each (0.03 … 0.13 there): invalid; the
 # format alone (0.5 …); type, not all attributes (0.8 …); type and attributes (1 …); and 1000 · R on top, R
@@ -41,6 +38,7 @@ _TOKENS_BUCKETS = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048
 _RATIO_BUCKETS = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 _OUTCOMES = ((Status.SCORED.value, ""), *((Status.UNSCORABLE.value, reason.value) for reason in Reason))
+_NGRAM = 4
 
 _Family = TypeVar("_Family", Counter, Histogram)
 
@@ -50,14 +48,15 @@ class _Families:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
+        self._all: list[Counter | Histogram] = []
         counter, histogram = self._counter, self._histogram
         self.rollouts = counter(
-            "rollouts", "Rollouts by outcome; reason is empty for scored ones.", "status", "reason"
+            "rollouts", "Rollouts by outcome; the reason is empty for scored ones.", "status", "reason"
         )
         self.rewards = histogram("reward", "Rewards of scored rollouts.", REWARD_BUCKETS, "action_type")
         self.components = histogram(
             "reward_component",
-            "Weighted terms of the rewards of scored rollouts.",
+            "Weighted components of the rewards of scored rollouts.",
             COMPONENT_BUCKETS,
             "component",
             "action_type",
@@ -69,117 +68,91 @@ class _Families:
             "predicted_type",
         )
         self.exact_matches = counter(
-            "exact_matches", "Predicted actions that equal the human's in everything.", "action_type"
+            "exact_matches", "Predicted actions whose type and attributes equal the human's.", "action_type"
         )
-        self.format_errors = counter(
-            "format_errors", "Completions with invalid format, by what is wrong.", "error"
-        )
+        self.format_errors = counter("format_errors", "Completions in invalid format, by error.", "error")
         self.certainties = histogram(
             "self_certainty_nats", "Mean self-certainty of a rationale.", _NATS_BUCKETS, "action_type"
         )
-        self.lengths = histogram("rationale_tokens", "Tokens that are measured, by rollout.", _TOKENS_BUCKETS)
+        self.lengths = histogram("rationale_tokens", "Measured tokens of a rollout.", _TOKENS_BUCKETS)
         self.repetitions = histogram(
             "rationale_repetition_ratio",
             "Share of a rationale's token 4-grams that occurred before in it.",
             _RATIO_BUCKETS,
         )
 
-    def _counter(self, name: str, what: str, *labels: str) -> Counter:
-        return Counter(f"shopr1_{name}", what, ("run", "recipe", *labels), registry=self._registry)
+    def remove(self, run: str) -> None:
+        """Drop all series of a run."""
+        for family in self._all:
+            family.remove_by_labels({"run": run})
 
-    def _histogram(self, name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        family = Counter(f"shopr1_{name}", text, ("run", "recipe", *labels), registry=self._registry)
+        self._all.append(family)
+        return family
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         names = ("run", "recipe", *labels)
-        return Histogram(f"shopr1_{name}", what, names, buckets=buckets, registry=self._registry)
-
-
-class _Children:
-    """Makes the series of one run and recipe, and can drop them."""
-
-    def __init__(self, families: _Families, run: str, recipe: str) -> None:
-        self.families = families
-        self._labels = (run, recipe)
-        self._made: list[tuple[Counter | Histogram, tuple[str, ...]]] = []
-
-    def make(self, family: _Family, *labels: str) -> _Family:
-        own = (*self._labels, *labels)
-        self._made.append((family, own))
-        return family.labels(*own)
-
-    def drop(self) -> None:
-        for family, labels in self._made:
-            family.remove(*labels)
-
-
-class _Distributions:
-    """Histograms of one true action type."""
-
-    def __init__(self, children: _Children, true_type: str, components: Iterable[str]) -> None:
-        make, families = children.make, children.families
-        self._reward = make(families.rewards, true_type)
-        self._components = {name: make(families.components, name, true_type) for name in components}
-        self._certainty = make(families.certainties, true_type)
-
-    def record(self, reward: Reward, value: float) -> None:
-        """Count a scored rollout, whose reward is `value`."""
-        self._reward.observe(value)
-        for name, term in terms(reward).items():
-            self._components[name].observe(term)
-        if reward.details.self_certainty_nats is not None:
-            self._certainty.observe(reward.details.self_certainty_nats)
+        family = Histogram(f"shopr1_{name}", text, names, buckets=buckets, registry=self._registry)
+        self._all.append(family)
+        return family
 
 
 class _RecipeSeries:
-    """Series of one run with one recipe. What ratios are made of is 0 from the start; the rest comes late."""
+    """Series of one run with one recipe. Those that ratios are made of are 0 from the start."""
 
     def __init__(self, families: _Families, run: str, recipe: Recipe) -> None:
-        self._children = _Children(families, run, recipe.name)
-        make, types = self._children.make, tuple(recipe.action_space.types)
-        self._rollouts = {outcome: make(families.rollouts, *outcome) for outcome in _OUTCOMES}
-        self._actions = {
-            pair: make(families.actions, *pair) for pair in product(types, (*types, UNKNOWN, INVALID))
-        }
-        self._exact_matches = {name: make(families.exact_matches, name) for name in types}
-        self._lengths = make(families.lengths)
-        self._repetitions = make(families.repetitions)
+        self._families = families
+        self._labels = (run, recipe.name)
+        self._series: dict[tuple[object, ...], Any] = {}  # a look-up by labels is slow
         self._has_rationales = needs_policy(recipe)
-        self._components = tuple(recipe.components)
-        self._distributions: dict[str, _Distributions] = {}
-        self._format_errors: dict[FormatError, Counter] = {}
+        types = tuple(recipe.action_space.types)
+        for outcome in _OUTCOMES:
+            self._of(families.rollouts, *outcome)
+        for pair in product(types, (*types, UNKNOWN, INVALID)):
+            self._of(families.actions, *pair)
+        for name in types:
+            self._of(families.exact_matches, name)
+        self._of(families.lengths)
+        self._of(families.repetitions)
 
     def record(self, true_type: str, rollout: PreparedRollout, reward: Reward) -> None:
-        self._rollouts[reward.status.value, reward.reason.value if reward.reason else ""].inc()
+        self._of(
+            self._families.rollouts, reward.status.value, reward.reason.value if reward.reason else ""
+        ).inc()
         if reward.reward is None:
             return
-        self._distributions_of(true_type).record(reward, reward.reward)
+        self._record_reward(true_type, reward, reward.reward)
         self._record_action(true_type, rollout.judgement)
         if rollout.judgement.failure is not None:
-            self._format_error(rollout.judgement.failure.error).inc()
+            self._of(self._families.format_errors, rollout.judgement.failure.error.value).inc()
         elif self._has_rationales:
             self._record_rationale(rollout)
 
-    def drop(self) -> None:
-        self._children.drop()
+    def _record_reward(self, true_type: str, reward: Reward, value: float) -> None:
+        self._of(self._families.rewards, true_type).observe(value)
+        for name, term in terms(reward).items():
+            self._of(self._families.components, name, true_type).observe(term)
+        if reward.details.self_certainty_nats is not None:
+            self._of(self._families.certainties, true_type).observe(reward.details.self_certainty_nats)
 
     def _record_action(self, true_type: str, judgement: Judgement) -> None:
-        self._actions[true_type, _predicted_type(judgement)].inc()
+        self._of(self._families.actions, true_type, _predicted_type(judgement)).inc()
         if judgement.is_exact_match:
-            self._exact_matches[true_type].inc()
+            self._of(self._families.exact_matches, true_type).inc()
 
     def _record_rationale(self, rollout: PreparedRollout) -> None:
         ids = rollout.tokens.ids
-        self._lengths.observe(len(rollout.measured))
-        self._repetitions.observe(repetition_ratio([ids[index] for index in rollout.measured]))
+        self._of(self._families.lengths).observe(len(rollout.measured))
+        ratio = repetition_ratio([ids[index] for index in rollout.measured])
+        self._of(self._families.repetitions).observe(ratio)
 
-    def _distributions_of(self, true_type: str) -> _Distributions:
-        if true_type not in self._distributions:
-            self._distributions[true_type] = _Distributions(self._children, true_type, self._components)
-        return self._distributions[true_type]
-
-    def _format_error(self, error: FormatError) -> Counter:
-        if error not in self._format_errors:
-            family = self._children.families.format_errors
-            self._format_errors[error] = self._children.make(family, error.value)
-        return self._format_errors[error]
+    def _of(self, family: _Family, *labels: str) -> _Family:
+        key = (family, *labels)
+        if key not in self._series:
+            self._series[key] = family.labels(*self._labels, *labels)
+        series: _Family = self._series[key]
+        return series
 
 
 def _predicted_type(judgement: Judgement) -> str:
@@ -190,10 +163,10 @@ def _predicted_type(judgement: Judgement) -> str:
 
 
 class TrainingMetrics:
-    """See the module.
+    """Counts scored groups by run and recipe.
 
     Args:
-        max_runs: how many runs are told apart at a time; requests that name none are a run, too.
+        max_runs: runs with series of their own; requests without a run's name are a run, too.
     """
 
     def __init__(self, registry: CollectorRegistry, max_runs: int) -> None:
@@ -201,11 +174,11 @@ class TrainingMetrics:
         self._families = _Families(registry)
         self._runs: OrderedDict[str, dict[str, _RecipeSeries]] = OrderedDict()  # the longest silent first
         self._measured_tokens = Counter(
-            "shopr1_measured_tokens", "Tokens whose certainty was measured.", registry=registry
+            "shopr1_measured_tokens", "Tokens whose self-certainty was computed.", registry=registry
         )
         self._last_scored = TimestampGauge(
             "shopr1_last_scored_timestamp_seconds",
-            "When a group of the run was scored last.",
+            "Time of the run's last scored group.",
             "run",
             registry=registry,
         )
@@ -213,7 +186,7 @@ class TrainingMetrics:
     def observe(self, scored: ScoredGroup) -> None:
         """Count a scored group (an `Observer`)."""
         series = self._series(scored.origin.run, scored.recipe)
-        self._last_scored.mark(scored.origin.run)
+        self._last_scored.set_now(scored.origin.run)
         for rollout, reward in zip(scored.prepared.rollouts, scored.score.rewards, strict=True):
             series.record(scored.prepared.truth.type, rollout, reward)
             if reward.details.self_certainty_nats is not None:
@@ -229,13 +202,9 @@ class TrainingMetrics:
 
     def _make_room(self) -> None:
         while len(self._runs) > self._max_runs:
-            run, recipes = self._runs.popitem(last=False)
+            run, _ = self._runs.popitem(last=False)
             self._last_scored.remove(run)
-            for series in recipes.values():
-                series.drop()
-
-
-NGRAM = 4
+            self._families.remove(run)
 
 
 def repetition_ratio(ids: Sequence[int]) -> float:
@@ -243,13 +212,13 @@ def repetition_ratio(ids: Sequence[int]) -> float:
 
         1 − distinct 4-grams / all 4-grams
 
-    Range 0 … 1: 0 where all differ, and where there are fewer than four tokens, so that there is none.
+    In [0, 1]: 0 if all differ, and if there are fewer than four tokens.
 
     >>> repetition_ratio([7, 8, 7, 8, 7, 8])  # 7878, 8787, and 7878 again
     0.33333333333333337
     """
-    num_ngrams = len(ids) - NGRAM + 1
+    num_ngrams = len(ids) - _NGRAM + 1
     if num_ngrams < 1:
         return 0.0
-    distinct = set(zip(*(ids[k:] for k in range(NGRAM)), strict=False))
+    distinct = set(zip(*(ids[k:] for k in range(_NGRAM)), strict=False))
     return 1.0 - len(distinct) / num_ngrams

@@ -1,10 +1,19 @@
-"""From text to token ids and back, always knowing which characters belong to which token.
+"""Convert text to token ids and back, with the characters of each token.
 
-A token belongs to a span of characters when it overlaps it. A byte-level token that carries part of a
-character overlaps that character.
+A token belongs to a span of characters if it overlaps the span. A token that carries only part of a
+character's bytes overlaps that character. Text is tokenised on its own, without special tokens. Ids are
+never re-tokenised: their characters are found by decoding. Both directions give the same offsets to a
+completion that decodes to itself.
 
-Text is tokenised on its own, without special tokens. Ids are never re-tokenised: their characters are
-found by decoding. Both ways give a completion that decodes to itself the same offsets.
+The library's own bookkeeping does not follow this rule (tokenizers 0.23.3; `test_tokenizer.py` has the
+cases):
+
+- `Encoding.offsets` are right for byte-level BPE without `trim_offsets`. A prepended `▁` gets the first
+character. Unigram gives all bytes of a run of unknown characters the whole run. Word-piece offsets leave
+out the space that decoding gives to the next word. They are used only where the tokenizer normalises the
+text, so that it cannot be decoded. - `DecodeStream` reports a character when its last byte arrives, and
+does not say which token has which part of that text. It reports nothing for an incomplete last character,
+raises for bytes that are no character (byte fallback), and takes quadratic time for a long run of them.
 """
 
 from collections.abc import Sequence
@@ -16,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from shopr1_client.wire import Message
 from shopr1_service.core import CodecError, Tokens
 
-_REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+_REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to it
 _MAX_WINDOW = 8
-"""Tokens until which bytes must have become whole characters: UTF-8 needs 4 bytes at most."""
+"""Tokens after which incomplete bytes are taken as broken: UTF-8 needs 4 bytes at most."""
 
 
 class Codec(Protocol):
@@ -31,7 +40,7 @@ class Codec(Protocol):
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
-        """Texts of end-of-turn and padding tokens, which do not count behind an answer."""
+        """Texts of end-of-turn and padding tokens, which are ignored after an answer."""
         ...
 
     def encode_text(self, text: str) -> Tokens:
@@ -39,11 +48,11 @@ class Codec(Protocol):
         ...
 
     def encode_ids(self, text: str) -> Sequence[int]:
-        """The ids of `encode_text`: where no offsets are needed."""
+        """The ids of `encode_text`, without offsets."""
         ...
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat in the policy's template, with the generation prompt.
+        """The ids of a chat in the policy's template, with the generation prompt.
 
         Raises:
             CodecError: there is no template, or it refuses the messages.
@@ -51,7 +60,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> Tokens:
-        """Text and offsets of ids, special tokens written out."""
+        """The text and offsets of ids. Special tokens are part of the text."""
         ...
 
 
@@ -63,13 +72,12 @@ class PolicyTokenizer:
             raise CodecError(f"{type(tokenizer).__name__} has no offsets; a tokenizer.json is needed")
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        # A tokenizer.json may cut or pad silently.
+        # A tokenizer.json may truncate or pad silently.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._before = self._backend.encode("a", add_special_tokens=False).ids
-        self._text_before = self._decode(self._before)
-        self._pieces_inside: dict[int, str | None] = {}
-        """By their ids, as far as they have been asked for."""
+        self._context = self._backend.encode("a", add_special_tokens=False).ids
+        self._context_text = self._decode(self._context)
+        self._texts_inside: dict[int, str | None] = {}
         self.num_ids = num_ids
         self.end_tokens = tuple(dict.fromkeys(self._decode([token_id]) for token_id in end_ids))
 
@@ -77,12 +85,12 @@ class PolicyTokenizer:
         decoded = self.decode(self.encode_ids(text))
         if decoded.text == text:
             return decoded
-        # The tokenizer normalises: only its own bookkeeping knows the characters.
+        # The tokenizer normalises the text: only the library knows the characters.
         encoding = self._backend.encode(text, add_special_tokens=False)
         return Tokens(text, encoding.ids, encoding.offsets)
 
     def encode_ids(self, text: str) -> Sequence[int]:
-        # Of the library's ways this one counts no characters, and lets other threads go on meanwhile.
+        # The library's only call that computes no offsets and releases the GIL.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)
         ids: Sequence[int] = encoding.ids
         return ids
@@ -91,7 +99,7 @@ class PolicyTokenizer:
         chat = [message.model_dump() for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs: they raise what they like
+        except Exception as error:  # templates are programs, and can raise anything
             raise CodecError(f"the policy's chat template refuses the messages: {error}") from error
         return list(self.encode_ids(str(text)))
 
@@ -99,26 +107,29 @@ class PolicyTokenizer:
         ids = list(ids)
         text = self._decode(ids)
         for only_windows in (False, True):
-            tokens = self._windowed_offsets(ids, only_windows=only_windows)
+            tokens = self._offsets_by_windows(ids, only_windows=only_windows)
             if tokens is not None and tokens.text == text:
                 return tokens
-        return self._prefix_offsets(ids, text)
+        return self._offsets_by_prefixes(ids, text)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
-    def _windowed_offsets(self, ids: list[int], *, only_windows: bool) -> Tokens | None:
-        """Offsets in time linear in the tokens: decode only until the bytes at hand are whole characters.
+    def _offsets_by_windows(self, ids: list[int], *, only_windows: bool) -> Tokens | None:
+        """Offsets in linear time: decode windows that end where the bytes are whole characters.
 
-        A window starts with the tokens of the one before, because some decoders treat the first token apart.
-        A token of whole characters needs none, unless what it decodes to depends on the one before. All texts
-        are joined; the caller compares them with the text decoded at once.
+        A window begins with the tokens of the window before, because some decoders treat the first token
+        differently. A token of whole characters needs no window, unless its text depends on the token before.
+        The caller compares the joined text with the text decoded at once.
+
+        Args:
+            only_windows: use a window for every token.
         """
         text, offsets = "", list[tuple[int, int]]()
-        context = 0  # first id of the window; ids[context:done] have been placed already
+        context = 0  # first id of the window; ids[context:done] have their offsets already
         done = 0
         for end in range(1, len(ids) + 1):
-            piece = self._piece_inside(ids[done]) if 0 < done == end - 1 and not only_windows else None
+            piece = self._text_inside(ids[done]) if 0 < done == end - 1 and not only_windows else None
             if piece is not None:
                 offsets.append((len(text), len(text) + len(piece)))
                 text += piece
@@ -131,45 +142,45 @@ class PolicyTokenizer:
             if not window.startswith(before):
                 return None
             prefixes = [self._decode(ids[context:k]) for k in range(done + 1, end)]
-            placed = _place(window, before, [*prefixes, window], self._pieces(ids[done:end]))
+            placed = _place(window, before, [*prefixes, window], self._texts_alone(ids[done:end]))
             offsets += [(len(text) + a - len(before), len(text) + b - len(before)) for a, b in placed]
             text += window[len(before) :]
             context, done = done, end
         return Tokens(text, ids, offsets)
 
-    def _prefix_offsets(self, ids: list[int], text: str) -> Tokens:
-        """Offsets from decoding every prefix: right for any decoder, quadratic in the tokens."""
+    def _offsets_by_prefixes(self, ids: list[int], text: str) -> Tokens:
+        """Offsets from decoding every prefix: right for any decoder, in quadratic time."""
         prefixes = [self._decode(ids[:end]) for end in range(1, len(ids) + 1)]
-        return Tokens(text, ids, _place(text, "", prefixes, self._pieces(ids)))
+        return Tokens(text, ids, _place(text, "", prefixes, self._texts_alone(ids)))
 
-    def _piece_inside(self, token_id: int) -> str | None:
-        """What a token decodes to behind another one; None if that has not only whole characters."""
-        if token_id not in self._pieces_inside:
-            text = self._decode([*self._before, token_id])
-            piece = text[len(self._text_before) :]
-            is_behind = bool(self._text_before) and text.startswith(self._text_before)
-            self._pieces_inside[token_id] = piece if is_behind and _REPLACEMENT not in piece else None
-        return self._pieces_inside[token_id]
+    def _text_inside(self, token_id: int) -> str | None:
+        """The text of a token after another one, cached; None unless it is whole characters."""
+        if token_id not in self._texts_inside:
+            text = self._decode([*self._context, token_id])
+            piece = text[len(self._context_text) :]
+            is_after = bool(self._context_text) and text.startswith(self._context_text)
+            self._texts_inside[token_id] = piece if is_after and _REPLACEMENT not in piece else None
+        return self._texts_inside[token_id]
 
-    def _pieces(self, ids: list[int]) -> list[str]:
+    def _texts_alone(self, ids: list[int]) -> list[str]:
         return [self._decode([token_id]) for token_id in ids]
 
 
-def _place(text: str, before: str, prefixes: Sequence[str], pieces: Sequence[str]) -> list[tuple[int, int]]:
+def _place(text: str, before: str, prefixes: Sequence[str], alone: Sequence[str]) -> list[tuple[int, int]]:
     """The characters of `text` that each further token overlaps.
 
-    Args:
-        before: what the tokens before them decode to.
-        prefixes: what all tokens up to and with each of them decode to; the last one is `text`.
-        pieces: what each of them decodes to alone.
-
     Bytes that are no whole character yet decode to replacement characters, which vanish when the character is
-    whole. What a token adds for good is how far the shortest prefix from it on reaches.
+    complete. A token therefore reaches as far as the shortest prefix from it on.
+
+    Args:
+        before: text of the tokens before.
+        prefixes: text of all tokens up to and including each further token; the last one is `text`.
+        alone: text of each further token alone.
     """
     reaches = list(accumulate((len(prefix) for prefix in reversed(prefixes)), min))[::-1]
     offsets: list[tuple[int, int]] = []
     start, former = len(before), before
-    for prefix, piece, end in zip(prefixes, pieces, reaches, strict=True):
+    for prefix, piece, end in zip(prefixes, alone, reaches, strict=True):
         first = start - 1 if _is_joined(text, start, end, former, prefix, piece) else start
         first = max(first, offsets[-1][0]) if offsets else first
         offsets.append((first, max(first, end)))
@@ -178,9 +189,9 @@ def _place(text: str, before: str, prefixes: Sequence[str], pieces: Sequence[str
 
 
 def _is_joined(text: str, start: int, end: int, former: str, prefix: str, piece: str) -> bool:
-    """Whether a token has bytes of the character before `start`, which another token has begun."""
+    """Whether a token has bytes of the character before `start`, which an earlier token has begun."""
     if not start or _REPLACEMENT not in (former[-1:], prefix[-1:]):
         return False
     completes_it = former[start - 1 : start] != text[start - 1]
-    adds_less_than_itself = former.endswith(_REPLACEMENT) and len(prefix) < len(former) + len(piece)
-    return end <= start or completes_it or adds_less_than_itself
+    adds_less_than_alone = former.endswith(_REPLACEMENT) and len(prefix) < len(former) + len(piece)
+    return end <= start or completes_it or adds_less_than_alone

@@ -1,7 +1,7 @@
 """Ground truths by prompt, for trainers that cannot send a label with a rollout.
 
-A prompt is known by a digest: of its text, or of the canonical JSON of its messages. What is kept of a label
-is a few hundred bytes, whatever the prompt's length. The table lives in memory and belongs to the event loop.
+The key of a prompt is a digest: of its text, or of the canonical JSON of its messages. A label takes a few
+hundred bytes, regardless of the prompt's length. The table is in memory and belongs to the event loop.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _DIGEST_BYTES = 16  # of 10^6 prompts, two agree with a probability of 10^-27
 
 
 class Label(NamedTuple):
-    """The human's action, checked against the recipe that it will be scored with."""
+    """The human's action, validated against the recipe that will score it."""
 
     truth: str
     """The action as canonical JSON: equal for equal actions, and smaller than an object."""
@@ -34,7 +34,7 @@ class Label(NamedTuple):
 
 
 def prompt_digest(prompt: TextPrompt) -> bytes:
-    """What a prompt is known by; a text is never taken for messages."""
+    """Key of a prompt; a text and messages never have the same one."""
     if isinstance(prompt, str):
         hasher, data = _text_hasher(), prompt
     else:
@@ -52,7 +52,7 @@ class LabelStore:
     """Labels by prompt.
 
     Args:
-        max_labels: how many it takes.
+        max_labels: capacity.
     """
 
     def __init__(self, max_labels: int) -> None:
@@ -64,10 +64,10 @@ class LabelStore:
         return len(self._labels)
 
     def put(self, labels: Iterable[tuple[TextPrompt, Label]]) -> None:
-        """Add labels. One for a prompt that has one takes its place.
+        """Add labels, replacing those of the same prompts.
 
         Raises:
-            TooLargeError: they would be too many. Then none is added.
+            TooLargeError: too many labels; none is added.
         """
         new: dict[bytes, Label] = {}
         lengths = set(self._lengths)
@@ -88,7 +88,7 @@ class LabelStore:
     def split(self, text: str) -> tuple[str, str, Label] | None:
         """The longest text prompt that `text` begins with, the rest of `text`, and the prompt's label.
 
-        Reads `text` once: the digest of a beginning goes on to that of the next longer one.
+        Hashes `text` once: the digest of each prefix extends that of the shorter one.
         """
         data = text.encode(errors="surrogatepass")  # prompts are Unicode, a completion may not be
         hasher, done = _text_hasher(), 0
@@ -106,6 +106,6 @@ class LabelStore:
         return data[:length].decode(), data[length:].decode(errors="surrogatepass"), label
 
     def clear(self) -> None:
-        """Forget all labels."""
+        """Remove all labels."""
         self._labels.clear()
         self._lengths.clear()

@@ -1,4 +1,4 @@
-"""The recipes that a service offers: all that ship with the package, and the default one."""
+"""The service's recipes: those of the package, and the default one."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,8 @@ class RecipeBook:
     """Recipes by name.
 
     Args:
-        default: name of a shipped recipe, or a TOML file. A file takes the place of a shipped recipe of the
-            same name.
+        default: name of a package's recipe, or a TOML file, which replaces a package's recipe of the same
+            name.
     """
 
     def __init__(self, default: str) -> None:
@@ -23,10 +23,10 @@ class RecipeBook:
         return iter(self._recipes.values())
 
     def get(self, name: str | None) -> Recipe | None:
-        """The recipe of this name, the default one for None, or None where there is no such recipe."""
+        """The recipe of this name; the default one for None; None if there is no such recipe."""
         return self.default if name is None else self._recipes.get(name)
 
 
 def reference(recipe: Recipe) -> RecipeRef:
-    """Name and digest, as answers carry them."""
+    """Name and digest of a recipe for an answer."""
     return RecipeRef(name=recipe.name, digest=recipe.digest)

@@ -120,7 +120,7 @@ def test_an_error_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         train(tmp_path, PolicyPush(server.url, every_n_steps=NUM_STEPS, on_error="log"))
     assert sent(server) == ["0", str(NUM_STEPS)]
     [record] = [record for record in caplog.records if record.name == "shopr1_client.trainers.callback"]
-    assert record.getMessage().startswith("the service goes on without version 0: InvalidWeightsError(")
+    assert record.getMessage().startswith("the service continues without version 0: InvalidWeightsError(")
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -145,5 +145,5 @@ def test_only_the_main_process_sends() -> None:
 
 
 def test_a_wrong_number_of_steps() -> None:
-    with pytest.raises(ValueError, match="must be 1 at least"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         PolicyPush(every_n_steps=0)

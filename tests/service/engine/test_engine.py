@@ -38,13 +38,13 @@ def model() -> PreTrainedModel:
     return tiny_model()
 
 
-FORWARDS = pytest.mark.parametrize("way", [IndependentForward, PackedForward, ExpandedForward])
-Way = type[IndependentForward | PackedForward | ExpandedForward]
+FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, PackedForward, ExpandedForward])
+Strategy = type[IndependentForward | PackedForward | ExpandedForward]
 
 
-def engine_of(model: PreTrainedModel, way: Way = PackedForward, head: Head | None = None) -> Engine:
+def engine_of(model: PreTrainedModel, strategy: Strategy = PackedForward, head: Head | None = None) -> Engine:
     return Engine(
-        way(model),
+        strategy(model),
         head or choose_head(model, torch.tensor([PROMPT])),
         max_sequence_tokens=LIMIT,
         num_tokenizer_tokens=NUM_TOKENS,
@@ -65,7 +65,7 @@ def reasons(results: Sequence[Certainty | Unmeasurable]) -> list[Reason | None]:
 
 
 def assert_same(actual: Sequence[Certainty | Unmeasurable], *expected: Certainty | Unmeasurable) -> None:
-    """But for rounding: how many rows a matrix has changes the order of its sums."""
+    """Equal up to rounding: the number of rows of a matrix changes the order of its sums."""
     for one, other in zip(actual, expected, strict=True):
         assert isinstance(one, Certainty)
         assert isinstance(other, Certainty)
@@ -96,10 +96,10 @@ def test_no_completions(model: PreTrainedModel) -> None:
     ],
 )
 def test_longest_sequence(
-    model: PreTrainedModel, way: Way, position: str, last_measured: int, is_too_long: bool
+    model: PreTrainedModel, strategy: Strategy, position: str, last_measured: int, is_too_long: bool
 ) -> None:
-    engine = engine_of(model, way)
-    # What stands behind the last measured token is not fed and does not count.
+    engine = engine_of(model, strategy)
+    # Tokens after the last scored one are not fed and do not count.
     long = MeasuredCompletion(random_ids(100, seed=4), [2, last_measured])
     first, result, last = measure(engine, OTHERS[0], long, OTHERS[1], position=position)
     assert_same([first, last], *measure(engine, *OTHERS, position=position))
@@ -128,40 +128,42 @@ def test_longest_prompt(model: PreTrainedModel, num_prompt_tokens: int) -> None:
 @FORWARDS
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("measured", [[0], [1], [0, 1], [0, 1, 4]])
-def test_as_many_tokens_as_the_model_has_positions(way: Way, kind: str, measured: list[int]) -> None:
-    # gpt2 and opt look positions up in a table: one token too many is an error.
+def test_as_many_tokens_as_the_model_has_positions(
+    strategy: Strategy, kind: str, measured: list[int]
+) -> None:
+    # gpt2 and opt have a table of positions: one token too many is an error.
     sizes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
     model = tiny_model(kind, max_position_embeddings=LIMIT, **sizes)
     prompt_ids = random_ids(LIMIT - measured[-1], seed=7)
     completion = MeasuredCompletion(random_ids(5, seed=8), measured)
-    [result] = measure(engine_of(model, way), completion, prompt_ids=prompt_ids)
+    [result] = measure(engine_of(model, strategy), completion, prompt_ids=prompt_ids)
     expected = Reference(model).values(prompt_ids, completion.ids[: measured[-1]], measured, rules())
     assert isinstance(result, Certainty), result
     assert result.values == pytest.approx(expected, rel=0, abs=1e-4)
 
 
 @FORWARDS
-def test_nothing_precedes_the_first_token(model: PreTrainedModel, way: Way) -> None:
-    engine = engine_of(model, way)
+def test_nothing_precedes_the_first_token(model: PreTrainedModel, strategy: Strategy) -> None:
+    engine = engine_of(model, strategy)
     ids = random_ids(5, seed=6)
     completions = [MeasuredCompletion(ids, measured) for measured in ([0], [0, 1], [1], [1, 4])]
     results = measure(engine, *completions, prompt_ids=[])
     assert reasons(results) == [Reason.NO_CONTEXT, Reason.NO_CONTEXT, None, None]
-    # The distribution after a token always has that token before it.
+    # The distribution after a token always has a context: that token.
     shifted = measure(engine, *completions, prompt_ids=[], position="shifted")
     assert reasons(shifted) == [None] * 4
     # The distribution that predicts token 1 is the one after token 0.
     assert_same([results[2]], shifted[0])
 
 
-# --- what goes wrong in the model -------------------------------------------------------------------
+# --- failures of the model --------------------------------------------------------------------------
 
 
 @FORWARDS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @torch.no_grad()
-def test_broken_weights_give_no_number(model: PreTrainedModel, way: Way, value: float) -> None:
-    engine = engine_of(model, way)
+def test_broken_weights_give_no_number(model: PreTrainedModel, strategy: Strategy, value: float) -> None:
+    engine = engine_of(model, strategy)
     for parameter in model.parameters():
         parameter.fill_(value)
     for divergence in ("kl_u_p", "kl_p_u", "eq3"):
@@ -181,13 +183,13 @@ def test_one_broken_row_of_the_head_gives_no_number(model: PreTrainedModel, valu
 
 @FORWARDS
 @torch.no_grad()
-def test_nan_of_one_rollout_does_not_touch_the_others(model: PreTrainedModel, way: Way) -> None:
-    engine = engine_of(model, way)
+def test_nan_in_one_rollout_does_not_affect_the_others(model: PreTrainedModel, strategy: Strategy) -> None:
+    engine = engine_of(model, strategy)
     poisoned = [5, POISON, 6, 7]
     completions = [
         MeasuredCompletion(poisoned, [0, 1, 2]),
         OTHERS[0],
-        MeasuredCompletion(poisoned, [0, 1]),  # the token that is NaN is predicted, and not fed
+        MeasuredCompletion(poisoned, [0, 1]),  # the NaN token is predicted, not fed
         MeasuredCompletion(poisoned, [3]),
         OTHERS[1],
     ]
@@ -204,24 +206,24 @@ def test_nan_of_one_rollout_does_not_touch_the_others(model: PreTrainedModel, wa
 
 @FORWARDS
 @torch.no_grad()
-def test_nan_of_the_prompt_is_everyones(model: PreTrainedModel, way: Way) -> None:
-    engine = engine_of(model, way)
+def test_nan_in_the_prompt_fails_the_whole_group(model: PreTrainedModel, strategy: Strategy) -> None:
+    engine = engine_of(model, strategy)
     expected = measure(engine, *OTHERS)
     embedding_of(model).weight[POISON] = math.nan
     results = measure(engine, *OTHERS, prompt_ids=[*PROMPT[:-1], POISON])
     assert reasons(results) == [Reason.NON_FINITE_LOGITS] * 2
-    assert measure(engine, *OTHERS) == expected  # and the next group's nobody's
+    assert measure(engine, *OTHERS) == expected  # the next group is not affected
 
 
 @FORWARDS
 @pytest.mark.parametrize("part", ["trunk", "head"])
-def test_exception_fails_the_group_and_not_the_engine(
-    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, way: Way, part: str
+def test_an_exception_fails_the_group_but_not_the_engine(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, strategy: Strategy, part: str
 ) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> Any:
         raise ArithmeticError("no more")
 
-    engine = engine_of(model, way, ModuleHead(model, NUM_ROWS))
+    engine = engine_of(model, strategy, ModuleHead(model, NUM_ROWS))
     expected = measure(engine, *OTHERS)
     too_long = MeasuredCompletion(random_ids(90, seed=4), [80])
     with monkeypatch.context() as patch:
@@ -233,7 +235,7 @@ def test_exception_fails_the_group_and_not_the_engine(
     assert measure(engine, *OTHERS) == expected
 
 
-def test_id_that_the_model_lacks_fails_the_group(model: PreTrainedModel) -> None:
+def test_an_unknown_id_fails_the_group(model: PreTrainedModel) -> None:
     engine = engine_of(model)
     expected = measure(engine, *OTHERS)
     results = measure(engine, OTHERS[0], MeasuredCompletion([NUM_ROWS, 5], [1]))
@@ -241,13 +243,13 @@ def test_id_that_the_model_lacks_fails_the_group(model: PreTrainedModel) -> None
     assert measure(engine, *OTHERS) == expected
 
 
-# --- no work for nothing ----------------------------------------------------------------------------
+# --- no needless work -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("way", "position", "num_fed"),
+    ("strategy", "position", "num_fed"),
     [
-        # 20 of the prompt; completions are fed up to the token before the last measured one, 4 and 7 …
+        # 20 of the prompt; completions are fed up to the token before the last scored one, 4 and 7 …
         (PackedForward, "predict", 20 + 4 + 7),
         (ExpandedForward, "predict", 20 + 7 + 7),  # padded to the longest
         (IndependentForward, "predict", 20 + 4 + 20 + 7),
@@ -257,15 +259,17 @@ def test_id_that_the_model_lacks_fails_the_group(model: PreTrainedModel) -> None
         (IndependentForward, "shifted", 20 + 5 + 20 + 8),
     ],
 )
-def test_only_needed_tokens_are_fed(model: PreTrainedModel, way: Way, position: str, num_fed: int) -> None:
+def test_only_needed_tokens_are_fed(
+    model: PreTrainedModel, strategy: Strategy, position: str, num_fed: int
+) -> None:
     fed: list[int] = []
-    engine = engine_of(model, way)
+    engine = engine_of(model, strategy)
     embedding_of(model).register_forward_pre_hook(lambda _module, args: fed.append(args[0].numel()))
     measure(engine, *OTHERS, position=position)
     assert sum(fed) == num_fed
 
 
-def test_only_measured_tokens_reach_the_head(model: PreTrainedModel) -> None:
+def test_only_scored_tokens_reach_the_head(model: PreTrainedModel) -> None:
     class CountingHead(LinearHead):
         num_seen = 0
 
@@ -278,7 +282,7 @@ def test_only_measured_tokens_reach_the_head(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("num_too_long", [0, 1])
-def test_nothing_to_measure_runs_nothing(num_too_long: int) -> None:
+def test_no_pass_without_tokens_to_score(num_too_long: int) -> None:
     class NoForward:
         name = "none"
 

@@ -46,7 +46,7 @@ def logits_of(head: Head, hidden_T_H: Tensor, num_rows: int | None = None) -> Te
 
 
 def on_logits(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]) -> PreTrainedModel:
-    """A model that does something to its logits which no config tells of."""
+    """A model that changes its logits in a way that its config does not state."""
     model = tiny_model()
     original = model.forward
 
@@ -84,7 +84,7 @@ def test_linear_head_gives_the_models_logits(family: str, differs: set[str]) -> 
     assert_close(logits_of(head, hidden_T_H), expected_T_V, rtol=0, atol=1e-5)
     found = {"bias_V": head.bias_V is not None, "scale": head.scale != 1, "softcap": head.softcap is not None}
     assert {name for name, is_there in found.items() if is_there} == differs
-    # Without it the logits would be others: the comparison above cannot miss it.
+    # Without bias, scale or softcap the logits differ: the comparison above would notice.
     plain_T_V = logits_of(LinearHead(head.weight_V_H), hidden_T_H)
     assert torch.allclose(plain_T_V, expected_T_V, rtol=0, atol=1e-2) == (not differs)
 
@@ -117,7 +117,7 @@ def test_16_bit_weights_are_multiplied_in_fp32(dtype: torch.dtype) -> None:
     head = choose_head(model, IDS)
     assert isinstance(head, LinearHead)
     logits_T_V = logits_of(head, hidden_T_H)
-    # The truth of these hidden states and weights: they are what they are, rounded already.
+    # The exact product of these hidden states and weights, which are rounded already.
     truth_T_V = hidden_T_H.double() @ head.weight_V_H.double().T
     assert logits_T_V.dtype is torch.float32
     assert own_T_V.dtype is dtype
@@ -135,7 +135,7 @@ def test_fp64_stays_fp64() -> None:
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers how many elements the largest tensor had that any operation returned."""
+    """Records the size of the largest tensor that any operation returned, in elements."""
 
     num_elements = 0
 
@@ -156,14 +156,14 @@ def test_no_tensor_holds_all_logits(monkeypatch: pytest.MonkeyPatch, dtype: torc
     head = LinearHead(weight_V_H, torch.zeros(V), scale=2.0, softcap=30.0)
     with torch.inference_mode(), LargestTensor() as largest:  # type: ignore[no-untyped-call]
         divergences(hidden_T_H, head, Divergence.KL_P_U, temperature=0.6)
-    # The weight itself, V·H, is only ever seen through views of C rows.
+    # The weight itself, V·H, is only read through views of C rows.
     assert largest.num_elements == T * C
 
 
 # --- the model's own head ---------------------------------------------------------------------------
 
 
-def test_unknown_change_of_logits_takes_the_module_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_change_of_logits_needs_the_module_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_logits(monkeypatch, lambda logits, _ids: logits * 3 + 1)
     hidden_T_H, expected_T_V = trunk_and_logits(model)
     head = choose_head(model, IDS)
@@ -174,13 +174,13 @@ def test_unknown_change_of_logits_takes_the_module_head(monkeypatch: pytest.Monk
 
 
 class DoubledLinear(nn.Linear):
-    """What adapters and quantised layers are: a linear layer whose weight is not the whole truth."""
+    """A linear layer that is more than its weight, like an adapted or quantised layer."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         return 2 * super().forward(input)
 
 
-def test_head_that_is_more_than_its_weight_takes_the_module_head() -> None:
+def test_a_head_that_is_more_than_its_weight_needs_the_module_head() -> None:
     model = tiny_model()
     layer = DoubledLinear(32, NUM_ROWS, bias=False)
     layer.weight = head_of(model).weight
@@ -202,7 +202,7 @@ def test_module_head_gives_the_models_logits(family: str) -> None:
     assert_close(logits_T_V, expected_T_V, rtol=0, atol=1e-5)
 
 
-def test_module_head_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_head_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     hidden_T_H, expected_T_V = trunk_and_logits(model)
     head = ModuleHead(model, NUM_ROWS)
@@ -240,7 +240,7 @@ def test_module_head_gives_fp32() -> None:
         ),
     ],
 )
-def test_logits_that_cannot_be_made_are_an_error(
+def test_logits_that_no_head_gives_are_an_error(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     model = on_logits(monkeypatch, change)
@@ -252,14 +252,14 @@ def test_logits_that_cannot_be_made_are_an_error(
 
 @pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min])
 def test_rows_that_the_model_masks_stay_masked(monkeypatch: pytest.MonkeyPatch, mask: float) -> None:
-    # As some models do with rows that are no tokens.
+    # Some models mask rows that have no token.
     padding = torch.arange(NUM_TOKENS, NUM_ROWS)
     model = on_logits(monkeypatch, lambda logits, _ids: logits.index_fill(2, padding, mask))
     hidden_T_H, expected_T_V = trunk_and_logits(model)
     head = choose_head(model, IDS)
     assert isinstance(head, ModuleHead)
     assert torch.equal(logits_of(head, hidden_T_H), expected_T_V)
-    # They leave nothing to measure over all rows, and the tokenizer's rows untouched.
+    # Over all rows nothing can be scored; the tokenizer's rows are not affected.
     expected = naive(expected_T_V[:, :NUM_TOKENS].double(), Divergence.KL_U_P)
     of_tokenizer = divergences(hidden_T_H, head, Divergence.KL_U_P, num_vocab=NUM_TOKENS)
     assert of_tokenizer.tolist() == pytest.approx(expected, abs=1e-4)

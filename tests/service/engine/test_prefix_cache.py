@@ -1,4 +1,4 @@
-"""The prefix cache against a list of everything that was ever put into it."""
+"""The prefix cache against a list of all prompts that were inserted."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ BYTES_PER_TOKEN = 2 * 2 * 4  # keys and values, one layer, one head of size 2, f
 
 
 def chunk(ids: Sequence[int], start: int = 0) -> Chunk:
-    """Keys tell the token, values its position, so that mixed-up memory shows."""
+    """A chunk whose keys are its tokens and whose values are their positions, to detect mixed-up memory."""
     keys = torch.tensor([[[[float(i), 0.0] for i in ids]]])
     values = torch.tensor([[[[float(p), 0.0] for p in range(start, start + len(ids))]]])
     return Chunk(tuple(ids), (keys,), (values,), torch.tensor([[float(ids[-1])]]))
@@ -42,7 +42,7 @@ PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size
 
 
 @given(prompts=PROMPTS)
-def test_the_longest_known_beginning_is_found(prompts: list[list[int]]) -> None:
+def test_match_finds_the_longest_known_beginning(prompts: list[list[int]]) -> None:
     cache = PrefixCache(10**6)
     known: list[list[int]] = []
     for prompt in prompts:
@@ -55,13 +55,13 @@ def test_the_longest_known_beginning_is_found(prompts: list[list[int]]) -> None:
             assert positions.tolist() == list(range(longest))
         remember(cache, prompt)
         known.append(prompt)
-    # No token is held twice.
+    # No token is stored twice.
     beginnings = {tuple(prompt[:end]) for prompt in known for end in range(1, len(prompt) + 1)}
     assert cache.stats.num_bytes == BYTES_PER_TOKEN * len(beginnings)
 
 
 @given(prompts=PROMPTS, max_tokens=st.integers(0, 10))
-def test_it_never_holds_more_than_it_may(prompts: list[list[int]], max_tokens: int) -> None:
+def test_the_limit_is_never_exceeded(prompts: list[list[int]], max_tokens: int) -> None:
     cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
     for prompt in prompts:
         remember(cache, prompt)
@@ -70,7 +70,7 @@ def test_it_never_holds_more_than_it_may(prompts: list[list[int]], max_tokens: i
         assert spelled(found) == prompt[: len(spelled(found))]
 
 
-def test_what_was_not_used_for_longest_goes_first() -> None:
+def test_the_least_recently_used_chunk_is_evicted_first() -> None:
     cache = PrefixCache(4 * BYTES_PER_TOKEN)
     remember(cache, [1, 1])
     remember(cache, [2, 2])
@@ -80,11 +80,11 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert cache.stats.num_evicted_chunks == 1
 
 
-def test_a_beginning_outlives_its_ends() -> None:
+def test_ends_are_evicted_before_their_beginning() -> None:
     cache = PrefixCache(5 * BYTES_PER_TOKEN)
     remember(cache, [1, 2, 3])
     remember(cache, [1, 2, 4])  # 1 2 is shared: four tokens in all
-    remember(cache, [1, 2, 5, 6])  # one too many: the 3 goes
+    remember(cache, [1, 2, 5, 6])  # one too many: the 3 is evicted
     assert spelled(cache.match([1, 2, 3])) == [1, 2]
     assert spelled(cache.match([1, 2, 4])) == [1, 2, 4]
     assert spelled(cache.match([1, 2, 5, 6])) == [1, 2, 5, 6]
@@ -105,14 +105,14 @@ def test_the_last_hidden_state_is_that_of_the_last_token() -> None:
     assert second.last_hidden_1_H.tolist() == [[3.0]]
 
 
-def test_what_does_not_follow_on_anything_is_not_kept() -> None:
+def test_a_chunk_without_its_prefix_is_ignored() -> None:
     cache = PrefixCache(10**6)
     cache.insert([1, 2], chunk([3]))
     assert cache.match([1, 2, 3]) == []
     assert cache.stats.num_bytes == 0
 
 
-def test_cleared() -> None:
+def test_clear() -> None:
     cache = PrefixCache(10**6)
     remember(cache, [1, 2])
     cache.clear()
@@ -120,7 +120,7 @@ def test_cleared() -> None:
 
 
 @pytest.mark.parametrize(("max_bytes", "is_enabled"), [(0, False), (1, True)])
-def test_nothing_is_kept_without_room(max_bytes: int, is_enabled: bool) -> None:
+def test_a_limit_below_one_token_keeps_nothing(max_bytes: int, is_enabled: bool) -> None:
     cache = PrefixCache(max_bytes)
     remember(cache, [1, 2])
     assert (cache.is_enabled, cache.match([1, 2])) == (is_enabled, [])

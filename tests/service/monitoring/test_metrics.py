@@ -171,3 +171,10 @@ async def test_what_the_engine_counts_is_taken_over() -> None:
     assert values[("shopr1_prefix_cache_evicted_chunks_total",)] == 1
     assert values[("shopr1_prefix_cache_bytes",)] == 50
     assert values[("shopr1_out_of_memory_total",)] == 5
+
+
+async def test_the_version_and_the_room_of_the_queue() -> None:
+    async with running(max_queue_tokens=1234) as client:
+        assert await metric(client, "shopr1_build_info", version="0.1.0") == 1
+        assert await metric(client, "shopr1_max_queue_tokens") == 1234
+        assert await metric(client, "process_resident_memory_bytes") > 2**20

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from shopr1_client.wire import ScoreRequest
 from shopr1_service.core import Origin, ScoredGroup
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 from shopr1_service.monitoring.training_metrics import repetition_ratio
 from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.scheduling.local_engine import LocalEngine
@@ -307,30 +305,3 @@ async def test_when_a_run_was_scored_and_the_policy_loaded() -> None:
         loaded_s = await metric(client, "shopr1_policy_loaded_timestamp_seconds")
         scored_s = await metric(client, "shopr1_last_scored_timestamp_seconds", run="r")
     assert before_s - 1 < loaded_s <= scored_s < time.time() + 1
-
-
-def test_a_clock_that_is_set_does_not_change_the_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = TimestampGauge("x_timestamp_seconds", "When.", "run", registry=CollectorRegistry())
-    monkeypatch.setattr(time, "monotonic", lambda: 50.0)
-    moments.mark("r")
-    monkeypatch.setattr(time, "monotonic", lambda: 57.0)
-    for now_s in (1000.0, 900_000.0):
-        monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
-        [family] = moments.collect()
-        assert [(s.labels, s.value) for s in family.samples] == [({"run": "r"}, now_s - 7)]
-
-
-def test_what_did_not_happen_or_is_forgotten_has_no_time() -> None:
-    moments = TimestampGauge("x_timestamp_seconds", "When.", "run", registry=CollectorRegistry())
-    moments.mark("r")
-    moments.remove("r")
-    moments.remove("never")
-    [family] = moments.collect()
-    assert family.samples == []
-
-
-async def test_the_version_and_the_room_of_the_queue() -> None:
-    async with running(max_queue_tokens=1234) as client:
-        assert await metric(client, "shopr1_build_info", version="0.1.0") == 1
-        assert await metric(client, "shopr1_max_queue_tokens") == 1234
-        assert await metric(client, "process_resident_memory_bytes") > 2**20

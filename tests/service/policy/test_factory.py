@@ -88,7 +88,7 @@ def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 6, 7, 25])
-def test_short_limit_is_no_obstacle_to_loading(limit: int) -> None:
+def test_a_policy_loads_with_a_short_limit(limit: int) -> None:
     policy = policy_of(tiny_model(), max_sequence_tokens=limit)
     assert policy.info.max_sequence_tokens == limit
     [[certainty]] = policy.certainties([TokenGroup(PromptKey([5]), [MeasuredCompletion([6], [0])])], rules())
@@ -97,7 +97,7 @@ def test_short_limit_is_no_obstacle_to_loading(limit: int) -> None:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The tokens of all checks from here on."""
+    """The token ids of each check from now on."""
     seen: list[list[int]] = []
 
     def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Forward:
@@ -119,7 +119,7 @@ def test_check_is_longer_than_the_window(checks: list[list[int]]) -> None:
     ("family", "name"),
     [("gpt_neo", "window_size"), ("mamba2", "chunk_size"), ("bamba", "mamba_chunk_size")],
 )
-def test_check_is_longer_than_what_other_architectures_see(
+def test_check_is_longer_than_the_reach_of_other_architectures(
     checks: list[list[int]], family: str, name: str
 ) -> None:
     model = tiny_model(FAMILIES[family].kind, **{**FAMILIES[family].options, name: 40})
@@ -132,7 +132,7 @@ def test_check_is_longer_than_what_other_architectures_see(
 def test_check_notices_that_a_window_is_ignored(
     monkeypatch: pytest.MonkeyPatch, checks: list[list[int]], kind: str, size: int
 ) -> None:
-    # 18 tokens behind a multiple of the size begin the completions: once the prompt ends where a chunk does.
+    # Completions begin 18 tokens after a multiple of the size: with size 18 the prompt ends with a chunk.
     model = (
         tiny_model(
             "qwen2", use_sliding_window=True, sliding_window=size, layer_types=[kind, "full_attention"]
@@ -225,5 +225,5 @@ def test_warm_up_runs_each_shape(max_tokens: int, expected: list[tuple[int, int,
         RecordingForward(model), head, max_sequence_tokens=max_tokens, num_tokenizer_tokens=NUM_TOKENS
     )
     warm_up(engine, range(3, 43), rules(), max_tokens=max_tokens)
-    # A small policy takes a smaller prompt of the last size that is too large for it.
+    # A shape that is too long for the policy is run with a shorter prompt.
     assert [shape for shape in seen if shape[0] > 0] == expected

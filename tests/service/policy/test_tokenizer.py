@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
@@ -21,20 +22,22 @@ from tests.support.models import (
     normalising,
     slow_overlapping,
     token_bytes,
+    unigram,
     word_ends,
+    word_piece,
     wrapped,
 )
 
 REPLACEMENT = "\ufffd"
 
-TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback(), "unigram": unigram()}
 CODECS = {name: PolicyTokenizer(tokenizer, NUM_ROWS, []) for name, tokenizer in TOKENIZERS.items()}
-BOTH = pytest.mark.parametrize("name", CODECS)
+EVERY_KIND = pytest.mark.parametrize("name", CODECS)
 
-# U+FFFD has tests of its own below: it is also what a piece of a character decodes to.
+# U+FFFD has its own tests below: part of a character decodes to it too.
 characters = st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT)
 texts = st.text(characters | st.sampled_from('茶便🍵é–\u0301 \n"\\'), max_size=30)
-any_ids = st.lists(st.integers(0, NUM_ROWS - 1), max_size=30)  # 18 of these ids are of no token
+any_ids = st.lists(st.integers(0, NUM_ROWS - 1), max_size=30)  # 18 of these ids have no token
 broken_bytes = st.lists(texts.map(str.encode) | st.binary(max_size=3), max_size=5).map(b"".join)
 
 
@@ -45,7 +48,7 @@ _SPELLINGS = {
 
 
 def spelling(name: str, *pieces: bytes) -> list[int]:
-    """The ids of these tokens, by their bytes. Not for the beginning of a text: it may lose a space."""
+    """The ids of these tokens, by their bytes. Not for the beginning of a text, which may lose a space."""
     return [_SPELLINGS[name][piece] for piece in pieces]
 
 
@@ -61,37 +64,37 @@ def owners(tokens: Tokens) -> list[list[int]]:
 @example("便宜的茶 🍵🛒")
 @example("a<|im_end|>b<|endoftext|>")
 @example("  \n\n")
-def test_offsets_of_bytes_are_the_librarys(text: str) -> None:
+def test_byte_level_offsets_equal_the_librarys(text: str) -> None:
     encoding = TOKENIZERS["byte_level"].backend_tokenizer.encode(text, add_special_tokens=False)
     assert CODECS["byte_level"].encode_text(text) == Tokens(text, encoding.ids, encoding.offsets)
 
 
-@BOTH
+@EVERY_KIND
 @given(text=texts)
 @example(text="  茶 茶茶 ")
 def test_a_character_belongs_to_the_tokens_that_have_its_bytes(name: str, text: str) -> None:
-    text = f"x{text}"  # byte_fallback takes a space at the beginning for the mark of a word
+    text = f"x{text}"  # byte_fallback drops a space at the beginning
     tokens = CODECS[name].encode_text(text)
     assert tokens.text == text
     spelt = token_bytes(TOKENIZERS[name], tokens.ids)
     assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
 
 
-@BOTH
+@EVERY_KIND
 @given(text=texts)
-def test_ids_give_what_their_text_gives(name: str, text: str) -> None:
+def test_ids_and_their_text_give_the_same_tokens(name: str, text: str) -> None:
     tokens = CODECS[name].encode_text(f"x{text}")
     assert CODECS[name].decode(tokens.ids) == tokens
 
 
-@BOTH
+@EVERY_KIND
 @given(text=texts)
 def test_ids_alone_are_those_of_the_text(name: str, text: str) -> None:
     assert CODECS[name].encode_ids(text) == CODECS[name].encode_text(text).ids
 
 
 def test_space_at_the_beginning() -> None:
-    # The ids decode to `a b`: where the text is known, its space is not lost.
+    # The ids decode to `a b`. If the text is known, its space is kept.
     tokens = CODECS["byte_fallback"].encode_text(" a b")
     assert tokens.text == " a b"
     assert owners(tokens) == [[0], [1], [2], [3]]
@@ -107,7 +110,7 @@ def test_space_at_the_beginning() -> None:
         ((2, 3), [2]),
         ((0, 4), [0, 1, 2, 3, 4]),
         ((2, 4), [2, 3, 4]),
-        ((3, 4), [4]),  # a token without characters counts inside of a span, and not at its edge
+        ((3, 4), [4]),  # a token without characters counts inside a span, not at its edge
         ((1, 1), []),
     ],
 )
@@ -160,17 +163,17 @@ def check_decoded(name: str, ids: list[int]) -> None:
     assert (starts, ends) == (sorted(starts), sorted(ends))
     assert all(owners(tokens)), "a character without a token"
     if REPLACEMENT not in tokens.text:
-        assert tokens == codec._prefix_offsets(ids, tokens.text)
+        assert tokens == codec._offsets_by_prefixes(ids, tokens.text)
 
 
-@BOTH
+@EVERY_KIND
 @settings(max_examples=500)
 @given(ids=any_ids)
 def test_any_ids_can_be_decoded(name: str, ids: list[int]) -> None:
     check_decoded(name, ids)
 
 
-@BOTH
+@EVERY_KIND
 @settings(max_examples=500)
 @given(text=broken_bytes)
 @example(text="茶🍵é".encode())
@@ -181,7 +184,7 @@ def test_any_bytes_can_be_decoded(name: str, text: bytes) -> None:
 
 
 def characters_of(data: bytes) -> list[tuple[int, int]]:
-    """The bytes of each character that `data` decodes to; broken ones become one U+FFFD each."""
+    """The byte range of each character of the decoded data; each broken run is one U+FFFD."""
     ranges: list[tuple[int, int]] = []
     position = 0
     while position < len(data):
@@ -213,7 +216,9 @@ def test_a_broken_character_belongs_to_the_tokens_that_have_its_bytes(ids: list[
 def test_windows_are_enough_for_text(text: str) -> None:
     codec, ids = CODECS["byte_level"], ids_of(TOKENIZERS["byte_level"], text)
     for only_windows in (False, True):
-        assert codec._windowed_offsets(ids, only_windows=only_windows) == codec._prefix_offsets(ids, text)
+        assert codec._offsets_by_windows(ids, only_windows=only_windows) == codec._offsets_by_prefixes(
+            ids, text
+        )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +227,7 @@ def test_windows_are_enough_for_text(text: str) -> None:
         pytest.param("byte_level", [b"\xe8", b"\x8c", b"\xb6"], "t茶t", [1, 2, 3], id="whole"),
         pytest.param("byte_level", [b"\xe8", b"\x8c"], "t\ufffdt", [1, 2], id="broken"),
         pytest.param("byte_level", [b"\xef", b"\xbf", b"\xbd"], "t\ufffdt", [1, 2, 3], id="literal"),
-        # Its decoder writes one U+FFFD for each byte that is of no character.
+        # This decoder writes one U+FFFD for each broken byte.
         pytest.param("byte_fallback", [b"\xe8", b"\x8c", b"\xb6"], "t茶t", [1, 2, 3], id="fallback-whole"),
         pytest.param("byte_fallback", [b"\xe8", b"\x8c"], "t\ufffd\ufffdt", [1], id="fallback-broken"),
         pytest.param(
@@ -240,7 +245,7 @@ def test_every_token_of_a_replacement_character_belongs_to_it(
 
 
 @pytest.mark.parametrize("token_id", [371, 388, 10**6])
-def test_ids_of_no_token_are_nothing(token_id: int) -> None:
+def test_ids_without_a_token_have_no_text(token_id: int) -> None:
     tokens = CODECS["byte_level"].decode(
         [*spelling("byte_level", b"a"), token_id, *spelling("byte_level", b"b")]
     )
@@ -258,7 +263,7 @@ def test_ids_of_no_token_are_nothing(token_id: int) -> None:
     ],
 )
 def test_decoding_is_linear_in_the_tokens(name: str, text: str) -> None:
-    # Counted in decoded ids, not seconds. A prompt may have 30,000 tokens.
+    # Counts decoded ids, not seconds. A completion may have 30,000 tokens.
     class CountingCodec(PolicyTokenizer):
         num_decoded = 0
 
@@ -270,6 +275,59 @@ def test_decoding_is_linear_in_the_tokens(name: str, text: str) -> None:
     ids = ids_of(tokenizer, text * 100)
     CountingCodec(tokenizer, NUM_ROWS, []).decode(ids)
     assert CountingCodec.num_decoded < 50 * len(ids)
+
+
+# --- where the library does not follow the rule -----------------------------------------------------
+# If one of these fails, a new version of tokenizers may replace code of ours.
+
+
+def library_offsets(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[int, int]]:
+    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets)
+
+
+def test_the_library_gives_the_mark_of_a_word_to_the_first_character() -> None:
+    # Tokens: ▁ and three bytes of 茶.
+    assert library_offsets(byte_fallback(), "茶") == [(0, 1), (0, 1), (0, 1), (0, 1)]
+    assert CODECS["byte_fallback"].encode_text("茶").offsets == [(0, 0), (0, 1), (0, 1), (0, 1)]
+
+
+def test_the_library_gives_each_byte_of_unigram_the_whole_run() -> None:
+    assert library_offsets(TOKENIZERS["unigram"], "a茶便")[1:] == [(1, 3)] * 6
+    assert CODECS["unigram"].encode_text("a茶便").offsets[1:] == [(1, 2)] * 3 + [(2, 3)] * 3
+
+
+def test_the_library_leaves_out_the_space_that_word_piece_decodes() -> None:
+    tokenizer = word_piece()
+    assert library_offsets(tokenizer, "tea cheap") == [(0, 3), (4, 9)]
+    codec = PolicyTokenizer(tokenizer, NUM_ROWS, [])
+    assert codec.encode_text("tea cheap").offsets == [(0, 3), (3, 9)]
+
+
+def streamed(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str | None]:
+    """What `DecodeStream` returns for each token."""
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token_id) for token_id in ids]
+
+
+def test_the_librarys_stream_does_not_say_which_token_has_which_text() -> None:
+    # " –" is two tokens: a space with the first byte, then the other bytes.
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = ids_of(tokenizer, "x –")
+    assert streamed(tokenizer, ids) == ["x", None, " –"]
+    assert CODECS["byte_level"].decode(ids).offsets == [(0, 1), (1, 3), (2, 3)]
+
+
+def test_the_librarys_stream_drops_an_incomplete_end() -> None:
+    ids = spelling("byte_level", b"t", b"\xe8", b"\x8c")
+    assert streamed(TOKENIZERS["byte_level"], ids) == ["t", None, None]
+    assert CODECS["byte_level"].decode(ids).text == "t\ufffd"
+
+
+def test_the_librarys_stream_raises_for_broken_bytes() -> None:
+    ids = spelling("byte_fallback", b"\xe8", b"\x8c", b"\x8c", b"\xe8", b"t")
+    with pytest.raises(Exception, match="Invalid prefix encountered"):
+        streamed(TOKENIZERS["byte_fallback"], ids)
+    assert CODECS["byte_fallback"].decode(ids).text == "\ufffd" * 4 + "t"
 
 
 # --- the codec --------------------------------------------------------------------------------------
@@ -290,7 +348,7 @@ def test_truncation_and_padding_of_a_tokenizer_json_do_nothing() -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=64, pad_token="<|endoftext|>")
     tokenizer = wrapped(backend)
-    assert len(ids_of(tokenizer, "便宜的茶")) == 64  # as it comes: 4 tokens and padding
+    assert len(ids_of(tokenizer, "便宜的茶")) == 64  # as loaded: 4 tokens and padding
     codec = PolicyTokenizer(tokenizer, NUM_ROWS, [])
     expected = CODECS["byte_level"].encode_text("便宜的茶")
     assert codec.encode_text("便宜的茶") == expected
@@ -298,7 +356,7 @@ def test_truncation_and_padding_of_a_tokenizer_json_do_nothing() -> None:
     assert codec.encode_chat(chat) == CODECS["byte_level"].encode_chat(chat)
 
 
-def test_threads_do_not_disturb_each_other() -> None:
+def test_threads_may_share_a_tokenizer() -> None:
     codec = CODECS["byte_level"]
     chats = [[Message(role="user", content=f"{i} 便宜的茶 🍵" * i)] for i in range(40)]
 

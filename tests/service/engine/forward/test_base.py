@@ -22,24 +22,24 @@ from shopr1_service.engine.forward.base import (
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.lm_head import trunk_of
-from tests.support.models import FAMILIES, model_of, random_ids, tiny_model
+from tests.support.models import FAMILIES, model_of, random_ids, shared_model, tiny_model
 
-CHECK_IDS = random_ids(32, seed=9)  # the windows here are of 8 tokens
+CHECK_IDS = random_ids(32, seed=9)  # windows here have 8 tokens
 
 
 @torch.no_grad()
-def slow_hidden(model: PreTrainedModel, prompt_ids: Sequence[int], suffix: Suffix) -> Tensor:
-    """From the model's own list of hidden states, in fp64; the last of them is the trunk's output."""
-    model = copy.deepcopy(model).double()
+def slow_hidden(double: PreTrainedModel, prompt_ids: Sequence[int], suffix: Suffix) -> Tensor:
+    """Hidden states from an fp64 model's own list of them; the last is the trunk's output."""
     ids = torch.tensor([[*prompt_ids, *suffix.ids]])
-    hidden_T_H = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+    hidden_T_H = double(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
     return torch.stack([hidden_T_H[len(prompt_ids) + position] for position in suffix.positions])
 
 
 def check(forward: Forward, model: PreTrainedModel, prompt_ids: list[int], suffixes: list[Suffix]) -> None:
     actual = forward.hidden_states(prompt_ids, suffixes)
+    double = copy.deepcopy(model).double()
     for hidden_S_H, suffix in zip(actual, suffixes, strict=True):
-        expected_S_H = slow_hidden(model, prompt_ids, suffix)
+        expected_S_H = slow_hidden(double, prompt_ids, suffix)
         assert_close(hidden_S_H.double(), expected_S_H, rtol=0, atol=1e-4)
 
 
@@ -76,8 +76,8 @@ def test_common_lead(suffixes: list[Suffix], expected: list[int]) -> None:
 
 # --- every strategy gives the model's hidden states ------------------------------------------------------
 
-Way = type[IndependentForward | PackedForward | ExpandedForward]
-FORWARDS = pytest.mark.parametrize("way", [IndependentForward, PackedForward, ExpandedForward])
+Strategy = type[IndependentForward | PackedForward | ExpandedForward]
+FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, PackedForward, ExpandedForward])
 
 SUFFIXES = [
     Suffix([], [-1]),
@@ -91,7 +91,7 @@ SUFFIXES = [
 
 
 @pytest.mark.parametrize(
-    ("way", "family"),
+    ("strategy", "family"),
     [
         *product(
             (IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")
@@ -100,32 +100,32 @@ SUFFIXES = [
     ],
 )
 @pytest.mark.parametrize("num_prompt_tokens", [1, 2, 7, 8, 9, 30])
-def test_hidden_states(way: Way, family: str, num_prompt_tokens: int) -> None:
-    model = model_of(family)
-    check(way(model), model, random_ids(num_prompt_tokens, seed=num_prompt_tokens), SUFFIXES)
+def test_hidden_states(strategy: Strategy, family: str, num_prompt_tokens: int) -> None:
+    model = shared_model(family)
+    check(strategy(model), model, random_ids(num_prompt_tokens, seed=num_prompt_tokens), SUFFIXES)
 
 
 @FORWARDS
-def test_empty_prompt(way: Way) -> None:
+def test_empty_prompt(strategy: Strategy) -> None:
     model = tiny_model()
-    check(way(model), model, [], [Suffix(random_ids(5, seed=1), [0, 4]), Suffix([7], [0])])
+    check(strategy(model), model, [], [Suffix(random_ids(5, seed=1), [0, 4]), Suffix([7], [0])])
 
 
 @FORWARDS
-def test_nothing_asked_for(way: Way) -> None:
-    assert way(tiny_model()).hidden_states(random_ids(5), []) == []
+def test_no_suffixes(strategy: Strategy) -> None:
+    assert strategy(tiny_model()).hidden_states(random_ids(5), []) == []
 
 
 @pytest.mark.parametrize(
-    ("way", "family"),
+    ("strategy", "family"),
     [
         *product((IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral")),
         *product((IndependentForward, ExpandedForward), ("falcon_h1",)),
     ],
 )
-def test_suffixes_do_not_touch_each_other(way: Way, family: str) -> None:
-    # Were the prompt's cache written to, the second suffix would follow upon the first.
-    forward = way(model_of(family))
+def test_suffixes_do_not_affect_each_other(strategy: Strategy, family: str) -> None:
+    # If the prompt's cache were written to, the second suffix would follow the first.
+    forward = strategy(model_of(family))
     prompt_ids = random_ids(12, seed=5)
     alone = [forward.hidden_states(prompt_ids, [suffix])[0] for suffix in SUFFIXES[3:6]]
     for order in permutations(range(3)):
@@ -135,9 +135,9 @@ def test_suffixes_do_not_touch_each_other(way: Way, family: str) -> None:
 
 
 @FORWARDS
-def test_hidden_states_need_no_gradient(way: Way) -> None:
+def test_hidden_states_need_no_gradient(strategy: Strategy) -> None:
     model = tiny_model()
-    [hidden_S_H] = way(model).hidden_states(random_ids(5), [Suffix(random_ids(3), [-1, 2])])
+    [hidden_S_H] = strategy(model).hidden_states(random_ids(5), [Suffix(random_ids(3), [-1, 2])])
     assert not hidden_S_H.requires_grad
 
 
@@ -145,7 +145,7 @@ def test_hidden_states_need_no_gradient(way: Way) -> None:
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, change: Any) -> PreTrainedModel:
-    """The model with `change(forward, kwargs)` in place of its trunk's forward."""
+    """The model, whose trunk's forward is replaced by `change(forward, kwargs)`."""
     trunk = trunk_of(model)
     original = trunk.forward
     monkeypatch.setattr(trunk, "forward", lambda **kwargs: change(original, kwargs))
@@ -177,10 +177,10 @@ def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
 def choose(
     model: PreTrainedModel,
     ids: Sequence[int],
-    ways: Sequence[type[PackedForward | ExpandedForward]] = (PackedForward, ExpandedForward),
+    strategies: Sequence[type[PackedForward | ExpandedForward]] = (PackedForward, ExpandedForward),
 ) -> Forward:
-    """Without the forward that needs no cache of the model's."""
-    return choose_forward(model, ids, [way(model) for way in ways])
+    """Choose among the strategies that use the model's own cache."""
+    return choose_forward(model, ids, [strategy(model) for strategy in strategies])
 
 
 def make_no_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
@@ -210,15 +210,17 @@ BOTH = [PackedForward, ExpandedForward]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-@pytest.mark.parametrize("way", BOTH)
-def test_the_first_that_is_right_is_chosen(way: type[PackedForward | ExpandedForward], family: str) -> None:
+@pytest.mark.parametrize("strategy", BOTH)
+def test_the_first_correct_strategy_is_chosen(
+    strategy: type[PackedForward | ExpandedForward], family: str
+) -> None:
     model = model_of(family)
     assert choose(model, CHECK_IDS).name == "packed"
-    assert choose(model, CHECK_IDS, [way]).name == way.name
+    assert choose(model, CHECK_IDS, [strategy]).name == strategy.name
 
 
 @pytest.mark.parametrize(
-    ("ways", "change"),
+    ("strategies", "change"),
     [
         pytest.param(BOTH, ignore_the_cache, id="ignores_the_cache_silently"),
         pytest.param(BOTH, refuse_a_cache, id="refuses_a_cache"),
@@ -232,24 +234,24 @@ def test_the_first_that_is_right_is_chosen(way: type[PackedForward | ExpandedFor
 def test_independent_is_chosen_where_sharing_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    ways: Sequence[type[PackedForward | ExpandedForward]],
+    strategies: Sequence[type[PackedForward | ExpandedForward]],
     change: Any,
 ) -> None:
     model = patched(monkeypatch, tiny_model(), change)
     with caplog.at_level(logging.WARNING, "shopr1_service.engine.forward.base"):
-        forward = choose(model, CHECK_IDS, ways)
+        forward = choose(model, CHECK_IDS, strategies)
     assert forward.name == "independent"
     [record] = caplog.records
     assert "LlamaModel" in record.message or "LlamaForCausalLM" in record.message
 
 
-# What these do with a cache of the prompt is wrong without an error, in one layout or in both.
-TREACHEROUS = ["mpt", "gpt_neo", "recurrent_gemma", "mamba", "mamba2", "rwkv", "jamba", "minimax", "bloom"]
+# These use a cache of the prompt wrongly, without an error, in one layout or in both.
+SILENTLY_WRONG = ["mpt", "gpt_neo", "recurrent_gemma", "mamba", "mamba2", "rwkv", "jamba", "minimax", "bloom"]
 HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen3_next"]
 
 
-@pytest.mark.parametrize("family", TREACHEROUS + HYBRIDS)
-def test_what_is_chosen_is_right(family: str) -> None:
+@pytest.mark.parametrize("family", SILENTLY_WRONG + HYBRIDS)
+def test_the_chosen_strategy_is_correct(family: str) -> None:
     model = model_of(family)
     forward = choose(model, CHECK_IDS)
     assert forward.name == FAMILIES[family].forward
@@ -263,23 +265,23 @@ def test_what_is_chosen_is_right(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "family"),
+    ("strategy", "family"),
     [
         *product([PackedForward], ["mpt", "gpt_neo"]),
         *product([ExpandedForward], ["mamba", "jamba", "minimax"]),
     ],
 )
-def test_silent_errors_are_recognised(way: type[PackedForward | ExpandedForward], family: str) -> None:
+def test_silent_errors_are_recognised(strategy: type[PackedForward | ExpandedForward], family: str) -> None:
     model = model_of(family)
     suffixes = [Suffix(random_ids(6, seed=1), [5]), Suffix(random_ids(6, seed=2), [5])]
-    actual = way(model).hidden_states(CHECK_IDS, suffixes)  # no exception
+    actual = strategy(model).hidden_states(CHECK_IDS, suffixes)  # no exception
     expected = IndependentForward(model).hidden_states(CHECK_IDS, suffixes)
     assert max(float((a - e).abs().max()) for a, e in zip(actual, expected, strict=True)) > 0.1
-    assert choose(model, CHECK_IDS, [way]).name == "independent"
+    assert choose(model, CHECK_IDS, [strategy]).name == "independent"
 
 
-def test_one_token_alone_is_never_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Recurrent models have code of their own for a step of one token, nemotron_h's is off for some tokens.
+def test_a_single_token_is_never_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Recurrent models have separate code for a step of one token; nemotron_h's is wrong for some tokens.
     model = tiny_model()
     suffixes = [Suffix([7], [-1, 0]), Suffix([8], [0])]
     expected = IndependentForward(model).hidden_states(CHECK_IDS, suffixes)
@@ -298,14 +300,14 @@ def test_a_cache_that_is_cut_to_a_window_is_noticed(monkeypatch: pytest.MonkeyPa
         return forward(**kwargs)
 
     model = patched(monkeypatch, tiny_model(), forget_the_start)
-    # Prompts of 6 and 8 tokens, with up to 3 that all completions begin with.
+    # Prompts of 6 and 8 tokens, with a lead of up to 3.
     assert choose(model, CHECK_IDS[:12], [ExpandedForward]).name == "expanded"
     assert choose(model, CHECK_IDS, [ExpandedForward]).name == "independent"
 
 
 def test_rope_that_changes_with_the_length() -> None:
-    # Phi-3's long RoPE turns all keys otherwise once the sequence is longer than 16 tokens (4096 in life);
-    # a cache keeps the prompt's keys as they were turned before.
+    # Phi-3's long RoPE rotates all keys differently once the sequence is longer than 16 tokens (4096 in real
+    # models); a cache keeps the prompt's keys as they were rotated before.
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope["original_max_position_embeddings"] = 16
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)

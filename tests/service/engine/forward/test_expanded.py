@@ -1,4 +1,4 @@
-"""A batch on copies of the prompt's cache against independent forwards, and how many tokens are run."""
+"""A batch on copies of the prompt's cache against independent forwards, and the number of tokens run."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from shopr1_service.engine.forward import expanded as expanded_forward
 from shopr1_service.engine.forward.base import IndependentForward, Suffix
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from tests.support.models import FAMILIES, model_of, random_ids, tiny_model
+from tests.support.models import FAMILIES, random_ids, shared_model, tiny_model
 
 LEAD = [7, 8, 9]
-"""What every completion begins with."""
+"""The beginning of every completion."""
 
 
 def suffix(num_tokens: int, *, seed: int = 0) -> Suffix:
-    """A completion that is fed the lead and so many tokens more, measured from the lead's end on."""
+    """A completion of the lead and `num_tokens` more, scored from the lead's end on."""
     ids = (*LEAD, *random_ids(num_tokens, seed=seed))
     return Suffix(ids, tuple(range(len(LEAD) - 1, len(ids))))
 
@@ -32,7 +32,7 @@ def check(model: PreTrainedModel, prompt_ids: Sequence[int], suffixes: Sequence[
 
 
 def passes_of(model: PreTrainedModel) -> list[tuple[int, ...]]:
-    """Rows and tokens of each pass, as they come."""
+    """Rows and tokens of each pass from now on."""
     seen: list[tuple[int, ...]] = []
 
     def note(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -57,7 +57,7 @@ EXPANDED = [name for name, family in FAMILIES.items() if family.forward == "expa
 def test_any_group_in_any_batches(
     family: str, group: tuple[int, list[tuple[int, bool]]], max_tokens: int, max_cached: int
 ) -> None:
-    """Lengths in any order, leads, completions of one token and of none: always in their places."""
+    """Lengths in any order, leads, completions of one token and of none: results keep their order."""
     num_prompt_tokens, drawn = group
     suffixes = [
         suffix(length, seed=i) if has_lead else Suffix(random_ids(length, seed=i), (-1, length - 1))
@@ -66,13 +66,13 @@ def test_any_group_in_any_batches(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expanded_forward, "MAX_PASS_TOKENS", max_tokens)
         patch.setattr(expanded_forward, "MAX_CACHED_TOKENS", max_cached)
-        check(model_of(family), random_ids(num_prompt_tokens, seed=9), suffixes)
+        check(shared_model(family), random_ids(num_prompt_tokens, seed=9), suffixes)
 
 
 # --- every token once -------------------------------------------------------------------------------
 
 
-def test_only_what_is_needed_is_run() -> None:
+def test_only_needed_tokens_are_run() -> None:
     model = tiny_model()
     passes = passes_of(model)
     ExpandedForward(model).hidden_states(random_ids(40), [suffix(5), suffix(0), suffix(2), suffix(4)])
@@ -94,7 +94,7 @@ def test_copies_of_the_prompt_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     passes = passes_of(model)
     suffixes = [suffix(n, seed=n) for n in (90, 5, 4, 6, 3, 30)]
     ExpandedForward(model).hidden_states(random_ids(20), suffixes)
-    # 23 tokens and the completion's, each: two of them, or one of 30. What is longer goes alone.
+    # 23 tokens and the completion's, each: two of them, or one of 30. Longer ones run alone.
     assert passes == [(1, 23), (2, 4), (2, 6), (1, 30), (1, 90)]
 
 

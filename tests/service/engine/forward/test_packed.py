@@ -1,4 +1,4 @@
-"""Completions in one row against independent forwards, and how many tokens are run."""
+"""Completions in one row against independent forwards, and the number of tokens run."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,24 @@ from transformers import Cache, PreTrainedModel
 from shopr1_service.engine.forward import packed as packed_forward
 from shopr1_service.engine.forward.base import IndependentForward, Suffix, choose_forward
 from shopr1_service.engine.forward.packed import PackedForward, UnsupportedLayoutError
-from tests.support.models import FAMILIES, embedding_of, llama4, model_of, random_ids, tiny_model
+from tests.support.models import (
+    FAMILIES,
+    embedding_of,
+    llama4,
+    model_of,
+    random_ids,
+    shared_model,
+    tiny_model,
+)
 
 LEAD = [7, 8, 9]
-"""What every completion begins with."""
+"""The beginning of every completion."""
 BROKEN_ID = 380
 """A token id that `random_ids` never gives."""
 
 
 def suffix(num_tokens: int, *, seed: int = 0) -> Suffix:
-    """A completion that is fed the lead and so many tokens more, measured from the lead's end on."""
+    """A completion of the lead and `num_tokens` more, scored from the lead's end on."""
     ids = (*LEAD, *random_ids(num_tokens, seed=seed))
     return Suffix(ids, tuple(range(len(LEAD) - 1, len(ids))))
 
@@ -35,7 +43,7 @@ def check(model: PreTrainedModel, prompt_ids: Sequence[int], suffixes: Sequence[
 
 
 class Passes:
-    """What the model is given: how many tokens, and on top of how many."""
+    """Records each pass of a model: its new tokens and its cached tokens."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.seen: list[tuple[int, int]] = []
@@ -70,7 +78,7 @@ def test_any_group_in_any_passes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_forward, "MAX_PASS_TOKENS", max_tokens)
         patch.setattr(packed_forward, "MAX_MASK_ELEMENTS", max_elements)
-        check(model_of(family), random_ids(num_prompt_tokens, seed=9), suffixes)
+        check(shared_model(family), random_ids(num_prompt_tokens, seed=9), suffixes)
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [1, 7, 8, 9, 14, 21])
@@ -89,7 +97,7 @@ def test_bfloat16(family: str) -> None:
 # --- every token once -------------------------------------------------------------------------------
 
 
-def test_only_what_is_needed_is_run() -> None:
+def test_only_needed_tokens_are_run() -> None:
     model = tiny_model()
     passes = Passes(model)
     PackedForward(model).hidden_states(random_ids(40), [suffix(5), suffix(0), suffix(2, seed=1), suffix(5)])
@@ -97,7 +105,7 @@ def test_only_what_is_needed_is_run() -> None:
     assert passes.seen == [(40 + 3, 0), (5 + 2 + 5, 43)]
 
 
-def test_what_all_completions_need_is_no_pass_of_its_own() -> None:
+def test_the_lead_is_no_pass_of_its_own() -> None:
     model = tiny_model()
     passes = Passes(model)
     PackedForward(model).hidden_states(random_ids(40), [suffix(0), Suffix(LEAD[:1], (0,))])
@@ -113,21 +121,21 @@ def test_passes_are_bounded(monkeypatch: pytest.MonkeyPatch, name: str, limit: i
     model = tiny_model()
     passes = Passes(model)
     PackedForward(model).hidden_states(random_ids(20), [suffix(n, seed=n) for n in (7, 9, 1, 30, 16, 16)])
-    # What is larger than a pass goes alone. No pass leaves anything behind for the next.
+    # A rest larger than a pass runs alone. No pass changes the cache for the next.
     assert passes.seen == [(23, 0), (7 + 9, 23), (1, 23), (30, 23), (16, 23), (16, 23)]
 
 
 def test_mask_is_bounded_for_the_longest_prompts() -> None:
-    assert packed_forward.MAX_MASK_ELEMENTS // 32_768 >= 2000  # tokens of a pass, behind 32k tokens
+    assert packed_forward.MAX_MASK_ELEMENTS // 32_768 >= 2000  # tokens of a pass after 32k tokens
     assert packed_forward.MAX_MASK_ELEMENTS <= 2**26
 
 
-# --- what may go wrong ------------------------------------------------------------------------------
+# --- refusals and failures --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @torch.no_grad()
-def test_a_broken_completion_touches_no_other(family: str) -> None:
+def test_a_broken_completion_affects_no_other(family: str) -> None:
     model = model_of(family)
     embedding_of(model).weight[BROKEN_ID] = math.nan
     prompt_ids, sound = random_ids(20), [suffix(4, seed=1), suffix(6, seed=2)]
@@ -160,13 +168,13 @@ def test_attention_that_may_ignore_a_mask_is_refused(implementation: str) -> Non
         ("qwen3_next", "a mask means nothing to linear_attention"),
     ],
 )
-def test_models_that_do_not_only_attend_are_refused(family: str, message: str) -> None:
+def test_models_with_other_layers_are_refused(family: str, message: str) -> None:
     with pytest.raises(UnsupportedLayoutError, match=message):
         PackedForward(model_of(family)).hidden_states(random_ids(20), [suffix(1)])
 
 
 def test_positions_that_count_cached_tokens_are_refused() -> None:
-    # Wrong from the 8192nd token on only, in life: no check at load would notice.
+    # In real models wrong only from the 8192nd token on: no check at load would notice.
     model = llama4(floor_scale=8192)
     with pytest.raises(UnsupportedLayoutError, match="scaled by something else than their position"):
         PackedForward(model).hidden_states(random_ids(20), [suffix(1)])

@@ -1,9 +1,13 @@
-"""The shared prefix against independent forwards, and how many tokens it runs."""
+"""The shared prefix against independent forwards, and the number of tokens that it runs."""
+
+import functools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -14,16 +18,24 @@ from shopr1_service.engine.forward import shared_prefix as shared_forward
 from shopr1_service.engine.forward.base import IndependentForward, PromptGroup, Suffix
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.prefix_cache import PrefixCache
-from tests.support.models import model_of, random_ids, tiny_model
+from tests.support.models import model_of, random_ids, shared_model, tiny_model
 
 LEAD = [7, 8, 9]
-"""What every completion begins with."""
+"""The beginning of every completion."""
 
 
 def suffix(*rest: int, num_measured: int | None = None) -> Suffix:
-    """A completion: the lead, then measured tokens. The last is not fed: it is only predicted."""
+    """A completion of the lead and scored tokens. The last token is predicted, not fed."""
     num_measured = len(rest) if num_measured is None else num_measured
     return Suffix((*LEAD, *rest[:-1]), tuple(range(len(LEAD) - 1, len(LEAD) - 1 + num_measured)))
+
+
+LLAMA = shared_model("llama")
+
+
+@functools.cache
+def expected_of_llama(prompt: tuple[int, ...], suffix: Suffix) -> Tensor:
+    return IndependentForward(LLAMA).hidden_states(prompt, [suffix])[0]
 
 
 class Counting:
@@ -50,8 +62,13 @@ def check(
         assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
 
 
+def assert_expected(actual: Sequence[Tensor], prompt: Sequence[int], suffixes: Sequence[Suffix]) -> None:
+    for actual_S_H, suffix in zip(actual, suffixes, strict=True):
+        assert_close(actual_S_H, expected_of_llama(tuple(prompt), suffix), rtol=0, atol=1e-4)
+
+
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Keys and values in fp32."""
+    """Bytes of keys and values of a token, in fp32."""
     return 2 * 4 * sum(p.shape[0] for n, p in model.named_parameters() if n.endswith("k_proj.weight"))
 
 
@@ -69,23 +86,22 @@ GROUPS = st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=9), SUFFIXES), 
     groups=GROUPS,
     max_tokens=st.sampled_from([0, 4, 12, 10**6]),
     max_pass_tokens=st.sampled_from([1, 3, 8192]),
-    is_written=st.booleans(),
+    is_matmul=st.booleans(),
 )
 @settings(max_examples=60)
 def test_any_requests_in_any_order(
-    groups: list[tuple[list[int], list[Suffix]]], max_tokens: int, max_pass_tokens: int, is_written: bool
+    groups: list[tuple[list[int], list[Suffix]]], max_tokens: int, max_pass_tokens: int, is_matmul: bool
 ) -> None:
-    """Prompts that begin alike, leads that are cut, evictions, small passes: always the same numbers."""
-    model = model_of("llama")
-    forward = SharedPrefixForward(model, PrefixCache(max_tokens * bytes_per_token(model)))
+    """Common beginnings of prompts, leads that are cut, evictions, small passes: always the same numbers."""
+    forward = SharedPrefixForward(LLAMA, PrefixCache(max_tokens * bytes_per_token(LLAMA)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
-        if is_written:
+        if is_matmul:
             patch.setattr(shared_attention, "choose_kernel", lambda segments, *_: MatmulAttention(segments))
         for prompt, suffixes in groups:
             usable = [s for s in suffixes if prompt or s.positions[0] >= 0]
             if usable:
-                check(forward, model, prompt, usable)
+                assert_expected(forward.hidden_states(prompt, usable), prompt, usable)
 
 
 @given(
@@ -101,20 +117,16 @@ def test_any_groups_together(
     max_pass_tokens: int,
     min_shared_tokens: int,
 ) -> None:
-    """Groups that share passes, begin alike, or are the same: each gets the numbers it would get alone."""
-    model = model_of("llama")
-    forward = SharedPrefixForward(model, PrefixCache(max_tokens * bytes_per_token(model)))
+    """Groups that share passes or beginnings, or are equal: each gets the numbers it would get alone."""
+    forward = SharedPrefixForward(LLAMA, PrefixCache(max_tokens * bytes_per_token(LLAMA)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_forward, "MAX_PASS_TOKENS", max_pass_tokens)
         patch.setattr(shared_forward, "MIN_SHARED_TOKENS", min_shared_tokens)
         for drawn in batches:
             groups = [PromptGroup(p, [s for s in ss if p or s.positions[0] >= 0]) for p, ss in drawn]
             groups = [group for group in groups if group.suffixes]
-            for actual, expected in zip(
-                forward.batch(groups), IndependentForward(model).batch(groups), strict=True
-            ):
-                for actual_S_H, expected_S_H in zip(actual, expected, strict=True):
-                    assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
+            for actual, group in zip(forward.batch(groups), groups, strict=True):
+                assert_expected(actual, group.prompt_ids, group.suffixes)
 
 
 def test_short_groups_share_their_passes() -> None:
@@ -123,13 +135,13 @@ def test_short_groups_share_their_passes() -> None:
     forward = SharedPrefixForward(model, PrefixCache(10**9))
     groups = [PromptGroup(random_ids(10 + i, seed=i), [suffix(1, 2), suffix(3, 4, 5)]) for i in range(3)]
     forward.batch(groups)
-    # 10, 11, 12 and thrice the lead; then 1 + 2 tokens of each behind it.
+    # 10, 11 and 12 tokens and three times the lead; then 1 + 2 tokens of each after it.
     assert counting.take() == [33 + 9, 9]
     forward.batch(groups)
     assert counting.take() == [9]
 
 
-def test_prompts_that_begin_alike_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_with_a_common_beginning_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_forward, "MIN_SHARED_TOKENS", 20)
     model = tiny_model()
     counting = Counting(model)
@@ -139,22 +151,22 @@ def test_prompts_that_begin_alike_wait_for_each_other(monkeypatch: pytest.Monkey
     groups = [PromptGroup(prompt, [suffix(1, 2)]) for prompt in steps]
     forward = SharedPrefixForward(model, PrefixCache(10**9))
     forward.batch(groups)
-    # The first with all it has; then what the others have of their own; then the completions.
+    # The whole first prompt; then the rests of the others; then the completions.
     assert counting.take() == [30 + 5 + 3, (6 + 3) + (7 + 3) + (25 + 3), 4]
-    # Without a cache there is nothing to wait for.
+    # Without a cache, no prompt waits.
     SharedPrefixForward(model, PrefixCache(0)).batch(groups)
     assert counting.take() == [38 + 39 + 40 + 63, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_what_is_new_is_run(dtype: torch.dtype) -> None:
+def test_only_new_tokens_are_run(dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
     counting = Counting(model)
     forward = SharedPrefixForward(model, PrefixCache(10**9))
     prompt = random_ids(40, seed=1)
     suffixes = [suffix(1, 2, 3), suffix(4, 5), suffix(6)]
     forward.hidden_states(prompt, suffixes)
-    # The prompt with the lead; then all but the last token of each, behind the lead: 2 + 1 + 0.
+    # The prompt with the lead; then all but the last token of each, after the lead: 2 + 1 + 0.
     assert counting.take() == [40 + 3, 3]
     forward.hidden_states(prompt, suffixes)
     assert counting.take() == [3]
@@ -162,7 +174,7 @@ def test_only_what_is_new_is_run(dtype: torch.dtype) -> None:
     assert counting.take() == []
     forward.hidden_states([*prompt, *random_ids(10, seed=2)], suffixes)  # the session's next step
     assert counting.take() == [10 + 3, 3]
-    forward.hidden_states([*prompt[:30], *random_ids(5, seed=3)], suffixes)  # parts after 30 tokens
+    forward.hidden_states([*prompt[:30], *random_ids(5, seed=3)], suffixes)  # differs after 30 tokens
     assert counting.take() == [5 + 3, 3]
     forward.hidden_states(
         prompt[:20], [suffix(1)]
@@ -188,7 +200,7 @@ def test_passes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counting.take() == [16, 16, 11, 14, 14, 7]  # 43; then 7 each, two at a time
 
 
-def test_completions_leave_nothing_behind() -> None:
+def test_completions_are_not_cached() -> None:
     cache = PrefixCache(10**9)
     forward = SharedPrefixForward(tiny_model(), cache)
     prompt = random_ids(40, seed=1)
@@ -197,12 +209,12 @@ def test_completions_leave_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt_oss"])
-def test_attention_that_is_more_is_refused(family: str) -> None:
+def test_attention_beyond_plain_is_refused(family: str) -> None:
     model = model_of(family)
     forward = SharedPrefixForward(model, PrefixCache(0))
     with pytest.raises(UnsupportedAttentionError):
         forward.hidden_states(random_ids(20, seed=1), [suffix(1, 2)])
-    # The model is as before.
+    # The model is unchanged.
     ids = torch.tensor([random_ids(20, seed=1)])
     assert model(input_ids=ids, use_cache=False).logits.isfinite().all()
 
@@ -216,7 +228,7 @@ def test_two_models_do_not_share_a_layout() -> None:
             check(forward, model, prompt, [suffix(1, 2), suffix(3)])
 
 
-def test_a_broken_completion_touches_no_other() -> None:
+def test_a_broken_completion_affects_no_other() -> None:
     model = tiny_model()
     broken_id = 99
     embeddings = model.get_input_embeddings()
@@ -233,4 +245,4 @@ def test_a_broken_completion_touches_no_other() -> None:
         (first, second), IndependentForward(model).hidden_states(prompt, sound), strict=True
     ):
         assert_close(actual, expected, rtol=0, atol=1e-4)
-    check(forward, model, prompt, sound)  # nor does it stay behind in the cache
+    check(forward, model, prompt, sound)  # the cache is not affected either
