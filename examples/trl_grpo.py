@@ -78,7 +78,7 @@ def config(arguments: argparse.Namespace) -> GRPOConfig:
 
 
 def report(history: list[dict[str, Any]]) -> None:
-    """What each step earned, and of what terms: means over its rollouts."""
+    """Mean reward and terms of each step over its rollouts."""
     for entry in history:
         if "reward" in entry:
             terms = {key: value for key, value in entry.items() if key.startswith("shopr1/")}

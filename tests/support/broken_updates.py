@@ -135,7 +135,7 @@ class Sender:
 
     @property
     def _half(self) -> bytes:
-        """A request that goes on."""
+        """A request that continues."""
         head = (
             "PUT /policy/weights?version=broken HTTP/1.1\r\nHost: service\r\n"
             f"Content-Type: application/octet-stream\r\nContent-Length: {len(self._body)}\r\n\r\n"

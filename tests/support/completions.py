@@ -1,4 +1,4 @@
-"""What several of these tests need: answers as a policy writes them, and slow references."""
+"""Completions of a policy, and slow reference implementations."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -27,7 +27,7 @@ from shopr1_service.settings import Settings
 from shopr1_service.updates.updatable_engine import UpdatableEngine
 
 WAIT_S = 120.0
-"""Until something that will come should have come: only a failing test waits so long."""
+"""Timeout of every wait. Only a failing test waits so long."""
 _POLL_S = 0.01
 
 TERMINATE = {"type": "terminate"}

@@ -1,4 +1,4 @@
-"""A small HTTP server that takes new weights as the service does, and fails when it is told to."""
+"""A small HTTP server that accepts weight updates like the service, and fails on request."""
 
 import hashlib
 import json
@@ -66,12 +66,12 @@ class Refusal:
 INITIAL = VersionInfo(version="initial", number=0, loaded_at=0.0)
 
 Fate = ProblemError | Reset | Refusal
-"""A problem is answered when the whole body has come."""
+"""Send a problem after the whole body was received."""
 
 
 @dataclass
 class Policy:
-    """What the server has loaded. Each change gets the next number."""
+    """Loaded versions of the server. Each change gets the next number."""
 
     base: VersionInfo = INITIAL
     adapters: list[VersionInfo] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Policy:
 
 
 class PolicyServer(ThreadingHTTPServer):
-    """See the module.
+    """Server with the weight-update routes of the service.
 
     Attributes:
         fates: of the updates that come, in order; those after them succeed.

@@ -81,7 +81,7 @@ class Course:
 
 @dataclass
 class Traffic:
-    """What `NUM_CLIENTS` clients ask, and what has come of it."""
+    """Requests of `NUM_CLIENTS` clients and their responses."""
 
     http: httpx.AsyncClient
     course: Course
@@ -90,7 +90,7 @@ class Traffic:
     _turns: Iterator[int] = field(default_factory=itertools.count)
 
     async def score(self, client: int, *groups: Any, include: Sequence[str] = (), **target: Any) -> None:
-        """One request. What it answers is checked at the end: checking must not slow it down."""
+        """Send one request. Its response is checked at the end, so that checks do not slow it down."""
         await self._send(client, next(self._turns), groups, include, target)
 
     async def parts(self, client: int, prompt: str, **target: Any) -> None:
@@ -115,7 +115,7 @@ class Traffic:
 
 
 Ask = Callable[[Traffic, int, int], Awaitable[None]]
-"""What a client asks in a turn: of the client's number and how often it has asked."""
+"""Request of a client by its number and its number of earlier requests."""
 
 
 async def under_traffic(url: str, ask: Ask, change: Callable[[Course], Awaitable[None]]) -> Traffic:
@@ -142,7 +142,7 @@ async def under_traffic(url: str, ask: Ask, change: Callable[[Course], Awaitable
 
 
 class Truth:
-    """What a policy says of a rationale's tokens, from all the logits of its copy in fp64."""
+    """Self-certainty of a rationale's tokens from all logits of the policy's copy in fp64."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference

@@ -32,7 +32,7 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 PART = "model.layers.1."
-"""What a partial update brings."""
+"""Tensors of a partial update."""
 HUGE = 1e38
 
 _PAGE = "A shop for tea and mugs. What next?"
@@ -81,7 +81,7 @@ def saved(
 
 
 def adapter_file(seed: int = 4, config: str | None = ADAPTER_CONFIG) -> bytes:
-    """Of every linear layer of `tiny_model`."""
+    """LoRA weights for every linear layer of `tiny_model`."""
     metadata = {} if config is None else {ADAPTER_CONFIG_KEY: config}
     return file_of(random_tensors(tiny_model(), seed=seed), **metadata)
 
@@ -99,7 +99,7 @@ def saved_adapter(directory: Path, seed: int = 4) -> str:
 
 @dataclass
 class Service:
-    """An application that is ready to score, and what it said when it could not go on."""
+    """A ready application, and the error with which it stopped."""
 
     app: FastAPI
     http: httpx.AsyncClient
@@ -136,7 +136,7 @@ class Service:
         self.policy._cache.clear()
 
     async def numbers(self, **target: Any) -> list[float]:
-        """What is measured of each token of some rollouts, always the same ones."""
+        """Self-certainty of each token of some rollouts, always the same ones."""
         rewards = [r for each in (await self.scored(**target))["groups"] for r in each["rewards"]]
         return [token["value"] for reward in rewards for token in reward["details"]["tokens"]]
 
@@ -152,7 +152,7 @@ async def updatable(
     async with app.router.lifespan_context(app), client_of(app) as client:
         await until_ready(client)
         service = Service(app, client, policy, failures)
-        # What a process computes first of a size may differ from all that follows in the last bit, with some
+        # The first computation of a size in a process may differ from later ones in the last bit, with some
         # libraries on some processors. Not over HTTP: requests are counted, and may need keys.
         await app.state.shopr1.scorer.score(
             ScoreRequest.model_validate({"groups": _GROUPS}), Origin("warm-up")

@@ -1,23 +1,23 @@
-"""A trainer's weights to the service, in a torch.distributed group that is made for one transfer.
+"""Trainer's side of a broadcast of weights, in a torch.distributed group that exists for one transfer.
 
     with serve_store(host, timeout_s) as store:
-        # In a second thread: the HTTP request, which names `store.host` and `store.port`. Where that
-        # fails: `store.cancel()`.
+        # In a second thread: the HTTP request, which names `store.host` and `store.port`. If it fails:
+        # `store.cancel()`.
         broadcast(store, tensors, backend="gloo", timeout_s=timeout_s)
 
-What passes between the two, for whoever writes a trainer's side without this module:
+Protocol:
 
-1. The trainer (rank 0) serves a TCPStore. The service (rank 1) connects to it and sets the key `joined`
-   to the number of bytes of each tensor that was announced, as a JSON list.
+1. The trainer (rank 0) serves a TCPStore. The service (rank 1) connects to it and sets the key `joined` to a
+   JSON list of the announced tensors' sizes in bytes.
 2. Both make the group, on keys of the store that begin with `group/`.
-3. Rank 0 broadcasts every tensor as bytes, in the pieces that `pieces.cut` gives. An empty tensor has none.
+3. Rank 0 broadcasts every tensor as bytes, in the pieces that `cut` gives. An empty tensor has none.
 4. Rank 1 broadcasts one byte when it has used them all. If it gives up, it sets the key `failed`: why.
 """
 
 import json
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Self
@@ -26,29 +26,30 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from shopr1_client.updates.chunks import cut
 from shopr1_client.updates.process_group import Deadline, Group, GroupError, check_backend
 
 JOINED, FAILED = "joined", "failed"
-"""Keys in the store, see the module."""
+"""Keys in the store, see the protocol above."""
+PIECE_BYTES = 16 * 2**20
+"""Size of one broadcast. From 4 MiB on, gloo is about as fast as the loopback interface."""
 
 _POLL_S = 0.02
-_NUM_ASKS = 10
+_NUM_CHECKS = 10
 _FORMATION_S = 10.0
-"""For making the group once the service has joined; it takes milliseconds."""
+"""Time limit for making the group once the service has joined; it takes milliseconds."""
 
 
 class BroadcastError(Exception):
-    """The service did not get the weights."""
+    """The service did not receive the weights."""
 
 
 class TransferStore:
-    """The TCPStore of one transfer, made by `serve_store`. A context manager.
+    """TCPStore of one transfer, made by `serve_store`; a context manager.
 
     Attributes:
-        host: the address that it is bound to.
+        host: bound address.
         port: chosen by the system.
-        inner: None once it is closed. Nobody else may hold it: it is served as long as somebody does.
+        inner: None once it is closed. Nothing else may hold it: it is served as long as it is referenced.
     """
 
     def __init__(self, listener: socket.socket, timeout_s: float) -> None:
@@ -66,18 +67,18 @@ class TransferStore:
         )
 
     def cancel(self) -> None:
-        """End `broadcast` within a second. From any thread, at any time."""
+        """End `broadcast` within a second. Thread-safe."""
         self._cancelled.set()
 
     def close(self) -> None:
-        """The service, if it still waits, gets an error at once."""
+        """Close it; a service that still waits gets an error at once."""
         self.inner = None
 
     def wait_for_service(self, deadline: Deadline) -> list[int]:
-        """How many bytes the service expects of each tensor.
+        """Sizes of the tensors that the service expects, bytes.
 
         Raises:
-            BroadcastError: it was cancelled, the service has given up or it did not come in time.
+            BroadcastError: cancelled, the service has given up or did not join in time.
         """
         if self.inner is None:
             raise BroadcastError("the store is closed: every transfer needs its own")
@@ -92,7 +93,7 @@ class TransferStore:
     def check(self) -> None:
         """
         Raises:
-            BroadcastError: it was cancelled, or the service has given up.
+            BroadcastError: cancelled, or the service has given up.
         """
         if self._cancelled.is_set():
             raise BroadcastError("cancelled")
@@ -101,9 +102,9 @@ class TransferStore:
                 f"the service has given up: {self.inner.get(FAILED).decode(errors='replace')}"
             )
 
-    def ask_why(self) -> None:
-        """The same after something has failed: the connection is closed about when the reason comes."""
-        for _ in range(_NUM_ASKS):
+    def check_repeatedly(self) -> None:
+        """`check` after a failure: the reason may arrive a little after the connection was closed."""
+        for _ in range(_NUM_CHECKS):
             self.check()
             self._cancelled.wait(_POLL_S)
 
@@ -115,11 +116,11 @@ class TransferStore:
 
 
 def serve_store(host: str, timeout_s: float) -> TransferStore:
-    """Where the two meet. It is not encrypted and knows no passwords: for networks whose hosts are trusted.
+    """Serve the store of one transfer. It has neither encryption nor passwords: trusted networks only.
 
     Args:
-        host: a name or an address of this machine. The service must reach it, gloo's own connection too.
-        timeout_s: for a single operation on it.
+        host: name or address of this machine, to which the service and gloo can connect.
+        timeout_s: of a single operation.
 
     Raises:
         BroadcastError: it cannot be served there.
@@ -131,9 +132,7 @@ def serve_store(host: str, timeout_s: float) -> TransferStore:
         raise BroadcastError(f"no store can be served at {host!r}: {error}") from error
     if listener.getsockname()[0] in ("0.0.0.0", "::"):
         listener.close()
-        raise BroadcastError(
-            f"{host!r} is no address that the service can connect to: name one of this machine's"
-        )
+        raise BroadcastError(f"the service cannot connect to {host!r}: name one of this machine's addresses")
     try:
         return TransferStore(listener, timeout_s)
     finally:
@@ -141,17 +140,17 @@ def serve_store(host: str, timeout_s: float) -> TransferStore:
 
 
 def broadcast(store: TransferStore, tensors: Iterable[Tensor], *, backend: str, timeout_s: float) -> None:
-    """Send the tensors; returns when the service has used the last of them. The store is closed then.
+    """Send the tensors; returns when the service has used the last of them, and closes the store.
 
     Args:
-        store: of this transfer alone.
-        tensors: in the order, shapes and dtypes that were announced, on any device. Taken one by one.
-        backend: `gloo` or `nccl`. gloo sends from the CPU.
-        timeout_s: for all of it. Making a tensor is not interrupted.
+        store: of this transfer only.
+        tensors: with the announced order, shapes and dtypes, on any device; consumed one by one.
+        backend: `gloo`, which sends from the CPU, or `nccl`.
+        timeout_s: for the whole transfer; the iterator is not interrupted.
 
     Raises:
-        BroadcastError: the service did not join, is gone, has given up or was too slow; it was cancelled; or
-            the tensors are not those that were announced.
+        BroadcastError: the service did not join, has died, has given up or was too slow; cancelled; or the
+            tensors are not the announced ones.
     """
     deadline = Deadline(timeout_s)
     try:
@@ -160,7 +159,7 @@ def broadcast(store: TransferStore, tensors: Iterable[Tensor], *, backend: str, 
         with _group(store, backend, deadline) as group:
             _send_all(group, tensors, sizes, "cuda" if backend == "nccl" else "cpu")
     except GroupError as error:
-        store.ask_why()
+        store.check_repeatedly()
         raise BroadcastError(str(error)) from None
     finally:
         store.close()
@@ -187,7 +186,7 @@ def _send_all(group: Group, tensors: Iterable[Tensor], sizes: list[int], device:
                 f"{len(sizes)} tensors were announced, not {'more' if num_bytes is None else index}"
             )
         if tensor.nbytes != num_bytes:
-            # More than was expected would end the service's process: gloo knows no other answer.
+            # More bytes than expected would make gloo end the service's process.
             raise BroadcastError(f"tensor {index} has {tensor.nbytes} bytes, and {num_bytes} were announced")
         _send(group, tensor.detach(), device)
     group.broadcast(torch.empty(1, dtype=torch.uint8, device=device), 1)
@@ -199,3 +198,19 @@ def _send(group: Group, tensor: Tensor, device: str) -> None:
         piece = flat[first:end]
         on_device = piece if piece.device.type == device else piece.to(device)
         group.broadcast(on_device.view(torch.uint8), 0)
+
+
+def cut(num_elements: int, element_bytes: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of elements, one for each piece that both sides broadcast.
+
+    Args:
+        element_bytes: size of an element, at most `PIECE_BYTES`.
+
+    >>> list(cut(5 * 2**20, 8))
+    [(0, 2097152), (2097152, 4194304), (4194304, 5242880)]
+    >>> list(cut(1, 2)), list(cut(0, 4))
+    ([(0, 1)], [])
+    """
+    step = PIECE_BYTES // element_bytes
+    for first in range(0, num_elements, step):
+        yield first, min(first + step, num_elements)

@@ -1,4 +1,4 @@
-"""One change of a server's policy: how it is sent, and how one sees that it is there already."""
+"""Plan of a policy update: the request that sends it, and how to find it among the loaded versions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,9 +9,15 @@ from typing import Any, Literal, TypedDict
 import httpx
 from pydantic import BaseModel
 
-from shopr1_client.updates.adapters import active_adapter, is_adapted, of_adapter
 from shopr1_client.updates.transfer import DEFAULT_TIMEOUT_S, Transfer
-from shopr1_client.updates.weights import Weights, of_module, of_tensors
+from shopr1_client.updates.weights import (
+    Weights,
+    active_adapter,
+    is_adapted,
+    of_adapter,
+    of_module,
+    of_tensors,
+)
 from shopr1_client.wire_policy import (
     AdapterRequest,
     AdapterUpdate,
@@ -22,25 +28,25 @@ from shopr1_client.wire_policy import (
 )
 
 Source = Any
-"""A module of torch, its gathered state, or the path of a directory on the service's side."""
+"""A torch module, its gathered state, or the path of a directory that the service can read."""
 Answer = PolicyUpdate | AdapterUpdate
 Send = Callable[[httpx.Client, str], httpx.Response]
-"""Of a connection and a server's URL."""
+"""Sends an update through a client to a server's URL."""
 
 
 class UpdateOptions(TypedDict, total=False):
-    """How new weights get to the servers.
+    """Options of an update.
 
     Attributes:
-        partial: they are some of the policy's tensors, and the others stay as they are. Default: all.
+        partial: the policy's other tensors keep their values. Default: no.
         transport: `http`, or a broadcast by torch.distributed with the backend `gloo` or `nccl`. Default:
             `http`.
-        adapter: the name of a LoRA adapter that they are. Default: a model with adapters sends the active one
-            under its own name; all else is the policy itself.
-        default: of an adapter: from now on it scores the requests that name none. Default: yes.
-        host: of a broadcast: this machine's address, as the servers see it. Default: the one on the way to
-            them.
-        timeout_s: of a broadcast. Default: 300.
+        adapter: name of the LoRA adapter that is updated. Default: a model with adapters sends the active one
+            under its own name; everything else updates the policy itself.
+        default: the adapter scores requests that name none. Default: yes.
+        host: this machine's address for a broadcast, as the servers see it. Default: its address on the route
+            to them.
+        timeout_s: time limit of a broadcast. Default: 300.
     """
 
     partial: bool
@@ -53,12 +59,12 @@ class UpdateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a server's policy.
+    """An update of a server's policy.
 
     Attributes:
-        adapter: that is changed; None: the policy's own weights.
-        send: sends it, from its beginning each time.
-        num_tensors, num_bytes: 0 where only the service can tell.
+        adapter: name; None: the policy's own weights.
+        send: sends it; may be called again.
+        num_tensors, num_bytes: 0 where only the service knows them.
     """
 
     version: str
@@ -71,15 +77,15 @@ class Change:
     def answer(self) -> type[Answer]:
         return PolicyUpdate if self.adapter is None else AdapterUpdate
 
-    def found(self, state: PolicyState, since: int) -> VersionInfo | None:
-        """The change, if a server has it and it came after the version with the number `since`."""
+    def find_in(self, state: PolicyState, since: int) -> VersionInfo | None:
+        """Version that this update loaded, if there is one with a number above `since`."""
         loaded = [state.base] if self.adapter is None else reversed(state.adapters)
         wanted = (self.version, self.adapter)
         own = (i for i in loaded if (i.version, i.adapter) == wanted and i.number > since)
         return next(own, None)
 
-    def told(self, current: VersionInfo, former: VersionInfo, duration_s: float) -> Answer:
-        """An answer that was lost, as far as it can be told without it."""
+    def to_answer(self, current: VersionInfo, former: VersionInfo, duration_s: float) -> Answer:
+        """Replacement of a response that was lost."""
         if self.adapter is not None:
             return AdapterUpdate(
                 current=current, rank=0, num_layers=0, num_bytes=self.num_bytes, duration_s=duration_s
@@ -95,15 +101,15 @@ class Change:
 
 
 def newest_number(state: PolicyState) -> int:
-    """Of all that a server has loaded."""
+    """Largest version number that a server has loaded."""
     return max(info.number for info in (state.current, state.base, *state.adapters))
 
 
 def plan(source: Source, version: str, options: UpdateOptions) -> Change:
-    """The change that gives the policy, or an adapter, these weights.
+    """Plan an update of the policy, or of an adapter.
 
     Raises:
-        ValueError: they cannot be sent, or not in this way; it says what to do.
+        ValueError: these weights cannot be sent, or not in this way; the message says what to do.
     """
     adapter, is_http = options.get("adapter"), options.get("transport", "http") == "http"
     if isinstance(source, str | Path):
@@ -133,7 +139,7 @@ def _checkpoint(path: str, version: str, options: UpdateOptions) -> Change:
     return Change(version, name, partial(_post, "/policy/adapters", own))
 
 
-def _adapter(module: Any, version: str, options: UpdateOptions) -> Change:  # noqa: ANN401  # of torch
+def _adapter(module: Any, version: str, options: UpdateOptions) -> Change:  # noqa: ANN401  # a torch module
     _check(not options.get("partial"), "an adapter is loaded as a whole")
     name = options.get("adapter") or active_adapter(module)
     weights, params = of_adapter(module), {"version": version, "default": _bool(options.get("default", True))}

@@ -1,11 +1,11 @@
 """A torch.distributed group of two for one transfer: rank 0 the trainer, rank 1 the service.
 
-It stands beside a default group that either has, and neither knows of the other. Gloo sees at once from the
-connection that the other side is gone; one that is alive and silent is left at the deadline.
+It is independent of the default group of either side. Gloo notices at once if the other side closes the
+connection; if it is silent, the transfer ends at the deadline.
 
-NCCL takes the same way and is untested. Its waits are polls, and its own watchdog, which would end the
-process where a broadcast failed, is not started: at the deadline the communicator is aborted. Whether that
-also frees a process that waits in NCCL's first broadcast, where it connects, is not known.
+NCCL is untested. It is polled, and its own watchdog, which would end the process after a failed broadcast, is
+not started: at the deadline the communicator is aborted. It is unknown whether that also frees a process that
+waits in NCCL's first broadcast, where it connects.
 """
 
 import os
@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed does not export them
 
 PREFIX = "group"
-"""Of the group's keys in the store."""
+"""Prefix of the group's keys in the store."""
 
 _SIZE = 2
 _SLICE_S = 0.2
@@ -31,11 +31,11 @@ _NCCL_BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class GroupError(Exception):
-    """There is no group, or a broadcast in it has failed."""
+    """The group cannot be made, or a broadcast in it has failed."""
 
 
 class Deadline:
-    """One end for all steps of a transfer."""
+    """Common deadline of all steps of a transfer."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -43,24 +43,24 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """0 if it is over."""
+        """Remaining time, s; 0 after the deadline."""
         return max(0.0, self._end_s - time.monotonic())
 
     @property
     def left(self) -> timedelta:
-        """A little more, for torch: its own limits come second. It takes 0 for no limit at all."""
+        """Remaining time and a little more, as a limit for torch, which takes 0 for no limit."""
         return timedelta(seconds=self.left_s + _GRACE_S)
 
 
 class Group:
-    """See the module. A context manager: nothing of it stays.
+    """Process group of the two sides; a context manager.
 
     Args:
         store: the transfer's TCPStore.
-        address: of this machine, where the other side reaches it; NCCL finds its own.
-        deadline: for everything that is done with it.
-        formation: for making it.
-        check: called a few times a second while a broadcast is waited for; what it raises ends the wait.
+        address: this machine's address, as the other side sees it; NCCL finds its own.
+        deadline: of all broadcasts.
+        formation: deadline for making the group.
+        check: called a few times a second during a broadcast; its exception ends the wait.
 
     Raises:
         GroupError: no such backend, or the other side did not join.
@@ -84,20 +84,20 @@ class Group:
             self._backend: Any = _make(PrefixStore(PREFIX, store), rank, backend, address, formation)
         except (RuntimeError, ValueError) as error:
             traceback.clear_frames(error.__traceback__)
-            del store  # the error would keep the connection open with it
+            del store  # the error's traceback would keep the connection open
             raise GroupError(f"the other side did not join: {reason(error)}") from None
         self._work: Any = None
         self._watchdog = _watchdog(self._backend, deadline) if self._is_nccl else None
 
     def broadcast(self, piece: Tensor, root: int) -> None:
-        """Send the piece if this is the root, else fill it; returns when that is done.
+        """Send the piece if this is the root, else receive it; returns when that is done.
 
         Raises:
             GroupError: it failed, or the deadline is over.
         """
         if not self._deadline.left_s:
-            raise GroupError("the time is over")
-        # What gloo has begun cannot be stopped: it must end at the deadline by itself.
+            raise GroupError("the deadline has passed")
+        # Gloo cannot cancel a broadcast: it must time out itself.
         self._backend._set_default_timeout(self._deadline.left)
         options = distributed.BroadcastOptions()
         options.rootRank = root
@@ -108,12 +108,12 @@ class Group:
             raise GroupError(reason(error)) from None
 
     def _finish(self) -> None:
-        """No local variable has the work: an error's traceback would keep the connection open with it."""
+        """Wait. No local variable may hold the work: an error's traceback would keep the connection open."""
         self._pause()
         while not self._work.is_completed():
             self._check()
             if not self._deadline.left_s:
-                raise GroupError("the time is over")
+                raise GroupError("the deadline has passed")
             self._pause()
         self._work.wait()
 
@@ -128,24 +128,24 @@ class Group:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._backend.abort()
-        # Gloo closes its connection and ends its threads when the last reference goes.
+        # Gloo closes its connection and ends its threads with its last reference.
         self._work = self._backend = None
 
 
 def check_backend(backend: str) -> None:
     """
     Raises:
-        GroupError: this torch does not have it.
+        GroupError: this torch lacks it.
     """
     has = {"gloo": distributed.is_gloo_available, "nccl": distributed.is_nccl_available}
     if backend not in has:
         raise GroupError(f"no backend {backend!r}: it is gloo or nccl")
     if not has[backend]():
-        raise GroupError(f"this torch comes without {backend}")
+        raise GroupError(f"this torch lacks {backend}")
 
 
 def reason(error: Exception) -> str:
-    """What torch says, without its file names, stack and advice."""
+    """Torch's error message without file names, stack and advice."""
     line = str(error).partition("\n")[0]
     return line.rpartition("] ")[2].partition(". ")[0] if line.startswith("[/") else line
 
@@ -158,7 +158,7 @@ def _gloo(store: Store, rank: int, address: str, deadline: Deadline) -> Any:  # 
     options: Any = distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [distributed.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = deadline.left
-    options._threads = 1  # one piece after another
+    options._threads = 1  # there is one broadcast at a time
     return distributed.ProcessGroupGloo(store, rank, _SIZE, options)
 
 
@@ -177,7 +177,7 @@ def _nccl(store: Store, rank: int, deadline: Deadline) -> Any:  # noqa: ANN401
 
 
 def _watchdog(backend: Any, deadline: Deadline) -> threading.Timer:  # noqa: ANN401
-    """NCCL connects within its first broadcast, which has no end of its own."""
+    """Aborts at the deadline: NCCL connects within its first broadcast, which has no time limit."""
     timer = threading.Timer(deadline.left_s, backend.abort)
     timer.daemon = True
     timer.start()
@@ -185,12 +185,12 @@ def _watchdog(backend: Any, deadline: Deadline) -> threading.Timer:  # noqa: ANN
 
 
 def _wait(work: distributed.Work, limit_s: float) -> None:
-    with suppress(RuntimeError):  # not yet; or it has failed, which is asked for later
+    with suppress(RuntimeError):  # a time-out; or a failure, which is raised later
         work.wait(timedelta(seconds=limit_s))
 
 
 def _poll(work: distributed.Work, limit_s: float) -> None:
-    """NCCL breaks the communicator when a wait with a limit is over."""
+    """Poll: a wait that times out would break NCCL's communicator."""
     end_s = time.monotonic() + limit_s
     while not work.is_completed() and time.monotonic() < end_s:
         time.sleep(_NCCL_POLL_S)

@@ -1,6 +1,6 @@
-"""Weights that reach a server past HTTP: it is told what will come, and then they are broadcast.
+"""Transfer of weights by a broadcast: an HTTP request announces the tensors, and its response is the result.
 
-The servers are asked by HTTP all the same; what they answer then is the answer.
+Torch is imported only when a transfer starts.
 """
 
 import logging
@@ -28,8 +28,8 @@ class Transfer:
     """A broadcast of weights to one server at a time.
 
     Attributes:
-        host: this machine's address, as the server sees it; None: the one on the way to it.
-        timeout_s: for all of it.
+        host: this machine's address, as the server sees it; None: its address on the route to it.
+        timeout_s: for the whole transfer.
     """
 
     weights: Weights
@@ -40,24 +40,23 @@ class Transfer:
     timeout_s: float
 
     def send(self, http: httpx.Client, url: str) -> httpx.Response:
-        """The server's answer, whatever became of the broadcast.
+        """The server's response, also if the broadcast failed.
 
         Raises:
             ValueError: no store can be served at `host`.
         """
-        # Needs torch, which is there by now.
         from shopr1_client.updates.broadcast import BroadcastError, broadcast
 
         with self._store(url) as store, ThreadPoolExecutor(1) as pool:
             body = self._request(store.host, store.port).model_dump_json()
             asked = pool.submit(http.post, f"{url}/policy/transfer", content=body)
-            # An answer that comes before the weights are there is a refusal: nobody waits for them.
+            # A response before the end of the broadcast is a refusal.
             asked.add_done_callback(lambda _: store.cancel())
             try:
                 broadcast(
                     store, self.weights.tensors.values(), backend=self.backend, timeout_s=self.timeout_s
                 )
-            except BroadcastError as error:  # the server has an error of its own then
+            except BroadcastError as error:  # the server reports an error, too
                 if not asked.done():
                     _logger.warning("the broadcast of version %s broke off: %s", self.version, error)
             return asked.result()
@@ -83,7 +82,7 @@ class Transfer:
 
 
 def _own_address(url: str) -> str:
-    """Of this machine, on the way to a server."""
+    """Address of this machine on the route to a server."""
     server = httpx.URL(url)
     try:
         [(family, kind, _, _, address), *_] = socket.getaddrinfo(
@@ -93,4 +92,4 @@ def _own_address(url: str) -> str:
             probe.connect(address)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise TransportError(f"no way to {url}: {error!r}") from error
+        raise TransportError(f"no route to {url}: {error!r}") from error

@@ -1,7 +1,7 @@
-"""A change of the policy on its way to every server.
+"""Sends an update of the policy to every server, with retries.
 
-It is sent anew, from its beginning, while an error may pass. Before each attempt a server is asked what it
-has loaded: where an answer was lost, the change may be there already.
+Before each attempt the server's loaded versions are read: if the response was lost, the update may already be
+loaded.
 """
 
 import time
@@ -17,10 +17,10 @@ from shopr1_client.wire_policy import PolicyState
 
 
 class Updater:
-    """Brings changes to servers, to one after the other.
+    """Updates servers, one after the other.
 
     Args:
-        retries: makes the attempts for one server.
+        retries: attempts for one server.
     """
 
     def __init__(self, http: httpx.Client, urls: Sequence[str], retries: Callable[[], Retries]) -> None:
@@ -29,11 +29,11 @@ class Updater:
         self._retries = retries
 
     def run(self, change: Change) -> Answer:
-        """The answer of the last server, once all have the change.
+        """Update all servers; returns the response of the last one.
 
         Raises:
-            MixedVersionsError: some have it.
-            ShopR1Error: none has it.
+            MixedVersionsError: only some servers were updated.
+            ShopR1Error: none was.
         """
         answer: Answer | None = None
         for i, url in enumerate(self._urls):
@@ -53,8 +53,8 @@ class Updater:
             with attempt:
                 state = self._state(url)
                 first = first or state
-                if found := change.found(state, since=newest_number(first)):
-                    return change.told(found, first.base, time.monotonic() - begin)
+                if found := change.find_in(state, since=newest_number(first)):
+                    return change.to_answer(found, first.base, time.monotonic() - begin)
                 return self._send(change, url)
         raise AssertionError("the last attempt raises")
 

@@ -53,7 +53,7 @@ class Scale(BaseModel):
     missing_weight: PositiveInt = 1
     """Number of queued tokens that count as much as one token to compute (`Affinity`)."""
     rolling_updates: bool = False
-    """Engines apply an update one after another, so that the others go on scoring; not all at once."""
+    """Engines apply an update one after another, so that the others continue to score; not all at once."""
 
 
 def build(options: Mapping[str, Any]) -> Any:  # noqa: ANN401  # Ray's application
@@ -146,7 +146,7 @@ def application(
 ) -> Any:  # noqa: ANN401
     """The application of `build`; benchmarks replace its router and its engine."""
     dumped, grace_s = settings.model_dump(), settings.shutdown_grace_s
-    coordinators = _deployment(CoordinatorDeployment, "UpdateCoordinator", 0)  # nobody needs its open polls
+    coordinators = _deployment(CoordinatorDeployment, "UpdateCoordinator", 0)  # its open polls need no answer
     coordinator = coordinators.bind(dumped, is_rolling=scale.rolling_updates)
     engines = _deployment(
         engine,

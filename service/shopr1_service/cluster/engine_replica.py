@@ -23,7 +23,7 @@ _MAX_DTYPE_BYTES = 8
 
 
 class EngineFailedError(Exception):
-    """The engine hangs, its device is gone, or it cannot follow the others: Ray replaces it."""
+    """The engine hangs, its device has failed, or it cannot follow the others: Ray replaces it."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from shopr1_client.wire_policy import AdapterUpdate, PolicyUpdate, UpdateProgres
 from shopr1_service.cluster.update_log import Change, UpdateLog
 from shopr1_service.core import Target
 from shopr1_service.policy.versions import VersionTable
-from shopr1_service.weights.tensors import Taken
+from shopr1_service.weights.tensors import UpdateContents
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -64,7 +64,7 @@ class TrialResult:
 
     table: VersionTable
     answer: Answer
-    taken: Taken | None = None
+    taken: UpdateContents | None = None
 
 
 # --- between HTTP side and engines ------------------------------------------------------------------

@@ -44,8 +44,8 @@ from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.updates.adapter_updates import AdapterFiles
-from shopr1_service.weights.safetensors_header import TensorEntry
-from shopr1_service.weights.safetensors_stream import Upload
+from shopr1_service.weights.safetensors_header import Header
+from shopr1_service.weights.safetensors_stream import SafetensorsStream
 
 logger = logging.getLogger(__name__)
 
@@ -263,15 +263,18 @@ class RemoteEngines(EngineClient):
         self, stream: AsyncIterable[bytes], max_bytes: int, too_large: type[ProblemError]
     ) -> tuple[str, int]:
         """Store a safetensors file in the coordinator; its id, and the size of its tensors in bytes."""
-        size = _SizeCheck(max_bytes, too_large)
-        file = Upload(size)
+
+        def check_size(header: Header) -> None:
+            if header.num_bytes > max_bytes:
+                raise too_large(f"{header.num_bytes} bytes of tensors, {max_bytes} at most")
+
+        file = SafetensorsStream(check_size, lambda _: None)
         upload: str = raise_problem(await self._coordinator.create_upload.remote())
         try:
             async for chunk in _chunks(stream):
                 file.feed(memoryview(chunk))
                 raise_problem(await self._coordinator.append.remote(upload, chunk))
-            file.end()
-            return upload, size.num_bytes
+            return upload, file.finish().num_bytes
         except BaseException:
             with suppress(RayError, RayServeException):
                 await self._coordinator.delete_upload.remote(upload)
@@ -298,30 +301,6 @@ class RemoteEngines(EngineClient):
         if is_new:
             self._metrics.record_loaded(self.info, len(self.versions.loaded()))
         self.new_versions.notify()
-
-
-class _SizeCheck:
-    """A `Sink` that compares the size of the tensors with the header and with a limit."""
-
-    def __init__(self, max_bytes: int, too_large: type[ProblemError]) -> None:
-        self._max_bytes = max_bytes
-        self._too_large = too_large
-        self._num_missing = 0
-        self.num_bytes = 0
-
-    def announce(self, entries: Sequence[TensorEntry]) -> None:
-        self.num_bytes = self._num_missing = sum(entry.num_bytes for entry in entries)
-        if self.num_bytes > self._max_bytes:
-            raise self._too_large(f"{self.num_bytes} bytes of tensors, {self._max_bytes} at most")
-
-    def feed(self, block: memoryview) -> None:
-        self._num_missing -= len(block)
-        if self._num_missing < 0:
-            raise InvalidWeightsError(f"{-self._num_missing} bytes more than the header announces")
-
-    def end(self) -> None:
-        if self._num_missing:
-            raise InvalidWeightsError(f"the weights end {self._num_missing} bytes too early")
 
 
 async def _single(block: bytes) -> AsyncIterator[bytes]:

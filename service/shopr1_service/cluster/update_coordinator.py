@@ -5,8 +5,8 @@ change is appended to the log, and the other engines apply it, all at once or on
 that starts late applies the log before it is ready. One that fails is replaced, and its successor does the
 same. One that is only slow gets no work until it has caught up (`ClusterView.min_number`).
 
-If this process dies, engines go on scoring, and its successor takes over the log of an engine. Uploads are
-lost then: no engine that needs them can start until all weights are replaced.
+If this process dies, engines continue to score, and its successor takes over the log of an engine. Uploads
+are lost then: no engine that needs them can start until all weights are replaced.
 """
 
 import asyncio
@@ -98,11 +98,11 @@ class Membership:
     def remove(self, engine: str) -> None:
         """Remove an engine that has died or failed."""
         if self._members.pop(engine, None) is not None:
-            logger.warning("engine %s is gone", engine)
+            logger.warning("engine %s has died or failed", engine)
             self._on_change()
 
     def has_applied(self, engine: str, number: int) -> bool:
-        """Whether an engine has applied a change, or is gone: its successor applies it before it is ready."""
+        """Whether an engine has applied a change, or has died: then its successor will apply it."""
         return engine not in self._members or self._members[engine].number >= number
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class UpdateCoordinator:
 
     Args:
         directory: directory of uploads.
-        is_rolling: engines apply a change one after another, so that the others go on scoring.
+        is_rolling: engines apply a change one after another, so that the others continue to score.
         is_alive: checks an engine's process by its handle.
     """
 
@@ -216,7 +216,7 @@ class UpdateCoordinator:
         return None
 
     async def change(self, change: Change) -> Answer | ProblemError:
-        """Apply a change on all engines or on none. It goes on if the caller disconnects."""
+        """Apply a change on all engines or on none. It continues if the caller disconnects."""
         return await asyncio.shield(asyncio.ensure_future(self._change(change)))
 
     @returns_problems

@@ -104,13 +104,13 @@ class UpdateFollower:
     @returns_problems
     async def _try(self, trial: TryUpdate) -> TrialResult:
         answer = await self._apply(trial.number, trial.change)
-        taken = self._engine.weights.taken if isinstance(trial.change.request, UpdateRequest) else None
+        taken = self._engine.weights.contents if isinstance(trial.change.request, UpdateRequest) else None
         return TrialResult(self._engine.versions, answer, taken)
 
     async def _apply_log(self, log: UpdateLog) -> None:
         for entry in log.after(self._engine.versions.num_changes):
             await self._apply_entry(entry)
-        await self._engine.scheduler.between_batches(lambda: self._engine.policy.agree(log.table))
+        await self._engine.scheduler.between_batches(lambda: self._engine.policy.sync_versions(log.table))
         self._log, self._log_number = log, log.number
 
     async def _apply_entry(self, entry: Entry) -> None:
@@ -124,7 +124,7 @@ class UpdateFollower:
 
     async def _apply(self, number: int, change: Change, files: frozenset[Signature] | None = None) -> Answer:
         engine, request = self._engine, change.request
-        await engine.scheduler.between_batches(lambda: engine.policy.expect(number))
+        await engine.scheduler.between_batches(lambda: engine.policy.set_next_number(number))
         if isinstance(request, UnloadRequest):
             await engine.unload_adapter(request.name, request.version)
             return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shopr1_client.wire_policy import AdapterRequest, UpdateRequest
 from shopr1_service.policy.versions import VersionTable
-from shopr1_service.weights.tensors import Taken
+from shopr1_service.weights.tensors import UpdateContents
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
 
     number: int
     change: Change
-    taken: Taken | None = None
+    taken: UpdateContents | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class UpdateLog:
         """Ids of the uploads that are still needed."""
         return frozenset(entry.change.upload for entry in self.entries if entry.change.upload)
 
-    def append(self, change: Change, table: VersionTable, taken: Taken | None = None) -> "UpdateLog":
+    def append(self, change: Change, table: VersionTable, taken: UpdateContents | None = None) -> "UpdateLog":
         """A new log with a further change.
 
         Args:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from shopr1_client.errors import NotFoundError, StorageError
 from shopr1_service.weights.files import AnonymousTempFile
-from shopr1_service.weights.staging import no_room
 
 _IDLE_S = 600.0
 """An incomplete upload that has grown by nothing for this long is abandoned."""
@@ -39,10 +38,7 @@ class UploadStore:
 
     def create(self) -> str:
         """Create an empty upload, and return its id."""
-        try:
-            file = AnonymousTempFile(self._directory)
-        except OSError as error:
-            raise no_room(error) from error
+        file = AnonymousTempFile(self._directory)
         upload = uuid.uuid4().hex
         self._uploads[upload] = _Upload(file)
         return upload
@@ -50,10 +46,7 @@ class UploadStore:
     async def append(self, upload: str, chunk: bytes) -> None:
         """Append a chunk. Not to be called again before it has returned."""
         found = self._find(upload)
-        try:
-            await asyncio.to_thread(found.file.append, memoryview(chunk))
-        except OSError as error:
-            raise no_room(error) from error
+        await asyncio.to_thread(found.file.append, memoryview(chunk))
         found.last_append_s = time.monotonic()
 
     async def read(self, upload: str, start: int, max_bytes: int) -> bytes:

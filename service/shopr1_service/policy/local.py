@@ -1,7 +1,6 @@
-"""A language model in memory that measures, and whose weights and adapters change between two batches.
+"""A language model in this process, whose weights and adapters change between two batches.
 
-What changes it runs on the engine's thread (`Scheduler.between_batches`); what only prepares a change may run
-beside it.
+Changes run on the engine's thread (`Scheduler.between_batches`); their preparation may run beside it.
 """
 
 import logging
@@ -23,7 +22,7 @@ from shopr1_service.policy.lora import Adapter, unused_layers
 from shopr1_service.policy.tokenizer import PolicyTokenizer
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.weights.rollback import WeightBackup
-from shopr1_service.weights.tensors import Stored, Weights
+from shopr1_service.weights.tensors import TensorLocation, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +30,13 @@ Measured = Sequence[Sequence[Certainty | Unmeasurable]]
 
 
 class LoadedPolicy:
-    """See the module.
+    """A model with its tokenizer, engine, prefix cache and loaded versions.
 
     Args:
-        info: as it is at the start.
-        renew: called when the weights have changed: forgets what was computed of the old ones.
-        probe: measures a few random tokens, as a check.
-        staging_dir: where weights are kept that come or go.
+        info: with the version that is loaded at the start.
+        renew: drops everything that was computed with the old weights.
+        probe: scores a few random tokens, as a check.
+        staging_dir: directory of the backup of weights.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class LoadedPolicy:
         self.versions = VersionTable.starting_with(Version(info.version, loaded_at_s=time.time()))
         self.model = model
         self.weights = Weights(model)
-        self.way_back = WeightBackup(self.weights, staging_dir)
+        self.backup = WeightBackup(self.weights, staging_dir)
         self._info = info
         self.engine = engine
         self._cache = cache
@@ -84,23 +83,23 @@ class LoadedPolicy:
         with adapter.applied(self.model) if adapter else nullcontext():
             return self.engine.certainties(groups, rules)
 
-    def replace_weights(self, stored: Mapping[str, Stored], name: str) -> Version:
-        """Put new weights in place of the old ones, all of them or none. The old ones must have been kept.
+    def replace_weights(self, locations: Mapping[str, TensorLocation], name: str) -> Version:
+        """Load new weights, all of them or none. The old ones must be in the backup.
 
         Raises:
             InvalidWeightsError: the policy cannot compute with them.
             OSError: they cannot be read.
-            FatalEngineError: there was no way back either.
+            FatalEngineError: the rollback failed, too.
         """
         try:
-            self._load(stored)
+            self._load(locations)
             self._renew()
             self._check(self._probe(None))
         except Exception as error:
-            logger.error("version %r is not taken, the former one comes back: %s", name, error)
-            self._go_back(stored)
+            logger.error("version %r was refused, rolling back: %s", name, error)
+            self._roll_back(locations)
             raise
-        self.way_back.moved_on(stored)
+        self.backup.record(locations)
         self._adapters.clear()
         self.versions = self.versions.with_base(name, time.time())
         return self.versions.base
@@ -108,10 +107,10 @@ class LoadedPolicy:
     def add_adapter(
         self, adapter: Adapter, version: Version, *, max_kept: int, is_default: bool
     ) -> list[Version]:
-        """Take an adapter in; returns older versions of it that had to go.
+        """Load an adapter; returns its older versions that were unloaded.
 
         Raises:
-            InvalidWeightsError: the policy cannot compute with it, or takes no notice of it.
+            InvalidWeightsError: the policy cannot compute with it, or does not call its layers.
         """
         try:
             self._try(adapter, version)
@@ -126,21 +125,21 @@ class LoadedPolicy:
         return gone
 
     def remove_adapters(self, gone: Iterable[Version]) -> None:
-        """Without these from now on."""
+        """Unload these versions."""
         gone = list(gone)
         self.versions = self.versions.without(gone)
         self._forget(gone)
 
-    def expect(self, number: int) -> None:
-        """The next change is to have this number, whatever has happened here."""
-        self.versions = self.versions.before(number)
+    def set_next_number(self, number: int) -> None:
+        """Number of the next change, whatever was counted here."""
+        self.versions = self.versions.with_next_number(number)
 
-    def agree(self, versions: VersionTable) -> None:
-        """Go by the table of a policy elsewhere, with the same weights; drop the adapters that it has not.
+    def sync_versions(self, versions: VersionTable) -> None:
+        """Take over the table of another engine with the same weights; unload adapters that it lacks.
 
         Raises:
-            ValueError: it has other weights, or an adapter that is not here: answers would name what they are
-                not of.
+            ValueError: other weights are loaded here, or an adapter is missing: results would name the wrong
+                version.
         """
         kept = {version.number for version in versions.loaded()}
         if versions.base.number != self.versions.base.number or not kept <= self._adapters.keys():
@@ -153,19 +152,19 @@ class LoadedPolicy:
             self._adapters.pop(version.number, None)
             self._cache.forget(version)
 
-    def _load(self, stored: Mapping[str, Stored]) -> None:
+    def _load(self, locations: Mapping[str, TensorLocation]) -> None:
         try:
-            self.weights.load(stored, self.heartbeat.beat)
-        finally:  # it explains why the file could not be read, if it could not
-            if not all(place.file.is_intact for place in stored.values()):
-                raise InvalidWeightsError("the checkpoint was written to while it was taken over")
+            self.weights.load(locations, self.heartbeat.beat)
+        finally:  # it may be the reason why a file could not be read
+            if not all(location.file.is_intact for location in locations.values()):
+                raise InvalidWeightsError("the checkpoint was written to while it was loaded")
 
-    def _go_back(self, stored: Mapping[str, Stored]) -> None:
+    def _roll_back(self, locations: Mapping[str, TensorLocation]) -> None:
         try:
-            self.way_back.restore(list(stored), self.heartbeat.beat)
+            self.backup.restore(list(locations), self.heartbeat.beat)
             self._renew()
         except Exception as error:
-            raise FatalEngineError(f"new weights failed, and so did the way back: {error}") from error
+            raise FatalEngineError(f"new weights failed, and so did the rollback: {error}") from error
 
     def _check(self, measured: Measured) -> None:
         for value in (value for values in measured for value in values):
@@ -175,7 +174,7 @@ class LoadedPolicy:
                 raise InvalidWeightsError(f"with them {what}")
 
     def _try(self, adapter: Adapter, version: Version) -> None:
-        # In the one pass that shows which layers are called, logits are checked, too.
+        # The pass that shows which layers are called checks the logits, too.
         unused = unused_layers(adapter, self.model, lambda: self._check(self._probe(version)))
         if unused:
             raise InvalidWeightsError(

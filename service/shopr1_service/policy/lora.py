@@ -1,12 +1,10 @@
-"""LoRA adapters: small changes of a policy's linear layers, several of them loaded, one applied per batch.
+"""LoRA adapters of a policy's linear layers: several are loaded, one is applied per batch.
 
     y = W·x + b + scale · B·(A·x)
 
-An adapter is applied by hooks on the modules that it changes. The model's modules and parameters keep their
-names and values: others write new weights into them. The numbers are PEFT's, which computes B·(A·x) in fp32
-at least and returns the sum in the dtype of the module's output.
-
-Keys and values of a prompt are an adapter's own: whoever keeps them must keep each adapter's apart.
+An adapter is applied by forward hooks. The model's modules and parameters keep their names and values, as
+updates write into them. The numbers are PEFT's: B·(A·x) is computed in fp32 at least, and the sum is returned
+in the dtype of the module's output. Each adapter needs a prefix cache of its own.
 
 Dimensions: I inputs, O outputs, R rank.
 """
@@ -16,7 +14,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +35,7 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# PEFT puts an adapter's name behind the side in memory, and leaves it out of files.
+# In memory PEFT puts the adapter's name after the side; in files it leaves it out.
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
@@ -47,14 +44,14 @@ _adapted_models: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """What is added to a module's output: scale · (x·Aᵀ)·Bᵀ."""
+    """Addition to a module's output: scale · (x·Aᵀ)·Bᵀ."""
 
     a_R_I: Tensor
     b_O_R: Tensor
     scale: float
 
     def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The module's output with the addition, in the output's dtype."""
+        """Forward hook: the output with the addition, in the output's dtype."""
         x = inputs[0].to(self.a_R_I.dtype)
         addition = functional.linear(functional.linear(x, self.a_R_I), self.b_O_R) * self.scale
         return (output + addition).to(output.dtype)
@@ -72,18 +69,18 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest of its layers."""
+        """Largest rank of its layers."""
         return max(layer.a_R_I.shape[0] for layer in self.layers.values())
 
     @property
     def num_bytes(self) -> int:
-        """On the device."""
+        """Memory on the device."""
         tensors = [tensor for layer in self.layers.values() for tensor in (layer.a_R_I, layer.b_O_R)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """While this lasts the model computes with the adapter.
+        """Apply the adapter to the model while this lasts.
 
         Raises:
             RuntimeError: an adapter is applied to the model already.
@@ -107,42 +104,46 @@ def build_adapter(model: PreTrainedModel, config: LoraConfig, tensors: Mapping[s
             are copied.
 
     Raises:
-        AdapterError: they are not an adapter of this model, or do not fit the config.
+        AdapterError: not an adapter of this model, or it does not fit the config.
     """
-    sides = _by_module(tensors)
     modules = dict(model.named_modules())
     in_trunk = set(trunk_of(model).modules())
     layers = {}
-    for name, names in sides.items():
-        first = next(iter(names.values()))
+    for name, sides in _by_module(tensors).items():
+        first = next(iter(sides.values()))
         module = modules.get(name)
         if module is None:
             raise AdapterError(first, f"the policy has no module {name!r}")
         weight_O_I = _weight(first, module, is_in_trunk=module in in_trunk)
-        if len(names) < 2:
+        if len(sides) < 2:
             raise AdapterError(first, f"the other half is missing: {name!r} needs lora_A and lora_B")
-        layers[name] = _layer(weight_O_I, config, name, {side: (n, tensors[n]) for side, n in names.items()})
+        (num_outputs, num_inputs), r = weight_O_I.shape, config.rank(name)
+        layers[name] = LoraLayer(
+            a_R_I=_matrix(sides["A"], tensors, (r, num_inputs), weight_O_I),
+            b_O_R=_matrix(sides["B"], tensors, (num_outputs, r), weight_O_I),
+            scale=config.scale(name),
+        )
     return Adapter(layers)
 
 
 def unused_layers(adapter: Adapter, model: PreTrainedModel, run: Callable[[], object]) -> list[str]:
-    """Layers of the adapter that change nothing, because `run` computes without calling their modules.
+    """Layers of the adapter without effect, because `run` does not call their modules.
 
-    So do architectures that hand a module's weight to a kernel. An expert that no token was sent to looks the
-    same. `run` is called once, with the adapter applied.
+    Some architectures hand a module's weight to a kernel. An expert that gets no token looks the same. `run`
+    is called once, with the adapter applied.
     """
-    used: set[str] = set()
+    used: set[nn.Module] = set()
+    modules = {name: model.get_submodule(name) for name in adapter.layers}
+
+    def record(module: nn.Module, _inputs: object) -> None:
+        used.add(module)
+
     with ExitStack() as stack:
-        for name in adapter.layers:
-            note = partial(_note, used, name)
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(note).remove)
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(record).remove)
         stack.enter_context(adapter.applied(model))
         run()
-    return [name for name in adapter.layers if name not in used]
-
-
-def _note(used: set[str], name: str, _module: nn.Module, _inputs: object) -> None:
-    used.add(name)
+    return [name for name, module in modules.items() if module not in used]
 
 
 # --- checks -----------------------------------------------------------------------------------------
@@ -159,16 +160,16 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
     for name in tensors:
         match = _NAME.fullmatch(name)
         if match is None:
-            raise AdapterError(name, _what_it_is(name))
+            raise AdapterError(name, _unsupported_name(name))
         adapters.add(match["adapter"])
         if len(adapters) > 1:
             raise AdapterError(name, "it belongs to another adapter than those before it")
         if sides.setdefault(match["module"], {}).setdefault(match["side"], name) != name:
-            raise AdapterError(name, "it stands there twice, with and without base_model.model")
+            raise AdapterError(name, "duplicate tensor, with and without base_model.model")
     return sides
 
 
-def _what_it_is(name: str) -> str:
+def _unsupported_name(name: str) -> str:
     if "lora_embedding_" in name:
         return f"embeddings cannot be adapted; {_FULL_WEIGHTS}"
     if "lora_magnitude_vector" in name:
@@ -179,7 +180,7 @@ def _what_it_is(name: str) -> str:
 def _weight(name: str, module: nn.Module, *, is_in_trunk: bool) -> Tensor:
     """The module's weight, [O, I]."""
     if not is_in_trunk:
-        raise AdapterError(name, f"the head is computed apart and cannot be adapted; {_FULL_WEIGHTS}")
+        raise AdapterError(name, f"the head is computed separately and cannot be adapted; {_FULL_WEIGHTS}")
     if not isinstance(module, nn.Linear | Conv1D):
         kind = type(module).__name__
         raise AdapterError(name, f"only linear layers can be adapted, this is {kind}; {_FULL_WEIGHTS}")
@@ -189,21 +190,10 @@ def _weight(name: str, module: nn.Module, *, is_in_trunk: bool) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _layer(
-    weight_O_I: Tensor, config: LoraConfig, module: str, halves: Mapping[str, tuple[str, Tensor]]
-) -> LoraLayer:
-    num_outputs, num_inputs = weight_O_I.shape
-    r = config.rank(module)
-    return LoraLayer(
-        a_R_I=_matrix(*halves["A"], (r, num_inputs), weight_O_I),
-        b_O_R=_matrix(*halves["B"], (num_outputs, r), weight_O_I),
-        scale=config.scale(module),
-    )
-
-
 @torch.inference_mode(mode=False)
-def _matrix(name: str, tensor: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+def _matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], like: Tensor) -> Tensor:
     """A copy on the weight's device, in the dtype that PEFT would give it."""
+    tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         message = f"it has shape {list(tensor.shape)}, module and config need {list(shape)}"
         raise AdapterError(name, message)

@@ -1,11 +1,10 @@
-"""Which versions of the policy are loaded, and which of them a request gets.
+"""Loaded versions of the policy, and the one that each request gets.
 
-A version is a state of the weights, or of a LoRA adapter on them. Whoever brings it gives it a name; its
-number counts every change since the service started, so that of two versions the one with the higher number
-came later, also where a name is given twice.
+A version is a state of the weights, or of a LoRA adapter on them. The client gives it a name; its number
+counts every change since the service started, so that the later of two versions has the higher number, even
+if they have the same name.
 
-A table never changes: every change makes a new one. The engine's thread puts it in place between two batches;
-everybody else may read it at any time.
+Tables are immutable. The engine's thread replaces the current one between two batches; any thread may read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,19 +15,19 @@ from shopr1_client.wire_policy import BASE, VersionDemand
 from shopr1_service.core import Target, Version
 
 RETRY_AFTER_S = 1.0
-"""When to ask again for a version that is not there yet."""
+"""For a request that demands a version that is not loaded yet."""
 _MAX_NAMES = 10_000
-"""Names that are remembered after their versions have gone."""
+"""Names that are remembered, also of versions that are no longer loaded."""
 
 
 @dataclass(frozen=True)
 class VersionTable:
-    """See the module.
+    """Loaded versions.
 
     Attributes:
-        base: of the policy's own weights.
-        adapters: loaded versions by the adapter's name, the newest last; none of them empty.
-        num_changes: since the start; the number of the version that came last, unless something was unloaded.
+        base: version of the policy's own weights.
+        adapters: versions by the adapter's name, the newest last; no empty ones.
+        num_changes: since the start; loading and unloading.
     """
 
     base: Version
@@ -43,17 +42,17 @@ class VersionTable:
 
     @property
     def current(self) -> Version:
-        """What scores a request that names nothing."""
+        """Version for a request that names none."""
         return self.find(Target())
 
     def find(self, target: Target) -> Version:
-        """The version that a request gets: the newest that it allows.
+        """Newest version that a request allows.
 
         Raises:
             InvalidRequestError: no such adapter is loaded.
-            PolicyVersionError: the demanded version is not loaded; with `retry_after_s` if it may still come.
+            PolicyVersionError: no such version is loaded; with `retry_after_s` if it may still be.
         """
-        versions = self._of(target.adapter)
+        versions = self._versions_of(target.adapter)
         demand = target.demand
         if demand is None:
             return versions[-1]
@@ -66,12 +65,12 @@ class VersionTable:
         raise _missing(demand, number, versions[-1])
 
     def with_base(self, name: str, loaded_at_s: float) -> "VersionTable":
-        """After the policy's own weights have changed: adapters belong to those they were trained on."""
+        """Table with new base weights; adapters belong to the old ones and are unloaded."""
         base = Version(name, self.num_changes + 1, None, loaded_at_s)
         return replace(self._after(base), base=base, adapters={}, default_adapter=None)
 
     def with_adapter(self, version: Version, *, max_kept: int, is_default: bool) -> "VersionTable":
-        """With a further version of an adapter; of the older ones as many stay as may be kept."""
+        """Table with a further version of an adapter, of which the last `max_kept` stay loaded."""
         assert version.adapter is not None
         kept = (*self.adapters.get(version.adapter, ()), version)[-max_kept:]
         default = version.adapter if is_default else self.default_adapter
@@ -79,7 +78,7 @@ class VersionTable:
         return replace(self._after(version), adapters=adapters, default_adapter=default)
 
     def without(self, gone: Iterable[Version]) -> "VersionTable":
-        """Without some versions of adapters."""
+        """Table without these versions of adapters."""
         numbers = {version.number for version in gone}
         kept = {
             name: tuple(version for version in versions if version.number not in numbers)
@@ -89,15 +88,15 @@ class VersionTable:
         default = self.default_adapter if self.default_adapter in adapters else None
         return replace(self, adapters=adapters, default_adapter=default, num_changes=self.num_changes + 1)
 
-    def before(self, number: int) -> "VersionTable":
-        """The same, but the next change gets this number."""
+    def with_next_number(self, number: int) -> "VersionTable":
+        """Table whose next change gets this number."""
         return replace(self, num_changes=number - 1)
 
     def loaded(self) -> list[Version]:
-        """All versions of all adapters, by name, the newest of each last."""
+        """Versions of all adapters, by name, the newest of each last."""
         return [version for _, versions in sorted(self.adapters.items()) for version in versions]
 
-    def _of(self, adapter: str | None) -> tuple[Version, ...]:
+    def _versions_of(self, adapter: str | None) -> tuple[Version, ...]:
         name = adapter or self.default_adapter
         if name is None or name == BASE:
             return (self.base,)
@@ -108,7 +107,7 @@ class VersionTable:
         return self.adapters[name]
 
     def _number(self, versions: Sequence[Version], name: str) -> int | None:
-        """Of the last version that was given this name; one that is loaded is never forgotten."""
+        """Number of the last version with this name; loaded ones are never forgotten."""
         loaded = [version.number for version in versions if version.name == name]
         return loaded[-1] if loaded else self._numbers.get((versions[-1].adapter, name))
 
@@ -120,7 +119,7 @@ class VersionTable:
 
 
 def _missing(demand: VersionDemand, number: int | None, newest: Version) -> PolicyVersionError:
-    """An exact version that was replaced will not come back; what is not known yet may come."""
+    """An exact version that was replaced will not come back; an unknown one may be loaded later."""
     key, what = (demand.exact, "") if demand.exact is not None else (demand.at_least, " or a later one")
     is_past = number is not None and number <= newest.number
     return PolicyVersionError(

@@ -1,15 +1,13 @@
-"""LoRA adapters that come and go while the policy serves, on weights that stay as they are."""
+"""LoRA adapters, loaded and unloaded while the policy serves; its own weights stay as they are."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
-import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 
 from shopr1_client.errors import InvalidWeightsError, NotFoundError, TooLargeError, UpdateConflictError
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE, AdapterRequest, AdapterUpdate
@@ -22,71 +20,32 @@ from shopr1_service.policy.lora import Adapter, AdapterError, build_adapter, par
 from shopr1_service.scheduling.scheduler import Scheduler
 from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
-from shopr1_service.weights.checkpoint import CheckpointError, adapter_files, open_regular
-from shopr1_service.weights.safetensors_header import MAX_HEADER_BYTES, TensorEntry
-from shopr1_service.weights.safetensors_stream import Upload, pour
-from shopr1_service.weights.tensors import PIECE_BYTES, bytes_of
+from shopr1_service.weights.checkpoint import CheckpointDirectory, CheckpointError
+from shopr1_service.weights.safetensors_header import Header
+from shopr1_service.weights.safetensors_stream import SafetensorsStream, feed_in_threads
 
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 2.0
 
-_Result = TypeVar("_Result")
-
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Texts of an adapter's config and safetensors file."""
+    """Contents of an adapter's config and safetensors file."""
 
     config: bytes
     tensors: bytes
 
 
-class TensorBuffer:
-    """Takes tensors into memory (a `Sink`)."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: Sequence[TensorEntry] = ()
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._num_bytes = 0
-
-    def announce(self, entries: Sequence[TensorEntry]) -> None:
-        num_bytes = sum(entry.num_bytes for entry in entries)
-        if num_bytes > self._max_bytes:
-            raise TooLargeError(f"the adapter has {num_bytes} bytes, max_adapter_bytes = {self._max_bytes}")
-        self._entries = entries
-        self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-
-    def feed(self, block: memoryview) -> None:
-        end = self._num_bytes + len(block)
-        if end > len(self._bytes):
-            raise InvalidWeightsError(f"{end - len(self._bytes)} bytes more than the header announces")
-        bytes_of(self._bytes)[self._num_bytes : end] = block
-        self._num_bytes = end
-
-    def end(self) -> None:
-        if self._num_bytes < len(self._bytes):
-            raise InvalidWeightsError(f"the file ends {len(self._bytes) - self._num_bytes} bytes too early")
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        # Cloned: a file need not begin its tensors where their dtype can be read.
-        return {
-            entry.name: self._bytes[entry.start : entry.end].clone().view(entry.dtype).view(entry.shape)
-            for entry in self._entries
-        }
-
-
 class AdapterUpdates:
-    """See the module. Used from the event loop only.
+    """Adapters of the policy in this process. Used from the event loop only.
 
     Raises (every method):
-        InvalidWeightsError: it is no adapter of this policy.
-        TooLargeError: there are as many as may be, or it is too large.
+        InvalidWeightsError: not an adapter of this policy.
+        TooLargeError: too many adapters, or it is too large.
         StorageError: its files cannot be read in time.
         UpdateConflictError: the policy's own weights changed meanwhile.
-        NotReadyError: the service ends.
+        NotReadyError: the service shuts down.
     """
 
     def __init__(
@@ -107,31 +66,40 @@ class AdapterUpdates:
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
         """Load an adapter from a directory below `policy_roots`."""
         start_s, base = time.perf_counter(), self._policy.versions.base
-        adapter = await self._reading(request.path, self._read)
-        return await self._add(adapter, request, base, start_s)
+        return await self._load(await self.files(request.path), request, base, start_s)
 
     async def files(self, path: str) -> AdapterFiles:
-        """What stands in a directory below `policy_roots`, not looked at."""
-        return await self._reading(path, self._files)
+        """Read a directory below `policy_roots`; only the sizes and the header are checked."""
+        try:
+            return await read_foreign(lambda: self._read(path), self._read_timeout_s)
+        except CheckpointError as error:
+            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
+        except OSError as error:
+            raise InvalidWeightsError(f"the adapter cannot be read: {error.strerror or error}") from error
 
     async def from_upload(
-        self, stream: AsyncIterable[bytes], request: AdapterRequest, config: str | bytes | None = None
+        self, stream: AsyncIterable[bytes], request: AdapterRequest, config: bytes | None = None
     ) -> AdapterUpdate:
-        """Load an adapter from a safetensors file that comes as a stream.
+        """Load an adapter from a safetensors file that arrives as a stream.
 
         Args:
             config: default: the one in the file's metadata.
         """
         start_s, base = time.perf_counter(), self._policy.versions.base
-        buffer = TensorBuffer(self._settings.max_adapter_bytes)
-        upload = Upload(buffer)
-        await pour(stream, upload.feed)
-        metadata = upload.end().metadata
-        config = metadata.get(ADAPTER_CONFIG_KEY) if config is None else config
+        content = bytearray()
+        parser = SafetensorsStream(self._check_size, lambda _: None)
+
+        def feed(block: memoryview) -> None:
+            parser.feed(block)
+            content.extend(block)
+
+        await feed_in_threads(stream, feed)
+        header = parser.finish()
+        if config is None and ADAPTER_CONFIG_KEY in header.metadata:
+            config = header.metadata[ADAPTER_CONFIG_KEY].encode()
         if config is None:
             raise InvalidWeightsError(f"the file's metadata has no {ADAPTER_CONFIG_KEY}")
-        adapter = await asyncio.to_thread(self._build, config, buffer.tensors)
-        return await self._add(adapter, request, base, start_s)
+        return await self._load(AdapterFiles(config, bytes(content)), request, base, start_s)
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Unload an adapter, or one version of it.
@@ -148,13 +116,14 @@ class AdapterUpdates:
             self._policy.remove_adapters(gone)
 
         await self._scheduler.between_batches(remove)
-        self._tell()
+        self._announce()
 
-    async def _add(
-        self, adapter: Adapter, request: AdapterRequest, base: Version, start_s: float
+    async def _load(
+        self, files: AdapterFiles, request: AdapterRequest, base: Version, start_s: float
     ) -> AdapterUpdate:
+        adapter = await asyncio.to_thread(self._build, files)
         version, gone = await self._scheduler.between_batches(lambda: self._install(adapter, request, base))
-        self._tell()
+        self._announce()
         update = AdapterUpdate(
             current=version.info,
             rank=adapter.rank,
@@ -163,13 +132,13 @@ class AdapterUpdates:
             duration_s=time.perf_counter() - start_s,
             unloaded=[old.info for old in gone],
         )
-        logger.info("an adapter is loaded: %s", update.model_dump_json())
+        logger.info("an adapter was loaded: %s", update.model_dump_json())
         return update
 
     def _install(
         self, adapter: Adapter, request: AdapterRequest, base: Version
     ) -> tuple[Version, list[Version]]:
-        """On the engine's thread."""
+        """New version, and older ones that were unloaded. Runs on the engine's thread."""
         versions = self._policy.versions
         if versions.base is not base:
             raise UpdateConflictError(
@@ -190,42 +159,30 @@ class AdapterUpdates:
         if name not in names and len(names) >= max_adapters:
             raise TooLargeError(f"{len(names)} adapters are loaded, max_adapters = {max_adapters}")
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         num_adapters = len(self._policy.versions.loaded())
         self._metrics.record_loaded(self._policy.info, num_adapters)
         self._new_versions.notify()
 
-    async def _reading(self, path: str, read: Callable[[Path, Path], _Result]) -> _Result:
-        def found() -> _Result:
-            return read(*adapter_files(path, self._settings.policy_roots))
+    def _read(self, path: str) -> AdapterFiles:
+        directory = CheckpointDirectory(path, self._settings.policy_roots)
+        config, shard = directory.adapter()
+        self._check_size(shard.header)
+        content = shard.file.read(0, shard.file.num_bytes)
+        directory.check_unchanged()
+        return AdapterFiles(config, content)
 
+    def _check_size(self, header: Header) -> None:
+        num_bytes, max_bytes = header.num_bytes, self._settings.max_adapter_bytes
+        if num_bytes > max_bytes:
+            raise TooLargeError(f"the adapter has {num_bytes} bytes, max_adapter_bytes = {max_bytes}")
+
+    def _build(self, files: AdapterFiles) -> Adapter:
         try:
-            return await read_foreign(found, self._read_timeout_s)
-        except CheckpointError as error:
-            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
-        except OSError as error:
-            raise InvalidWeightsError(f"the adapter cannot be read: {error.strerror or error}") from error
-
-    def _read(self, config_file: Path, tensor_file: Path) -> Adapter:
-        return self._build(config_file.read_bytes(), self._tensors(tensor_file))
-
-    def _files(self, config_file: Path, tensor_file: Path) -> AdapterFiles:
-        with open_regular(tensor_file) as file:
-            tensors = file.read(self._settings.max_adapter_bytes + MAX_HEADER_BYTES)
-        return AdapterFiles(config_file.read_bytes(), tensors)
-
-    def _tensors(self, path: Path) -> dict[str, Tensor]:
-        buffer = TensorBuffer(self._settings.max_adapter_bytes)
-        upload = Upload(buffer)
-        piece = memoryview(bytearray(PIECE_BYTES))
-        with open_regular(path) as file:
-            while num_read := file.readinto(piece):
-                upload.feed(piece[:num_read])
-        upload.end()
-        return buffer.tensors
-
-    def _build(self, config: str | bytes, tensors: dict[str, Tensor]) -> Adapter:
-        try:
-            return build_adapter(self._policy.model, parse_config(config), tensors)
+            config = parse_config(files.config)
+            tensors = dict(sorted(load_safetensors(files.tensors).items()))  # the library's order is random
+            return build_adapter(self._policy.model, config, tensors)
         except AdapterError as error:
             raise field_problem(InvalidWeightsError, error.location, str(error)) from error
+        except SafetensorError as error:  # stricter than our own check of the header; not known to happen
+            raise InvalidWeightsError(str(error)) from error

@@ -16,7 +16,7 @@ from shopr1_service.scheduling.engine_client import OnFatal
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterUpdates
-from shopr1_service.updates.weight_updates import Updates
+from shopr1_service.updates.weight_updates import WeightUpdates
 
 
 class UpdatableEngine(LocalEngine[LoadedPolicy]):
@@ -31,7 +31,7 @@ class UpdatableEngine(LocalEngine[LoadedPolicy]):
     ) -> None:
         super().__init__(policy, settings, metrics, on_fatal)
         how = policy, self.scheduler, settings, metrics, self.new_versions
-        self.weights, self.adapters = Updates(*how), AdapterUpdates(*how)
+        self.weights, self.adapters = WeightUpdates(*how), AdapterUpdates(*how)
 
     @property
     def update_progress(self) -> UpdateProgress | None:

@@ -1,7 +1,8 @@
-"""Whether a checkpoint is of the same policy: its tokenizer must read as ours, its config compute as ours."""
+"""Check that a checkpoint is of the same policy: equal config, and a tokenizer that gives the same ids."""
 
 import logging
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,25 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from shopr1_client.errors import FieldError, InvalidWeightsError
+from shopr1_service.field_errors import field_problem
+from shopr1_service.weights.checkpoint import CheckpointDirectory
 
 logger = logging.getLogger(__name__)
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+MAX_FILE_BYTES = 256 * 2**20
+_TOKENIZER_FILES = (
+    *(CONFIG, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""Files that transformers reads to build a tokenizer."""
 
 _NUM_PROBES = 64
 _NUM_PROBE_TOKENS = 32
 _SEED = 0
 
-_IDLE_KEYS = frozenset(
+_IRRELEVANT_KEYS = frozenset(
     {
         *("_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
         *("use_cache", "initializer_range", "quantization_config", "task_specific_params", "problem_type"),
@@ -28,35 +40,47 @@ _IDLE_KEYS = frozenset(
 """Keys of a config that no logit depends on."""
 
 
-def check_compatible(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compare what of both lies in a checkpoint's directory; neither need be there.
+def check_compatible(
+    checkpoint: CheckpointDirectory,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    staging_dir: Path | None = None,
+) -> None:
+    """Compare `config.json` and `tokenizer.json`, if the checkpoint has them, with the policy's.
+
+    Transformers reads files by path, so it gets copies in `staging_dir` of the files as they were opened.
 
     Raises:
         InvalidWeightsError: names what differs.
+        CheckpointError: a file cannot be read.
     """
     errors: list[FieldError] = []
-    if (directory / "config.json").is_file():
-        errors += _config_flaws(_read(AutoConfig, directory, "config.json"), config)
-    if (directory / "tokenizer.json").is_file():
-        errors += _tokenizer_flaws(_read(AutoTokenizer, directory, "tokenizer.json"), tokenizer)
+    with tempfile.TemporaryDirectory(prefix="shopr1-", dir=staging_dir) as copies:
+        for name in _TOKENIZER_FILES:
+            if name in checkpoint.names:
+                Path(copies, name).write_bytes(checkpoint.read(name, MAX_FILE_BYTES))
+        if CONFIG in checkpoint.names:
+            errors += _config_flaws(_read(AutoConfig, copies, CONFIG), config)
+        if TOKENIZER in checkpoint.names:
+            errors += _tokenizer_flaws(_read(AutoTokenizer, copies, TOKENIZER), tokenizer)
     if errors:
         detail = "; ".join(f"{error['location']}: {error['message']}" for error in errors)
-        raise InvalidWeightsError(f"it is another policy's checkpoint: {detail}", errors=errors)
+        raise InvalidWeightsError(f"the checkpoint is of another policy: {detail}", errors=errors)
 
 
-def _read(reader: Any, directory: Path, name: str) -> Any:  # noqa: ANN401  # transformers' factories
+def _read(reader: Any, directory: str, name: str) -> Any:  # noqa: ANN401  # transformers' factories
     try:
         return reader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # damaged files raise whatever their reader stumbles over
-        message = f"it cannot be read: {type(error).__name__}: {error}"
-        raise InvalidWeightsError(
-            f"{name}: {message}", errors=[{"location": name, "message": message}]
+    except Exception as error:  # damaged files raise anything; the text may quote them
+        logger.warning("%s of a checkpoint cannot be read: %s", name, error)
+        raise field_problem(
+            InvalidWeightsError, name, f"{name} cannot be read: {type(error).__name__}"
         ) from error
 
 
 def _config_flaws(given: PretrainedConfig, own: PretrainedConfig) -> list[FieldError]:
     return [
-        {"location": f"config.json: {key}", "message": f"it is {theirs!r}, the policy's {ours!r}"}
+        {"location": f"{CONFIG}: {key}", "message": f"it is {theirs!r}, the policy's {ours!r}"}
         for key, theirs, ours in _differences(given.to_dict(), own.to_dict())
     ]
 
@@ -67,28 +91,28 @@ def _differences(given: Any, own: Any, path: str = "") -> Iterator[tuple[str, An
             yield path, given, own
         return
     for key in sorted({*given, *own}, key=str):
-        if key in _IDLE_KEYS or str(key).endswith("dropout"):
+        if key in _IRRELEVANT_KEYS or str(key).endswith("dropout"):
             continue
         yield from _differences(given.get(key), own.get(key), f"{path}.{key}".removeprefix("."))
 
 
 def _tokenizer_flaws(given: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> list[FieldError]:
     if given.get_vocab() != own.get_vocab():
-        return [{"location": "tokenizer.json", "message": "its vocabulary is not the policy's"}]
-    for text in _probes(own):
+        return [{"location": TOKENIZER, "message": "its vocabulary is not the policy's"}]
+    for text in _probe_texts(own):
         if _ids(given, text) != _ids(own, text):
-            message = f"it cuts text otherwise than the policy's, as {text[:40]!r}"
-            return [{"location": "tokenizer.json", "message": message}]
+            message = f"it splits text differently from the policy's, for example {text[:40]!r}"
+            return [{"location": TOKENIZER, "message": message}]
     if given.chat_template != own.chat_template:
-        logger.warning("the checkpoint has another chat template; the one that was loaded at start stays")
+        logger.warning("the checkpoint has another chat template; the one loaded at start is kept")
     return []
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Texts that any merge may occur in: what random tokens mean, one after the other."""
-    chance = random.Random(_SEED)
+def _probe_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Texts of random tokens: any merge may occur in them."""
+    rng = random.Random(_SEED)
     for _ in range(_NUM_PROBES):
-        ids = [chance.randrange(len(tokenizer)) for _ in range(_NUM_PROBE_TOKENS)]
+        ids = [rng.randrange(len(tokenizer)) for _ in range(_NUM_PROBE_TOKENS)]
         yield str(tokenizer.decode(ids))
 
 

@@ -1,36 +1,38 @@
-"""Files that weights stand in, held open."""
+"""Open files of weights: anonymous ones of this process, and checkpoint files that others may change."""
 
 import errno
 import os
+import stat
 import tempfile
 import threading
 import time
 import weakref
-from io import BufferedReader
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from shopr1_client.errors import StorageError
+
 _SETTLED_S = 0.05
-"""Longer than the steps of any file system's clock: whatever is written later has another time."""
+"""Longer than a step of any file system's clock: a later write gets another time."""
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-"""What file systems say that know of no room beforehand."""
+"""Errors of file systems that cannot reserve space."""
+# Do not wait for a pipe, take a terminal, or follow a link that was put there after the path was resolved.
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
 Signature = tuple[int, int]
-"""A file's size, and when it was written, in ns."""
+"""A file's size and modification time, ns."""
 CLOSE_THREAD = "close"
-"""Name of the threads that close private files."""
+"""Name of the threads that close anonymous files."""
 
 
 class OpenFile:
-    """Bytes on disk, read anywhere, by several threads at once.
-
-    Raises (every method):
-        OSError: the disk fails.
-    """
+    """Bytes on disk that several threads may read at once."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        # Not a file object: those complain when they are not closed by hand.
-        self._end = weakref.finalize(self, self._close, fd)
-        self._end.atexit = False  # the system closes it then, too
+        # Not a file object: those warn when they are not closed explicitly.
+        self._finalizer = weakref.finalize(self, self._close, fd)
+        self._finalizer.atexit = False  # the system closes it then
 
     @property
     def is_intact(self) -> bool:
@@ -39,7 +41,7 @@ class OpenFile:
 
     @property
     def signature(self) -> Signature | None:
-        """The same for the same content; None: nobody else has it."""
+        """Identifies the content on other machines; None: nobody else has it."""
         return None
 
     @staticmethod
@@ -47,7 +49,11 @@ class OpenFile:
         os.close(fd)
 
     def read_into(self, block: memoryview, start: int) -> None:
-        """Fill a block with what stands from `start` on."""
+        """Fill a block from byte `start` on.
+
+        Raises:
+            OSError: the disk fails, or the file is too short.
+        """
         while block:
             num_read = os.preadv(self._fd, [block], start)
             if not num_read:
@@ -57,69 +63,114 @@ class OpenFile:
 
 
 class AnonymousTempFile(OpenFile):
-    """A file that nobody else can see or leave behind: it has no name, and ends with its last holder.
+    """A file without a name: nobody else can open it, and it vanishes with its last holder.
 
     Args:
         directory: on which file system; default: the system's for temporary files.
+        content: what it is for, for error messages.
 
-    Raises (every method):
-        OSError: the disk is full or fails.
+    Raises (every method but `read_into`):
+        StorageError: the disk is full or fails.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        fd, path = tempfile.mkstemp(prefix="shopr1-", dir=directory)
-        Path(path).unlink()
+    def __init__(self, directory: Path | None = None, content: str = "the new weights") -> None:
+        self._content = content
+        with self._storage_errors():
+            fd, path = tempfile.mkstemp(prefix="shopr1-", dir=directory)
+            Path(path).unlink()
         super().__init__(fd)
         self.num_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Make sure that there is room for so many. It makes writing them faster, too."""
-        try:
-            os.posix_fallocate(self._fd, 0, max(1, num_bytes))
-        except OSError as error:
-            if error.errno not in _CANNOT_RESERVE:
-                raise
+        """Make sure that there is room; writing is faster, too."""
+        with self._storage_errors():
+            try:
+                os.posix_fallocate(self._fd, 0, max(1, num_bytes))
+            except OSError as error:
+                if error.errno not in _CANNOT_RESERVE:
+                    raise
 
     def append(self, block: memoryview) -> int:
-        """Write all of a block at the end; returns where it begins. From one thread at a time."""
+        """Write a block at the end; returns where it begins. From one thread at a time."""
         start = self.num_bytes
-        while block:
-            num_written = os.pwrite(self._fd, block, self.num_bytes)
-            self.num_bytes += num_written
-            block = block[num_written:]
+        with self._storage_errors():
+            while block:
+                num_written = os.pwrite(self._fd, block, self.num_bytes)
+                self.num_bytes += num_written
+                block = block[num_written:]
         return start
 
     def discard(self) -> None:
-        """Give its room back now, and not when its last holder has gone. It is of no use from then on."""
-        if self._end.detach():
+        """Free its space now instead of with its last holder. It cannot be used afterwards."""
+        if self._finalizer.detach():
             os.close(self._fd)
 
     @staticmethod
     def _close(fd: int) -> None:
-        # Its last holder may be the engine, and to give its room back takes as long as to write some of it.
+        # The last holder may be the engine, and freeing the space takes as long as writing some of it.
         try:
             threading.Thread(target=os.close, args=(fd,), name=CLOSE_THREAD).start()
-        except RuntimeError:  # the interpreter ends, or there are too many
+        except RuntimeError:  # the interpreter ends, or there are too many threads
             os.close(fd)
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise StorageError(f"{self._content} cannot be kept in staging_dir: {reason}") from error
 
 
 class CheckpointFile(OpenFile):
-    """A file that somebody else may change. To delete or to rename it does no harm: it is held open."""
+    """A regular file that others may change, opened once. Deleting or renaming it does no harm.
 
-    def __init__(self, file: BufferedReader) -> None:
-        super().__init__(os.dup(file.fileno()))
-        age_s = time.time() - os.fstat(self._fd).st_mtime
-        time.sleep(min(_SETTLED_S, max(0.0, _SETTLED_S - age_s)))
-        self._signature = self._sign()
+    Args:
+        path: without links.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(os.open(path, _FLAGS))
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(None, "not a regular file")
+        time.sleep(min(_SETTLED_S, max(0.0, _SETTLED_S - (time.time() - status.st_mtime))))
+        self._identity = _identity(os.fstat(self._fd))
+
+    @property
+    def num_bytes(self) -> int:
+        return self._identity[2]
 
     @property
     def is_intact(self) -> bool:
-        return self._sign() == self._signature
+        return _identity(os.fstat(self._fd)) == self._identity
 
     @property
     def signature(self) -> Signature:
-        return self._signature
+        return self._identity[2:]
 
-    def _sign(self) -> Signature:
-        status = os.fstat(self._fd)
-        return status.st_size, status.st_mtime_ns
+    def is_at(self, path: Path) -> bool:
+        """Whether a path still leads to this file, and nobody has written to it."""
+        try:
+            return self.is_intact and _identity(path.stat()) == self._identity
+        except OSError:
+            return False
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Some of its bytes.
+
+        Raises:
+            OSError: the disk fails, or the file is too short.
+        """
+        block = bytearray(num_bytes)
+        self.read_into(memoryview(block), start)
+        return bytes(block)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Device, inode, size, modification time."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

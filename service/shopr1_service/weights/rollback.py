@@ -1,64 +1,56 @@
-"""The weights that score now, written down: what an update goes back to when it fails in the middle."""
+"""Backup of the weights that are loaded: an update that fails half-way goes back to it."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from shopr1_client.errors import StorageError
 from shopr1_service.weights.files import AnonymousTempFile
-from shopr1_service.weights.tensors import Stored, Weights
+from shopr1_service.weights.tensors import TensorLocation, Weights
 
 
 class WeightBackup:
-    """Knows where the tensors stand that have been replaced, and writes those down that will be.
+    """Knows the files of the tensors that are loaded, and writes out those that are in none.
 
-    What an update brought is kept as it came. Only what was loaded at start is written once more, and what
-    came from a file that somebody has written to since.
+    The files of an update are its backup. Only the weights loaded at start are written out, and those whose
+    checkpoint file was written to since.
     """
 
     def __init__(self, weights: Weights, directory: Path | None) -> None:
         self._weights = weights
         self._directory = directory
-        self._stored: dict[str, Stored] = {}
+        self._locations: dict[str, TensorLocation] = {}
 
     def missing(self, names: Collection[str]) -> list[str]:
-        """Those that could not be restored. Asks the files of former checkpoints: their disk may hang."""
-        return [name for name in names if not self._is_kept(name)]
+        """Names of tensors that could not be restored. Looks at checkpoint files, whose disk may hang."""
+        return [name for name in names if not self._is_saved(name)]
 
-    def keep(self, names: Collection[str]) -> None:
-        """Write these down. Beside the engine: it changes nothing that the engine reads.
+    def save(self, names: Collection[str]) -> None:
+        """Write tensors out. May run beside the engine: it only reads what the engine reads.
 
         Raises:
             StorageError: there is no room.
         """
         if not names:
             return
+        file = AnonymousTempFile(self._directory, "the old weights")
         try:
-            self._stored.update(self._store(names))
-        except OSError as error:
-            reason = error.strerror or error
-            raise StorageError(f"the old weights cannot be kept in staging_dir: {reason}") from error
-
-    def restore(self, names: Collection[str], on_piece: Callable[[], None]) -> None:
-        """Put these back.
-
-        Raises:
-            OSError: the disk fails.
-        """
-        if not all(map(self._is_kept, names)):
-            raise OSError(None, "the former weights' file was written to")
-        self._weights.load({name: self._stored[name] for name in names}, on_piece)
-
-    def _is_kept(self, name: str) -> bool:
-        return name in self._stored and self._stored[name].file.is_intact
-
-    def _store(self, names: Collection[str]) -> Mapping[str, Stored]:
-        file = AnonymousTempFile(self._directory)
-        try:
-            return self._weights.store(names, file)
-        except OSError:
+            self._locations.update(self._weights.store(names, file))
+        except BaseException:
             file.discard()
             raise
 
-    def moved_on(self, stored: Mapping[str, Stored]) -> None:
-        """These have replaced what was there; the files that nothing else stands in are gone."""
-        self._stored.update(stored)
+    def restore(self, names: Collection[str], on_piece: Callable[[], None]) -> None:
+        """Put tensors back into the model.
+
+        Raises:
+            OSError: the disk fails, or a checkpoint file was written to.
+        """
+        if self.missing(names):
+            raise OSError(None, "the file of the former weights was written to")
+        self._weights.load({name: self._locations[name] for name in names}, on_piece)
+
+    def record(self, locations: Mapping[str, TensorLocation]) -> None:
+        """These tensors are loaded now; files that hold no others are closed."""
+        self._locations.update(locations)
+
+    def _is_saved(self, name: str) -> bool:
+        return name in self._locations and self._locations[name].file.is_intact

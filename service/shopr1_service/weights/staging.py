@@ -1,252 +1,170 @@
-"""New weights on their way into the policy: checked as they come, kept in a private file until the swap.
+"""New weights before they are loaded: their files, and every check that needs only the model's tensors.
 
-Names, shapes and dtypes are checked before a byte of the weights is taken, every number when it comes. What
-is kept has the model's own dtype already, so that the swap has nothing to do but to copy.
-
-A checkpoint's files are not copied: they are checked, held open, and read once more at the swap. If somebody
-has written to them by then, it fails.
+Names, shapes and dtypes are checked before data arrive, all numbers once they are in files. Streams are
+written to an anonymous file; checkpoint files are not copied. Both are read again when they are loaded.
 """
 
 import math
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from shopr1_client.errors import FieldError, InvalidWeightsError, StorageError
+from shopr1_client.errors import FieldError, InvalidWeightsError
 from shopr1_service.field_errors import raise_if_any
-from shopr1_service.weights.files import AnonymousTempFile, CheckpointFile
+from shopr1_service.weights.checkpoint import Shard
+from shopr1_service.weights.files import AnonymousTempFile
 from shopr1_service.weights.safetensors_header import TensorEntry
-from shopr1_service.weights.tensors import PIECE_BYTES, Buffers, Stored, Weights, bytes_of, on_threads
+from shopr1_service.weights.tensors import PIECE_BYTES, Buffers, TensorLocation, Weights, run_in_threads
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of a number."""
+"""By size, bytes."""
 _CHECKED_BYTES = 2**20
-"""At a time: they are read twice, and a core finds them in its own cache again."""
+"""Checked at a time: it is read twice, the second time from the core's cache."""
 
 
-class Stage:
-    """Takes the tensors of one update, in the order in which they were announced.
+class StagedWeights:
+    """Tensors of one update. Call `expect` or `refer`, `append` what a stream brings, then `check`.
 
     Args:
-        directory: where the private file is.
+        directory: of the anonymous file.
         is_partial: the model's other tensors stay as they are.
 
+    Attributes:
+        num_bytes: received, or checked if they were in files already.
+        num_expected_bytes: 0 until it is known.
+        locations: by name.
+
     Raises (every method):
-        InvalidWeightsError: these are no weights of this policy.
+        InvalidWeightsError: not weights of this policy.
         StorageError: there is no room.
     """
 
     def __init__(self, weights: Weights, directory: Path | None, *, is_partial: bool) -> None:
         self.num_bytes = 0
-        """That have come."""
-        self.num_announced_bytes = 0
-        self.stored: dict[str, Stored] = {}
-        self._is_discarded = False
+        self.num_expected_bytes = 0
+        self.locations: dict[str, TensorLocation] = {}
         self._weights = weights
         self._is_partial = is_partial
-        self._file = _new_file(directory)
-        self._coming: deque[TensorEntry] = deque()
-        self._names: set[str] = set()
-        self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-        self._num_buffered = 0
-        self._num_taken = 0  # of the tensor that is coming
+        self._file = AnonymousTempFile(directory)
+        self._is_discarded = False
         self._counting = threading.Lock()
 
-    def announce(self, entries: Sequence[TensorEntry]) -> None:
-        """All that will come, in this order. To be called once, before anything comes."""
-        errors = []
-        for entry in entries:
-            if (error := self._flaw(entry)) is not None:
-                errors.append(error)
-            self._names.add(entry.name)
-        if not self._is_partial:
-            errors += self._missing()
-        raise_if_any(errors, InvalidWeightsError)
-        if not entries:
-            raise InvalidWeightsError("there are no tensors")
-        self._coming.extend(entries)
-        self.num_announced_bytes = sum(entry.num_bytes for entry in entries)
-        self._skip_empty()
+    def expect(self, entries: Sequence[TensorEntry]) -> None:
+        """Tensors whose bytes will be appended in this order."""
+        self._check_names(entries)
+        self.locations = {each.name: TensorLocation(self._file, each.start, each.dtype) for each in entries}
 
-    def feed(self, block: memoryview) -> None:
-        """Bytes of the tensors, wherever they are cut."""
-        while block:
-            if not self.num_bytes:
-                self._reserve()
-            if not self._coming:
-                raise InvalidWeightsError(f"{len(block)} bytes more than the header announces")
-            entry = self._coming[0]
-            room = min(PIECE_BYTES - self._num_buffered, entry.num_bytes - self._num_taken)
-            part, block = block[:room], block[room:]
-            self._num_taken += len(part)
-            self.num_bytes += len(part)
-            if not self._num_buffered and (values := _numbers(part, entry.dtype)) is not None:
-                self._keep_piece(entry, values)
-            else:
-                self._collect(entry, part)
+    def append(self, block: memoryview) -> None:
+        """Bytes of a stream, cut anywhere; their number is checked by its reader."""
+        if not self.num_bytes:
+            self._file.reserve(self.num_expected_bytes)
+        self._file.append(block)
+        self.num_bytes += len(block)
 
-    def refer(self, file: CheckpointFile, data_start: int, entries: Sequence[TensorEntry]) -> None:
-        """Take the tensors that come next from where they stand in a file."""
+    def refer(self, shards: Sequence[Shard]) -> None:
+        """Tensors in checkpoint files."""
+        self._check_names([entry for shard in shards for entry in shard.header.entries])
+        self.locations = {
+            entry.name: TensorLocation(shard.file, shard.data_start + entry.start, entry.dtype)
+            for shard in shards
+            for entry in shard.header.entries
+        }
+
+    def check(self) -> None:
+        """Check all numbers and ties; afterwards `locations` has the names of the model.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
         buffers = Buffers()
-        places = [(entry, Stored(file, data_start + entry.start, entry.dtype)) for entry in entries]
-        jobs = [(*place, *part) for place in places for part in _parts(place[0])]
-        on_threads(lambda job: self._check_part(*job, buffers), jobs)
-        for entry, place in places:
-            self.stored[entry.name] = place
-            if entry.num_bytes:
-                assert self._coming.popleft() is entry
-                self._skip_empty()
-
-    def end(self) -> None:
-        """Nothing more comes of what was announced."""
-        if self._coming:
-            num_missing = self.num_announced_bytes - self.num_bytes
-            raise InvalidWeightsError(
-                f"the weights end {num_missing} bytes too early, in {self._coming[0].name}",
-            )
-
-    def finish(self) -> Mapping[str, Stored]:
-        """All has come: where it is (`stored`), by the names under which the model has it."""
-        self.end()
-        try:
-            self._check_ties()
-        except OSError as error:
-            raise no_room(error) from error
-        return self.stored
+        run_in_threads(lambda piece: self._check_piece(*piece, buffers), list(self._pieces()))
+        self._check_ties()
 
     def discard(self) -> None:
-        """Give the room back: nothing of it is wanted, and what `refer` reads is not read to its end."""
+        """Free the space, and end a check that still runs."""
         self._is_discarded = True
         self._file.discard()
 
-    def _flaw(self, entry: TensorEntry) -> FieldError | None:
-        tensor = self._weights.named(entry.name)
+    def _check_names(self, entries: Sequence[TensorEntry]) -> None:
+        names: set[str] = set()
+        errors: list[FieldError] = []
+        for entry in entries:
+            if message := self._name_flaw(entry, names):
+                errors.append({"location": entry.name, "message": message})
+            names.add(entry.name)
+        if not self._is_partial:
+            owners = {self._weights.aliases.get(name, name) for name in names}
+            missing = [name for name in self._weights.tensors if name not in owners]
+            errors += [{"location": name, "message": "it is missing"} for name in missing]
+        raise_if_any(errors, InvalidWeightsError)
+        if not entries:
+            raise InvalidWeightsError("there are no tensors")
+        self.num_expected_bytes = sum(entry.num_bytes for entry in entries)
+
+    def _name_flaw(self, entry: TensorEntry, names: set[str]) -> str | None:
+        tensor = self._weights.find(entry.name)
         if tensor is None:
-            return {"location": entry.name, "message": "the policy has no such tensor"}
-        if entry.name in self._names:
-            return {"location": entry.name, "message": "it comes twice"}
+            return "the policy has no such tensor"
+        if entry.name in names:
+            return "duplicate tensor"
         if entry.shape != tuple(tensor.shape):
-            message = f"its shape is {list(entry.shape)}, the policy's {list(tensor.shape)}"
-            return {"location": entry.name, "message": message}
+            return f"its shape is {list(entry.shape)}, the policy's {list(tensor.shape)}"
         return None
 
-    def _reserve(self) -> None:
-        tensors = [self._weights.named(entry.name) for entry in self._coming]
-        try:
-            self._file.reserve(sum(tensor.nbytes for tensor in tensors if tensor is not None))
-        except OSError as error:
-            raise no_room(error) from error
+    def _pieces(self) -> Iterator[tuple[str, TensorLocation, int, int]]:
+        """Name, location, first element and number of elements of each piece."""
+        for name, location in self.locations.items():
+            tensor = self._weights.find(name)
+            assert tensor is not None
+            step = PIECE_BYTES // location.dtype.itemsize
+            for first in range(0, tensor.numel(), step):
+                yield name, location, first, min(step, tensor.numel() - first)
 
-    def _collect(self, entry: TensorEntry, part: memoryview) -> None:
-        """Take a copy, until it is worth keeping."""
-        bytes_of(self._buffer)[self._num_buffered : self._num_buffered + len(part)] = part
-        self._num_buffered += len(part)
-        if self._num_buffered == PIECE_BYTES or self._num_taken == entry.num_bytes:
-            values = self._buffer[: self._num_buffered].view(entry.dtype)
-            self._num_buffered = 0
-            self._keep_piece(entry, values)
-
-    def _keep_piece(self, entry: TensorEntry, values: torch.Tensor) -> None:
-        """Check numbers of the tensor that is coming, and write them down."""
-        own = self._checked(entry, values)
-        try:
-            start = self._file.append(bytes_of(own))
-        except OSError as error:
-            raise no_room(error) from error
-        self.stored.setdefault(entry.name, Stored(self._file, start, own.dtype))
-        if self._num_taken == entry.num_bytes:
-            self._coming.popleft()
-            self._num_taken = 0
-            self._skip_empty()
-
-    def _check_part(
-        self, entry: TensorEntry, place: Stored, first: int, num_numbers: int, buffers: Buffers
+    def _check_piece(
+        self, name: str, location: TensorLocation, first: int, num_elements: int, buffers: Buffers
     ) -> None:
         if self._is_discarded:
-            raise InvalidWeightsError("nobody wants these weights any more")
-        values = buffers.read(place, first, num_numbers)
-        self._checked(entry, values)
-        with self._counting:
-            self.num_bytes += values.nbytes
-
-    def _checked(self, entry: TensorEntry, values: torch.Tensor) -> torch.Tensor:
-        """Numbers as the model will have them."""
-        tensor = self._weights.named(entry.name)
+            raise InvalidWeightsError("the update was given up")
+        tensor = self._weights.find(name)
         assert tensor is not None
-        own = values.to(tensor.dtype)
+        given = buffers.read(location, first, num_elements)
+        own = given.to(tensor.dtype)
         if not _is_finite(own):
-            is_finite = bool(values.double().isfinite().all())
-            what = f"values too large for {own.dtype}" if is_finite else "NaN or infinite values"
-            raise_if_any([{"location": entry.name, "message": what}], InvalidWeightsError)
-        return own
-
-    def _skip_empty(self) -> None:
-        while self._coming and not self._coming[0].num_bytes:
-            entry = self._coming.popleft()
-            self.stored[entry.name] = Stored(self._file, 0, entry.dtype)
-
-    def _missing(self) -> list[FieldError]:
-        given = {self._weights.aliases.get(name, name) for name in self._names}
-        missing = [name for name in self._weights.tensors if name not in given]
-        return [{"location": name, "message": "it is missing"} for name in missing]
+            message = f"values too large for {own.dtype}" if _is_finite(given) else "NaN or infinite values"
+            raise_if_any([{"location": name, "message": message}], InvalidWeightsError)
+        if location.file is not self._file:
+            with self._counting:
+                self.num_bytes += given.nbytes
 
     def _check_ties(self) -> None:
-        """Of tensors that are one in the model, one stays; they must not differ."""
+        """Keep one of the tensors that share memory in the model; they must be equal."""
         for alias, owner in self._weights.aliases.items():
-            if (twin := self.stored.pop(alias, None)) is None:
+            if (given := self.locations.pop(alias, None)) is None:
                 continue
-            if (own := self.stored.setdefault(owner, twin)) is not twin and not self._is_equal(
-                own, twin, owner
-            ):
-                message = f"it differs from {owner}, with which it is one in the policy"
+            kept = self.locations.setdefault(owner, given)
+            if kept is not given and not self._is_equal(kept, given, owner):
+                message = f"it differs from {owner}, and the policy has one tensor for both"
                 raise_if_any([{"location": alias, "message": message}], InvalidWeightsError)
 
-    def _is_equal(self, some: Stored, others: Stored, name: str) -> bool:
-        tensor, some_buffers, other_buffers = self._weights.tensors[name], Buffers(), Buffers()
-        step = PIECE_BYTES // max(some.dtype.itemsize, others.dtype.itemsize)
+    def _is_equal(self, one: TensorLocation, other: TensorLocation, name: str) -> bool:
+        tensor, buffers = self._weights.tensors[name], (Buffers(), Buffers())
+        step = PIECE_BYTES // max(one.dtype.itemsize, other.dtype.itemsize)
         for first in range(0, tensor.numel(), step):
-            num_numbers = min(step, tensor.numel() - first)
-            own = some_buffers.read(some, first, num_numbers).to(tensor.dtype)
-            if not torch.equal(own, other_buffers.read(others, first, num_numbers).to(tensor.dtype)):
+            span = first, min(step, tensor.numel() - first)
+            own = buffers[0].read(one, *span).to(tensor.dtype)
+            if not torch.equal(own, buffers[1].read(other, *span).to(tensor.dtype)):
                 return False
         return True
 
 
-def _parts(entry: TensorEntry) -> Iterator[tuple[int, int]]:
-    """First number and length of what is checked at a time."""
-    num_numbers = entry.num_bytes // entry.dtype.itemsize
-    step = PIECE_BYTES // entry.dtype.itemsize
-    return ((first, min(step, num_numbers - first)) for first in range(0, num_numbers, step))
-
-
-def _new_file(directory: Path | None) -> AnonymousTempFile:
-    try:
-        return AnonymousTempFile(directory)
-    except OSError as error:
-        raise no_room(error) from error
-
-
-def _numbers(part: memoryview, dtype: torch.dtype) -> torch.Tensor | None:
-    """The same memory as numbers; None if it does not lie so that they can be read there."""
-    if part.readonly or len(part) % dtype.itemsize:
-        return None
-    numbers = torch.frombuffer(part, dtype=torch.uint8)
-    return None if numbers.data_ptr() % dtype.itemsize else numbers.view(dtype)
-
-
 def _is_finite(values: torch.Tensor) -> bool:
-    # Read as integers, infinity and NaN are the largest numbers of each sign. NumPy finds those at the speed
-    # of memory, and on one thread: torch's would wait for each other, beside the engine.
+    # As integers, infinity and NaN are the largest numbers of each sign. NumPy finds those at memory speed
+    # and on one thread; torch's threads would compete with the engine.
     integer = _INTEGERS[values.itemsize]
     infinity = int(torch.tensor(math.inf, dtype=values.dtype).view(integer))
     negative_infinity = infinity + (1 << (8 * values.itemsize - 1))
     parts = (part.numpy() for part in torch.split(values.view(integer), _CHECKED_BYTES // values.itemsize))
     pairs = ((part, part.view(f"u{values.itemsize}")) for part in parts)
     return all(a.max(initial=0) < infinity and int(b.max(initial=0)) < negative_infinity for a, b in pairs)
-
-
-def no_room(error: OSError) -> StorageError:
-    return StorageError(f"the new weights cannot be kept in staging_dir: {error.strerror or error}")

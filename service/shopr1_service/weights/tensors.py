@@ -1,7 +1,7 @@
-"""A model's tensors by their names in checkpoints, written out and replaced in place.
+"""A model's tensors by their names in checkpoints, written to files and replaced in place.
 
-In place, because a second copy of the weights would not fit beside the first: a piece at a time goes from a
-file into the tensors that the model computes with. On a CPU the file is read right into them.
+In place, because a second copy of the weights would not fit beside the first: pieces go from a file into the
+tensors that the model computes with. On a CPU the file is read directly into them.
 """
 
 import os
@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 from shopr1_service.weights.files import AnonymousTempFile, OpenFile, Signature
 
 PIECE_BYTES = 4 * 2**20
-"""What is held in memory at a time, by each thread: so little that a core finds it in its cache again."""
+"""Memory that each thread uses: small enough for its core's cache."""
 _MAX_THREADS = 4
 
-_Given = TypeVar("_Given")
+_Job = TypeVar("_Job")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor's numbers stand, row by row, without gaps."""
+class TensorLocation:
+    """A tensor in a file: its numbers from byte `start` on, row-major, without gaps."""
 
     file: OpenFile
     start: int
@@ -35,29 +35,29 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What an update brought.
+class UpdateContents:
+    """Contents of an update, to compare with those that another engine has loaded.
 
     Attributes:
         names: of tensors.
-        files: of the checkpoint, if it was one.
+        files: of the checkpoint; empty if it was none.
     """
 
     names: frozenset[str]
     files: frozenset[Signature]
 
     @classmethod
-    def of(cls, stored: Mapping[str, Stored]) -> "Taken":
-        signatures = {place.file.signature for place in stored.values()}
-        return cls(frozenset(stored), frozenset(each for each in signatures if each is not None))
+    def of(cls, locations: Mapping[str, TensorLocation]) -> "UpdateContents":
+        signatures = {location.file.signature for location in locations.values()}
+        return cls(frozenset(locations), frozenset(each for each in signatures if each is not None))
 
 
 class Weights:
-    """See the module.
+    """The floating-point tensors of a model; others are not trained.
 
     Attributes:
-        tensors: of the model, one for each storage; floating point only, as nothing else is trained.
-        aliases: further names of those that are tied, as `lm_head.weight` to the input embedding.
+        tensors: by name, one for each storage.
+        aliases: further names of tied tensors, as `lm_head.weight` of the input embedding.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -73,110 +73,111 @@ class Weights:
             else:
                 self.aliases[name] = owner
 
-    def named(self, name: str) -> Tensor | None:
+    def find(self, name: str) -> Tensor | None:
         """A tensor by any of its names."""
         return self.tensors.get(self.aliases.get(name, name))
 
-    def store(self, names: Collection[str], file: AnonymousTempFile) -> dict[str, Stored]:
-        """Write tensors out as they are.
+    def store(self, names: Collection[str], file: AnonymousTempFile) -> dict[str, TensorLocation]:
+        """Write tensors to a file, in the model's dtype.
 
         Raises:
-            OSError: the disk is full or fails.
+            StorageError: the disk is full or fails.
         """
         file.reserve(sum(self.tensors[name].nbytes for name in names))
         return {name: self._store(self.tensors[name], file) for name in names}
 
-    def load(self, stored: Mapping[str, Stored], on_piece: Callable[[], None]) -> None:
-        """Replace tensors. If it fails, some have been replaced.
+    def load(self, locations: Mapping[str, TensorLocation], on_piece: Callable[[], None]) -> None:
+        """Replace tensors. If this fails, some have been replaced.
 
         Args:
-            on_piece: called again and again while it goes on, on several threads.
+            on_piece: called after every piece, on several threads.
 
         Raises:
             OSError: the disk fails.
         """
         buffers = Buffers()
-        jobs = [job for name, place in stored.items() for job in _jobs(self.tensors[name], place)]
+        jobs = [job for name, location in locations.items() for job in _jobs(self.tensors[name], location)]
 
-        def load(job: tuple[Tensor, Stored, int]) -> None:
+        def load(job: tuple[Tensor, TensorLocation, int]) -> None:
             _load(*job, buffers)
             on_piece()
 
-        on_threads(load, jobs)
+        run_in_threads(load, jobs)
 
-    def _store(self, tensor: Tensor, file: AnonymousTempFile) -> Stored:
+    def _store(self, tensor: Tensor, file: AnonymousTempFile) -> TensorLocation:
         start = file.num_bytes
         for piece in pieces(tensor, tensor.element_size()):
             file.append(bytes_of(piece.cpu()))
-        return Stored(file, start, tensor.dtype)
+        return TensorLocation(file, start, tensor.dtype)
 
 
 class Buffers(threading.local):
-    """Memory that a thread reads a piece into."""
+    """Memory of each thread for one piece."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def read(self, place: Stored, first: int, num_numbers: int, *, is_pinned: bool = False) -> Tensor:
-        """Some of a tensor's numbers, in the dtype in which they are stored; until the next call."""
-        num_bytes = num_numbers * place.dtype.itemsize
+    def read(
+        self, location: TensorLocation, first: int, num_elements: int, *, is_pinned: bool = False
+    ) -> Tensor:
+        """Elements of a tensor in the file's dtype; valid until the next call."""
+        num_bytes = num_elements * location.dtype.itemsize
         if len(self._bytes) < num_bytes:
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
-        numbers = self._bytes[:num_bytes]
-        place.file.read_into(bytes_of(numbers), place.start + first * place.dtype.itemsize)
-        return numbers.view(place.dtype)
+        piece = self._bytes[:num_bytes]
+        location.file.read_into(bytes_of(piece), location.start + first * location.dtype.itemsize)
+        return piece.view(location.dtype)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A flat tensor's memory, on a CPU."""
+    """Memory of a flat tensor on the CPU."""
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 
 
-def pieces(tensor: Tensor, number_bytes: int) -> Iterator[Tensor]:
-    """A tensor's numbers in order, as flat views of it.
+def pieces(tensor: Tensor, element_bytes: int) -> Iterator[Tensor]:
+    """Flat views of a tensor, in order.
 
     Args:
-        number_bytes: what one of them takes where the most memory is needed for it.
+        element_bytes: size of an element in the larger of the two dtypes of a copy.
     """
     if not tensor.is_contiguous():
         for row in tensor:
-            yield from pieces(row, number_bytes)
+            yield from pieces(row, element_bytes)
         return
     flat = tensor.detach().view(-1)
     if flat.numel():
-        yield from torch.split(flat, PIECE_BYTES // number_bytes)
+        yield from torch.split(flat, PIECE_BYTES // element_bytes)
 
 
-def on_threads(work: Callable[[_Given], None], jobs: Sequence[_Given]) -> None:
-    """Do all jobs. When one fails, nothing more is begun, and nothing goes on when this raises."""
-    # Each thread takes its next job by itself: to be handed one, and to hand over what comes of it, takes
-    # longer than some jobs do.
-    waiting = iter(jobs)
+def run_in_threads(work: Callable[[_Job], None], jobs: Sequence[_Job]) -> None:
+    """Do all jobs. After one fails no other is started; all threads have ended when this raises."""
+    # Threads take jobs themselves: a future for each would take longer than some jobs do.
+    remaining = iter(jobs)
 
     def run() -> None:
         try:
-            for job in waiting:
+            for job in remaining:
                 work(job)
         finally:
-            deque(waiting, maxlen=0)  # none is left, unless this one has failed
+            deque(remaining, maxlen=0)  # stops the other threads if this one has failed
 
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads, "weights") as pool:
-        threads = [pool.submit(run) for _ in range(num_threads)]
-    for thread in threads:
-        thread.result()
+        futures = [pool.submit(run) for _ in range(num_threads)]
+    for future in futures:
+        future.result()
 
 
-def _jobs(tensor: Tensor, place: Stored) -> Iterator[tuple[Tensor, Stored, int]]:
-    """Pieces of a tensor, and the first number of each."""
+def _jobs(tensor: Tensor, location: TensorLocation) -> Iterator[tuple[Tensor, TensorLocation, int]]:
+    """Pieces of a tensor, and the first element of each."""
     first = 0
-    for piece in pieces(tensor, max(tensor.element_size(), place.dtype.itemsize)):
-        yield piece, place, first
+    for piece in pieces(tensor, max(tensor.element_size(), location.dtype.itemsize)):
+        yield piece, location, first
         first += piece.numel()
 
 
-def _load(piece: Tensor, place: Stored, first: int, buffers: Buffers) -> None:
-    if piece.device.type == "cpu" and piece.dtype == place.dtype:
-        place.file.read_into(bytes_of(piece), place.start + first * place.dtype.itemsize)
+def _load(piece: Tensor, location: TensorLocation, first: int, buffers: Buffers) -> None:
+    if piece.device.type == "cpu" and piece.dtype == location.dtype:
+        location.file.read_into(bytes_of(piece), location.start + first * location.dtype.itemsize)
     else:
-        piece.copy_(buffers.read(place, first, piece.numel(), is_pinned=piece.is_cuda))
+        piece.copy_(buffers.read(location, first, piece.numel(), is_pinned=piece.is_cuda))

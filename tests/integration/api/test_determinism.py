@@ -30,9 +30,7 @@ def rationale_of(number: int) -> str:
 OURS = request_of(group(*(rationale_of(i) for i in range(4)), prompt=f"{PAGE}What next?"))
 OTHERS = [
     request_of(group(rationale_of(5), prompt=f"{PAGE}What next?")),  # the same prompt
-    request_of(
-        group(rationale_of(6), rationale_of(1), prompt=f"{PAGE}What next? And then?")
-    ),  # goes on from it
+    request_of(group(rationale_of(6), rationale_of(1), prompt=f"{PAGE}What next? And then?")),  # continues it
     request_of(*(group(rationale_of(i), prompt=f"{PAGE[:40]}{i}") for i in range(3))),  # short ones
 ]
 
@@ -50,7 +48,7 @@ def score(*, is_deterministic: bool, dtype: torch.dtype) -> tuple[list[str], int
             for other in OTHERS:
                 await scorer.score(other, Origin("id"))
             later = await scorer.score(OURS, Origin("id"))
-            # All at once, ours in the middle: what waits may not be joined to it.
+            # All at once, ours in the middle: queued groups may not be joined to it.
             requests = [OTHERS[0], OTHERS[1], OURS, OTHERS[2], OURS]
             crowded = await asyncio.gather(*(scorer.score(each, Origin("id")) for each in requests))
         finally:

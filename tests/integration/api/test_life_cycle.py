@@ -62,7 +62,7 @@ class Service:
 
 
 @pytest.mark.anyio
-async def test_a_start_tells_how_far_it_is() -> None:
+async def test_a_start_reports_its_progress() -> None:
     startup, gate = LoadProgress(), threading.Event()
 
     def load() -> FakePolicy:
@@ -104,7 +104,7 @@ def test_a_hanging_engine_ends_the_server(
         answered = asked.result()
         policy.gate.set()
     assert problem(answered, 503, "not_ready")["detail"] == "the service is shutting down; not scored"
-    # The log says where it hangs.
+    # The log has the stack of the hanging thread.
     assert "no heartbeat of the engine" in caplog.text
     assert "assert self.gate.wait(WAIT_S)" in caplog.text
 
@@ -134,7 +134,7 @@ async def score_quietly(client: httpx.AsyncClient) -> int:
 
 
 @pytest.mark.anyio
-async def test_an_idle_engine_is_live_for_ever() -> None:
+async def test_an_idle_engine_stays_live() -> None:
     policy = FakePolicy()
     beats = [0]
     beat = policy.heartbeat.beat
@@ -161,7 +161,7 @@ def stopped(service: Service, policy: Held, then: Callable[[], None] = lambda: N
     """The answers to a request that has begun and one that waits when SIGTERM comes to this process.
 
     Args:
-        then: done when the service lets nobody in any more.
+        then: called when the service accepts no more requests.
     """
 
     def ask() -> list[httpx.Response]:
@@ -202,24 +202,24 @@ def until_refused(url: str) -> None:
     raise AssertionError("still listens")
 
 
-def test_what_was_begun_or_waits_is_finished_after_sigterm(
+def test_running_and_queued_requests_finish_after_sigterm(
     monkeypatch: pytest.MonkeyPatch, policy: Held
 ) -> None:
     answered = stopped(Service(monkeypatch, policy), policy, then=policy.gate.set)
     assert [each.status_code for each in answered] == [200, 200]
 
 
-def test_what_is_not_done_in_the_grace_time_is_told_so(monkeypatch: pytest.MonkeyPatch, policy: Held) -> None:
+def test_requests_beyond_the_grace_time_get_an_error(monkeypatch: pytest.MonkeyPatch, policy: Held) -> None:
     for each in stopped(Service(monkeypatch, policy, shutdown_grace_s=2), policy):
         assert problem(each, 503, "not_ready")["detail"] == "the service is shutting down; not scored"
         assert int(each.headers["Retry-After"]) >= 1
 
 
-# --- what Prometheus sees of it ---------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------
 
 
 class Silent(Heartbeat):
-    """Of an engine that has hung for 1,000 s."""
+    """Metrics of an engine that has hung for 1,000 s."""
 
     age_s = 1000.0
 

@@ -81,7 +81,7 @@ async def until_waiting(client: httpx.AsyncClient, num_tokens: int) -> None:
 
 
 def num_tokens(numbers: range) -> int:
-    """Of these rollouts, as the queue counts them: a prompt once."""
+    """Tokens of these rollouts, as the queue counts them: each prompt once."""
     rollouts = [rollout(i) for i in numbers]
     return sum(map(len, {prompt for prompt, _ in rollouts})) + sum(len(text) for _, text in rollouts)
 

@@ -1,5 +1,6 @@
-"""Checkpoints that their trainer goes on writing to, replaces or deletes while the service needs them."""
+"""Checkpoints that their trainer writes to, replaces or deletes while the service needs them."""
 
+import itertools
 import os
 import shutil
 import threading
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from shopr1_service.weights.checkpoint import CheckpointDirectory, Shard
 from shopr1_service.weights.files import CheckpointFile
+from shopr1_service.weights.staging import StagedWeights
 from tests.support.http import WAIT_S, metric, problem
 from tests.support.models import one_thread
 from tests.support.updating import (
@@ -22,6 +25,7 @@ from tests.support.updating import (
     changed_model,
     done,
     file_of,
+    flaws,
     numbers_of,
     saved,
     saved_adapter,
@@ -47,14 +51,14 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 
 def before_the_swap(patch: pytest.MonkeyPatch, service: Service, act: Callable[[], object]) -> None:
-    """Do something when all has been checked, and nothing is exchanged yet."""
-    keep = service.policy.way_back.keep
+    """Do something after all checks."""
+    save = service.policy.backup.save
 
     def acting(names: Any) -> None:
         act()
-        keep(names)
+        save(names)
 
-    patch.setattr(service.policy.way_back, "keep", acting)
+    patch.setattr(service.policy.backup, "save", acting)
 
 
 @pytest.mark.parametrize("is_torn", [False, True])
@@ -67,7 +71,7 @@ async def test_weights_that_change_after_the_check(
     def write() -> None:
         file.write_bytes(other[: len(other) // 2] if is_torn else other)
 
-    service.policy.way_back.keep(list(service.policy.weights.tensors))
+    service.policy.backup.save(list(service.policy.weights.tensors))
     async with Unchanged(service):
         with monkeypatch.context() as patch:
             before_the_swap(patch, service, write)
@@ -88,8 +92,101 @@ async def test_weights_that_are_deleted_after_the_check(
     assert await service.numbers() == await numbers_of(changed_model())
 
 
+# --- files that are replaced while they are read ----------------------------------------------------
+
+
+def between_headers_and_tensors(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    refer = StagedWeights.refer
+
+    def acting(staged: StagedWeights, shards: Any) -> None:
+        act()
+        refer(staged, shards)
+
+    patch.setattr(StagedWeights, "refer", acting)
+
+
+@pytest.mark.parametrize("fate", ["replaced", "deleted", "overwritten"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+async def test_files_that_change_between_headers_and_tensors(
+    service: Service, tmp_path: Path, name: str, fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(saved(tmp_path / "new", changed_model())) / name
+    other = Path(saved(tmp_path / "other", changed_model(2))) / name
+
+    def act() -> None:
+        match fate:
+            case "replaced":
+                other.rename(file)
+            case "deleted":
+                file.unlink()
+            case "overwritten":
+                file.write_bytes(other.read_bytes())
+
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            between_headers_and_tensors(patch, act)
+            found = flaws(await service.update("new"))
+    assert found == {name: f"{name} was replaced or written to while it was read"}
+
+
+async def test_adapter_files_that_change_while_they_are_read(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Path(saved_adapter(tmp_path / "lora")) / "adapter_config.json"
+    shard = CheckpointDirectory.shard
+
+    def replacing(directory: CheckpointDirectory, name: str) -> Shard:
+        (tmp_path / "other").write_text(config.read_text())
+        (tmp_path / "other").rename(config)
+        return shard(directory, name)
+
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointDirectory, "shard", replacing)
+            found = flaws(await service.load_adapter("lora", "lora"))
+    assert found.keys() == {"adapter_config.json"}
+    done(await service.load_adapter("lora", "lora"))
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
+async def test_checkpoints_are_not_mixed(service: Service, tmp_path: Path, max_shard_size: str) -> None:
+    """A trainer replaces the files, one after another, again and again: an update gets one save, or fails."""
+    models = [changed_model(1), changed_model(2)]
+    paths = [
+        Path(saved(tmp_path / f"{i}", model, max_shard_size=max_shard_size)) for i, model in enumerate(models)
+    ]
+    weights = [{path.name: path.read_bytes() for path in path.glob("model*")} for path in paths]
+    latest = Path(saved(tmp_path / "latest", models[0], max_shard_size=max_shard_size))
+    is_over = threading.Event()
+
+    def save_again() -> None:
+        for number in itertools.count():
+            for name, content in weights[number % 2].items():
+                (tmp_path / "part").write_bytes(content)
+                (tmp_path / "part").rename(latest / name)
+            if is_over.wait(0.02):
+                return
+
+    expected = [await numbers_of(model) for model in models]
+    trainer = threading.Thread(target=save_again)
+    trainer.start()
+    try:
+        for number in range(20):
+            response = await service.update("latest", f"{number}")
+            if response.status_code == 200:
+                service.forget_prompts()
+                assert await service.numbers() in expected
+            else:
+                assert "while it was read" in problem(response, 422, "invalid_weights")["detail"]
+    finally:
+        is_over.set()
+        trainer.join()
+    done(await service.update("latest"))
+    assert await service.numbers() in expected
+
+
 @pytest.mark.parametrize("fate", ["left", "deleted", "replaced", "overwritten"])
-async def test_the_way_back_to_a_checkpoint(service: Service, tmp_path: Path, fate: str) -> None:
+async def test_rollback_to_a_checkpoint(service: Service, tmp_path: Path, fate: str) -> None:
     directory = Path(saved(tmp_path / "new", changed_model()))
     file = directory / "model.safetensors"
     done(await service.update("new", "1"))
@@ -108,14 +205,14 @@ async def test_the_way_back_to_a_checkpoint(service: Service, tmp_path: Path, fa
     assert (await service.state())["current"]["version"] == "1"
 
 
-async def test_the_way_back_was_overwritten_at_the_last_moment(service: Service, tmp_path: Path) -> None:
+async def test_a_backup_that_was_overwritten_at_the_last_moment(service: Service, tmp_path: Path) -> None:
     file = Path(saved(tmp_path / "new", changed_model())) / "model.safetensors"
     done(await service.update("new", "1"))
     names = list(service.policy.weights.tensors)
-    assert service.policy.way_back.missing(names) == []
+    assert service.policy.backup.missing(names) == []
     file.write_bytes(file.read_bytes())
     with pytest.raises(OSError, match="was written to"):
-        service.policy.way_back.restore(names, lambda: None)
+        service.policy.backup.restore(names, lambda: None)
     assert await service.numbers() == await numbers_of(changed_model())
 
 
@@ -124,16 +221,15 @@ async def test_the_way_back_was_overwritten_at_the_last_moment(service: Service,
 
 @contextmanager
 def hanging(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever opens a file of weights waits until this ends."""
+    """Opening a checkpoint's file takes as long as this lasts."""
     is_over = threading.Event()
 
-    def hang(path: Path) -> Any:
+    def hang(_file: CheckpointFile, path: Path) -> None:
         assert is_over.wait(WAIT_S)
         raise FileNotFoundError(path)
 
     with patch.context() as inner:
-        for module in ("updates", "adapter_updates"):
-            inner.setattr(f"shopr1_service.{module}.open_regular", hang)
+        inner.setattr(CheckpointFile, "__init__", hang)
         try:
             yield
         finally:
@@ -169,7 +265,7 @@ async def test_reads_that_never_return(
     assert await service.numbers() == await numbers_of(changed_model(2))
 
 
-async def test_the_way_back_does_not_lead_to_a_disk_that_hangs(
+async def test_a_backup_on_a_disk_that_hangs_is_not_used(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path / "new", changed_model())
@@ -198,7 +294,7 @@ async def test_a_read_that_is_given_up_ends_when_it_can(
         assert is_over.wait(WAIT_S)
         original(file, *place)
 
-    monkeypatch.setattr(CheckpointFile, "read_into", hang)
+    between_headers_and_tensors(monkeypatch, lambda: monkeypatch.setattr(CheckpointFile, "read_into", hang))
     give_up_soon(monkeypatch, service)
     problem(await service.update("new"), 507, "storage")
     num_begun = len(reads)
@@ -212,8 +308,7 @@ async def test_a_read_that_is_given_up_ends_when_it_can(
 def test_a_file_that_was_just_written_is_looked_at_when_its_time_has_passed(tmp_path: Path) -> None:
     for _ in range(20):  # within one step of the file system's clock
         (tmp_path / "file").write_bytes(b"old")
-        with (tmp_path / "file").open("rb") as file:
-            foreign = CheckpointFile(file)
-        assert foreign.is_intact
+        file = CheckpointFile(tmp_path / "file")
+        assert file.is_intact
         (tmp_path / "file").write_bytes(b"new")
-        assert not foreign.is_intact
+        assert not file.is_intact

@@ -1,4 +1,4 @@
-"""Updates that fail when their weights have come already: the old ones come back, to the bit."""
+"""Updates that fail after their weights were received: the old ones are restored, to the last bit."""
 
 import asyncio
 import errno
@@ -13,7 +13,6 @@ import torch
 
 from shopr1_service.core import FatalEngineError
 from shopr1_service.weights.files import AnonymousTempFile
-from shopr1_service.weights.staging import Stage
 from tests.support.http import WAIT_S, metric, problem
 from tests.support.models import one_thread, tiny_model
 from tests.support.updating import (
@@ -28,7 +27,6 @@ from tests.support.updating import (
     file_of,
     flaws,
     numbers_of,
-    saved,
     staged_files,
     updatable,
     weights_of,
@@ -68,17 +66,17 @@ async def test_weights_that_the_policy_cannot_compute_with(
         model.load_state_dict(given, strict=False)
         done(await service.upload(file_of(given), partial=True))
         async with Unchanged(service):
-            # Twice: what was written down the first time is still the way back.
+            # Twice: the backup of the first time is still valid.
             for _ in range(2):
                 refused = await service.upload(content, "broken", partial=is_partial)
                 assert "logits are not finite" in problem(refused, 422, "invalid_weights")["detail"]
-        assert "version 'broken' is not taken, the former one comes back" in caplog.text
+        assert "version 'broken' was refused, rolling back" in caplog.text
         service.forget_prompts()
         assert await service.numbers() == await numbers_of(model)
 
 
 async def test_the_very_first_update_fails(service: Service) -> None:
-    """There the way back is of the weights that were loaded at start."""
+    """The rollback restores the weights that were loaded at start."""
     for content, is_partial in ((INFINITE_PART, True), (INFINITE, False)):
         before = await service.state()
         problem(await service.upload(content, partial=is_partial), 422, "invalid_weights")
@@ -92,7 +90,7 @@ async def test_the_very_first_update_fails(service: Service) -> None:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[int]:
-    """Reading fails at these calls; returns what has been called."""
+    """Make reading fail at these calls; returns the numbers of the calls so far."""
     read_into, made, numbers = AnonymousTempFile.read_into, list[int](), itertools.count()
 
     def failing(file: AnonymousTempFile, block: memoryview, start: int) -> None:
@@ -106,6 +104,19 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[int]:
     return made
 
 
+@pytest.mark.parametrize("call", [0, 20])
+async def test_a_disk_that_fails_in_the_check(
+    service: Service, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            fail_at(patch, call)
+            refused = await service.upload(NEW)
+        assert "cannot be read: Input/output error" in problem(refused, 507, "storage")["detail"]
+    done(await service.upload(NEW))
+    assert await service.numbers() == await numbers_of(changed_model())
+
+
 @pytest.mark.parametrize("call", [0, 1, 20, -1])
 async def test_a_disk_that_fails_in_the_swap(
     service: Service, call: int, monkeypatch: pytest.MonkeyPatch
@@ -115,26 +126,28 @@ async def test_a_disk_that_fails_in_the_swap(
     call = call % num_tensors
     async with Unchanged(service):
         with monkeypatch.context() as patch:
-            made = fail_at(patch, call)
+            made = fail_at(patch, num_tensors + call)  # after the check, which reads each tensor once
             refused = await service.upload(NEW)
         assert "cannot be read: Input/output error" in problem(refused, 507, "storage")["detail"]
-        # Up to the failure, what threads did until it was seen, and all the way back.
-        assert call + 1 + num_tensors <= len(made) <= 2 * num_tensors
+        # Up to the failure, what threads did until it was seen, and the whole rollback.
+        assert call + 1 + num_tensors <= len(made) - num_tensors <= 2 * num_tensors
     done(await service.upload(NEW))
     assert await service.numbers() == await numbers_of(changed_model())
 
 
-async def test_no_way_back_ends_the_service(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at(monkeypatch, *range(5, 1000))
+async def test_a_rollback_that_fails_ends_the_service(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, *range(len(weights_of(tiny_model())) + 5, 1000))
     engine = service.engine
     refused = await service.upload(NEW)
     assert "the engine has failed" in problem(refused, 503, "not_ready")["detail"]
     assert int(refused.headers["Retry-After"]) >= 1
-    # The engine's thread tells it after it has told the update.
+    # The engine's thread reports it after it has failed the update.
     await asyncio.to_thread(engine.join, WAIT_S)
     [failure] = service.failures
     assert isinstance(failure, FatalEngineError)
-    assert "so did the way back" in str(failure)
+    assert "so did the rollback" in str(failure)
     problem(await service.http.get("/health/ready"), 503, "not_ready")
     problem(await service.http.post("/score", json={"groups": []}), 503, "not_ready")
     problem(await service.upload(NEW), 503, "not_ready")
@@ -172,24 +185,6 @@ async def test_no_directory_for_weights(tmp_path: Path, name: str, reason: str) 
         failed = {"source": "upload", "outcome": "failed"}
         assert await metric(service.http, "shopr1_policy_updates_total", **failed) == 1
     assert reason in problem(refused, 507, "storage")["detail"]
-
-
-async def test_a_checkpoint_that_vanishes(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between its header and its tensors."""
-    path = saved(tmp_path / "new", changed_model())
-    taken = Stage.announce
-
-    def vanishing(stage: Stage, entries: Any) -> None:
-        taken(stage, entries)
-        (tmp_path / "new" / "model.safetensors").unlink()
-
-    async with Unchanged(service):
-        with monkeypatch.context() as patch:
-            patch.setattr(Stage, "announce", vanishing)
-            refused = await service.update(path)
-        assert "No such file" in problem(refused, 507, "storage")["detail"]
 
 
 # --- senders that go --------------------------------------------------------------------------------
@@ -245,4 +240,4 @@ async def test_many_failures_leave_no_open_files(service: Service) -> None:
         problem(await service.upload(INFINITE), 422, "invalid_weights")
         assert flaws(await service.upload(file_of({"x": torch.zeros(1)}), partial=True)).keys() == {"x"}
         done(await service.upload(NEW))
-        assert len(staged_files() - before) == 1  # of what succeeded: the way back
+        assert len(staged_files() - before) == 1  # the backup: the last one that succeeded

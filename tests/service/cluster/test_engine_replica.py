@@ -102,14 +102,14 @@ async def test_it_is_healthy_as_long_as_the_engine_has_a_heartbeat(monkeypatch: 
         await engine.check_health()
 
 
-async def test_it_is_unhealthy_when_the_device_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_unhealthy_when_the_device_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
-        raise FatalEngineError("the device is gone")
+        raise FatalEngineError("the device has failed")
 
     engine = replica_of(FakePolicy(before_scoring=fail), monkeypatch)
     await engine.compute_certainties(GROUP, KIND, Route())
     await asyncio.to_thread(
         engine._engine.scheduler._thread.join, WAIT_S
     )  # the thread reports the failure at its end
-    with pytest.raises(EngineFailedError, match="the device is gone"):
+    with pytest.raises(EngineFailedError, match="the device has failed"):
         await engine.check_health()

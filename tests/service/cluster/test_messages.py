@@ -15,7 +15,7 @@ NEW = OLD.with_base("x", 0.0)
 
 
 def test_engines_with_a_version_are_found_while_engines_differ() -> None:
-    view = ClusterView(1, NEW, 0, {0: OLD, 1: NEW}, {"a": 1, "b": 0, "c": 7})  # no table says what `c` has
+    view = ClusterView(1, NEW, 0, {0: OLD, 1: NEW}, {"a": 1, "b": 0, "c": 7})  # no table for `c`
     assert view.engines_with(Target()) == frozenset("ab")
     assert view.engines_with(Target(demand=VersionDemand(exact="0"))) == frozenset("b")
     assert view.engines_with(Target(demand=VersionDemand(at_least=1))) == frozenset("a")

@@ -90,11 +90,11 @@ def test_least_recently_used_blocks_are_evicted() -> None:
     assert affinity.ranked(work_of(1, 2), ["b", "c"])[0] == "c"
 
 
-def test_a_replica_that_is_gone_is_forgotten() -> None:
+def test_a_removed_replica_is_forgotten() -> None:
     affinity = Affinity[str]()
     affinity.begin("first", work_of(1, 2), "b")
     affinity.keep_only(["a", "c"])
-    affinity.end("first")  # its replica is gone: nothing to do
+    affinity.end("first")  # its replica does not exist any more
     affinity.begin("second", work_of(1), "a")
     affinity.end("second")
     assert affinity.ranked(work_of(1, 2), REPLICAS)[0] == "a"

@@ -99,7 +99,7 @@ async def test_one_change_at_a_time(cluster: Cluster, tmp_path: Path) -> None:
     await first
 
 
-async def test_a_change_goes_on_when_the_caller_disconnects(cluster: Cluster, tmp_path: Path) -> None:
+async def test_a_change_continues_when_the_caller_disconnects(cluster: Cluster, tmp_path: Path) -> None:
     update = asyncio.create_task(cluster.update(saved(tmp_path / "new", NEW), "x"))
     view = await cluster.view()
     while view.progress is None:
@@ -229,7 +229,7 @@ async def test_uploads_are_lost_with_the_coordinator(cluster: Cluster, tmp_path:
 
 
 async def test_an_engine_with_a_change_of_its_own_restarts(cluster: Cluster, tmp_path: Path) -> None:
-    """A coordinator that died in a trial has told nobody about the change that the canary has applied."""
+    """The coordinator died in a trial: only the canary has the change, and no other engine knows it."""
     lone = cluster.engine("lone")
     await lone._engine.weights.from_checkpoint(UpdateRequest(path=saved(tmp_path / "new", NEW), version="x"))
     with pytest.raises(BehindError, match="a change that the others have not"):

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,6 +11,7 @@ from shopr1_service.cluster.engine_replica import EngineFailedError
 from shopr1_service.cluster.messages import BehindError, Declined, Route
 from shopr1_service.cluster.update_log import Change
 from shopr1_service.core import Version
+from shopr1_service.weights.staging import StagedWeights
 from tests.support.http import WAIT_S
 from tests.support.in_process_cluster import Cluster, agree, measured, running
 from tests.support.updating import PART, adapter_file, changed_model, file_of, saved, weights_of
@@ -58,21 +58,19 @@ async def test_an_engine_that_finds_another_checkpoint_is_taken_out_of_service(
     """The canary has read the checkpoint before somebody writes to it."""
     path = saved(tmp_path / "new", NEW)
     second = cluster.engines["b"]
-    original = second._engine.weights._read
+    original = second._engine.weights._open
 
-    def read(path: str, stage: Any) -> None:
+    def read(path: str, staged: StagedWeights) -> None:
         saved(Path(path), NEWER)
-        original(path, stage)
+        original(path, staged)
 
-    second._engine.weights._read = read  # type: ignore[method-assign]
+    second._engine.weights._open = read  # type: ignore[method-assign]
     await cluster.update(path, "x")
     view = await cluster.until_ready("a")
     assert view.min_number == 1
     refused = await measured(second, Route(min_number=view.min_number))
     assert isinstance(refused, Declined)
-    with pytest.raises(
-        EngineFailedError, match="change 1 cannot be applied here: the checkpoint has been writ"
-    ):
+    with pytest.raises(EngineFailedError, match="change 1 cannot be applied here: the checkpoint was writ"):
         await second.check_health()
     with pytest.raises(BehindError):  # its successor cannot apply the change, either
         await cluster.start("c")
@@ -87,7 +85,7 @@ async def test_an_engine_that_cannot_read_a_checkpoint_in_time_is_taken_out_of_s
 ) -> None:
     second, is_over = cluster.engines["b"], threading.Event()
     second._engine.weights._read_timeout_s = 0.05
-    second._engine.weights._read = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
+    second._engine.weights._open = lambda *_: is_over.wait(WAIT_S)  # type: ignore[assignment, method-assign]
     try:
         await cluster.update(saved(tmp_path / "new", NEW), "x")
         assert (await cluster.until_ready("a")).engines == {"a": 1}
@@ -103,6 +101,6 @@ async def test_an_engine_refuses_a_version_table_that_does_not_fit_its_weights(c
     other = before.with_adapter(Version("x", 9, "lora"), max_kept=2, is_default=True)
     for table in (other, before.with_base("x", 0.0)):
         with pytest.raises(ValueError, match="its versions are"):
-            policy.agree(table)
+            policy.sync_versions(table)
     assert policy.versions is before
-    policy.agree(before)
+    policy.sync_versions(before)

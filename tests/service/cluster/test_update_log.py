@@ -10,7 +10,7 @@ from shopr1_client.wire_policy import AdapterRequest, UpdateRequest
 from shopr1_service.cluster.update_log import Change, Entry, UnloadRequest, UpdateLog
 from shopr1_service.core import Version
 from shopr1_service.policy.versions import VersionTable
-from shopr1_service.weights.tensors import Taken
+from shopr1_service.weights.tensors import UpdateContents
 
 TENSORS = ("a", "b", "c", "d")
 MAX_KEPT = 2
@@ -50,7 +50,7 @@ def next_log(log: UpdateLog, step: Step) -> UpdateLog:
         names = frozenset(TENSORS) if what == "whole" else tensors
         request = UpdateRequest(path="-", version=str(number), partial=what == "part")
         new = table.with_base(str(number), 0.0)
-        return log.append(Change(request, f"u{number}"), new, Taken(names, frozenset()))
+        return log.append(Change(request, f"u{number}"), new, UpdateContents(names, frozenset()))
     verb, adapter = what.split()
     if verb == "load":
         new = table.with_adapter(Version(str(number), number, adapter), max_kept=MAX_KEPT, is_default=False)

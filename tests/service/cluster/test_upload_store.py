@@ -44,9 +44,7 @@ async def test_complete_uploads_are_deleted_when_they_are_not_needed(tmp_path: P
         store.complete(needed)
 
 
-async def test_an_upload_whose_sender_is_gone_is_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_abandoned_upload_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = UploadStore(tmp_path)
     store.create()
     monkeypatch.setattr("shopr1_service.cluster.upload_store._IDLE_S", -1.0)
@@ -61,7 +59,7 @@ async def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytes
     store = UploadStore(tmp_path)
     upload = store.create()
     await store.append(upload, b"x")
-    monkeypatch.setattr(AnonymousTempFile, "append", fail)
+    monkeypatch.setattr("os.pwrite", fail)
     monkeypatch.setattr(AnonymousTempFile, "read_into", fail)
     with pytest.raises(StorageError, match="cannot be kept in staging_dir: No space left"):
         await store.append(upload, b"x")

@@ -19,7 +19,8 @@ from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.lm_head import LinearHead, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
-from shopr1_service.policy.lora import Adapter, LoraConfig, build_adapter, parse_config, unused_layers
+from shopr1_service.policy.lora import Adapter, build_adapter, parse_config, unused_layers
+from shopr1_service.policy.lora_config import LoraConfig
 from tests.support.models import (
     FAMILIES,
     NUM_TOKENS,
@@ -42,7 +43,7 @@ COMPLETIONS = [
 GROUP = TokenGroup(PromptKey(PROMPT), COMPLETIONS)
 TOLERANCE = 1e-4
 """Nats, fp32 against fp64."""
-CONFIG = LoraConfig(r=3, alpha=6.0)
+CONFIG = LoraConfig(peft_type="LORA", r=3, lora_alpha=6.0)
 SCALE = 2.0
 """Of `CONFIG`: 6 / 3."""
 PREFIX = "base_model.model."
@@ -262,7 +263,7 @@ def test_the_sum_is_rounded_once() -> None:
     x = torch.tensor([256.0] + [0.25] * 31, dtype=torch.bfloat16)
     module = model.get_submodule(Q_PROJ)
     before = module(x)
-    with build_adapter(model, LoraConfig(1, 0.5), tensors).applied(model):
+    with build_adapter(model, LoraConfig(peft_type="LORA", r=1, lora_alpha=0.5), tensors).applied(model):
         after = module(x)
     assert after.dtype == torch.bfloat16
     assert torch.equal(after, (before.float() + 0.5 * (256 + 31 * 0.25)).bfloat16())

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shopr1_service.policy.lora import AdapterError, LoraConfig, build_adapter
+from shopr1_service.policy.lora import AdapterError, build_adapter
+from shopr1_service.policy.lora_config import LoraConfig
 from tests.support.models import model_of, tiny_model
 
-CONFIG = LoraConfig(r=3, alpha=6.0)
+CONFIG = LoraConfig(peft_type="LORA", r=3, lora_alpha=6.0)
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shopr1_client.updates.broadcast import BroadcastError, broadcast, serve_store
-from shopr1_client.updates.chunks import PIECE_BYTES, cut
+from shopr1_client.updates.broadcast import PIECE_BYTES, BroadcastError, broadcast, cut, serve_store
 from shopr1_client.wire_policy import TransferRequest
 from shopr1_service.weights import broadcast_receiver as transfer
 from shopr1_service.weights.broadcast_receiver import TransferError, receive
@@ -219,7 +218,7 @@ def test_memory_does_not_grow_with_the_tensor() -> None:
 def test_a_trainer_that_dies_between_tensors() -> None:
     with process(train) as (_, pipe):
         said, took_s = failure(request(begun(pipe, one_then, signal.SIGKILL), large()))
-    assert "1 of 2 tensors had come, and 0 of 12 bytes of 't1'" in said
+    assert "1 of 2 tensors had arrived, and 0 of 12 bytes of 't1'" in said
     assert took_s < PROMPT_S
 
 
@@ -236,9 +235,8 @@ def test_a_trainer_that_dies_within_a_tensor() -> None:
 
         said, took_s = failure(request(begun(pipe, large), large()), sink)
     assert num_pieces < 5
-    assert (
-        f"0 of 2 tensors had come, and {num_pieces * PIECE_BYTES} of {4 * PIECE_BYTES} bytes of 't0'" in said
-    )
+    num_bytes = num_pieces * PIECE_BYTES
+    assert f"0 of 2 tensors had arrived, and {num_bytes} of {4 * PIECE_BYTES} bytes of 't0'" in said
     assert took_s < PROMPT_S
 
 
@@ -255,7 +253,7 @@ def test_a_service_that_dies(num_pieces: int) -> None:
 def test_a_trainer_that_stands_still_is_left_at_the_deadline() -> None:
     with process(train) as (_, pipe):
         said, took_s = failure(request(begun(pipe, one_then, signal.SIGSTOP), large(), timeout_s=3.0))
-    assert said.startswith("the 3 s are over; 1 of 2 tensors had come")
+    assert said.startswith("the 3 s are over; 1 of 2 tensors had arrived")
     assert 3.0 <= took_s < 4.0
 
 
@@ -269,7 +267,7 @@ def test_a_store_that_stands_still_is_left_at_the_deadline() -> None:
 def test_a_trainer_that_does_not_begin_is_left_at_the_deadline() -> None:
     with serve_store(HOST, WAIT_S) as store:
         said, took_s = failure(request(store.port, large(), timeout_s=1.0))
-    assert said.startswith("the 1 s are over; 0 of 2 tensors had come")
+    assert said.startswith("the 1 s are over; 0 of 2 tensors had arrived")
     assert 1.0 <= took_s < 2.0
 
 
@@ -306,7 +304,7 @@ def test_a_trainer_that_gives_up_before_it_begins() -> None:
         with pytest.raises(ZeroDivisionError):
             broken.result(WAIT_S)
         said, took_s = waiting.result(WAIT_S)
-    assert "0 of 2 tensors had come" in said
+    assert "0 of 2 tensors had arrived" in said
     assert took_s < PROMPT_S
 
 
@@ -351,8 +349,8 @@ def test_tensors_that_were_not_announced_harm_nobody(sent: list[Tensor], said: s
 @pytest.mark.skipif(torch.distributed.is_nccl_available(), reason="this torch has NCCL")
 def test_a_backend_that_is_not_there() -> None:
     said, _ = failure(request(1, large(), backend="nccl"))
-    assert said.startswith("this torch comes without nccl")
-    with serve_store(HOST, WAIT_S) as store, pytest.raises(BroadcastError, match="comes without nccl"):
+    assert said.startswith("this torch lacks nccl")
+    with serve_store(HOST, WAIT_S) as store, pytest.raises(BroadcastError, match="lacks nccl"):
         broadcast(store, large(), backend="nccl", timeout_s=WAIT_S)
 
 

@@ -1,4 +1,4 @@
-"""What may be read of a disk, and what is a checkpoint: real files, links, pipes and sockets."""
+"""Which files may be read, and which are a checkpoint: real files, links, pipes and sockets."""
 
 import json
 import os
@@ -20,12 +20,11 @@ from shopr1_service.weights.checkpoint import (
     MAX_ADAPTER_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     SINGLE_FILE,
+    CheckpointDirectory,
     CheckpointError,
-    adapter_files,
-    open_checkpoint,
-    open_regular,
     resolve_below,
 )
+from shopr1_service.weights.files import CheckpointFile
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WEIGHTS = {
@@ -65,7 +64,7 @@ def save_shards(directory: Path) -> None:
 
 def refused(directory: Path, *more_roots: Path) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(str(directory), [directory.parent, *more_roots])
+        CheckpointDirectory(str(directory), [directory.parent, *more_roots]).weights()
     assert f"{caught.value}{caught.value.location}".encode()
     return caught.value
 
@@ -120,7 +119,7 @@ def messages(paths: Mapping[str, str], roots: list[Path]) -> set[str]:
     return found
 
 
-def test_nobody_learns_what_there_is_elsewhere(root: Path, directory: Path, tmp_path: Path) -> None:
+def test_errors_do_not_tell_what_there_is_elsewhere(root: Path, directory: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "file").write_text("")
     (tmp_path / "root-too").mkdir()  # begins like the root
@@ -178,14 +177,11 @@ def test_roots_that_are_not_there(directory: Path, tmp_path: Path) -> None:
 
 
 def read_back(path: str, root: Path) -> dict[str, bytes]:
-    """The bytes that a checkpoint's entries point at."""
-    checkpoint = open_checkpoint(path, [root])
+    """Bytes of each tensor of a checkpoint."""
     found: dict[str, bytes] = {}
-    assert checkpoint.num_bytes == sum(entry.num_bytes for entry in checkpoint.entries)
-    for shard in checkpoint.shards:
-        with open_regular(shard.path) as file:
-            content = file.read()
-        assert len(content) == shard.data_start + shard.num_bytes
+    for shard in CheckpointDirectory(path, [root]).weights():
+        content = shard.file.path.read_bytes()
+        assert len(content) == shard.file.num_bytes == shard.data_start + shard.header.num_bytes
         data = content[shard.data_start :]
         found |= {entry.name: data[entry.start : entry.end] for entry in shard.header.entries}
     return found
@@ -198,17 +194,18 @@ def test_one_file(root: Path, directory: Path) -> None:
     save(directory / SINGLE_FILE)
     (directory / "config.json").write_text("{}")
     assert read_back("step-1", root) == EXPECTED
-    checkpoint = open_checkpoint(str(directory), [root])
-    assert checkpoint.directory == directory
-    assert [shard.path for shard in checkpoint.shards] == [directory / SINGLE_FILE]
-    assert checkpoint.num_bytes == 30
+    checkpoint = CheckpointDirectory(str(directory), [root])
+    assert checkpoint.path == directory
+    [shard] = checkpoint.weights()
+    assert shard.file.path == directory / SINGLE_FILE
+    assert shard.header.num_bytes == 30
 
 
 def test_shards(root: Path, directory: Path) -> None:
     save_shards(directory)
     assert read_back("step-1", root) == EXPECTED
-    shards = open_checkpoint("step-1", [root]).shards
-    assert [(shard.path.name, shard.num_bytes) for shard in shards] == [(FIRST, 24), (SECOND, 6)]
+    shards = CheckpointDirectory("step-1", [root]).weights()
+    assert [(shard.file.path.name, shard.header.num_bytes) for shard in shards] == [(FIRST, 24), (SECOND, 6)]
 
 
 def test_an_index_of_one_file(root: Path, directory: Path) -> None:
@@ -223,7 +220,8 @@ def test_files_that_are_links_below_the_roots(root: Path, directory: Path) -> No
     save(root / "blobs" / "3f6c")
     (directory / SINGLE_FILE).symlink_to("../blobs/3f6c")
     assert read_back("step-1", root) == EXPECTED
-    assert open_checkpoint("step-1", [root]).shards[0].path == root / "blobs" / "3f6c"
+    [shard] = CheckpointDirectory("step-1", [root]).weights()
+    assert shard.file.path == root / "blobs" / "3f6c"
 
 
 def test_an_index_and_another_file_are_ambiguous(directory: Path) -> None:
@@ -301,10 +299,10 @@ def pointer(_content: bytes) -> bytes:
         (cut_in_the_length, ": no safetensors header", SINGLE_FILE),
         (empty, ": no safetensors header", SINGLE_FILE),
         (pointer, ": no safetensors header", SINGLE_FILE),
-        (longer, " goes on behind its tensors: ", SINGLE_FILE),
+        (longer, " goes on after its tensors: ", SINGLE_FILE),
         (absurd, ": no safetensors header", SINGLE_FILE),
-        (other_dtype, ": tensor 'norm.weight': dtype 'I16' is not taken", "norm.weight"),
-        (other_shape, ": tensor 'embed.weight': shape and dtype need 32 bytes", "embed.weight"),
+        (other_dtype, ": tensor 'norm.weight': dtype: Input should be 'F64'", "norm.weight"),
+        (other_shape, ": tensor 'embed.weight': data_offsets are ", "embed.weight"),
     ],
 )
 def test_a_file_that_lies(
@@ -325,7 +323,7 @@ def test_a_huge_header_is_not_read(directory: Path) -> None:
     path = directory / SINGLE_FILE
     save(path)
     os.truncate(path, 2**40)
-    assert "goes on behind its tensors: 1,099,511,627,776 bytes" in str(refused(directory))
+    assert "goes on after its tensors: 1,099,511,627,776 bytes" in str(refused(directory))
 
 
 def as_directory(path: Path, _tmp_path: Path) -> None:
@@ -388,10 +386,9 @@ def test_what_the_system_says_is_told(directory: Path, monkeypatch: pytest.Monke
 def test_a_link_that_comes_after_the_check_is_not_followed(directory: Path) -> None:
     save(directory / "real")
     (directory / "link").symlink_to("real")
-    with open_regular(directory / "real") as file:
-        assert file.read(8) == (directory / "real").read_bytes()[:8]
+    assert CheckpointFile(directory / "real").read(0, 8) == (directory / "real").read_bytes()[:8]
     with pytest.raises(OSError, match="symbolic links"):
-        open_regular(directory / "link")
+        CheckpointFile(directory / "link")
 
 
 # --- indices ----------------------------------------------------------------------------------------
@@ -460,7 +457,7 @@ def test_shards_lie_beside_the_index(directory: Path, tmp_path: Path, file: obje
     save(directory / "below" / SINGLE_FILE)
     index(directory, {"embed.weight": file, "norm.weight": file})
     error = refused(directory, tmp_path)
-    assert str(error) == f"{INDEX_FILE}: tensor 'embed.weight' must be in a safetensors file there"
+    assert str(error) == f"{INDEX_FILE}: tensor 'embed.weight' must be in a safetensors file of the directory"
     assert error.location == "embed.weight"
 
 
@@ -478,7 +475,7 @@ def test_a_shard_that_is_missing(directory: Path) -> None:
         (b"{}", "weight_map must be an object with tensors"),
         (b'{"weight_map": {}}', "weight_map must be an object with tensors"),
         (b'{"weight_map": ["w"]}', "weight_map must be an object with tensors"),
-        (b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "not JSON: key 'w' stands twice"),
+        (b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "not JSON: duplicate key 'w'"),
         (b'{"weight_map": {"\\ud800": "a.safetensors"}}', "not JSON: 'utf-8' codec"),
         (b'{"metadata": NaN}', "not JSON: NaN"),
         (b'{"metadata": ' + b"[" * 10**5, "not JSON: "),
@@ -509,13 +506,14 @@ def save_adapter(directory: Path) -> None:
 
 def refused_adapter(directory: Path) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        adapter_files("step-1", [directory.parent])
+        CheckpointDirectory("step-1", [directory.parent]).adapter()
     return caught.value
 
 
 def test_an_adapter(root: Path, directory: Path) -> None:
     save_adapter(directory)
-    assert adapter_files("step-1", [root]) == (directory / ADAPTER_CONFIG_FILE, directory / ADAPTER_FILE)
+    config, shard = CheckpointDirectory("step-1", [root]).adapter()
+    assert (config, shard.file.path) == (b"{}", directory / ADAPTER_FILE)
 
 
 @pytest.mark.parametrize(
@@ -540,7 +538,7 @@ def test_what_is_no_adapter(directory: Path, files: list[str], message: str) -> 
 def test_an_adapter_is_looked_for_below_the_roots_only(directory: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path)
     with pytest.raises(CheckpointError, match="nothing of this name below"):
-        adapter_files(str(tmp_path), [directory.parent])
+        CheckpointDirectory(str(tmp_path), [directory.parent])
 
 
 @pytest.mark.timeout(60)
@@ -563,3 +561,54 @@ def test_an_adapter_that_lies(directory: Path) -> None:
     save_adapter(directory)
     os.truncate(directory / ADAPTER_CONFIG_FILE, MAX_ADAPTER_CONFIG_BYTES + 1)
     assert str(refused_adapter(directory)) == f"{ADAPTER_CONFIG_FILE} is larger than 1,048,576 bytes"
+
+
+# --- files that change meanwhile --------------------------------------------------------------------
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").rename(path)
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def delete(path: Path, _content: bytes) -> None:
+    path.unlink()
+
+
+def link_out(path: Path, _content: bytes) -> None:
+    """The same file, which a link now leads to."""
+    path.rename(path.parent.parent.parent / "outside")
+    path.symlink_to("../../outside")
+
+
+@pytest.mark.parametrize("change", [replace, overwrite, delete, link_out])
+@pytest.mark.parametrize("name", [INDEX_FILE, FIRST, SECOND, "config.json"])
+def test_a_file_that_changes_while_the_others_are_read(
+    directory: Path, change: Callable[[Path, bytes], None], name: str
+) -> None:
+    save_shards(directory)
+    (directory / "config.json").write_text("{}")
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    checkpoint.read("config.json", 10)
+    shards = checkpoint.weights()
+    checkpoint.check_unchanged()
+    change(directory / name, (directory / name).read_bytes())
+    with pytest.raises(CheckpointError, match="was replaced or written to while it was read") as caught:
+        checkpoint.check_unchanged()
+    assert caught.value.location == name
+    assert [shard.file.read(shard.data_start, 6) for shard in shards] == [
+        EXPECTED[shard.header.entries[0].name][:6] for shard in shards
+    ]
+
+
+def test_files_that_are_not_read_may_change(directory: Path) -> None:
+    save(directory / SINGLE_FILE)
+    (directory / "trainer_state.json").write_text("{}")
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    checkpoint.weights()
+    (directory / "trainer_state.json").write_text("{ }")
+    checkpoint.check_unchanged()

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from shopr1_client.errors import InvalidWeightsError
+from shopr1_service.weights.checkpoint import CheckpointDirectory, CheckpointError
 from shopr1_service.weights.compatibility import check_compatible
 from tests.support.models import (
     FAMILIES,
@@ -66,7 +67,7 @@ def with_more_tokens() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-VOCABULARY, CUTS = "its vocabulary is not the policy's", "it cuts text otherwise"
+VOCABULARY, CUTS = "its vocabulary is not the policy's", "it splits text differently"
 TOKENIZERS: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
     "another kind": (byte_fallback, VOCABULARY),
     "one token more": (with_more_tokens, VOCABULARY),
@@ -86,8 +87,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def opened(directory: Path) -> CheckpointDirectory:
+    return CheckpointDirectory(str(directory), [directory])
+
+
 def check(directory: Path, **options: Any) -> None:
-    check_compatible(directory, tiny_model(**options).config, byte_level())
+    check_compatible(opened(directory), tiny_model(**options).config, byte_level())
 
 
 # --- what fits --------------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ def check(directory: Path, **options: Any) -> None:
 def test_a_model_saved_is_itself(family: str, tmp_path: Path) -> None:
     model = model_of(family)
     model.config.save_pretrained(tmp_path)
-    check_compatible(tmp_path, model.config, byte_level())
+    check_compatible(opened(tmp_path), model.config, byte_level())
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
@@ -105,7 +110,7 @@ def test_a_tokenizer_saved_is_itself(
     tokenizer: Callable[[], PreTrainedTokenizerFast], tmp_path: Path
 ) -> None:
     tokenizer().save_pretrained(tmp_path)
-    check_compatible(tmp_path, tiny_model().config, tokenizer())
+    check_compatible(opened(tmp_path), tiny_model().config, tokenizer())
 
 
 def test_weights_alone_are_enough(tmp_path: Path) -> None:
@@ -218,3 +223,28 @@ def test_all_that_differs_is_named(tmp_path: Path) -> None:
     locations = [each["location"] for each in caught.value.errors]
     assert locations == [f"{CONFIG}: hidden_act", f"{CONFIG}: rms_norm_eps", TOKENIZER]
     assert all(location in caught.value.detail for location in locations)
+
+
+@pytest.mark.parametrize("name", [CONFIG, TOKENIZER, "tokenizer_config.json"])
+def test_links_out_of_the_roots_are_not_read(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "new"
+    tiny_model().config.save_pretrained(directory)
+    byte_level().save_pretrained(directory)
+    check(directory)
+    (directory / name).rename(tmp_path / name)
+    (directory / name).symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match="leads out of the `policy_roots`") as caught:
+        check(directory)
+    assert caught.value.location == name
+
+
+@pytest.mark.parametrize("name", [CONFIG, TOKENIZER])
+def test_errors_do_not_quote_damaged_files(tmp_path: Path, name: str) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / name).write_text('{"model_type": "confidential')
+    with pytest.raises(InvalidWeightsError) as caught:
+        check(tmp_path)
+    assert caught.value.detail.startswith(f"{name} cannot be read: ")
+    assert "confidential" not in f"{caught.value.detail}{caught.value.errors}"
+    assert str(tmp_path) not in caught.value.detail

@@ -1,4 +1,4 @@
-"""Weights on their way: converted as a load converts them, and written down so that there is a way back."""
+"""New weights before they are loaded, and the backup of the old ones."""
 
 import errno
 import itertools
@@ -20,8 +20,8 @@ from shopr1_service.weights import tensors as weights
 from shopr1_service.weights.files import AnonymousTempFile
 from shopr1_service.weights.rollback import WeightBackup
 from shopr1_service.weights.safetensors_header import TensorEntry
-from shopr1_service.weights.staging import Stage
-from shopr1_service.weights.tensors import Stored, Weights, bytes_of
+from shopr1_service.weights.staging import StagedWeights
+from shopr1_service.weights.tensors import TensorLocation, Weights, bytes_of
 from tests.support.models import one_thread, tiny_model
 from tests.support.updating import EMBEDDING, HEAD, NORM, changed_model, staged_files, weights_of
 
@@ -46,16 +46,19 @@ def content_of(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
     return b"".join(bytes(bytes_of(tensor.contiguous().view(-1))) for _, tensor in tensors if tensor.numel())
 
 
-def stage_of(model: PreTrainedModel, directory: Path | None = None, *, is_partial: bool = True) -> Stage:
-    return Stage(Weights(model), directory, is_partial=is_partial)
+def stage_of(
+    model: PreTrainedModel, directory: Path | None = None, *, is_partial: bool = True
+) -> StagedWeights:
+    return StagedWeights(Weights(model), directory, is_partial=is_partial)
 
 
 def staged(model: PreTrainedModel, *tensors: tuple[str, Tensor], is_partial: bool = True) -> Any:
-    """Where these are kept, after all checks."""
+    """Locations of these tensors, after all checks."""
     stage = stage_of(model, is_partial=is_partial)
-    stage.announce(entries_of(tensors))
-    stage.feed(memoryview(content_of(tensors)))
-    return stage.finish()
+    stage.expect(entries_of(tensors))
+    stage.append(memoryview(content_of(tensors)))
+    stage.check()
+    return stage.locations
 
 
 def loaded(model: PreTrainedModel, *tensors: tuple[str, Tensor], **options: bool) -> None:
@@ -74,10 +77,10 @@ def check_equal(model: PreTrainedModel, expected: PreTrainedModel) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-# --- private files ----------------------------------------------------------------------------------
+# --- anonymous files ----------------------------------------------------------------------------------
 
 
-def test_a_private_file_has_no_name_and_ends_with_its_holder(tmp_path: Path) -> None:
+def test_an_anonymous_file_vanishes_with_its_holder(tmp_path: Path) -> None:
     before = staged_files()
     file = AnonymousTempFile(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -140,12 +143,13 @@ def test_wherever_blocks_and_pieces_are_cut(cuts: list[int], piece_bytes: int) -
         for module in (staging, weights):
             patch.setattr(module, "PIECE_BYTES", piece_bytes)
         stage = stage_of(model)
-        stage.announce(entries_of(given_weights))
+        stage.expect(entries_of(given_weights))
         ends = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
         for start, end in itertools.pairwise(ends):
-            stage.feed(memoryview(content[start:end]))
+            stage.append(memoryview(content[start:end]))
             assert stage.num_bytes == end
-        Weights(model).load(stage.finish(), lambda: None)
+        stage.check()
+        Weights(model).load(stage.locations, lambda: None)
     for name, tensor in given_weights:
         assert torch.equal(model.state_dict()[name], tensor.bfloat16())
 
@@ -185,7 +189,7 @@ def test_tensors_of_any_shape_and_layout() -> None:
     assert "no such tensor" in flaws(model, ("counts", torch.zeros(3)))["counts"]
 
 
-def test_each_piece_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_piece_is_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", 64)
     beats: list[int] = []
     model = tiny_model()
@@ -193,7 +197,7 @@ def test_each_piece_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(beats) == 2  # 128 bytes
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [70_000.0, -1e30])
@@ -216,7 +220,7 @@ def test_what_is_not_finite(value: float, place: int) -> None:
 
 
 def test_a_tensor_that_comes_twice() -> None:
-    assert flaws(tiny_model(), (NORM, torch.ones(32)), (NORM, torch.ones(32))) == {NORM: "it comes twice"}
+    assert flaws(tiny_model(), (NORM, torch.ones(32)), (NORM, torch.ones(32))) == {NORM: "duplicate tensor"}
 
 
 def test_every_flaw_is_named_and_three_are_shown() -> None:
@@ -251,7 +255,7 @@ def test_tied_tensors_must_not_differ(place: int, piece_bytes: int, monkeypatch:
     embedding = weights_of(changed_model(**TIED))[EMBEDDING]
     other = embedding.clone()
     other.view(-1)[place] += 1
-    message = f"it differs from {EMBEDDING}, with which it is one in the policy"
+    message = f"it differs from {EMBEDDING}, and the policy has one tensor for both"
     assert flaws(model, (EMBEDDING, embedding), (HEAD, other)) == {HEAD: message}
     assert flaws(model, (HEAD, embedding), (EMBEDDING, other)) == {HEAD: message}
     # In the model's dtype they are the same.
@@ -266,56 +270,56 @@ def test_what_is_not_tied_may_differ() -> None:
     assert torch.equal(model.state_dict()[HEAD], changed[HEAD])
 
 
-# --- the way back -----------------------------------------------------------------------------------
+# --- rollback -----------------------------------------------------------------------------------
 
 
-def test_the_way_back_after_any_updates(tmp_path: Path) -> None:
-    """Each goes in part way and back, then in; the last state is always the one to go back to."""
+def test_the_backup_after_any_updates(tmp_path: Path) -> None:
+    """Each is loaded in part, rolled back, then loaded; rollback always restores the last state."""
     model = tiny_model()
     kept = Weights(model)
-    way_back = WeightBackup(kept, tmp_path)
+    backup = WeightBackup(kept, tmp_path)
     for seed, prefix in ((1, "model.layers.1."), (2, ""), (3, "model.layers."), (4, HEAD)):
         former = weights_of(model)
         stored = staged(model, *weights_of(changed_model(seed), prefix).items())
-        way_back.keep(stored)
+        backup.save(stored)
         some = dict(itertools.islice(stored.items(), len(stored) // 2 + 1))
         kept.load(some, lambda: None)
         assert any(not torch.equal(former[name], kept.tensors[name]) for name in some)
-        way_back.restore(stored, lambda: None)
+        backup.restore(stored, lambda: None)
         assert all(torch.equal(former[name], tensor) for name, tensor in kept.tensors.items())
         kept.load(stored, lambda: None)
-        way_back.moved_on(stored)
+        backup.record(stored)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_an_update_brought_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     kept = Weights(model)
-    way_back = WeightBackup(kept, None)
+    backup = WeightBackup(kept, None)
     written: list[str] = []
     store = kept.store
 
-    def noting(names: Any, file: AnonymousTempFile) -> dict[str, Stored]:
+    def recording(names: Any, file: AnonymousTempFile) -> dict[str, TensorLocation]:
         written.extend(names)
         return store(names, file)
 
-    monkeypatch.setattr(kept, "store", noting)
+    monkeypatch.setattr(kept, "store", recording)
     for names, expected in (((NORM,), [NORM]), ((NORM, HEAD), [HEAD]), ((HEAD,), [])):
         stored = staged(model, *((name, torch.ones_like(kept.tensors[name])) for name in names))
         written.clear()
-        way_back.keep(way_back.missing(names))
+        backup.save(backup.missing(names))
         assert written == expected
-        way_back.moved_on(stored)
+        backup.record(stored)
 
 
 def test_old_files_are_given_back() -> None:
     model = tiny_model()
-    way_back = WeightBackup(Weights(model), None)
+    backup = WeightBackup(Weights(model), None)
     before = staged_files()
     for _ in range(5):
         stored = staged(model, *weights_of(changed_model()).items())
-        way_back.keep(stored)
-        way_back.moved_on(stored)
+        backup.save(stored)
+        backup.record(stored)
         del stored
         assert len(staged_files() - before) == 1
 
@@ -348,9 +352,9 @@ def test_a_full_disk_for_new_weights() -> None:
 @pytest.mark.usefixtures("_full")
 def test_a_full_disk_for_old_weights() -> None:
     kept = Weights(tiny_model())
-    way_back, before = WeightBackup(kept, None), staged_files()
+    backup, before = WeightBackup(kept, None), staged_files()
     with pytest.raises(StorageError, match="the old weights cannot be kept in staging_dir: No space left"):
-        way_back.keep(list(kept.tensors))
+        backup.save(list(kept.tensors))
     assert not staged_files() - before
 
 
@@ -358,10 +362,10 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file or directory"):
         stage_of(tiny_model(), tmp_path / "none")
     with pytest.raises(StorageError, match="No such file or directory"):
-        WeightBackup(Weights(tiny_model()), tmp_path / "none").keep([NORM])
+        WeightBackup(Weights(tiny_model()), tmp_path / "none").save([NORM])
 
 
-# --- numbers and room -------------------------------------------------------------------------------
+# --- numbers and disk space -------------------------------------------------------------------------------
 
 
 @given(
@@ -387,12 +391,12 @@ def test_the_edges_of_the_finite(dtype: torch.dtype) -> None:
 
 
 def test_room_is_kept_before_anything_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the model's dtype, which is what is written."""
+    """In the dtype of the upload, which is what is written."""
     kept: list[int] = []
     monkeypatch.setattr(os, "posix_fallocate", lambda _fd, _start, num_bytes: kept.append(num_bytes))
     tensor = weights_of(tiny_model())[NORM].double()
     staged(tiny_model(), (NORM, tensor))
-    assert kept == [tensor.numel() * 4]
+    assert kept == [tensor.numel() * 8]
 
 
 def test_a_disk_without_room_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

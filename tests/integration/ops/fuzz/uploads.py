@@ -11,13 +11,13 @@ from torch import nn
 with atheris.instrument_imports(
     include=["shopr1_service.weights.safetensors_stream", "shopr1_service.weights.staging"]
 ):
-    from shopr1_service.weights.safetensors_stream import Upload
-    from shopr1_service.weights.staging import Stage
+    from shopr1_service.weights.safetensors_stream import SafetensorsStream
+    from shopr1_service.weights.staging import StagedWeights
 
 import safetensors.torch
 
 from shopr1_client.errors import InvalidWeightsError
-from shopr1_service.weights.tensors import Stored, Weights, bytes_of
+from shopr1_service.weights.tensors import TensorLocation, Weights, bytes_of
 from tests.integration.ops.fuzz.harness import fuzz
 
 
@@ -55,7 +55,7 @@ def check(data: bytes) -> None:
     is_partial = source.ConsumeBool()
     cuts = source.ConsumeIntListInRange(source.ConsumeIntInRange(0, 4), 1, 64)
     file = source.ConsumeBytes(2**16) if source.ConsumeBool() else grafted(source)
-    stage = Stage(WEIGHTS, None, is_partial=is_partial)
+    stage = StagedWeights(WEIGHTS, None, is_partial=is_partial)
     try:
         stored = taken(file, cuts, stage)
     except InvalidWeightsError as error:
@@ -77,23 +77,28 @@ def grafted(source: Any) -> bytes:  # atheris has no types
     return file[:place] + graft + file[place + num_dropped :]
 
 
-def taken(file: bytes, cuts: list[int], stage: Stage) -> dict[str, Stored]:
-    upload, rest = Upload(stage), memoryview(bytearray(file))
+def taken(file: bytes, cuts: list[int], stage: StagedWeights) -> dict[str, TensorLocation]:
+    rest = memoryview(bytearray(file))
+    upload = SafetensorsStream(lambda header: stage.expect(header.entries), stage.append)
     for length in cuts:
         upload.feed(rest[:length])
         rest = rest[length:]
     upload.feed(rest)
-    upload.end()
-    return dict(stage.finish())
+    upload.finish()
+    stage.check()
+    return stage.locations
 
 
-def check_stored(stored: dict[str, Stored], read: dict[str, torch.Tensor], *, is_partial: bool) -> None:
+def check_stored(
+    stored: dict[str, TensorLocation], read: dict[str, torch.Tensor], *, is_partial: bool
+) -> None:
     given = {WEIGHTS.aliases.get(name, name): tensor for name, tensor in read.items()}
     assert stored.keys() == given.keys()
     assert is_partial or stored.keys() == WEIGHTS.tensors.keys()
     for name, place in stored.items():
-        own = torch.empty_like(WEIGHTS.tensors[name]).detach().view(-1)
-        place.file.read_into(bytes_of(own), place.start)
+        kept = torch.empty(WEIGHTS.tensors[name].numel(), dtype=place.dtype)
+        place.file.read_into(bytes_of(kept), place.start)
+        own = kept.to(WEIGHTS.tensors[name].dtype)
         assert own.isfinite().all()
         assert torch.equal(own, given[name].to(own.dtype).view(-1))
 
