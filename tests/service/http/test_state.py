@@ -42,7 +42,8 @@ async def test_nothing_is_ready_before_the_policy_is_loaded() -> None:
 
 async def test_a_loaded_policy_is_ready_until_the_state_is_drained() -> None:
     state = await loaded(FakePolicy())
-    assert state.is_ready
+    was_ready = state.is_ready
+    assert was_ready
     assert state.engine is state.scorer.engine
     assert state.policy_state.current.version == "0"
     assert (state.policy_state.adapters, state.policy_state.update) == ([], None)

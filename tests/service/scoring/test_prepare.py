@@ -16,7 +16,7 @@ from tests.support.http import answer, group
 RECIPE = load_recipe("shop_r1")
 
 
-def prepared(*groups: Any, wants_ids: bool = False, **limits: int) -> list[PreparedGroup]:
+def prepared(*groups: Any, wants_ids: bool = False, **limits: Any) -> list[PreparedGroup]:
     request = ScoreRequest.model_validate({"groups": groups})
     changed: Limits = Settings().limits.model_copy(update=limits)
     return prepare(request, RECIPE, CharacterCodec(), changed, wants_ids=wants_ids)
@@ -59,5 +59,6 @@ def test_all_errors_of_a_request_are_named() -> None:
     ],
 )
 def test_limits(limit: str, message: str) -> None:
+    only: dict[str, Any] = {limit: 1}
     with pytest.raises(TooLargeError, match=message):
-        prepared(group(answer(), answer()), group(answer()), **{limit: 1})
+        prepared(group(answer(), answer()), group(answer()), **only)
