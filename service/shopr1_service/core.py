@@ -213,7 +213,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is computed, and with which weights: groups of one kind can share a batch.
+    """Rules and weights of a computation: groups of one kind can share a batch.
 
     Attributes:
         target: resolved to a version when the batch starts.

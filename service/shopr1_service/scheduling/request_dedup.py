@@ -4,8 +4,8 @@ A duplicate of a request in progress, or of one that was answered recently, gets
 made of groups, recipe, policy version and run. Errors and responses with a rollout that could not be scored
 are not kept: the next try may succeed.
 
-When the last client has gone, queued work is dropped. Work that the engine has started is finished and kept:
-a client that gave up too early will ask again.
+When the last client has disconnected, queued work is dropped. Work that the engine has started is finished
+and kept: a client that gave up too early will ask again.
 """
 
 import asyncio

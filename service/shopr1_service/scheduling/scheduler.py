@@ -274,7 +274,7 @@ class Scheduler:
 class EngineTask(Generic[_Result]):
     """Work for the engine's thread, and the future of its result.
 
-    It cannot be cancelled: when the caller has gone, its changes must still be made.
+    It cannot be cancelled: if its caller is cancelled, its changes must still be made.
     """
 
     def __init__(self, work: Callable[[], _Result]) -> None:

@@ -1,6 +1,6 @@
 """Preparing a request for the engine: rules, tokens, and every check of the request.
 
-All bad fields of a request are collected before it is refused; nothing of a refused request is scored.
+All bad fields of a request are collected before it is refused; a refused request is not scored at all.
 """
 
 from collections.abc import Sequence
