@@ -53,7 +53,7 @@ def test_score() -> None:
     assert (response.policy.model, response.recipe.name) == ("fake", "shop_r1")
 
 
-def test_what_is_not_text_is_scored_0() -> None:
+def test_invalid_unicode_is_scored_0() -> None:
     """A policy's output may hold half a surrogate pair; its reward is 0 and not an exception."""
     with served() as url, Client(url) as client:
         [group] = client.score(request("\ud83d", answer())).groups
@@ -116,7 +116,7 @@ def test_a_null_in_the_ground_truth_is_sent_as_it_is() -> None:
 
 
 class Loader:
-    """Loads when it is told to."""
+    """Loads on request."""
 
     def __init__(self) -> None:
         self.may_go_on = threading.Event()

@@ -167,7 +167,7 @@ def test_an_answer_with_a_reward_missing_is_none(num_missing: int) -> None:
 
 
 @pytest.mark.parametrize("numbers", [(3, 4), (4, 3)])
-def test_of_several_versions_the_newest_stands_for_the_answer(numbers: tuple[int, int]) -> None:
+def test_the_answer_has_the_newest_of_several_versions(numbers: tuple[int, int]) -> None:
     request = request_of(("p", ["a"]), ("q", ["b"]))
     own = split(request, LIMITS.model_copy(update={"max_groups": 1}), URLS[:1])
     answers = [answer_to(part, version=f"v{number}") for part, number in zip(own, numbers, strict=True)]

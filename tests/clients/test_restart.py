@@ -89,7 +89,7 @@ def test_a_batch_survives_the_death_of_its_server(policy: Path, run: Score) -> N
         with Client(server.url) as client:
             client.wait_until_ready(WAIT_S)
         undisturbed = run(server.url, request(), lambda _num: None)
-        # Started anew: what it answered is forgotten, the batch is computed again.
+        # After the restart the results are lost, and the batch is computed again.
         server.kill()
         server.start()
         disturbed = run(server.url, request(), die_once)

@@ -62,7 +62,7 @@ def rewards(response: ScoreResponse) -> list[list[float | None]]:
     return [[reward.reward for reward in group.rewards] for group in response.groups]
 
 
-# --- what is tried again ----------------------------------------------------------------------------
+# --- retried errors ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def rewards(response: ScoreResponse) -> list[list[float | None]]:
         (ValueError("a bug of the client"), False),
     ],
 )
-def test_what_is_tried_again(error: Exception, expected: bool | float) -> None:
+def test_retried_errors(error: Exception, expected: bool | float) -> None:
     assert backoff(error) == expected
     assert type(backoff(error)) is type(expected)
 
@@ -216,7 +216,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(score: Score) -
 
 
 @both
-def test_a_server_that_is_gone_is_replaced_by_another(score: Score) -> None:
+def test_a_failed_server_is_replaced_by_another(score: Score) -> None:
     request = request_of(*(f"prompt {i}" for i in range(40)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gone = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -243,7 +243,7 @@ def test_permanent_errors_are_not_repeated(score: Score) -> None:
 
 
 @both
-def test_the_server_is_told_how_long_the_client_waits(score: Score) -> None:
+def test_requests_have_the_clients_timeout(score: Score) -> None:
     may_go_on = threading.Event()
 
     def hold() -> None:

@@ -83,7 +83,7 @@ def test_a_ground_truth_is_only_checked_against_a_recipe(truth: Any) -> None:
         ({"weight": 1}, ("weight",)),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], location: tuple[str | int, ...]) -> None:
+def test_invalid_requests_are_rejected(changes: dict[str, Any], location: tuple[str | int, ...]) -> None:
     with pytest.raises(ValidationError) as caught:
         Group.model_validate(group(**changes))
     assert [flaw["loc"] for flaw in caught.value.errors()] == [location]

@@ -78,7 +78,7 @@ def test_missing_attributes_are_reported(action: dict[str, str], missing: tuple[
         ({"type": "click", "name": "a", "text": "b", "why": None}, {}, ("action.text", "action.why")),
         ({"type": "terminate"}, {"confidence": 0.9}, ("confidence",)),
         ({"type": "terminate", "x": {}}, {"a": 1, "b": [2]}, ("a", "b", "action.x")),
-        # What an unknown type says of itself is its attributes, as far as it is text.
+        # The text fields of an unknown type are its attributes.
         ({"type": "scroll", "direction": "down", "pixels": 5}, {}, ("action.pixels",)),
     ],
 )
@@ -153,7 +153,7 @@ def test_attribute_of_another_json_type_is_invalid(value: Any, word: str) -> Non
         ),
     ],
 )
-def test_flaw_is_refused_only_where_the_recipe_says_so(
+def test_flaw_is_rejected_only_if_the_recipe_rejects_it(
     flaw: str, action: dict[str, str], extra: dict[str, Any], expected: FormatFailure
 ) -> None:
     others = {"unknown_action_type", "missing_attribute", "extra_key"} - {flaw}
@@ -266,7 +266,7 @@ def test_ground_truth_that_is_no_json_object(text: str, message: str) -> None:
     assert caught.value.field is None
 
 
-def test_ground_truth_may_stand_in_white_space() -> None:
+def test_ground_truth_may_have_white_space_around_it() -> None:
     assert read_ground_truth(' \n{"type": "terminate"}\t', SPACE) == Action("terminate", {})
 
 

@@ -246,7 +246,7 @@ def test_every_error_is_tested() -> None:
         (with_type("{}"), "action.type must be a string, not an object"),
     ],
 )
-def test_message_says_what_and_where(text: str, message: str) -> None:
+def test_message_has_error_and_position(text: str, message: str) -> None:
     assert refused(parse_strict(text)).message == message
 
 
@@ -268,7 +268,7 @@ def test_raw_control_characters_are_refused_in_keys_and_values(control: str) -> 
 class Case(NamedTuple):
     text: str
     written: str
-    """The rationale as it stands in the text."""
+    """The rationale as written in the text."""
     rationale: str
 
 
@@ -286,7 +286,7 @@ ACCEPTED: dict[str, Case] = {
     "escaped surrogate pair": Case(with_rationale(r'"\ud83d\ude00"'), r"\ud83d\ude00", "😀"),
     "escaped NUL": Case(with_rationale(r'"\u0000"'), r"\u0000", "\0"),
     "astral": Case(with_rationale('"😀𝄞"'), "😀𝄞", "😀𝄞"),
-    "DEL, C1 and line separators may stand raw": Case(
+    "DEL, C1 and line separators may be raw": Case(
         with_rationale('"\x7f\x85\u2028\u2029"'), "\x7f\x85\u2028\u2029", "\x7f\x85\u2028\u2029"
     ),
     "brackets in strings are no nesting": Case(

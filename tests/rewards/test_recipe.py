@@ -75,7 +75,7 @@ def test_value_weights_of_shop_r1() -> None:
     }
 
 
-def test_attribute_names_stand_once_and_in_order() -> None:
+def test_attribute_names_are_unique_and_in_order() -> None:
     assert SHOP_R1.action_space.attribute_names == ("name", "text")
 
 

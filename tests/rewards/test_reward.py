@@ -25,7 +25,7 @@ def recipe(**parts: dict[str, Any]) -> Recipe:
 
 
 def values(judgement: Judgement, self_certainty: float | None = 0.0) -> tuple[float | None, ...]:
-    """Of all components, the weighted self-certainty being this."""
+    """Values of all components, with this weighted self-certainty."""
     return tuple(judgement.components({"self_certainty": self_certainty}).values())
 
 

@@ -93,7 +93,7 @@ def test_one_hot(height: float, place: int) -> None:
 @pytest.mark.parametrize("logit", [0.0, 3.7, -120.0, 1e4])
 @pytest.mark.parametrize("V", [1, 2, 97, 9_170, 49_152, 151_936])
 def test_uniform_is_zero(V: int, logit: float) -> None:
-    # But for the rounding of 1/V to fp32, which is what the fused softmax gives.
+    # Except for the rounding of 1/V to fp32 in the fused softmax.
     result = values(measure(torch.full((2, V), logit), chunk=4096))
     assert result.ge(0).all()
     assert result.le(2**-23).all()

@@ -80,7 +80,7 @@ def test_hand_computed(predicted: str, truth: str, f1: float) -> None:
     assert rouge_l_f1(predicted, truth) == f1
 
 
-# --- what makes a similarity ------------------------------------------------------------------------
+# --- similarity --------------------------------------------------------------------------------------
 
 
 @TOKENIZERS

@@ -1,16 +1,14 @@
 """The embedded policy, SmolLM2-135M-Instruct: loaded once from its GGUF file, with its real tokenizer."""
 
-from typing import Any
+import functools
 
+import gguf
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
 from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Tokens
-from shopr1_service.policy import loading
-from shopr1_service.policy.factory import build_policy
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.tokenizer import PolicyTokenizer
@@ -19,23 +17,16 @@ from tests.support.models import naive, rules, slow_overlapping, token_bytes
 
 
 @pytest.fixture(scope="module")
-def embedded() -> tuple[LoadedPolicy, PreTrainedModel]:
-    """The policy, and the model that it was made of."""
-    models: list[PreTrainedModel] = []
-
-    def build(model: PreTrainedModel, *args: Any, **kwargs: Any) -> LoadedPolicy:
-        models.append(model)
-        return build_policy(model, *args, **kwargs)
-
+def embedded() -> LoadedPolicy:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "build_policy", build)
-        policy = load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
-    return policy, models[0]
+        # transformers parses the file three times, and maps tensor names once for each module.
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
 
 
-def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None:
-    policy, model = embedded
-    info = policy.info
+def test_embedded_policy(embedded: LoadedPolicy) -> None:
+    policy, info = embedded, embedded.info
     assert (info.model, info.architecture) == ("SmolLM2-135M-Instruct", "LlamaForCausalLM")
     assert (info.num_head_rows, info.num_tokenizer_tokens, info.max_sequence_tokens) == (49152, 49152, 8192)
     assert (info.dtype, info.head, info.forward) == ("float32", "linear", "shared_prefix")
@@ -46,7 +37,7 @@ def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None
     group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(tokens.ids, measured)])
     [[certainty]] = policy.certainties([group], rules())
     with torch.no_grad():
-        logits_T_V = model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()
+        logits_T_V = policy.model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()
     expected = naive(logits_T_V[len(prompt_ids) - 1 : -1], rules().divergence)
     assert isinstance(certainty, Certainty)
     assert certainty.values == pytest.approx(expected, rel=0, abs=1e-3)
@@ -57,8 +48,8 @@ def test_embedded_policy(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> None
 
 
 @pytest.fixture(scope="module")
-def smollm2(embedded: tuple[LoadedPolicy, PreTrainedModel]) -> PolicyTokenizer:
-    return embedded[0].codec
+def smollm2(embedded: LoadedPolicy) -> PolicyTokenizer:
+    return embedded.codec
 
 
 def owners(tokens: Tokens) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What `GET /metrics` counts."""
+"""Metrics of the service in `GET /metrics`."""
 
 from pathlib import Path
 
@@ -116,7 +116,7 @@ async def test_phases() -> None:
     assert tokens == len("page") + len("another") + 3 * len(answer())
 
 
-async def test_recipes_are_told_apart(tmp_path: Path) -> None:
+async def test_recipes_have_series_of_their_own(tmp_path: Path) -> None:
     async with running(recipe=write_recipe(tmp_path)) as client:
         await score(client, group(answer()), recipe="shop_r1")
         await score(client, group(answer(), answer()))
@@ -154,7 +154,7 @@ async def test_names_and_form() -> None:
         }
 
 
-async def test_what_the_engine_counts_is_taken_over() -> None:
+async def test_the_engines_counts_are_added() -> None:
     metrics = Metrics()
     cache = CacheStats(num_hit_tokens=3, num_missed_tokens=5, num_bytes=70, num_evicted_chunks=1)
     stats = EngineStats(cache, num_out_of_memory=2)

@@ -49,7 +49,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
         (errno.EIO, "error"),
     ],
 )
-def test_an_outage_costs_its_own_rollouts_only(
+def test_an_outage_drops_only_its_own_rollouts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -76,7 +76,7 @@ def test_an_outage_costs_its_own_rollouts_only(
     assert end == ("WARNING", "the rollout log is written again; 4 rollouts were dropped")
 
 
-def test_a_directory_that_is_no_directory_any_more(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     with served(rollout_log=directory) as url:
         directory.rmdir()
@@ -89,7 +89,7 @@ def test_a_directory_that_is_no_directory_any_more(tmp_path: Path) -> None:
 
 
 class SlowDisk:
-    """`os.write` that waits until it may go on."""
+    """`os.write` that waits until it may continue."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.has_begun, self.may_go_on = threading.Event(), threading.Event()
@@ -102,7 +102,7 @@ class SlowDisk:
         return self._write(descriptor, content)
 
 
-def test_nobody_waits_for_a_slow_disk_and_what_fits_the_queue_is_kept(
+def test_requests_do_not_wait_for_a_slow_disk_and_the_queue_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Room for two groups of three.
@@ -120,7 +120,7 @@ def test_nobody_waits_for_a_slow_disk_and_what_fits_the_queue_is_kept(
     assert [line["num_rollouts"] for line in lines(tmp_path)] == [1] + [3] * 6
 
 
-def test_the_end_waits_for_a_disk_only_so_long(
+def test_shutdown_waits_for_the_disk_only_close_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(rollout_log, "CLOSE_S", 0.1)

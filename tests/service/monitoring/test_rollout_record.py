@@ -67,7 +67,7 @@ async def test_a_line_for_each_rollout(tmp_path: Path) -> None:
     assert wrong["reward"] == pytest.approx(0.63)  # 0.5 + 0.005 · 26
 
 
-async def test_what_cannot_be_scored_stands_there_with_its_reason(tmp_path: Path) -> None:
+async def test_unscorable_rollouts_have_their_reason(tmp_path: Path) -> None:
     async with running(FakePolicy(max_sequence_tokens=10), rollout_log=tmp_path) as client:
         await score(client, group(answer()))
     [line] = lines(tmp_path)
@@ -75,7 +75,7 @@ async def test_what_cannot_be_scored_stands_there_with_its_reason(tmp_path: Path
     assert line["components"]["self_certainty"] is None
 
 
-async def test_what_is_refused_is_not_logged(tmp_path: Path) -> None:
+async def test_rejected_requests_are_not_logged(tmp_path: Path) -> None:
     async with running(rollout_log=tmp_path) as client:
         assert (await post(client, {"groups": [group(answer(), truth={"type": "jump"})]})).status_code == 422
     assert files(tmp_path) == []  # a service that scores nothing leaves nothing
@@ -99,7 +99,7 @@ async def test_no_text_unless_it_is_asked_for(tmp_path: Path) -> None:
         await score(client, asked(PROMPT), include=["tokens", "token_ids"])
     [file] = files(tmp_path)
     assert "secret" not in file.read_text()
-    # Ids are text for whoever has the tokenizer.
+    # The tokenizer turns ids into text.
     assert "token_ids" not in file.read_text()
     assert len(lines(tmp_path)) == 3
 

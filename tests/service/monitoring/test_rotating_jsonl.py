@@ -28,14 +28,14 @@ def test_files_grow_to_their_size(tmp_path: Path) -> None:
     assert contents(tmp_path) == [b"1234\n5678\n", b"9\n"]
 
 
-def test_what_is_larger_than_a_file_gets_one_of_its_own(tmp_path: Path) -> None:
+def test_lines_larger_than_a_file_get_a_file_of_their_own(tmp_path: Path) -> None:
     log = jsonl(tmp_path)
     for part in (b"1\n", b"a long line\nand another\n", b"2\n"):
         log.append(part)
     assert contents(tmp_path) == [b"1\n", b"a long line\nand another\n", b"2\n"]
 
 
-def test_the_oldest_is_deleted_and_nobody_elses(tmp_path: Path) -> None:
+def test_only_the_oldest_file_of_the_log_is_deleted(tmp_path: Path) -> None:
     (tmp_path / "rollouts-mine.jsonl").write_text("mine")
     (tmp_path / "a").write_text("other")
     log = jsonl(tmp_path, max_bytes=2)
@@ -71,7 +71,7 @@ def test_a_name_that_is_taken_is_not_overwritten(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path) == [b"1\n", b"2\n"]
 
 
-def test_no_half_line_stays_in_front_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_partial_line_in_front_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = jsonl(tmp_path, max_bytes=100)
     log.append(b"first\n")
     disk = FullDisk(monkeypatch, num_free=3)
@@ -99,7 +99,7 @@ log.append(b"second\\n")
 """
 
 
-def test_the_same_where_the_system_refuses(tmp_path: Path) -> None:
+def test_no_partial_line_at_a_system_limit(tmp_path: Path) -> None:
     # The system takes four more bytes, and then says no: in a process of its own, as it is for all its files.
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, check=True)
     assert int(done.stdout) == errno.EFBIG
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_cut_is_given_up(tmp_path: Path, monkeypatch: pyte
     assert contents(tmp_path) == [b"los", b"whole\n"]
 
 
-def test_writing_goes_on_where_somebody_has_deleted_file_or_directory(tmp_path: Path) -> None:
+def test_writing_continues_after_file_or_directory_was_deleted(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     log = jsonl(directory, max_bytes=100)
     log.append(b"1\n")
@@ -136,7 +136,7 @@ def test_writing_goes_on_where_somebody_has_deleted_file_or_directory(tmp_path: 
 
 
 @pytest.mark.parametrize("where", ["file/log", "/proc/log", "/proc/self"])
-def test_a_directory_that_cannot_be_written_is_told_at_start(tmp_path: Path, where: str) -> None:
+def test_a_directory_that_is_not_writable_is_an_error_at_start(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="rollout_log: cannot write into"):
         create_app(Settings(rollout_log=tmp_path / where), LocalEngine.opener(FakePolicy))

@@ -19,7 +19,7 @@ def test_a_clock_that_is_set_does_not_change_the_age(monkeypatch: pytest.MonkeyP
         assert [(s.labels, s.value) for s in family.samples] == [({"run": "r"}, now_s - 7)]
 
 
-def test_what_did_not_happen_or_is_forgotten_has_no_time() -> None:
+def test_removed_and_unknown_series_have_no_sample() -> None:
     gauge = TimestampGauge("x_timestamp_seconds", "When.", "run", registry=CollectorRegistry())
     gauge.set_now("r")
     gauge.remove("r")

@@ -1,4 +1,4 @@
-"""What `GET /metrics` says of trainings. FakePolicy: 26 nats, a character is a token; the term is 0.13."""
+"""Metrics of trainings in `GET /metrics`. FakePolicy: 26 nats, a character is a token; the term is 0.13."""
 
 import json
 import re
@@ -70,7 +70,7 @@ async def score_in(client: httpx.AsyncClient, run: str, *groups: object) -> None
 
 
 async def scored_group(run: str = "") -> ScoredGroup:
-    """What observers are told of a small group."""
+    """A small group as observers receive it."""
     seen: list[ScoredGroup] = []
     engine = LocalEngine(FakePolicy(), Settings(), Metrics())
     scorer = Scorer(engine, RecipeBook("shop_r1"), Settings(), Metrics(), observers=[seen.append])
@@ -150,7 +150,7 @@ async def test_actions_are_counted_by_true_and_predicted_type() -> None:
     assert total == 5
 
 
-async def test_what_ratios_are_made_of_is_zero_from_a_runs_first_group_on() -> None:
+async def test_counters_of_ratios_are_zero_from_a_runs_first_group_on() -> None:
     async with running() as client:
         await score_in(client, "r", group(answer(CLICK), truth=CLICK))
         families = list(text_string_to_metric_families((await client.get("/metrics")).text))
@@ -226,7 +226,7 @@ async def test_length_and_repetition_of_rationales() -> None:
     assert repeats == pytest.approx([1 - 4 / 9, 3])
 
 
-async def test_recipes_that_measure_nothing_know_nothing_of_rationales(tmp_path: Path) -> None:
+async def test_recipes_without_the_policy_have_no_metrics_of_rationales(tmp_path: Path) -> None:
     async with running(recipe=write_recipe(tmp_path, ("alpha = 0.005", "alpha = 0.0"))) as client:
         await score(client, group(answer()))
         assert await metric(client, "shopr1_reward_count") == 1
@@ -253,7 +253,7 @@ def test_repetition_is_the_share_of_4_grams_that_occurred_before(ids: list[int],
 # --- runs -------------------------------------------------------------------------------------------
 
 
-async def test_runs_are_told_apart_however_they_are_named() -> None:
+async def test_runs_are_distinguished_by_header_and_url() -> None:
     async with running() as client:
         await score(client, group(answer()))
         await score_in(client, "grpo-7", group(answer(), answer(), prompt="another"))
@@ -277,7 +277,7 @@ async def test_the_run_that_was_silent_longest_makes_room_in_every_metric() -> N
         found = await runs(client)
         assert await metric(client, "shopr1_rollouts_total", run="one") == 6
         await score_in(client, "two", group(answer(), prompt="later"))
-        assert await metric(client, "shopr1_rollouts_total", run="two") == 1  # begins anew
+        assert await metric(client, "shopr1_rollouts_total", run="two") == 1  # restarts at 0
     assert len(found) == 10
     assert all(names == {"one", "three"} for names in found.values()), found
 

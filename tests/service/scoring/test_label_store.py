@@ -54,7 +54,7 @@ def test_a_label_is_canonical() -> None:
 
 
 MESSAGES = [Message(role="user", content="a"), Message(role="assistant", content="b")]
-# Whoever joined the parts without care would take some of these for the same.
+# A naive concatenation of the parts would give some of these the same key.
 ALIKE: list[TextPrompt] = [
     "",
     "[]",
@@ -69,7 +69,7 @@ ALIKE: list[TextPrompt] = [
 ]
 
 
-def test_prompts_are_told_apart() -> None:
+def test_prompts_are_distinguished() -> None:
     assert len({prompt_digest(prompt) for prompt in ALIKE}) == len(ALIKE)
     assert prompt_digest(list(MESSAGES)) == prompt_digest(tuple(MESSAGES))
 

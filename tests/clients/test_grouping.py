@@ -1,0 +1,48 @@
+"""Groups of single rollouts, and their rewards in the rollouts' order."""
+
+from typing import Any
+
+import pytest
+
+from shopr1_client.grouping import Grouping, Rollout
+from shopr1_client.wire import GroupScore, Message, Reward, ScoreResponse, TokenIds
+
+TRUTH = {"type": "terminate"}
+CLICK = {"type": "click", "name": "b"}
+REORDERED = {"name": "b", "type": "click"}
+CHAT = [Message(role="user", content="a")]
+
+
+def rollout(prompt: Any, completion: str = "x", truth: Any = TRUTH) -> Rollout:
+    return Rollout(prompt=prompt, completion=completion, ground_truth=truth)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_groups"),
+    [
+        (rollout("a"), rollout("a", "y"), 1),
+        (rollout("a"), rollout("b"), 2),
+        (rollout("a"), rollout(CHAT), 2),
+        (rollout(CHAT), rollout(CHAT, "y"), 1),
+        (rollout(CHAT), rollout([Message(role="system", content="a")]), 2),
+        (rollout(TokenIds(token_ids=[1])), rollout(TokenIds(token_ids=[1]), "y"), 1),
+        (rollout(TokenIds(token_ids=[1])), rollout(TokenIds(token_ids=[1, 2])), 2),
+        (
+            rollout("a", truth=CLICK),
+            rollout("a", truth=REORDERED),
+            1,
+        ),
+        (rollout("a", truth=CLICK), rollout("a"), 2),
+    ],
+)
+def test_groups_share_prompt_and_ground_truth(first: Rollout, second: Rollout, num_groups: int) -> None:
+    grouping = Grouping([first, second])
+    assert len(grouping.groups) == num_groups
+    assert grouping.indices == ([[0, 1]] if num_groups == 1 else [[0], [1]])
+
+
+def test_rewards_are_in_the_order_of_the_rollouts() -> None:
+    grouping = Grouping([rollout(prompt, completion) for prompt, completion in ("ax", "by", "az")])
+    a1, a2, b1 = (Reward.model_construct(message=name) for name in ("a1", "a2", "b1"))
+    groups = [GroupScore.model_construct(rewards=rewards) for rewards in ([a1, a2], [b1])]
+    assert grouping.in_order(ScoreResponse.model_construct(groups=groups)) == [a1, b1, a2]
