@@ -1,4 +1,4 @@
-"""The header `X-Run-ID` as documented in the API."""
+"""`X-Run-ID` as the API document describes it."""
 
 import re
 from typing import Any
@@ -33,12 +33,12 @@ def parameters() -> dict[str, Any]:
     }
 
 
-def test_only_scoring_routes_have_the_header() -> None:
+def test_routes_that_score_take_it_and_no_others() -> None:
     assert parameters().keys() == SCORING
 
 
 @pytest.mark.parametrize("run", ["", "a", "grpo-7", "A.b_c-9", "x" * 64])
-async def test_documented_values_are_accepted(run: str) -> None:
+async def test_ids_that_the_document_allows_are_accepted(run: str) -> None:
     assert re.search(parameters()["/score"]["schema"]["pattern"], run)
     async with running() as client:
         response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})
@@ -47,7 +47,7 @@ async def test_documented_values_are_accepted(run: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["x" * 65, "a b", "a/b", 'a"b', "a{b}"])
-async def test_other_values_are_rejected(run: str) -> None:
+async def test_ids_that_it_does_not_allow_are_refused(run: str) -> None:
     assert not re.search(parameters()["/score"]["schema"]["pattern"], run)
     async with running() as client:
         response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})

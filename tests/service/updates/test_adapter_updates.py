@@ -1,4 +1,4 @@
-"""Adapters come and go over HTTP: each has the numbers of weights that it is merged into."""
+"""Adapters, loaded and unloaded over HTTP: each gives the numbers of merged weights."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 
 async def merged_numbers(seed: int) -> list[float]:
-    """Of a service whose weights have the adapter in them."""
+    """Numbers of a service whose weights have the adapter merged into them."""
     model = tiny_model()
     model.load_state_dict(merged(model, random_tensors(model, seed=seed))._model.state_dict())
     return await numbers_of(model)
@@ -109,7 +109,7 @@ async def test_answers_name_the_adapter(service: Service) -> None:
     assert (await service.scored())["policy"]["adapter"] is None
 
 
-async def test_a_default_scores_who_names_none(service: Service) -> None:
+async def test_a_default_scores_requests_without_a_name(service: Service) -> None:
     base = await service.numbers()
     done(await service.upload_adapter("a", adapter_file(), default=True))
     assert await service.numbers() == pytest.approx(await merged_numbers(4), rel=0, abs=TOLERANCE_NATS)
@@ -142,7 +142,7 @@ async def test_the_last_versions_stay(service: Service) -> None:
     assert "Retry-After" not in refused.headers
 
 
-async def test_who_waits_for_an_adapters_version(service: Service) -> None:
+async def test_a_request_that_waits_for_an_adapters_version(service: Service) -> None:
     done(await service.upload_adapter("a", adapter_file(4)))
     demand = {"at_least": 2, "wait_s": 120.0}
     waiting = asyncio.create_task(service.numbers(adapter="a", policy_version=demand))
@@ -212,7 +212,7 @@ async def test_weights_that_change_meanwhile(service: Service, monkeypatch: pyte
     assert (await service.state())["adapters"] == []
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------
 
 
 def _with(**changes: Any) -> bytes:
@@ -236,7 +236,7 @@ REFUSED = {
     "infinite logits": (_changed(HUGE), "logits are not finite"),
     "unknown tensor": (_changed(x=torch.zeros(1)), "only lora_A.weight"),
     "truncated": (adapter_file()[:-1], "1 bytes too early"),
-    "goes on": (adapter_file() + b"\0", "1 bytes more"),
+    "too long": (adapter_file() + b"\0", "1 bytes more"),
     "no tensors": (file_of({}, **{ADAPTER_CONFIG_KEY: ADAPTER_CONFIG}), "has none"),
     "weights": (NEW, "metadata has no adapter_config"),
 }
@@ -258,7 +258,7 @@ async def test_an_adapter_that_is_damaged_on_disk(service: Service, tmp_path: Pa
     (tmp_path / "a").mkdir()
     async with Unchanged(service):
         assert "no weights there" in flaws(await service.load_adapter("a", "a"))["path"]
-        assert "nothing of this name" in flaws(await service.load_adapter("a", "/etc"))["path"]
+        assert "no directory of this name" in flaws(await service.load_adapter("a", "/etc"))["path"]
         assert "must not contain" in flaws(await service.load_adapter("a", "../a"))["path"]
         saved_adapter(tmp_path / "b")
         (tmp_path / "b" / "adapter_config.json").write_text("{")
