@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-ray test-trainers lint prose audit bench bench-growth bench-updates bench-ray bench-simulation format openapi image clean
+.PHONY: help install demo test test-ops test-ray test-trainers lint prose audit bench bench-growth bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -87,24 +87,30 @@ audit: install  ## Known vulnerabilities of the installed packages; needs PyPI's
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --skip-editable
 
-bench: install  ## Speed relative to common implementations; writes benchmarks/results.csv
-	$(BIN)/python benchmarks/bench.py
+bench: install  ## Speed against full logits and logits_to_keep, as ratios; writes benchmarks/engine/results.csv
+	$(BIN)/python -m benchmarks.engine.bench
 
-bench-growth: install  ## Cost by number of completions and by prompt length; writes benchmarks/growth.csv and plots
+bench-growth: install  ## Cost by completions and by prompt length; writes benchmarks/engine/growth.csv and plots
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python benchmarks/bench.py --growth
+	$(BIN)/python -m benchmarks.engine.bench --growth
 
-bench-updates: install  ## Time of a weight update, relative to a copy of the same bytes; writes benchmarks/updates.csv
-	$(BIN)/python benchmarks/updates.py
+bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one request; writes benchmarks/serving/trainer_burst.csv
+	$(BIN)/python -m benchmarks.serving.trainer_burst
 
-bench-ray: .venvs/ray/.installed  ## Prefix affinity against round robin, and the cost of Ray; writes benchmarks/cluster.csv and front.csv
-	.venvs/ray/bin/python benchmarks/cluster.py
-	.venvs/ray/bin/python benchmarks/front.py
+bench-updates: install  ## Weight updates against copies of the same bytes; writes benchmarks/serving/updates.csv
+	$(BIN)/python -m benchmarks.serving.updates
 
-bench-simulation: install  ## 1 to 256 engines, simulated with measured costs; writes benchmarks/simulation.csv and a plot
+bench-ray: .venvs/ray/.installed  ## Prefix affinity against round robin, and Ray's overhead; writes ray_serve.csv and ingress_cost.csv
+	.venvs/ray/bin/python -m benchmarks.serving.ray_serve
+	.venvs/ray/bin/python -m benchmarks.serving.ingress_cost
+
+bench-simulation: install  ## 1 to 256 engines, simulated with measured costs; writes benchmarks/capacity/simulation.csv and a plot
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python benchmarks/costs.py
-	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python -m benchmarks.capacity.costs
+	$(BIN)/python -m benchmarks.capacity.simulation
+
+bench-gpu: install  ## Correctness and speed on a CUDA device, in 8 minutes; writes benchmarks/gpu/results.csv
+	$(BIN)/python -m benchmarks.gpu
 
 format: install  ## Format the code
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Rows of results: printed as they come, written as CSV."""
+"""Result rows: printed as they are measured, written as CSV."""
 
 import csv
 import platform
@@ -18,7 +18,7 @@ class Row:
     """One number.
 
     Attributes:
-        unit: `x` for how many times as long or as large; empty for a share.
+        unit: `x` for a ratio of times or sizes; empty for a share.
     """
 
     workload: str
@@ -28,7 +28,7 @@ class Row:
 
 
 class Report:
-    """What a run has measured so far."""
+    """Rows of one run."""
 
     def __init__(self, device: torch.device, dtype: str) -> None:
         self.device_name = device_name(device)
@@ -36,12 +36,14 @@ class Report:
         self.rows: list[Row] = []
         print(f"{self.device_name}, torch {torch.__version__}, {dtype}", flush=True)
 
-    def note(self, workload: object, quantity: str, value: float, unit: str) -> None:
+    def add(self, workload: object, quantity: str, value: float, unit: str) -> None:
+        """Append a row and print it."""
         row = Row(str(workload), quantity, value, unit)
         self.rows.append(row)
         print(f"{row.workload:<24} {quantity:<32} {value:12.3f} {unit}", flush=True)
 
     def write(self, path: Path) -> None:
+        """Write all rows as CSV."""
         head = (self.device_name, torch.__version__, transformers.__version__, self.dtype)
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -56,6 +58,7 @@ def _cells(row: Row) -> Sequence[str]:
 
 
 def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the CPU with its threads and its bfloat16 instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     file = Path("/proc/cpuinfo")

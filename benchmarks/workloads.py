@@ -1,6 +1,6 @@
-"""What is measured: prompts, completions, and how many.
+"""Groups of random prompts and valid completions, by shape, and the shapes of each benchmark.
 
-P prompt tokens, G completions of a prompt, R rationale tokens of each completion.
+A shape has P prompt tokens, G completions of the prompt, and R rationale tokens in each completion.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from shopr1_service.policy.tokenizer import Codec
 BEFORE_RATIONALE = '{"rationale": "'
 AFTER_RATIONALE = '", "action": {"type": "terminate"}}'
 MAX_FRAME_TOKENS = 64
-"""More than any tokenizer needs for what stands around a rationale."""
+"""Upper bound of the tokens before and after a rationale, with any tokenizer."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a group."""
+    """Size of a group."""
 
     P: int
     G: int
@@ -30,23 +30,23 @@ class Shape:
 
     @property
     def num_batch_tokens(self) -> int:
-        """What a batch of whole sequences computes."""
+        """Tokens that a batch of whole sequences computes."""
         return self.G * (self.P + self.R)
 
     @property
     def num_shared_tokens(self) -> int:
-        """What a forward computes that meets the prompt once."""
+        """Tokens that a forward computes when the completions share the prompt."""
         return self.P + self.G * self.R
 
     @property
     def ideal_ratio(self) -> float:
-        """How many times fewer tokens that is: G(P+R) / (P+GR)."""
+        """Token count of the batch relative to the shared forward: G(P+R) / (P+GR)."""
         return self.num_batch_tokens / self.num_shared_tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The shapes of a run."""
+    """Shapes of one run."""
 
     in_process: Sequence[Shape]
     large: Shape
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The longest sequence of all, which may be longer than what the policy was trained on."""
+        """Longest sequence of all shapes. It may exceed the length that the policy was trained on."""
         shapes = [*self.in_process, self.large, self.peak, *self.http, *self.sessions]
         shapes += [*self.by_completions, *self.by_prompt]
         return max(shape.P + shape.R for shape in shapes) + MAX_FRAME_TOKENS
@@ -96,14 +96,14 @@ PLANS = {
 
 
 class Workloads:
-    """Groups of a shape in the tokens of one policy."""
+    """Groups of any shape in the tokens of one policy."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._generator = torch.Generator().manual_seed(0)
 
     def prompt_ids(self, num_tokens: int) -> list[int]:
-        """Fresh random tokens: no prompt is known before it is meant to be."""
+        """Random tokens. Each call draws new ones, so that no prompt is in the prefix cache."""
         num_ids = self._codec.num_ids
         ids: list[int] = torch.randint(
             num_ids // 50, num_ids, (num_tokens,), generator=self._generator
@@ -111,7 +111,7 @@ class Workloads:
         return ids
 
     def completions(self, shape: Shape) -> list[list[int]]:
-        """Valid answers that differ within the first eight tokens of their rationales."""
+        """Valid completions that differ within the first eight tokens of their rationales."""
         before, after = self._ids(BEFORE_RATIONALE), self._ids(AFTER_RATIONALE)
         filler = self._ids(" mug")[0]
         words = [self._ids(f" {word}")[0] for word in ("set", "blue", "new", "old")]
@@ -121,7 +121,7 @@ class Workloads:
         ]
 
     def group(self, shape: Shape, prompt_ids: Sequence[int] | None = None) -> TokenGroup:
-        """A group whose rationales are measured; its prompt is unknown unless given."""
+        """A group that measures its rationales. Without `prompt_ids` it has a new random prompt."""
         first = len(self._ids(BEFORE_RATIONALE))
         measured = range(first, first + shape.R)
         completions = [MeasuredCompletion(ids, measured) for ids in self.completions(shape)]

@@ -1,8 +1,8 @@
-"""The service's settings: each stated once, here.
+"""The service's settings: each is defined once, here.
 
-Read from, strongest first: the command line, the environment (`SHOPR1_PORT=8000`), a TOML file
-(`SHOPR1_CONFIG` or `--config`), the defaults below. What is unknown or malformed is refused at start, with
-key and value named.
+Sources, in order of precedence: the command line, the environment (`SHOPR1_PORT=8000`), a TOML file
+(`SHOPR1_CONFIG` or `--config`), the defaults below. An unknown key or a malformed value is refused at start,
+and the message names both.
 """
 
 import os
@@ -26,13 +26,13 @@ from shopr1_service.errors import SettingsError
 
 ENV_PREFIX = "SHOPR1_"
 CLIENT_PREFIX = "SHOPR1_CLIENT_"
-"""Of the trainer shims, which may run on the same machine."""
+"""Prefix of the trainer shims' variables, which may be set on the same machine."""
 CONFIG_VARIABLE = "SHOPR1_CONFIG"
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
 Unscorable = Literal["error"] | Annotated[float, Field(allow_inf_nan=False)]
-"""What a trainer gets for a rollout that cannot be scored: the problem `unscorable`, or this number."""
+"""A trainer's response for a rollout that cannot be scored: the problem `unscorable`, or this number."""
 
 
 class DType(StrEnum):
@@ -46,7 +46,7 @@ class DType(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """What log lines look like."""
+    """Format of log lines."""
 
     AUTO = "auto"
     """Text on a terminal, else JSON."""
@@ -62,19 +62,19 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    """Address to listen on. Loopback unless told otherwise."""
+    """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 lets the system choose."""
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """`[scope[+scope]:]key`, several with commas between, so that they can be changed one by one. None, and
-    everybody may ask. See `api_keys.py`."""
+    """Keys as `[scope[+scope]:]key`, separated by commas, so that they can be rotated one by one. Without any
+    the service is open to everybody. See `http/api_keys.py`."""
     api_key_file: Path | None = None
-    """A file of further keys, one a line; read again when it changes."""
+    """File of further keys, one per line; read again when it changes."""
     allow_unauthenticated: bool = False
-    """Listen on an address that others can reach although there are no keys."""
+    """Listen without keys on an address that others can reach."""
     tls_cert_file: Path | None = None
-    """Certificate chain, PEM. With it the service speaks HTTPS only."""
+    """Certificate chain, PEM. With it the service accepts only HTTPS."""
     tls_private_key_file: Path | None = None
     """Its private key, PEM."""
 
@@ -83,46 +83,46 @@ class Settings(BaseSettings):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     policy_version: Annotated[str, Field(min_length=1)] = "0"
-    """Opaque name of the loaded weights; stands in every answer."""
+    """Opaque name of the loaded weights; every response contains it."""
     policy_roots: Annotated[tuple[Path, ...], NoDecode] = ()
-    """Directories whose checkpoints and adapters an update may name, several with commas between. None: the
-    policy changes by what is sent only."""
+    """Directories, separated by commas, below which an update may name checkpoints and adapters. Without any,
+    updates must upload their weights."""
     staging_dir: Path | None = None
-    """Where new weights are kept until they replace the old ones: room for two copies. Default: the system's
-    directory for temporary files; `/dev/shm` is fast, and memory."""
+    """Directory for new weights until they replace the old ones; needs room for two copies. Default: the
+    system's directory for temporary files. `/dev/shm` is fast, but uses memory."""
     max_adapters: PositiveInt = 16
-    """LoRA adapters that are loaded at a time, by name."""
+    """Most LoRA adapters, by name, that are loaded at a time."""
     adapter_versions: PositiveInt = 2
-    """How many versions of each stay, for rollouts that were sampled a little earlier."""
+    """Versions of each adapter that stay loaded, for rollouts that were sampled a little earlier."""
     max_adapter_bytes: PositiveInt = 2 * 2**30
-    """How large an adapter may be."""
+    """Largest adapter, in bytes."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` …"""
     dtype: DType = DType.AUTO
     max_sequence_tokens: PositiveInt | None = None
-    """Longest prompt with completion; default: what the policy's config says."""
+    """Longest prompt with completion; default: the limit in the policy's config."""
 
     prefix_cache_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Keys and values of prompts kept across requests; 0 keeps none. Default: 2 GiB on a CPU, on CUDA what
-    `memory_share` leaves."""
+    """Size of the prefix cache, which keeps the KV of prompts across requests; 0 turns it off. Default: 2 GiB
+    on a CPU, on CUDA the rest of `memory_share`."""
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """How much of a CUDA device's memory weights, passes and kept prompts may take together."""
+    """Share of a CUDA device's memory for weights, forward passes and the prefix cache together."""
 
     deterministic: bool = False
-    """The same request gives the same bits: each group is measured alone, nothing is kept for the next."""
+    """The same request gives the same bits: each group is computed alone, and there is no prefix cache."""
     max_queue_tokens: PositiveInt = 2**20
-    """How much may wait for the engine; beyond, requests are refused with 429 and told when to come back."""
+    """Queue capacity, in tokens; beyond it requests get 429 with `Retry-After`."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 540.0
-    """Seconds a request may take; then it gets 504. One may ask for less with `X-Request-Timeout`."""
+    """Seconds a request may take; then it gets 504. `X-Request-Timeout` can ask for less."""
     receive_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Seconds a request's head may take to arrive, and then its body."""
     engine_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
-    """A forward that takes longer hangs: the service is not live any more, and ends with exit code 1."""
+    """Seconds after which a forward pass counts as hanging; the process then ends with exit code 1."""
     read_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
-    """Seconds in which the files of a checkpoint or an adapter must have been read; then the update fails."""
+    """Seconds for reading the files of a checkpoint or an adapter; then the update fails."""
 
     recipe: str = "shop_r1"
-    """Default recipe: a shipped one by name, or a TOML file."""
+    """Default recipe: the name of a shipped one, or a TOML file."""
 
     max_body_bytes: PositiveInt = 64 * 2**20
     max_groups: PositiveInt = 1024
@@ -131,34 +131,34 @@ class Settings(BaseSettings):
     """Prompts and completions of one request together."""
 
     max_labels: PositiveInt = 1_000_000
-    """Ground truths that `PUT /labels` takes in all, some hundred bytes each."""
+    """Capacity of the label store (`PUT /labels`); a label takes some hundred bytes."""
 
-    # OpenRLHF, slime and LLaMA-Factory have no way to say that there is no reward. A number goes into their
-    # training like any other; each is counted by `shopr1_fallback_rewards_total`.
+    # OpenRLHF, slime and LLaMA-Factory have no way to express that there is no reward. They train on a number
+    # like on any other; `shopr1_fallback_rewards_total` counts them.
     openrlhf_unscorable: Unscorable = "error"
     slime_unscorable: Unscorable = "error"
     llama_factory_unscorable: Unscorable = "error"
     nemo_gym_unscorable: Literal["mask", "error"] = "mask"
-    """NeMo Gym has one: the rollout is marked as failed and masked. verifiers and Axolotl do not look."""
+    """NeMo Gym has one: the rollout is marked as failed and masked. verifiers and Axolotl ignore it."""
 
     max_runs: PositiveInt = 32
-    """Training runs (`X-Run-ID`) that metrics tell apart; the one that was silent longest makes room."""
+    """Training runs (`X-Run-ID`) that metrics distinguish; the one that was idle longest is dropped first."""
     log_format: LogFormat = LogFormat.AUTO
     access_log: bool = True
-    """A line for each request that is answered, but for health checks and metrics."""
+    """Log a line for each request, except health checks and metrics."""
     tracing: bool = False
-    """OpenTelemetry spans, configured by OpenTelemetry's own variables; needs the extra `otel`."""
+    """Send OpenTelemetry spans, configured by OpenTelemetry's own variables; needs the extra `otel`."""
     rollout_log: Path | None = None
-    """A directory for JSONL files of every scored rollout."""
+    """Directory for JSONL files of every scored rollout."""
     rollout_log_bytes: PositiveInt = 64 * 2**20
-    """How large a file of it may become."""
+    """Largest of these files, in bytes."""
     rollout_log_files: PositiveInt = 16
-    """How many are kept; the oldest is deleted."""
+    """Number of these files; the oldest is deleted."""
     rollout_log_text: bool = False
-    """Prompts and completions stand in it too."""
+    """Write prompts and completions into them too."""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
     shutdown_grace_s: PositiveInt = 30
-    """Seconds that open requests get to finish after SIGTERM."""
+    """Seconds for open requests to finish after SIGTERM."""
 
     @field_validator("api_keys", "policy_roots", mode="before")
     @classmethod
@@ -180,7 +180,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line, environment, TOML file; no `.env` files that happen to lie around."""
+        """Command line, environment, TOML file; no `.env` file that happens to be there."""
         return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
 
 
@@ -205,20 +205,20 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
     try:
         return Configured(**(options or {}))
     except ValidationError as error:
-        raise SettingsError("; ".join(_flaw(details) for details in error.errors())) from error
+        raise SettingsError("; ".join(map(_message, error.errors()))) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{config}: not TOML: {error}") from error
 
 
-def _flaw(details: Mapping[str, Any]) -> str:
-    key = str(details["loc"][0])  # what follows names members of unions: settings are flat
+def _message(details: Mapping[str, Any]) -> str:
+    key = str(details["loc"][0])  # the rest names members of unions: settings are flat
     if details["type"] == "extra_forbidden":
         return f"unknown setting {key!r} (value {_shown(key, details['input'])})"
     return f"{key}: {details['msg']} (got {_shown(key, details['input'])})"
 
 
 def _shown(name: str, value: object) -> str:
-    """A value for an error message, unless it may be a secret."""
+    """A value for an error message, hidden where it may be a secret."""
     return "…" if "key" in name.lower() else repr(value)
 
 
@@ -228,7 +228,7 @@ def _config_from_environment() -> Path | None:
 
 
 def _refuse_private_options(options: Mapping[str, Any]) -> None:
-    # Settings() refuses these itself, but for some keyword arguments of its own, such as `_env_prefix`.
+    # Settings() would take some of these for keyword arguments of its own, such as `_env_prefix`.
     for name, value in options.items():
         if name.startswith("_"):
             raise SettingsError(f"unknown setting {name!r} (value {value!r})")

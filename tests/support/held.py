@@ -25,3 +25,14 @@ class Held(FakePolicy):
         self.has_begun.set()
         assert self.gate.wait(WAIT_S)
         return super().certainties(groups, rules, version)
+
+
+class Loader:
+    """Loads a policy once `may_go_on` is set."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def __call__(self) -> FakePolicy:
+        assert self.may_go_on.wait(WAIT_S)
+        return FakePolicy()

@@ -1,4 +1,4 @@
-"""Requests as the trainers send them, byte for byte, and what a trainer may rely on in an answer."""
+"""Requests as the trainers send them, byte for byte, and the parts of a response that they use."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ SLIME = "/dialects/slime/reward"
 LLAMA_FACTORY = "/dialects/llama_factory/v1/score/evaluation"
 VERIFY = "/dialects/nemo_gym/verify"
 
-# What these libraries add by themselves. None of the trainers can send a header of ours.
+# Headers of these libraries. None of the trainers can add one of ours.
 AIOHTTP = {
     "Accept": "*/*",
     "Accept-Encoding": "gzip, deflate",
@@ -52,7 +52,7 @@ async def send(client: httpx.AsyncClient, path: str, value: Any, **params: str) 
     return await client.post(path, content=body(value), headers=headers, params=params)
 
 
-async def told(client: httpx.AsyncClient, path: str, value: Any, **params: str) -> Any:
+async def send_ok(client: httpx.AsyncClient, path: str, value: Any, **params: str) -> Any:
     """The decoded answer, under the conditions under which aiohttp decodes one."""
     response = await send(client, path, value, **params)
     assert response.status_code == 200, response.text

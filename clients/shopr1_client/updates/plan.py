@@ -109,7 +109,7 @@ def plan(source: Source, version: str, options: UpdateOptions) -> Change:
     """Plan an update of the policy, or of an adapter.
 
     Raises:
-        ValueError: these weights cannot be sent, or not in this way; the message says what to do.
+        ValueError: these weights cannot be sent, or not in this way; the message gives the remedy.
     """
     adapter, is_http = options.get("adapter"), options.get("transport", "http") == "http"
     if isinstance(source, str | Path):

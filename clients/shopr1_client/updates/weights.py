@@ -49,7 +49,7 @@ class Weights:
         metadata: of the safetensors file.
 
     Raises:
-        ValueError: there are none, or one cannot be sent; the message says what to do.
+        ValueError: there are none, or one cannot be sent; the message gives the remedy.
     """
 
     tensors: Mapping[str, Tensor]
@@ -101,7 +101,7 @@ def of_module(module: Module) -> Weights:
     Names do not show wrappers for data parallelism and compilation. Integer buffers are not sent.
 
     Raises:
-        ValueError: it is sharded, offloaded or quantised; the message says what to do.
+        ValueError: it is sharded, offloaded or quantised; the message gives the remedy.
     """
     inner = unwrapped(module)
     buffers = {name for name, _ in inner.named_buffers()}
@@ -118,7 +118,7 @@ def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     """Tensors by their names in checkpoints, such as a gathered state.
 
     Raises:
-        ValueError: one cannot be sent; the message says what to do.
+        ValueError: one cannot be sent; the message gives the remedy.
     """
     # The widest dtypes first, so that each tensor is aligned in the file.
     named = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -169,7 +169,7 @@ def of_adapter(module: Module) -> Weights:
     """The active adapter under PEFT's names, with its config in the metadata.
 
     Raises:
-        ValueError: it is not one adapter, or cannot be sent; the message says what to do.
+        ValueError: it is not one adapter, or cannot be sent; the message gives the remedy.
     """
     inner, name = unwrapped(module), active_adapter(module)
     peft = importlib.import_module("peft")  # installed, as the module is PEFT's

@@ -1,4 +1,7 @@
-"""The `shopr1` command."""
+"""The `shopr1` command.
+
+Typer, not pydantic-settings' CLI: that would cover `serve` only, and put the help of 45 settings into it.
+"""
 
 import asyncio
 import contextlib
@@ -8,17 +11,16 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import orjson
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from shopr1_client import Client, ShopR1Error
 from shopr1_rewards import RecipeError, load_recipe
-from shopr1_service.cli import summary_table as report
 from shopr1_service.cli.score_file import (
     InputLine,
     ScoreCall,
@@ -27,6 +29,7 @@ from shopr1_service.cli.score_file import (
     read_output,
     score_lines,
 )
+from shopr1_service.cli.summary_table import summary
 from shopr1_service.errors import RolloutFileError, ServiceError, SettingsError
 from shopr1_service.settings import Settings, load_settings
 
@@ -36,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Show and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 
 _errors = Console(stderr=True)
@@ -75,13 +78,13 @@ def serve(
 ) -> None:
     """Serve rewards over HTTP until SIGTERM."""
     settings = _settings(config, options, policy=policy, recipe=recipe, host=host, port=port)
-    _keep_bars_out_of_logs()
+    _disable_progress_bars()
     from shopr1_service.server.uvicorn_server import serve as run  # imports torch
 
     code = run(settings)
     if any(thread.daemon for thread in threading.enumerate()):
-        # A load or a forward that nobody waits for. It cannot be stopped, and an interpreter that ends under
-        # a thread inside of torch is aborted.
+        # An abandoned load or forward pass. It cannot be stopped, and an interpreter that exits while a
+        # thread is inside torch is aborted.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -110,7 +113,7 @@ def score(
         recipe_name = recipe if url else None
         former = done[-1] if done else None
         fresh = score_lines(lines[len(done) :], call, recipe_name, sink, former)
-        scored = [*done, *_with_progress(fresh, len(lines), len(done))]
+        scored = [*done, *track(fresh, "scoring", len(lines), len(done), console=_errors)]
     _print_summary(lines, scored)
 
 
@@ -150,8 +153,8 @@ def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) 
     return load_settings(given, config)
 
 
-def _keep_bars_out_of_logs() -> None:
-    """Transformers draws bars with tqdm, which has to be told so before it is imported."""
+def _disable_progress_bars() -> None:
+    """Keep transformers' progress bars out of logs; tqdm reads the variable when it is imported."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -164,14 +167,14 @@ def _score_call(
     policy: str | None,
     recipe: str | None,
 ) -> Iterator[ScoreCall]:
-    """A function that scores a request: a running server's, or this process's own engine."""
+    """A function that scores a request with a running server, or with an engine in this process."""
     if url is not None:
         with Client(url) as client:
-            # A wrong URL is told at once; a server that goes away later is waited for.
+            # A wrong URL fails at once; a server that goes away later is waited for.
             client.wait_until_ready(timeout_s=0)
             yield client.score
         return
-    _keep_bars_out_of_logs()
+    _disable_progress_bars()
     from shopr1_service.core import Origin
     from shopr1_service.monitoring.metrics import Metrics
     from shopr1_service.policy.loading import load_policy  # imports torch
@@ -188,28 +191,15 @@ def _score_call(
         yield lambda request: runner.run(scorer.score(request, Origin(uuid.uuid4().hex)))
 
 
-@contextlib.contextmanager
-def _open(output: Path | None) -> Iterator[Any]:
+def _open(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
     if output is None:
-        yield sys.stdout
-        return
+        return contextlib.nullcontext(sys.stdout)
     try:
-        file = output.open("a", encoding="utf-8")
+        return output.open("a", encoding="utf-8")
     except OSError as error:
         raise RolloutFileError(f"{output}: {error.strerror}") from error
-    with file:
-        yield file
-
-
-def _with_progress(scored: Iterator[ScoredLine], num_lines: int, num_done: int) -> Iterator[ScoredLine]:
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_errors) as progress:
-        task = progress.add_task("scoring", total=num_lines, completed=num_done)
-        for line in scored:
-            yield line
-            progress.advance(task)
 
 
 def _print_summary(lines: Sequence[InputLine], scored: Sequence[ScoredLine]) -> None:
     groups = [line.group for line in lines]
-    _errors.print(report.summary(groups, [line.group.rewards for line in scored]))
+    _errors.print(summary(groups, [line.group.rewards for line in scored]))

@@ -1,9 +1,8 @@
-"""Scoring a JSONL file of groups into a JSONL file of rewards, so that a broken run can be resumed.
+"""Scores a JSONL file of groups into a JSONL file of rewards; an interrupted run can be resumed.
 
 Input: one group per line, as in `POST /score`. Output: for each line, in order, its number, the SHA-256 of
-the line, recipe, policy, and the group's rewards. Input is validated whole before anything is scored. Output
-that is already there is kept, provided that it belongs to the same input, recipe and policy; a last line that
-was cut off is done again.
+the line, recipe, policy, and the group's rewards. All input is validated before anything is scored. Existing
+output is kept if it belongs to the same input, recipe and policy; a truncated last line is scored again.
 """
 
 import hashlib
@@ -16,14 +15,7 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shopr1_client.errors import InvalidRequestError
-from shopr1_client.wire import (
-    Group,
-    GroupScore,
-    PolicyRef,
-    RecipeRef,
-    ScoreRequest,
-    ScoreResponse,
-)
+from shopr1_client.wire import Group, GroupScore, PolicyRef, RecipeRef, ScoreRequest, ScoreResponse
 from shopr1_client.wire_base import is_union_tag
 from shopr1_service.errors import RolloutFileError
 
@@ -57,7 +49,7 @@ def read_input(path: Path) -> list[InputLine]:
     """All groups of a file.
 
     Raises:
-        RolloutFileError: names the first malformed line and what is wrong with it.
+        RolloutFileError: names the first malformed line and its error.
     """
     lines = path.read_bytes().splitlines()
     return [_input_line(path, i, raw) for i, raw in enumerate(lines, 1) if raw.strip()]
@@ -68,16 +60,16 @@ def _input_line(path: Path, number: int, raw: bytes) -> InputLine:
         # Python's json keeps half surrogate pairs, as HTTP bodies do: a policy's output may hold them.
         group = Group.model_validate(json.loads(raw))
     except ValidationError as error:
-        flaw = error.errors()[0]
-        location = ".".join(str(part) for part in flaw["loc"] if not is_union_tag(part))
-        raise RolloutFileError(f"{path}:{number}: {location}: {flaw['msg']}") from None
+        first = error.errors()[0]
+        location = ".".join(str(part) for part in first["loc"] if not is_union_tag(part))
+        raise RolloutFileError(f"{path}:{number}: {location}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise RolloutFileError(f"{path}:{number}: not JSON: {error}") from None
     return InputLine(number, hashlib.sha256(raw).hexdigest(), group)
 
 
 def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
-    """What a former run has scored of these lines; cuts a torn last line off the file.
+    """Lines that a former run has scored; removes a truncated last line from the file.
 
     Raises:
         RolloutFileError: the output belongs to another input.
@@ -114,12 +106,12 @@ def score_lines(
     """Score lines, a few per call; each is written to `output` before it is yielded.
 
     Args:
-        former: a line that stands in the output already; what follows must come of the same scoring.
+        former: a line of the existing output; the following ones must have the same recipe and policy.
 
     Raises:
         RolloutFileError: the service refuses a line, or scores with another recipe or policy than before.
     """
-    if former:  # an empty request tells recipe and policy before anything is computed
+    if former:  # an empty request returns recipe and policy before anything is computed
         _check_same(former, score(ScoreRequest(recipe=recipe, groups=[])))
     for start in range(0, len(lines), GROUPS_PER_REQUEST):
         batch = lines[start : start + GROUPS_PER_REQUEST]
@@ -152,11 +144,11 @@ def _check_same(former: ScoredLine, response: ScoreResponse) -> None:
 
 
 def _name_line(error: InvalidRequestError, batch: Sequence[InputLine]) -> str:
-    """Say the line where the service says the group's place in a request that the user never saw."""
-    for flaw in error.errors:
-        location = flaw["location"]
+    """The error with the file's line in place of the group's index in a request that the user never saw."""
+    for each in error.errors:
+        location = each["location"]
         for i, line in enumerate(batch):
             prefix = f"groups[{i}]."
             if location.startswith(prefix):
-                return f"line {line.number}: {location.removeprefix(prefix)}: {flaw['message']}"
+                return f"line {line.number}: {location.removeprefix(prefix)}: {each['message']}"
     return str(error)

@@ -1,4 +1,4 @@
-"""Tables for people: what was earned, by the human's action type."""
+"""Summary of scored rollouts as a table, by the human's action type."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence

@@ -11,6 +11,7 @@ from shopr1_service.cluster.engine_metrics import QUEUED_TOKENS, Scrape
 from shopr1_service.cluster.messages import Declined, Route, returns_problems
 from shopr1_service.cluster.update_follower import UpdateFollower
 from shopr1_service.core import Kind, Measurements, TokenGroup
+from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.policy.tokenizer import Codec
@@ -18,7 +19,6 @@ from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterFiles
 from shopr1_service.updates.updatable_engine import UpdatableEngine
 
-_RETRY_AFTER_S = 2.0
 _MAX_DTYPE_BYTES = 8
 
 
@@ -77,7 +77,7 @@ class EngineReplica:
     ) -> Measurements | ProblemError | Declined:
         """As `EngineClient`, but problems are returned: Ray would log a traceback."""
         if (reason := self._reason_to_decline(route)) is not None:
-            return Declined(self._name, NotReadyError(reason, retry_after_s=_RETRY_AFTER_S))
+            return Declined(self._name, NotReadyError(reason, retry_after_s=RETRY_UPDATE_AFTER_S))
         try:
             [measurements] = await self._engine.compute_certainties([group], kind)
         except (NotReadyError, PolicyVersionError, InvalidRequestError) as error:

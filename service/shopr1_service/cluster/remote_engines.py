@@ -38,6 +38,7 @@ from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import Answer, ClusterView, Declined, Route, raise_problem
 from shopr1_service.cluster.update_log import Change, UnloadRequest
 from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
+from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
@@ -51,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_TRIES = 5
 """Number of engines that a group is sent to before it is refused."""
-_RETRY_AFTER_S = 5.0
 _SCRAPE_TIMEOUT_S = 3.0
 """Prometheus waits 10 s for the HTTP side."""
 _RETRY_S = 1.0
@@ -135,7 +135,7 @@ class RemoteEngines(EngineClient):
         if not group.completions:
             return Measurements([], self.versions.find(kind.target))
         problem: ProblemError = NotReadyError(
-            f"{_MAX_TRIES} engines died while they computed it", retry_after_s=_RETRY_AFTER_S
+            f"{_MAX_TRIES} engines died while they computed it", retry_after_s=RETRY_AFTER_S
         )
         declined: set[str] = set()
         for _ in range(_MAX_TRIES):
@@ -164,9 +164,9 @@ class RemoteEngines(EngineClient):
             logger.warning("an engine has died, its group is sent to another one: %s", error)
             return None
         except BackPressureError as error:
-            raise OverloadedError(str(error), retry_after_s=_RETRY_AFTER_S) from error
+            raise OverloadedError(str(error), retry_after_s=RETRY_AFTER_S) from error
         except DeploymentUnavailableError as error:
-            raise NotReadyError("the engines do not start", retry_after_s=_RETRY_AFTER_S) from error
+            raise NotReadyError("the engines do not start", retry_after_s=RETRY_AFTER_S) from error
         return outcome
 
     # --- metrics
@@ -254,7 +254,7 @@ class RemoteEngines(EngineClient):
             view = await self._coordinator.view.remote()
         except (RayError, RayServeException) as error:
             message = "the process that brings changes to the engines has died"
-            raise NotReadyError(message, retry_after_s=_RETRY_AFTER_S) from error
+            raise NotReadyError(message, retry_after_s=RETRY_AFTER_S) from error
         if view is not None:
             self._see(view)
         return answer

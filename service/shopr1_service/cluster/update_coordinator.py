@@ -34,10 +34,10 @@ from shopr1_service.cluster.messages import (
 )
 from shopr1_service.cluster.update_log import Change, UpdateLog
 from shopr1_service.cluster.upload_store import UploadStore
+from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 
 logger = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = 2.0
 _POLL_S = 10.0
 """A poll is answered after this time at the latest."""
 _LIVENESS_S = 2.0
@@ -272,11 +272,13 @@ class UpdateCoordinator:
         """Apply a change on the oldest engine."""
         running.canary = next(iter(self._members.ready), "")
         if not running.canary:
-            raise NotReadyError("no engine is ready", retry_after_s=_RETRY_AFTER_S)
+            raise NotReadyError("no engine is ready", retry_after_s=RETRY_UPDATE_AFTER_S)
         self._notify()
         await self._until(lambda: running.result is not None or running.canary not in self._members)
         if running.result is None:
-            raise NotReadyError("the engine that tried the change has died", retry_after_s=_RETRY_AFTER_S)
+            raise NotReadyError(
+                "the engine that tried the change has died", retry_after_s=RETRY_UPDATE_AFTER_S
+            )
         return raise_problem(running.result)
 
     async def _spread(self, running: _Running, number: int) -> None:
@@ -293,7 +295,7 @@ class UpdateCoordinator:
     def _refuse_if_running(self) -> None:
         if self._running is not None:
             message = f"an update to version {self._running.progress.version!r} is under way"
-            raise UpdateConflictError(message, retry_after_s=_RETRY_AFTER_S)
+            raise UpdateConflictError(message, retry_after_s=RETRY_UPDATE_AFTER_S)
 
     def _view(self, log: UpdateLog) -> ClusterView:
         tables = {each.number: each.table for each in (self._former, log) if each is not None}

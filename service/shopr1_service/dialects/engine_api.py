@@ -16,35 +16,18 @@ from fastapi import APIRouter, Body, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from shopr1_client.errors import (
-    InternalError,
-    InvalidRequestError,
-    MalformedBodyError,
-    NotFoundError,
-    NotReadyError,
-    RequestTimeoutError,
-    TooLargeError,
-)
+from shopr1_client.errors import InternalError, InvalidRequestError, NotFoundError, NotReadyError
 from shopr1_client.wire_base import AnswerModel
 from shopr1_client.wire_policy import AdapterName, AdapterRequest, UpdateRequest, VersionName
 from shopr1_service.dialects.requests import TrainerRequest
 from shopr1_service.http import examples
-from shopr1_service.http.problem_responses import CHANGE_PROBLEMS, problem_responses
+from shopr1_service.http.problem_responses import BODY, CHANGE_PROBLEMS, problem_responses
 from shopr1_service.http.state import AppState
 
 TAG = "engines"
 router = APIRouter(tags=[TAG])
 
-_UNLOAD_PROBLEMS = problem_responses(
-    MalformedBodyError,
-    NotFoundError,
-    RequestTimeoutError,
-    TooLargeError,
-    InvalidRequestError,
-    InternalError,
-    NotReadyError,
-)
-
+_UNLOAD_PROBLEMS = problem_responses(*BODY, NotFoundError, NotReadyError)
 _NOTHING_TO_DO = "Nothing to do: updates are atomic.\n"
 _LOADED = "Success: LoRA adapter '{name}' is loaded."
 _UNLOADED = "Success: LoRA adapter '{name}' is unloaded."
@@ -181,7 +164,7 @@ _add_lora_routes("", "SGLang")
 
 
 def _refuse_if_loaded(body: LoadLora, adapters: Container[str]) -> None:
-    """Raise as both engines do, so that nobody mistakes the old weights for the new ones."""
+    """Raise as both engines do: a client must not mistake the old weights for the new ones."""
     if body.lora_name in adapters and not body.load_inplace:
         message = f"an adapter {body.lora_name!r} is loaded already; unload it, or set load_inplace"
         raise InvalidRequestError(message, errors=[{"location": "lora_name", "message": message}])

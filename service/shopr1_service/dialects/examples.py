@@ -1,4 +1,4 @@
-"""Examples of the trainers' requests in the API's document. A test sends them and compares the answers."""
+"""Examples of trainers' requests in the OpenAPI document. A test sends them and compares the responses."""
 
 import json
 from typing import Any
@@ -130,4 +130,4 @@ ANSWERS: dict[str, Any] = {
     },
     "nemoGymReverifyMode": "stateless",
 }
-"""By operation id."""
+"""Responses by operation id."""

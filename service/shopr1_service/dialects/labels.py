@@ -3,11 +3,12 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Body
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
 from shopr1_client.errors import FieldError, InternalError
 from shopr1_client.wire import GroundTruth
+from shopr1_client.wire_base import RequestModel
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.requests import Prompt, TextOrMessages
@@ -28,10 +29,8 @@ def _check_not_empty(prompt: Prompt) -> Prompt:
     return prompt
 
 
-class LabelEntry(BaseModel):
+class LabelEntry(RequestModel):
     """A ground truth for a prompt."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Annotated[
         TextOrMessages,
@@ -39,15 +38,12 @@ class LabelEntry(BaseModel):
         Field(description="As the trainer will send it: the templated text, or messages."),
     ]
     ground_truth: Annotated[
-        GroundTruth,
-        Field(description="An action, `{ground_truth, recipe}`, or either as JSON in a string."),
+        GroundTruth, Field(description="An action, `{ground_truth, recipe}`, or either as JSON in a string.")
     ]
 
 
-class Labels(BaseModel):
+class Labels(RequestModel):
     """Ground truths to register."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: list[LabelEntry]
 
@@ -59,10 +55,7 @@ class LabelCount(BaseModel):
 
 
 @router.put(
-    "/labels",
-    operation_id="putLabels",
-    summary="Register ground truths by prompt",
-    responses=BODY_PROBLEMS,
+    "/labels", operation_id="putLabels", summary="Register ground truths by prompt", responses=BODY_PROBLEMS
 )
 async def put_labels(
     body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState

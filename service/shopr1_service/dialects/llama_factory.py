@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
 from shopr1_service.http.state import AppState, State
 
@@ -72,5 +72,5 @@ def _rollouts(body: ScoreEvaluation, state: State) -> list[Rollout]:
         if found is None:
             reader.add_error(path, "begins with no registered prompt (PUT /labels)")
         else:
-            reader.rollouts.append(Rollout(*found, prompt_path=path, completion_path=path, label_path=path))
+            reader.rollouts.append(Rollout(*found, Paths(path, path, path)))
     return reader.finish()

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shopr1_client.errors import InternalError, MalformedBodyError
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_missing
-from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
 from shopr1_service.dialects.results import (
     BODY_PROBLEMS,
@@ -93,10 +93,7 @@ class AggregateMetrics(BaseModel):
 
 
 @router.post(
-    "/seed_session",
-    operation_id="nemoGymSeedSession",
-    summary="Begin a rollout",
-    responses=BODY_PROBLEMS,
+    "/seed_session", operation_id="nemoGymSeedSession", summary="Begin a rollout", responses=BODY_PROBLEMS
 )
 async def seed_session(
     body: Annotated[dict[str, Any], Body(openapi_examples=examples.NEMO_GYM_ROW)],
@@ -180,9 +177,7 @@ def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
         body.responses_create_params.messages(),
         body.response.text,
         getattr(body, name),
-        prompt_path="responses_create_params.input",
-        completion_path="response.output",
-        label_path=name,
+        Paths("responses_create_params.input", "response.output", name),
     )
     return reader.finish()
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from shopr1_client.reward_logs import PREFIX, log_keys
 from shopr1_client.wire_base import UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.requests import Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, TrainerResult, score_rollouts
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.state import AppState, State
@@ -53,10 +53,7 @@ class Rewards(BaseModel):
 
 
 @router.post(
-    "/get_reward",
-    operation_id="openrlhfGetReward",
-    summary="OpenRLHF's remote reward",
-    responses=PROBLEMS,
+    "/get_reward", operation_id="openrlhfGetReward", summary="OpenRLHF's remote reward", responses=PROBLEMS
 )
 async def get_reward(
     body: Annotated[GetReward, Body(openapi_examples=examples.OPENRLHF)], request: Request, state: AppState
@@ -86,12 +83,7 @@ def _rollouts(body: GetReward, state: State) -> list[Rollout]:
             reader.add_error(f"query[{i}]", f"does not begin with prompts[{i}]")
             continue
         reader.add(
-            prompt,
-            query.removeprefix(prompt),
-            label,
-            prompt_path=f"prompts[{i}]",
-            completion_path=f"query[{i}]",
-            label_path=f"labels[{i}]",
+            prompt, query.removeprefix(prompt), label, Paths(f"prompts[{i}]", f"query[{i}]", f"labels[{i}]")
         )
     return reader.finish()
 

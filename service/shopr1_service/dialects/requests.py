@@ -1,7 +1,7 @@
 """Rollouts from a trainer's request: the common input side of the dialects."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
@@ -47,16 +47,22 @@ TextOrMessages = Annotated[
 """A prompt: a string is used as it is, messages go through the policy's chat template."""
 
 
+class Paths(NamedTuple):
+    """The fields of the trainer's request that hold a rollout, for errors."""
+
+    prompt: str
+    completion: str
+    label: str
+
+
 @dataclass(frozen=True)
 class Rollout:
-    """A completion and what is needed to score it. The paths are those of the trainer's request."""
+    """A completion and what is needed to score it."""
 
     prompt: Prompt
     completion: str
     label: Label
-    prompt_path: str
-    completion_path: str
-    label_path: str
+    paths: Paths
 
     @property
     def ground_truth(self) -> str:
@@ -75,20 +81,11 @@ class RolloutReader:
         """Add an error, for which the request will be refused."""
         self.errors.append({"location": location, "message": message})
 
-    def add(
-        self,
-        prompt: Prompt,
-        completion: str,
-        label: object,
-        *,
-        prompt_path: str,
-        completion_path: str,
-        label_path: str,
-    ) -> None:
+    def add(self, prompt: Prompt, completion: str, label: object, paths: Paths) -> None:
         """Add a rollout with the label that the trainer sent, or else the registered one."""
-        found = self._label(label, prompt, label_path)
+        found = self._label(label, prompt, paths.label)
         if found is not None:
-            self.rollouts.append(Rollout(prompt, completion, found, prompt_path, completion_path, label_path))
+            self.rollouts.append(Rollout(prompt, completion, found, paths))
 
     def _label(self, label: object, prompt: Prompt, path: str) -> Label | None:
         if is_missing(label):
@@ -111,7 +108,9 @@ class RolloutReader:
         for rollout in self.rollouts[1:]:
             first = self.rollouts[0]
             if rollout.label.recipe != first.label.recipe:
-                message = f"recipe {rollout.label.recipe!r}, but {first.label.recipe!r} in {first.label_path}"
-                self.add_error(rollout.label_path, message)
+                message = (
+                    f"recipe {rollout.label.recipe!r}, but {first.label.recipe!r} in {first.paths.label}"
+                )
+                self.add_error(rollout.paths.label, message)
         raise_if_any(self.errors)
         return self.rollouts

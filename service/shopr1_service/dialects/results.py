@@ -7,42 +7,19 @@ from typing import Literal
 
 from fastapi import Request
 
-from shopr1_client.errors import (
-    DeadlineExceededError,
-    FieldError,
-    InternalError,
-    InvalidRequestError,
-    MalformedBodyError,
-    NotReadyError,
-    OverloadedError,
-    RequestTimeoutError,
-    TooLargeError,
-    UnscorableError,
-)
+from shopr1_client.errors import FieldError, InvalidRequestError, UnscorableError
 from shopr1_client.grouping import Grouping
 from shopr1_client.reward_logs import log_values, terms
 from shopr1_client.wire import Reward, ScoreRequest
 from shopr1_service.dialects.requests import Rollout
 from shopr1_service.field_errors import raise_if_any
-from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.problem_responses import BODY, SCORING, problem_responses
 from shopr1_service.http.scoring import score_request
 from shopr1_service.http.state import State
 
 TAG = "trainers"
-BODY_PROBLEMS = problem_responses(
-    MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError
-)
-PROBLEMS = problem_responses(
-    MalformedBodyError,
-    RequestTimeoutError,
-    TooLargeError,
-    InvalidRequestError,
-    UnscorableError,
-    OverloadedError,
-    InternalError,
-    NotReadyError,
-    DeadlineExceededError,
-)
+BODY_PROBLEMS = problem_responses(*BODY)
+PROBLEMS = problem_responses(*SCORING, UnscorableError)
 """Problems of a route that scores."""
 
 _PROMPT_PATH = re.compile(r"groups\[(\d+)\]\.prompt(.*)")
@@ -130,7 +107,7 @@ def _in_trainer_paths(
 ) -> list[FieldError]:
     """Errors at the trainer's own paths: it sends a prompt per rollout. Scoring can refuse only prompts."""
     return [
-        {"location": rollouts[i].prompt_path + match[2], "message": each["message"]}
+        {"location": rollouts[i].paths.prompt + match[2], "message": each["message"]}
         for each in error.errors
         if (match := _PROMPT_PATH.fullmatch(each["location"]))
         for i in groups[int(match[1])]
@@ -139,7 +116,7 @@ def _in_trainer_paths(
 
 def _raise_if_unscorable(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> None:
     errors: list[FieldError] = [
-        {"location": rollout.completion_path, "message": _failure(reward)}
+        {"location": rollout.paths.completion, "message": _failure(reward)}
         for rollout, reward in zip(rollouts, rewards, strict=True)
         if reward.reward is None
     ]

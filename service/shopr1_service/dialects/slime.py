@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Query, Request
 from pydantic import Field
 
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.requests import RolloutReader, TextOrMessages, TrainerRequest
+from shopr1_service.dialects.requests import Paths, RolloutReader, TextOrMessages, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
 from shopr1_service.http.state import AppState
 
@@ -36,12 +36,7 @@ class RemoteRm(TrainerRequest):
     ] = None
 
 
-@router.post(
-    "/reward",
-    operation_id="slimeReward",
-    summary="slime's remote reward",
-    responses=PROBLEMS,
-)
+@router.post("/reward", operation_id="slimeReward", summary="slime's remote reward", responses=PROBLEMS)
 async def reward(
     body: Annotated[RemoteRm, Body(openapi_examples=examples.SLIME)],
     request: Request,
@@ -56,14 +51,7 @@ async def reward(
     a number for it.
     """
     reader = RolloutReader(state)
-    reader.add(
-        body.prompt,
-        body.response,
-        body.label,
-        prompt_path="prompt",
-        completion_path="response",
-        label_path="label",
-    )
+    reader.add(body.prompt, body.response, body.label, Paths("prompt", "response", "label"))
     unscorable = state.settings.slime_unscorable
     [result] = await score_rollouts(reader.finish(), DIALECT, unscorable, request, state)
     return {"reward": result.reward, **result.logs} if as_object else result.reward

@@ -13,7 +13,7 @@ _Result = TypeVar("_Result")
 
 
 class ClientDisconnectedError(Exception):
-    """The client has closed the connection: nobody reads a response."""
+    """The client has closed the connection and reads no response."""
 
 
 async def run_until_deadline(

@@ -1,4 +1,4 @@
-"""Examples in the API's document. A test scores the request and compares the answer."""
+"""Examples in the OpenAPI document. A test scores the request and compares the response."""
 
 from typing import Any
 
@@ -52,14 +52,14 @@ _IDS_REQUEST: dict[str, Any] = {
 
 SCORE_REQUESTS: dict[str, Example] = {
     "text": {"summary": "A templated prompt and a completion as text", "value": SCORE_REQUEST},
-    "chat": {"summary": "Chat messages; per-token values in the answer", "value": _CHAT_REQUEST},
+    "chat": {"summary": "Chat messages; per-token values in the response", "value": _CHAT_REQUEST},
     "token_ids": {"summary": "Token ids, and a policy version that must be loaded", "value": _IDS_REQUEST},
 }
 
 _PATH = "/checkpoints/step-120"
 
 UPDATE_REQUESTS: dict[str, Example] = {
-    "full": {"summary": "All weights of a checkpoint", "value": {"path": _PATH, "version": "120"}},
+    "full": {"summary": "All weights of a checkpoint", "value": {"path": _PATH, "version": "120"}}
 }
 TRANSFER_REQUESTS: dict[str, Example] = {
     "one": {
@@ -72,19 +72,19 @@ TRANSFER_REQUESTS: dict[str, Example] = {
             "timeout_s": 1.0,
             "tensors": [{"name": "model.norm.weight", "dtype": "F32", "shape": [576]}],
         },
-    },
+    }
 }
 ADAPTER_REQUESTS: dict[str, Example] = {
     "default": {
-        "summary": "An adapter that scores whoever names none",
+        "summary": "An adapter for requests that name none",
         "value": {"name": "grpo", "path": _PATH, "version": "120", "default": True},
-    },
+    }
 }
 SGLANG_UPDATES: dict[str, Example] = {
-    "one": {"summary": "As slime sends it", "value": {"model_path": _PATH, "weight_version": "120"}},
+    "one": {"summary": "As slime sends it", "value": {"model_path": _PATH, "weight_version": "120"}}
 }
 LORA_LOADS: dict[str, Example] = {
-    "one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v7", "lora_path": _PATH}},
+    "one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v7", "lora_path": _PATH}}
 }
 LORA_UNLOADS: dict[str, Example] = {"one": {"summary": "As TRL sends it", "value": {"lora_name": "grpo-v6"}}}
 
@@ -215,4 +215,4 @@ ANSWERS: dict[str, Any] = {
     "live": {"status": "live"},
     "ready": {"status": "ready"},
 }
-"""By operation id."""
+"""Responses by operation id."""

@@ -1,4 +1,4 @@
-"""`openapi.yaml`: built from the application, so that it cannot drift from it."""
+"""OpenAPI document, built from the application, so that it cannot drift from it."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,11 +16,11 @@ from shopr1_service.http.problem_responses import SCHEMA_REF
 
 TAGS = [
     {"name": "score", "description": "The reward."},
-    {"name": "trainers", "description": "The same in the words of trainers that send HTTP themselves."},
-    {"name": "recipes", "description": "What the reward is made of."},
-    {"name": "policy", "description": "Versions of the policy, and how it follows a trainer's weights."},
-    {"name": "engines", "description": "The same in the words of SGLang and vLLM."},
-    {"name": "service", "description": "What is running."},
+    {"name": "trainers", "description": "The same by the protocols of trainers that send HTTP themselves."},
+    {"name": "recipes", "description": "The numbers of the reward."},
+    {"name": "policy", "description": "Versions of the policy, and updates of its weights."},
+    {"name": "engines", "description": "The same by SGLang's and vLLM's routes."},
+    {"name": "service", "description": "The running service."},
     {"name": "health", "description": "For supervisors and load balancers."},
 ]
 
@@ -52,7 +52,7 @@ RUN_PARAMETER: dict[str, Any] = {
     "name": RUN_HEADER,
     "in": "header",
     "required": False,
-    "description": "The training run that the request belongs to: metrics and logs tell runs apart. "
+    "description": "The training run that the request belongs to: metrics and logs distinguish runs. "
     "For clients that cannot send headers, `/run/<id>` before any path does the same.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{0,64}$"},
     "example": "grpo-7",
@@ -91,24 +91,24 @@ def _problem_schemas() -> dict[str, Any]:
 
 
 def _drop_default_validation_error(operation: dict[str, Any]) -> None:
-    """FastAPI documents its own 422 wherever there is a parameter; ours is a problem, where there is one."""
+    """Drop FastAPI's own 422, which it documents for every parameter; ours is a problem."""
     if "application/json" in operation["responses"].get("422", {}).get("content", {}):
         del operation["responses"]["422"]
 
 
 def _add_example(operation: dict[str, Any], answers: Mapping[str, Any]) -> None:
-    # Not through FastAPI's `responses`: it would leave out what is null.
+    # Not through FastAPI's `responses`, which would leave out nulls.
     example = answers.get(operation["operationId"])
     if example is not None:
         operation["responses"]["200"]["content"]["application/json"]["example"] = example
 
 
 def _add_run(operation: dict[str, Any]) -> None:
-    """Middleware reads the header: no route declares it. Those that can be late are those that score."""
+    """Add the run header, which middleware reads, to the routes that score: those that can be late."""
     if str(DeadlineExceededError.status) in operation["responses"]:
         operation.setdefault("parameters", []).append(deepcopy(RUN_PARAMETER))
 
 
 def to_yaml(document: dict[str, Any]) -> str:
-    """The document as it is committed."""
+    """The document as `openapi.yaml`."""
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)

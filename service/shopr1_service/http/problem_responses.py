@@ -1,10 +1,11 @@
-"""OpenAPI responses of the errors that a route may return."""
+"""OpenAPI responses for the problems that a route may return."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from shopr1_client.errors import (
     PROBLEM_MEDIA_TYPE,
+    DeadlineExceededError,
     InternalError,
     InvalidRequestError,
     InvalidWeightsError,
@@ -20,19 +21,19 @@ from shopr1_client.errors import (
 )
 
 _RETRIED = {problem.status for problem in (PolicyVersionError, OverloadedError, NotReadyError)}
-"""Answers that may say when to try again; 409 only if the version may still come."""
+"""Statuses that may have `Retry-After`; 409 only if the version may still be loaded."""
 
 SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` for errors, with an example each."""
-    statuses = dict.fromkeys(problem.status for problem in problems)
+    """FastAPI's `responses` for problems, by status, with an example each."""
+    statuses = sorted({problem.status for problem in problems})
     return {status: _problem_response([p for p in problems if p.status == status]) for status in statuses}
 
 
 def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
-    """The response for problems that have their status in common."""
+    """The response for problems of the same status."""
     bodies = {p.code: p("What happened, for people.", request_id="4f3c").to_problem() for p in problems}
     content: dict[str, Any] = {"schema": {"$ref": SCHEMA_REF.format(model="Problem")}}
     if len(bodies) == 1:
@@ -49,15 +50,10 @@ def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
     return response
 
 
-_CHANGES: tuple[type[ProblemError], ...] = (
-    MalformedBodyError,
-    RequestTimeoutError,
-    UpdateConflictError,
-    TooLargeError,
-    InvalidRequestError,
-    InvalidWeightsError,
-    InternalError,
-    NotReadyError,
-    StorageError,
+BODY = (MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError)
+"""Problems of every route that takes a body."""
+SCORING = (*BODY, OverloadedError, NotReadyError, DeadlineExceededError)
+"""Problems of every route that scores."""
+CHANGE_PROBLEMS = problem_responses(
+    *BODY, UpdateConflictError, InvalidWeightsError, NotReadyError, StorageError
 )
-CHANGE_PROBLEMS = problem_responses(*_CHANGES)

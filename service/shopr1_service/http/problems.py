@@ -1,6 +1,6 @@
 """Maps every error to an `application/problem+json` response (RFC 9457).
 
-The classes, with their statuses and codes, are in `shopr1_client.errors`. Who decides:
+The classes, with their statuses and codes, are in `shopr1_client.errors`. Raised by:
 
     400, 422                 FastAPI and pydantic; `scoring/prepare.py` for what needs the recipe or tokenizer
     401, 403                 `middleware/auth.py`

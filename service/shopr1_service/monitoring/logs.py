@@ -1,8 +1,12 @@
-"""Log lines: text for people, or a JSON object a line for machines; the request that each belongs to.
+"""Log lines: text for people or one JSON object per line for machines, with the request that each belongs to.
 
-Nothing that a client sent can begin a line of its own: in JSON it stays inside of a string, in text control
-characters are escaped. What was scored, and keys, stand in no line: our own code logs none, and exceptions
-whose messages quote their input are logged without them.
+A client cannot begin a line of its own: in JSON its text stays inside a string, in text control characters
+are escaped. No line holds keys or what was scored: our own code logs none of it, and exceptions whose
+messages quote their input are logged without their message.
+
+structlog is not used: what it would replace is `json.dumps`. Hidden messages, escapes and tolerance of broken
+log calls would be processors of the same length, and stamina, once it finds structlog, logs to standard
+output.
 """
 
 import json
@@ -29,19 +33,19 @@ current_run: ContextVar[str] = ContextVar("shopr1_run", default="")
 """Run of the current request. The engine's thread works for many requests at once, and has none."""
 
 _QUOTING = (ProblemError, RewardsError, CodecError, ValidationError, ValidationException, KeyError)
-"""Exceptions whose messages quote what a client sent."""
+"""Exceptions whose messages quote a client's input."""
 _HIDDEN = "(not shown: it may quote a request)"
 _MAX_FRAMES = 50
 
 # `color_message` is uvicorn's, with escapes for terminals; `taskName` numbers asyncio's tasks.
 _NO_EXTRAS = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "color_message", "taskName"})
-# Whatever some reader takes for the end of a line, and what terminals obey.
+# Every character that some reader takes for the end of a line, or that terminals interpret.
 _ESCAPES = {code: ascii(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 @contextmanager
 def logging_to_stderr(settings: Settings) -> Iterator[None]:
-    """Send everything that is logged in this process, and Python's warnings, to standard error."""
+    """Send all log records of this process, and Python's warnings, to standard error."""
     handler = _Handler(sys.stderr)
     handler.setFormatter(_formatter(settings.log_format, sys.stderr))
     root = logging.getLogger()
@@ -57,7 +61,7 @@ def logging_to_stderr(settings: Settings) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in ASCII: no reader has another idea of where a line ends."""
+    """One JSON object per line, in ASCII, so that all readers agree on where a line ends."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {
@@ -70,12 +74,12 @@ class JsonFormatter(logging.Formatter):
         if error := _error(record):
             stack = _clean("".join(_stack(error, set())))
             fields["exception"] = {"type": _type(error), "message": _error_message(error), "stack": stack}
-        # No extra field may pass itself off as the level or the time.
-        return json.dumps(fields | {name: v for name, v in _extras(record).items() if name not in fields})
+        # An extra field cannot replace the level or the time.
+        return json.dumps(fields | _extras(record) | fields)
 
 
 class TextFormatter(logging.Formatter):
-    """One line for each record; a stack follows, indented, so that it cannot look like a record."""
+    """One line per record; a stack trace follows, indented, so that it cannot look like a record."""
 
     def format(self, record: logging.LogRecord) -> str:
         context = " ".join(_request().values())
@@ -90,7 +94,7 @@ class TextFormatter(logging.Formatter):
 
 class _Handler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
-        """Nothing: Python's own would write the record, unformatted, to the stream that has just failed."""
+        """Do nothing: Python's own would write the raw record to the stream that has just failed."""
 
 
 def _formatter(log_format: LogFormat, stream: TextIO) -> logging.Formatter:
@@ -99,7 +103,7 @@ def _formatter(log_format: LogFormat, stream: TextIO) -> logging.Formatter:
 
 
 def _take_over_libraries() -> None:
-    """Transformers and torch write by handlers of their own. Imported by now; the levels they chose stay."""
+    """Remove the handlers of transformers and torch, which are imported by now. Their levels stay."""
     for known in list(logging.root.manager.loggerDict.values()):
         if isinstance(known, logging.Logger) and known.handlers:
             known.handlers.clear()
@@ -118,10 +122,10 @@ def _request() -> dict[str, str]:
 def _message(record: logging.LogRecord) -> str:
     try:
         message = record.getMessage()
-    except Exception:  # a library's mistake; its arguments may be anything
+    except Exception:  # a library's bug; the arguments may be anything
         message = f"{record.msg} (its arguments do not fit)"
     if record.name == "asyncio" and record.exc_info:
-        # What follows are the task and its exception, with what its message quotes.
+        # The following lines show the task and its exception, whose message may quote a request.
         message = message.partition("\n")[0]
     return _clean(message.rstrip("\n"))
 
@@ -131,7 +135,7 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """What JSON has a word for as it is, anything else in Python's words."""
+    """A value that JSON can express, or else its text."""
     match value:
         case int() | None:
             return value
@@ -146,7 +150,7 @@ def _plain(value: object) -> object:
 
 
 def _clean(text: str) -> str:
-    """Half surrogate pairs, which cannot be written, as escapes."""
+    """Text with half surrogate pairs, which cannot be encoded, as escapes."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -167,12 +171,12 @@ def _error_message(error: BaseException) -> str:
         return _HIDDEN
     try:
         return _clean(str(error))
-    except Exception as failure:  # it is logged because something failed: that it cannot be shown is no news
+    except Exception as failure:  # a second failure must not hide the first
         return f"(cannot be shown: {type(failure).__name__})"
 
 
 def _stack(error: BaseException, seen: set[int]) -> Iterator[str]:
-    """As Python prints it, the causes first, but for messages that quote a request."""
+    """The traceback as Python prints it, causes first, without messages that may quote a request."""
     seen.add(id(error))
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if cause is not None and id(cause) not in seen:

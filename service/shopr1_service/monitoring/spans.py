@@ -1,8 +1,8 @@
-"""Where the time of a request goes, for whoever traces it.
+"""Time spans of a request, for its trace.
 
-The scoring core says when something began and ended; who listens is in the context of the request that is
-worked on: a contextvar, which goes along into tasks and prepare threads. Without tracing nobody listens, and
-nothing of OpenTelemetry is imported.
+The scoring core records when a step began and ended. The trace that receives it is in the request's context:
+a contextvar, which tasks and prepare threads inherit. Without tracing there is none, and OpenTelemetry is not
+imported.
 """
 
 import time
@@ -23,8 +23,8 @@ current_trace: ContextVar[Trace | None] = ContextVar("shopr1_trace", default=Non
 
 
 @dataclass(eq=False)
-class Visit:
-    """What the engine measures together, from when until when; `end_s` is None while it does."""
+class EnginePass:
+    """Groups that the engine computes together, with their times; `end_s` is None until it has finished."""
 
     num_groups: int
     num_tokens: int
@@ -32,14 +32,14 @@ class Visit:
     end_s: float | None = None
 
     def end(self) -> float:
-        """How long it took, in seconds."""
+        """Record the end, and return the duration in seconds."""
         self.end_s = time.perf_counter()
         return self.end_s - self.start_s
 
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Record the time that the block takes."""
+    """Record the duration of the block."""
     start_s = time.perf_counter()
     try:
         yield
@@ -48,19 +48,19 @@ def span(name: str) -> Iterator[None]:
             trace.add(name, start_s, time.perf_counter())
 
 
-def record_visits(visits: Iterable[Visit | None], submitted_s: float) -> None:
-    """Record how long a call waited for the engine and what it was part of there.
+def record_passes(passes: Iterable[EnginePass | None], submitted_s: float) -> None:
+    """Record how long a request waited for the engine, and the passes that it was part of.
 
     Args:
-        visits: of each of its groups; None for one that was dropped before.
+        passes: one for each of its groups; None for a group that was dropped from the queue.
     """
     trace = current_trace.get()
     if trace is None:
         return
-    for visit in dict.fromkeys(visits):
-        if visit is None:
+    for each in dict.fromkeys(passes):
+        if each is None:
             trace.add("queue", submitted_s, time.perf_counter())
             continue
-        end_s = time.perf_counter() if visit.end_s is None else visit.end_s
-        trace.add("queue", submitted_s, visit.start_s)
-        trace.add("engine", visit.start_s, end_s, num_groups=visit.num_groups, num_tokens=visit.num_tokens)
+        end_s = time.perf_counter() if each.end_s is None else each.end_s
+        trace.add("queue", submitted_s, each.start_s)
+        trace.add("engine", each.start_s, end_s, num_groups=each.num_groups, num_tokens=each.num_tokens)

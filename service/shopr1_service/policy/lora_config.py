@@ -1,7 +1,7 @@
 """Reader of a LoRA adapter's `adapter_config.json`, as PEFT writes it.
 
 Fields that leave the numbers alone are ignored. Every other field that is set is refused: without it, the
-adapter would give the numbers of a model that nobody trained. PEFT's own `LoraConfig` does not do that: it
+adapter would give the numbers of a model that was never trained. PEFT's own `LoraConfig` does not do that: it
 accepts any type (`r="8"`), drops unknown fields with a warning, and its import takes seconds.
 
 >>> config = parse_config('{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"v_proj": 4}}')

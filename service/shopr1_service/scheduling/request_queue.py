@@ -29,7 +29,7 @@ from shopr1_service.core import (
     Unmeasurable,
     Version,
 )
-from shopr1_service.monitoring.spans import Visit
+from shopr1_service.monitoring.spans import EnginePass
 
 MAX_BATCH_TOKENS = 4096
 """Tokens that are taken together where there is a choice. Enough to fill a device; the first should not wait
@@ -52,7 +52,7 @@ class Job:
     rank_s: float
     progress: Progress = field(default_factory=Progress)
     future: Future[Measurements] = field(default_factory=Future)
-    visit: Visit | None = None
+    visit: EnginePass | None = None
 
     @cached_property
     def lane(self) -> Hashable:

@@ -39,8 +39,9 @@ from shopr1_service.core import (
     Version,
 )
 from shopr1_service.engine.heartbeat import IDLE_BEAT_S
+from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics, Phase
-from shopr1_service.monitoring.spans import Visit, record_visits
+from shopr1_service.monitoring.spans import EnginePass, record_passes
 from shopr1_service.policy.base import Policy
 from shopr1_service.scheduling.request_queue import (
     Batch,
@@ -56,7 +57,6 @@ from shopr1_service.scheduling.request_queue import (
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-_RETRY_AFTER_S = 5.0
 
 
 class Scheduler:
@@ -102,7 +102,7 @@ class Scheduler:
             return list(await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs)))
         finally:
             self._drop(jobs)
-            record_visits((job.visit for job in jobs if job.group.completions), now_s)
+            record_passes((job.visit for job in jobs if job.group.completions), now_s)
 
     async def between_batches(self, work: Callable[[], _Result]) -> _Result:
         """What `work` returns, or raises, when it is called on the engine's thread, before the next batch.
@@ -160,9 +160,9 @@ class Scheduler:
 
     def _refuse_if_ended(self) -> None:
         if self._is_broken:
-            raise NotReadyError("the engine has failed, the service is ending", retry_after_s=_RETRY_AFTER_S)
+            raise NotReadyError("the engine has failed, the service is ending", retry_after_s=RETRY_AFTER_S)
         if self._is_closed:
-            raise NotReadyError("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
+            raise NotReadyError("the service is shutting down", retry_after_s=RETRY_AFTER_S)
 
     def _overloaded(self, num_tokens: int) -> OverloadedError:
         self._metrics.record_rejection("queue_full")
@@ -226,7 +226,7 @@ class Scheduler:
 
     def _measure_with(self, version: Version, lanes: Batch) -> None:
         groups = [joined(lane) for lane in lanes]
-        visit = Visit(len(groups), sum(map(num_tokens, groups)))
+        visit = EnginePass(len(groups), sum(map(num_tokens, groups)))
         for lane in lanes:
             for job in lane:
                 job.visit = visit
@@ -234,7 +234,7 @@ class Scheduler:
         try:
             measured = self._certainties(groups, lanes[0][0].kind.rules, version)
         except FatalEngineError:
-            fail(lanes, NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S))
+            fail(lanes, NotReadyError("the engine has failed", retry_after_s=RETRY_AFTER_S))
             raise
         except Exception as error:  # handed over to every request that waits for it
             fail(lanes, error)
@@ -264,7 +264,7 @@ class Scheduler:
         # From here on nobody but this thread settles them: cancelled ones are skipped.
         fail(
             [[job for job in waiting if job.future.set_running_or_notify_cancel()]],
-            NotReadyError("the engine has failed", retry_after_s=_RETRY_AFTER_S),
+            NotReadyError("the engine has failed", retry_after_s=RETRY_AFTER_S),
         )
         self._on_fatal(error)
 
@@ -301,7 +301,7 @@ class EngineTask(Generic[Result]):
 
     def dismiss(self, why: str) -> None:
         """It will not be done."""
-        self.future.set_exception(NotReadyError(why, retry_after_s=_RETRY_AFTER_S))
+        self.future.set_exception(NotReadyError(why, retry_after_s=RETRY_AFTER_S))
 
 
 def dismiss(errands: deque[EngineTask[Any]], why: str) -> None:

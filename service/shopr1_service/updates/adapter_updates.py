@@ -13,6 +13,7 @@ from shopr1_client.errors import InvalidWeightsError, NotFoundError, TooLargeErr
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE, AdapterRequest, AdapterUpdate
 from shopr1_service.concurrency import read_foreign
 from shopr1_service.core import Version
+from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
@@ -25,8 +26,6 @@ from shopr1_service.weights.safetensors_header import Header
 from shopr1_service.weights.safetensors_stream import SafetensorsStream, feed_in_threads
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class AdapterUpdates:
         versions = self._policy.versions
         if versions.base is not base:
             raise UpdateConflictError(
-                "the policy's own weights changed meanwhile", retry_after_s=_RETRY_AFTER_S
+                "the policy's own weights changed meanwhile", retry_after_s=RETRY_UPDATE_AFTER_S
             )
         self._check_room(request.name)
         number = versions.num_changes + 1

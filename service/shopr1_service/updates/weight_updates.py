@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from shopr1_client.errors import InvalidWeightsError, StorageError, UpdateConflictError
 from shopr1_client.wire_policy import PolicyUpdate, Stage, TransferRequest, UpdateProgress, UpdateRequest
 from shopr1_service.concurrency import read_foreign
+from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
@@ -35,7 +36,6 @@ from shopr1_service.weights.tensors import TensorLocation, UpdateContents
 
 logger = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = 2.0
 
 Receive = Callable[[StagedWeights], Awaitable[None]]
 """Stages and checks all tensors of an update."""
@@ -172,7 +172,8 @@ class WeightUpdates:
     def _only_one(self, source: str, version: str, *, is_partial: bool) -> Iterator[_RunningUpdate]:
         if self._running is not None:
             raise UpdateConflictError(
-                f"an update to version {self._running.version!r} is under way", retry_after_s=_RETRY_AFTER_S
+                f"an update to version {self._running.version!r} is under way",
+                retry_after_s=RETRY_UPDATE_AFTER_S,
             )
         try:
             staged = StagedWeights(self._policy.weights, self._staging_dir, is_partial=is_partial)

@@ -26,7 +26,7 @@ _CONNECTION_S = 10.0
 
 
 class TransferError(Exception):
-    """The weights did not arrive; the message says why."""
+    """The weights did not arrive; the message is the reason."""
 
 
 def receive(request: TransferRequest, device: torch.device, sink: Callable[[memoryview], None]) -> None:
@@ -99,7 +99,7 @@ class _Connection:
         try:
             self._store.set(JOINED, json.dumps([entry.num_bytes for entry in self._entries]))
         except RuntimeError as error:
-            raise GroupError(f"the trainer is gone: {reason(error)}") from None
+            raise GroupError(f"the trainer has disconnected: {reason(error)}") from None
         group = Group(
             self._store,
             1,
@@ -124,7 +124,7 @@ class _Connection:
 def _probe(request: TransferRequest, limit: Deadline) -> tuple[tuple[str, int], str]:
     """Address of the store, and the address from which this machine reaches it.
 
-    TCPStore alone would retry where nobody listens.
+    TCPStore alone would retry a refused connection.
     """
     try:
         with socket.create_connection((request.host, request.port), limit.left_s) as probe:

@@ -99,7 +99,7 @@ class CheckpointDirectory:
         header = _reading(name, lambda: parse_header(file.read(LENGTH_BYTES, length)))
         needed_bytes = data_start + header.num_bytes
         if file.num_bytes != needed_bytes:
-            message = "is cut off" if file.num_bytes < needed_bytes else "goes on after its tensors"
+            message = "is cut off" if file.num_bytes < needed_bytes else "has more bytes after its tensors"
             raise CheckpointError(f"{name} {message}: {file.num_bytes:,} bytes, not {needed_bytes:,}", name)
         return Shard(file, header, data_start)
 
@@ -186,7 +186,7 @@ def resolve_below(path: str, roots: Sequence[Path]) -> Path:
     for real in found:
         if real.is_dir():
             return real
-    message = "not a directory" if found else "nothing of this name below the `policy_roots`"
+    message = "not a directory" if found else "no directory of this name below the `policy_roots`"
     raise CheckpointError(f"{message}: {path!r}")
 
 

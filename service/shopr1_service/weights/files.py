@@ -36,12 +36,12 @@ class OpenFile:
 
     @property
     def is_intact(self) -> bool:
-        """Whether nobody has written to it."""
+        """Whether it has not been written to."""
         return True
 
     @property
     def signature(self) -> Signature | None:
-        """Identifies the content on other machines; None: nobody else has it."""
+        """Identifies the content on other machines; None: no other machine has it."""
         return None
 
     @staticmethod
@@ -63,7 +63,7 @@ class OpenFile:
 
 
 class AnonymousTempFile(OpenFile):
-    """A file without a name: nobody else can open it, and it vanishes with its last holder.
+    """A file without a name: no other process can open it, and it vanishes with its last holder.
 
     Args:
         directory: on which file system; default: the system's for temporary files.
@@ -123,7 +123,7 @@ class AnonymousTempFile(OpenFile):
 
 
 class CheckpointFile(OpenFile):
-    """A regular file that others may change, opened once. Deleting or renaming it does no harm.
+    """A regular file that others may change, opened once. It may be deleted or renamed.
 
     Args:
         path: without links.
@@ -154,7 +154,7 @@ class CheckpointFile(OpenFile):
         return self._identity[2:]
 
     def is_at(self, path: Path) -> bool:
-        """Whether a path still leads to this file, and nobody has written to it."""
+        """Whether a path still leads to this file, which has not been written to."""
         try:
             return self.is_intact and _identity(path.stat()) == self._identity
         except OSError:

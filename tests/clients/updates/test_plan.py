@@ -58,7 +58,7 @@ def assert_sent(body: bytes, module: nn.Module) -> None:
     assert all(torch.equal(sent[name], tensor) for name, tensor in expected.items())
 
 
-# --- what is sent -----------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------
 
 
 @both
@@ -124,7 +124,9 @@ def test_an_adapter_of_a_directory(update: Update) -> None:
         ({"weight": torch.ones(2, dtype=torch.int8)}, {}, "^weight is a Tensor of torch.int8"),
     ],
 )
-def test_what_cannot_be_sent(update: Update, source: Any, options: dict[str, Any], message: str) -> None:
+def test_sources_that_cannot_be_sent(
+    update: Update, source: Any, options: dict[str, Any], message: str
+) -> None:
     with policy_server() as server, pytest.raises(ValueError, match=message):
         update(server.url, source, "7", **options)
     assert server.received == []
@@ -147,7 +149,7 @@ def test_policy() -> None:
 
 @both
 def test_a_broadcast(update: Update) -> None:
-    """The request says what comes, and on the way to the server this machine is the loopback interface."""
+    """The request announces the tensors; the route to the server is the loopback interface."""
     model = tiny_model(dtype=torch.bfloat16)
     with policy_server() as one, policy_server() as two:
         answer = update([one.url, two.url], model, "7", transport="gloo", timeout_s=WAIT_S)
@@ -166,7 +168,7 @@ def test_a_broadcast(update: Update) -> None:
 
 @both
 def test_a_broadcast_that_is_refused(update: Update) -> None:
-    """Nobody waits for a server that does not come: the transfer's own time is far longer."""
+    """The client does not wait for a server that refuses: the transfer's time limit is far longer."""
     fates = UpdateConflictError("another", retry_after_s=0.0), InvalidWeightsError("shape")
     with policy_server(*fates) as server, pytest.raises(InvalidWeightsError):
         update(server.url, layer(), "7", transport="gloo", timeout_s=20 * WAIT_S)
@@ -180,7 +182,7 @@ def test_a_broadcast_from_an_address_that_is_not_here(update: Update) -> None:
 
 
 @both
-def test_a_broadcast_to_nobody(update: Update) -> None:
+def test_a_broadcast_without_a_listener(update: Update) -> None:
     with pytest.raises(TransportError):
         update(f"http://127.0.0.1:{free_port()}", layer(), "7", transport="gloo", retry_for_s=0)
 
@@ -231,7 +233,7 @@ def test_no_server_gets_it(update: Update) -> None:
     assert two.received == []
 
 
-# --- what is tried again ----------------------------------------------------------------------------
+# --- retries ----------------------------------------------------------------------------------------
 
 TRANSIENT = [
     UpdateConflictError("another", retry_after_s=0.0),
@@ -263,7 +265,7 @@ def test_a_connection_that_breaks_in_the_middle(update: Update) -> None:
 
 
 @both
-def test_a_server_that_is_gone(update: Update) -> None:
+def test_a_server_that_is_down(update: Update) -> None:
     with pytest.raises(TransportError):
         update(f"http://127.0.0.1:{free_port()}", layer(), "7", retry_for_s=0)
 

@@ -86,7 +86,7 @@ def test_every_third_step_under_names_of_ones_own(tmp_path: Path) -> None:
     assert noted == ["run-7/0"] * 3 + ["run-7/3"] * 2
 
 
-def test_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_is_resumed(tmp_path: Path) -> None:
     with policy_server() as server:
         train(tmp_path, save_strategy="steps")  # no step is saved but the last
         checkpoint = str(tmp_path / f"checkpoint-{NUM_STEPS}")
@@ -100,7 +100,7 @@ def test_several_servers(tmp_path: Path) -> None:
     assert sent(one) == sent(two) == ["0", str(NUM_STEPS)]
 
 
-def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with policy_server() as server:
         monkeypatch.setenv("SHOPR1_CLIENT_URL", server.url)
         monkeypatch.setenv("SHOPR1_CLIENT_API_KEY", "callback-0123456789")  # pragma: allowlist secret

@@ -1,4 +1,4 @@
-"""What is sent of a module, read by the library whose format it is."""
+"""Safetensors files of modules, read by the format's own library."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -161,7 +161,7 @@ def test_a_submodule_called_module_is_no_wrapper() -> None:
     assert of_module(model).tensors.keys() == {"module.weight"}
 
 
-# --- what cannot be sent ----------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------
 
 
 def refusal(tensor: Tensor) -> str:
@@ -184,7 +184,7 @@ def test_sharded_modules() -> None:
             of_module(nn.Sequential(sharded))
 
 
-def test_what_a_rank_has_not() -> None:
+def test_weights_that_a_rank_lacks() -> None:
     assert "ZeRO-3" in refusal(torch.empty(0))
     assert "offloaded" in refusal(torch.ones(2, device="meta"))
 
@@ -199,7 +199,7 @@ def test_quantised_weights(dtype: torch.dtype) -> None:
 
 
 class Packed(Tensor):
-    """Says that it is a float, as quantising libraries' tensors do."""
+    """Claims to be a float, as quantising libraries' tensors do."""
 
 
 def test_tensors_of_other_kinds() -> None:

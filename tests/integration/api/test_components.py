@@ -11,7 +11,7 @@ from shopr1_client.wire import Group, ScoreResponse
 from shopr1_service.cli.summary_table import summary
 from shopr1_service.policy.fake import FakePolicy
 from tests.support.http import CLICK, answer, group, metric, post, running, score, write_recipe
-from tests.support.trainer_requests import OPENRLHF, openrlhf, told
+from tests.support.trainer_requests import OPENRLHF, openrlhf, send_ok
 
 pytestmark = pytest.mark.anyio
 
@@ -59,8 +59,8 @@ async def test_client_and_its_tables(tmp_path: Path) -> None:
 
 async def test_trainer_and_metrics(tmp_path: Path) -> None:
     async with running(FakePolicy(26.0), recipe=recipe(tmp_path)) as client:
-        one = await told(client, OPENRLHF, openrlhf(("page", answer(CLICK), CLICK)))
-        none = await told(client, OPENRLHF, openrlhf())
+        one = await send_ok(client, OPENRLHF, openrlhf(("page", answer(CLICK), CLICK)))
+        none = await send_ok(client, OPENRLHF, openrlhf())
         sums = [
             await metric(client, "shopr1_reward_component_sum", component=name, action_type="click")
             for name in COMPONENTS

@@ -1,4 +1,4 @@
-"""What all dialects have in common."""
+"""Properties that all dialects share."""
 
 import threading
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ from tests.support.trainer_requests import (
     request_of,
     reward_in,
     send,
-    told,
+    send_ok,
 )
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +62,7 @@ async def test_the_reward_is_that_of_score(service: httpx.AsyncClient, path: str
     # NeMo Gym has messages, the others templated text.
     prompt = [{"role": "user", "content": "page"}] if path == VERIFY else "page"
     scored = await score(service, group(completion, truth=CLICK, prompt=prompt))
-    answered = await told(service, path, request_of(path, completion, CLICK))
+    answered = await send_ok(service, path, request_of(path, completion, CLICK))
     assert reward_in(path, answered) == scored["groups"][0]["rewards"][0]["reward"]
 
 
@@ -70,7 +70,7 @@ async def test_the_reward_is_that_of_score(service: httpx.AsyncClient, path: str
 async def test_rollouts_count_in_the_metrics_of_the_service(path: str) -> None:
     async with running() as client:
         await register(client, ("page", TERMINATE))
-        await told(client, path, request_of(path))
+        await send_ok(client, path, request_of(path))
         assert await metric(client, "shopr1_rollouts_total", status="scored") == 1
         assert await metric(client, "shopr1_requests_total", route=path, status="200") == 1
 

@@ -1,4 +1,4 @@
-"""Whatever a policy writes is scored, and whatever a stranger sends is answered."""
+"""Any completion is scored, and any request is answered."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What JSON can hold and Python or its libraries cannot write is answered all the same. Found by fuzzing."""
+"""JSON that Python or its libraries cannot write is answered as well. Found by fuzzing."""
 
 import json
 from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ async def test_a_number_that_no_json_can_echo_is_refused(service: httpx.AsyncCli
 
 
 @pytest.mark.parametrize("more", ['"\\ud800"', '{"\\udfff": 1}', "9" * 4000, "1e308"])
-async def test_whatever_else_json_can_hold_is_echoed(service: httpx.AsyncClient, more: str) -> None:
+async def test_other_unusual_json_is_echoed(service: httpx.AsyncClient, more: str) -> None:
     answered = await post(service, VERIFY, row(more))
     assert answered.status_code == 200, answered.text
     assert answered.json()["more"] == json.loads(more)

@@ -264,7 +264,7 @@ async def test_an_adapter_stays_the_same_when_its_directory_changes(front: Front
     assert front.num_uploads == 0
     with pytest.raises(NotFoundError):
         await front.client.unload_adapter("lora")
-    with pytest.raises(InvalidWeightsError, match="nothing of this name"):
+    with pytest.raises(InvalidWeightsError, match="no directory of this name"):
         await front.client.load_adapter(AdapterRequest(name="lora", path="nowhere"))
 
 

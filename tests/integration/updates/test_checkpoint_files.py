@@ -303,12 +303,3 @@ async def test_a_read_that_is_given_up_ends_when_it_can(
         if thread.name == "foreign-read":
             thread.join(WAIT_S)
     assert len(reads) == num_begun
-
-
-def test_a_file_that_was_just_written_is_looked_at_when_its_time_has_passed(tmp_path: Path) -> None:
-    for _ in range(20):  # within one step of the file system's clock
-        (tmp_path / "file").write_bytes(b"old")
-        file = CheckpointFile(tmp_path / "file")
-        assert file.is_intact
-        (tmp_path / "file").write_bytes(b"new")
-        assert not file.is_intact

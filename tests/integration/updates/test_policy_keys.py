@@ -58,7 +58,7 @@ async def test_no_route_is_missing_here() -> None:
 
 @pytest.mark.parametrize(("method", "path"), ADMIN)
 @pytest.mark.parametrize("prefix", ["", "/run/x", "/run/x/run/y", "/run/"])
-async def test_who_may_change_the_policy(method: str, path: str, prefix: str) -> None:
+async def test_changing_the_policy(method: str, path: str, prefix: str) -> None:
     async with running(**SETTINGS) as client:
         problem(await client.request(method, prefix + path), 401, "unauthenticated")
         for scope in ("score", "metrics"):
@@ -69,7 +69,7 @@ async def test_who_may_change_the_policy(method: str, path: str, prefix: str) ->
 
 
 @pytest.mark.parametrize(("method", "path"), READING)
-async def test_who_may_read_what_is_loaded(method: str, path: str) -> None:
+async def test_reading_loaded_versions(method: str, path: str) -> None:
     async with running(**SETTINGS) as client:
         problem(await client.request(method, path), 401, "unauthenticated")
         problem(await client.request(method, path, headers=bearer("metrics")), 403, "forbidden")

@@ -13,7 +13,7 @@ from tests.support.process import EMBEDDED, Process, process
 
 NUM_LARGE_TENSORS = 24
 MAX_GROWTH = 0.2
-"""Of the weights."""
+"""Share of the weights' size."""
 _PIECE_BYTES = 2**20
 
 
@@ -44,7 +44,7 @@ def service(directory: Path) -> Iterator[Process]:
         "SHOPR1_DTYPE": "float32",
     }
     with process(*EMBEDDED, **settings) as running:
-        # What the first request allocates is not the update's.
+        # The first request allocates memory, too.
         body = {"groups": [group(answer())]}
         httpx.post(f"{running.url}/score", json=body, timeout=WAIT_S).raise_for_status()
         yield running

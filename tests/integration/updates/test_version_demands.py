@@ -62,14 +62,14 @@ async def until_waiting(service: Service, task: "asyncio.Task[Any]") -> None:
         {"at_least": 0},
     ],
 )
-async def test_what_is_loaded_scores(service: Service, demand: Any) -> None:
+async def test_loaded_versions_score(service: Service, demand: Any) -> None:
     for content, name in zip(NEW, "ab", strict=True):
         done(await service.upload(content, name))
     assert await number(service, demand) == 2
 
 
 @pytest.mark.parametrize("demand", ["0", "a", {"exact": "a"}, {"exact": 0}, {"exact": 1}])
-async def test_what_has_gone_is_not_worth_a_retry(service: Service, demand: Any) -> None:
+async def test_replaced_versions_are_not_worth_a_retry(service: Service, demand: Any) -> None:
     for content, name in zip(NEW, "ab", strict=True):
         done(await service.upload(content, name))
     for wait_s in (0.0, LONG_S):  # nobody waits for it either

@@ -1,75 +1,23 @@
 """The command line: what it prints where, and how it ends."""
 
-import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from shopr1_client import Client
 from shopr1_rewards import load_recipe
-from shopr1_service.cli import main as cli
 from shopr1_service.cli.score_file import ScoredLine
 from shopr1_service.policy import loading
 from shopr1_service.policy.fake import FakePolicy
-from tests.support.http import CLICK, SEARCH, WAIT_S, answer, free_port, group, served, write_recipe
+from tests.support.command_line import Run, groups, write_lines
+from tests.support.http import CLICK, SEARCH, answer, group, served, write_recipe
 
 ROOT = Path(__file__).parents[3]
-
-
-class Ended:
-    """How the command ended and what it printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-        _progress, found, message = " ".join(err.split()).rpartition("error: ")
-        self.error = message if found else None
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def shopr1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `shopr1` in this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["shopr1", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        code = exit_.value.code
-        assert isinstance(code, int)
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-def run_process(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "shopr1_service", *arguments]
-    return subprocess.run(
-        command, capture_output=True, encoding="utf-8", timeout=WAIT_S, check=False, **kwargs
-    )
-
-
-def write_lines(path: Path, *lines: Any) -> Path:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return path
-
-
-def groups(num: int) -> list[dict[str, Any]]:
-    return [group(answer(), id=str(i)) for i in range(num)]
 
 
 # --- recipes ----------------------------------------------------------------------------------------
@@ -165,12 +113,6 @@ def test_an_unknown_variable(shopr1: Run, monkeypatch: pytest.MonkeyPatch) -> No
 # --- score, with a server ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with served(FakePolicy(26.0, max_sequence_tokens=500)) as address:
-        yield address
-
-
 def num_rollouts(url: str) -> float:
     text = httpx.get(f"{url}/metrics").text
     families = text_string_to_metric_families(text)
@@ -204,35 +146,7 @@ def test_without_a_file_standard_output_is_jsonl(shopr1: Run, url: str, tmp_path
     assert output.read_text("utf-8") == ended.out
 
 
-def test_summary(shopr1: Run, url: str, tmp_path: Path) -> None:
-    rollouts = write_lines(
-        tmp_path / "in.jsonl",
-        group(answer(), answer(rationale="")),
-        group(answer(CLICK), answer({"type": "click", "name": ""}), "no", truth=CLICK),
-        group(answer(CLICK), truth=json.dumps(CLICK), prompt="p" * 500),
-    )
-    ended = shopr1("score", rollouts, "-o", tmp_path / "out.jsonl", "--url", url)
-    rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in ended.err.splitlines() if line[:1] in "│┃"]
-    assert [row for row in rows if any(row)] == [
-        ["human's action", "click", "terminate", "all"],
-        ["rollouts", "4", "2", "6"],
-        ["unscorable", "1", "0", "1"],
-        # click: of three scored ones two are valid, of the right type; one has a name, and the right one.
-        # 0.5 · 2/3, 0.3 · 2/3, 0.2/3, 1000/3, 0.13 · 2/3; all: over five.
-        ["format", "0.3333", "0.5000", "0.4000"],
-        ["action_type", "0.2000", "0.3000", "0.2400"],
-        ["attribute", "0.0667", "0.0000", "0.0400"],
-        ["value", "333.3333", "0.0000", "200.0000"],
-        # terminate: one of two has no rationale
-        ["self_certainty", "0.0867", "0.0650", "0.0780"],
-        # (1001.13 + 0.93 + 0)/3, (0.93 + 0.8)/2, (1002.06 + 1.73)/5
-        ["reward", "334.0200", "0.8650", "200.7580"],
-        # The unscorable one is an exact match as well.
-        ["exact match", "0.5000", "1.0000", "0.6667"],
-    ]
-
-
-def test_a_torn_run_goes_on(shopr1: Run, url: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_resumed(shopr1: Run, url: str, tmp_path: Path) -> None:
     rollouts, output = write_lines(tmp_path / "in.jsonl", *groups(20)), tmp_path / "out.jsonl"
     shopr1("score", rollouts, "-o", output, "--url", url)
     whole, before = output.read_bytes(), num_rollouts(url)
@@ -368,167 +282,3 @@ def test_score_with_a_policy_that_is_not_there(shopr1: Run, tmp_path: Path) -> N
     ended = shopr1("score", rollouts, "--policy", tmp_path / "nope")
     assert (ended.code, ended.out) == (2, "")
     assert ended.error == f"no such directory: {tmp_path / 'nope'}"
-
-
-# --- in a process of its own ------------------------------------------------------------------------
-
-
-def test_python_m() -> None:
-    ended = run_process("recipe", "check", "shop_r1")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("shop_r1 is valid: sha256:")
-
-
-def test_standard_output_of_a_process_is_jsonl(url: str, tmp_path: Path) -> None:
-    rollouts = write_lines(tmp_path / "in.jsonl", *groups(9))
-    ended = run_process("score", str(rollouts), "--url", url)
-    assert ended.returncode == 0
-    assert [json.loads(line)["line"] for line in ended.stdout.splitlines()] == list(range(1, 10))
-    assert "Mean of each weighted term" in ended.stderr
-
-
-def test_serve_ends_when_the_policy_cannot_be_loaded(tmp_path: Path) -> None:
-    ended = run_process("serve", "--port", "0", "--policy", str(tmp_path / "nope"))
-    assert ended.returncode == 1
-    assert f"no such directory: {tmp_path / 'nope'}" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_serve_refuses_an_unknown_setting() -> None:
-    environment = {**os.environ, "SHOPR1_MAX_GRUPS": "3"}
-    for ended in (
-        run_process("serve", "--port", "0", "--set", "max_grups=3"),
-        run_process("serve", "--port", "0", env=environment),
-    ):
-        assert ended.returncode == 2
-        assert re.search(r"error: unknown .*max_grups.* \(value '3'\)", ended.stderr, re.IGNORECASE)
-        assert "Traceback" not in ended.stderr
-
-
-SERVE_FAKE = """\
-import sys
-import torch
-from shopr1_service import cli, server
-from shopr1_service.fake import FakePolicy
-
-def hold():
-    print("scoring", flush=True)
-    if sys.stdin.readline() == "never\\n":
-        matrix = torch.eye(500)
-        while True:
-            matrix = matrix @ matrix
-
-server.load_policy = lambda settings, startup: FakePolicy(before_scoring=hold)
-sys.argv = ["shopr1", "serve", "--port", "0", "--set", "max_groups=5"]
-cli.main()
-"""
-"""`shopr1 serve` with a policy that is loaded at once, and that scores when it is told to."""
-
-
-class Serving:
-    """A server process that scores a group for every line it is given."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self.process = process
-        self.log: list[str] = []
-        self.url = self._read_url(self._pipe(process.stderr))
-        # Somebody must read on, or the server would block on a full pipe.
-        self._reader = threading.Thread(target=self.log.extend, args=(process.stderr,))
-        self._reader.start()
-
-    @staticmethod
-    def _pipe(pipe: IO[str] | None) -> IO[str]:
-        assert pipe is not None
-        return pipe
-
-    def _read_url(self, stderr: IO[str]) -> str:
-        for line in stderr:
-            self.log.append(line)
-            if match := re.search(r"running on (http://\S+)", line):
-                return match.group(1)
-        raise AssertionError("".join(self.log))
-
-    def wait_until_scoring(self) -> None:
-        assert self._pipe(self.process.stdout).readline() == "scoring\n"
-
-    def go_on(self, how: str = "") -> None:
-        stdin = self._pipe(self.process.stdin)
-        stdin.write(f"{how}\n")
-        stdin.flush()
-
-    def end(self) -> int:
-        code = self.process.wait(WAIT_S)
-        self._reader.join()
-        return code
-
-
-@contextlib.contextmanager
-def serve_fake() -> Iterator[Serving]:
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", SERVE_FAKE]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8") as process:
-        try:
-            yield Serving(process)
-        finally:
-            process.kill()
-
-
-# A shell's convention for Ctrl+C is 130; 0 where whoever started the process ignores it.
-@pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, {0}), (signal.SIGINT, {0, 130})])
-def test_serve_until_a_signal(sent: signal.Signals, codes: set[int]) -> None:
-    with serve_fake() as serving:
-        with httpx.Client(base_url=serving.url, timeout=WAIT_S) as client:
-            assert client.get("/health/live").json() == {"status": "live"}
-            assert client.get("/openapi.json").json()["info"]["title"] == "Shop-R1 reward service"
-        serving.process.send_signal(sent)
-        assert serving.end() in codes, "".join(serving.log)
-    assert any('"max_groups": 5' in line for line in serving.log)
-    assert not any("Traceback" in line for line in serving.log)
-
-
-def test_open_requests_are_answered_before_the_end() -> None:
-    answers: list[httpx.Response] = []
-    with serve_fake() as serving:
-
-        def ask() -> None:
-            # Too long for the engine to take both at once.
-            body = {"groups": [group(answer(), prompt=prompt * 3000) for prompt in "ab"]}
-            answers.append(httpx.post(f"{serving.url}/score", json=body, timeout=WAIT_S))
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        serving.wait_until_scoring()
-        serving.process.send_signal(signal.SIGTERM)
-        serving.go_on()
-        serving.wait_until_scoring()
-        serving.go_on()
-        asking.join()
-        assert serving.end() == 0, "".join(serving.log)
-    [response] = answers
-    assert response.status_code == 200
-    assert [scored["rewards"][0]["reward"] for scored in response.json()["groups"]] == [0.93, 0.93]
-
-
-def test_a_forward_that_nobody_waits_for_does_not_hold_up_the_end() -> None:
-    with serve_fake() as serving:
-        serving.go_on("never")
-        headers = {"X-Request-Timeout": "0.5"}
-        late = httpx.post(f"{serving.url}/score", json={"groups": [group(answer())]}, headers=headers)
-        assert late.status_code == 504
-        serving.wait_until_scoring()
-        serving.process.send_signal(signal.SIGTERM)
-        # The engine's thread is inside of torch, and cannot be told to stop.
-        assert serving.end() == 0, "".join(serving.log)
-
-
-def test_every_line_that_a_server_writes_is_json() -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "shopr1_service", "serve", "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
-        with Client(f"http://127.0.0.1:{port}") as client:
-            client.wait_until_ready(WAIT_S)
-        process.terminate()
-        _, written = process.communicate()
-    lines = [json.loads(line) for line in written.splitlines()]
-    # The embedded policy has been loaded, for which transformers likes to draw bars.
-    assert any("is ready" in line["message"] for line in lines)

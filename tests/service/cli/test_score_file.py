@@ -66,7 +66,7 @@ class Service:
 
     @property
     def group_ids(self) -> list[list[str | None]]:
-        """Of the requests that ask for a reward."""
+        """The requests that hold a group."""
         return [[group.id for group in request.groups] for request in self.requests if request.groups]
 
     def __call__(self, request: ScoreRequest) -> ScoreResponse:
@@ -246,7 +246,7 @@ def test_no_output_yet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_kept", [0, 1, 7, 8, 19, 20])
 @pytest.mark.parametrize("torn", ["", "{", '{"line": 8, "input'])
-def test_a_broken_run_goes_on_where_it_stopped(tmp_path: Path, num_kept: int, torn: str) -> None:
+def test_an_interrupted_run_is_resumed_where_it_stopped(tmp_path: Path, num_kept: int, torn: str) -> None:
     lines, out = lines_of(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl"
     whole_run = run(lines, out, Service())
     whole = out.read_text()
@@ -289,7 +289,7 @@ def test_output_of_another_input_is_refused_and_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{}", "no", '{"line": 1}', ""])
-def test_what_is_no_output_is_refused_and_stays(tmp_path: Path, line: str) -> None:
+def test_other_files_are_refused_and_stay(tmp_path: Path, line: str) -> None:
     out = write(tmp_path / "out.jsonl", line)
     with pytest.raises(RolloutFileError, match=r"out\.jsonl:1: not an output of this command"):
         read_output(out, lines_of(tmp_path / "in.jsonl", 3))
@@ -297,7 +297,7 @@ def test_what_is_no_output_is_refused_and_stays(tmp_path: Path, line: str) -> No
 
 
 @pytest.mark.parametrize("content", ["no\nprecious", "notes\n\nlast words"])
-def test_what_is_refused_loses_nothing(tmp_path: Path, content: str) -> None:
+def test_a_refused_file_loses_nothing(tmp_path: Path, content: str) -> None:
     """A last line without an end is torn only in a file that this command has written."""
     out = tmp_path / "out.jsonl"
     out.write_text(content)

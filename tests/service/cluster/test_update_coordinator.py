@@ -77,7 +77,7 @@ async def test_a_change_that_the_canary_refuses_is_applied_nowhere(cluster: Clus
     upload = await cluster.upload(file_of(broken))
     with pytest.raises(InvalidWeightsError, match="NaN"):
         await cluster.change(Change(UpdateRequest(path="-", version="x"), upload))
-    with pytest.raises(InvalidWeightsError, match="nothing of this name"):
+    with pytest.raises(InvalidWeightsError, match="no directory of this name"):
         await cluster.update("nowhere", "x")
     assert await agree(cluster) == before
     with pytest.raises(NotFoundError):  # the upload is deleted

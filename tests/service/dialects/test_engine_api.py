@@ -107,7 +107,9 @@ async def test_weights_that_are_refused(service: Service, tmp_path: Path) -> Non
         ("GET", "/flush_cache", None),
     ],
 )
-async def test_what_is_not_needed_does_nothing(service: Service, method: str, path: str, body: Any) -> None:
+async def test_routes_that_are_not_needed_do_nothing(
+    service: Service, method: str, path: str, body: Any
+) -> None:
     async with Unchanged(service):
         answered = await service.http.request(method, path, json=body)
     assert answered.status_code == 200
@@ -118,7 +120,7 @@ async def test_what_is_not_needed_does_nothing(service: Service, method: str, pa
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_adapters_come_and_go(service: Service, engine: str, tmp_path: Path) -> None:
+async def test_adapters_are_loaded_and_unloaded(service: Service, engine: str, tmp_path: Path) -> None:
     base = await service.numbers()
     loaded = await load(service, engine, "grpo", saved_adapter(tmp_path / "a"))
     assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'grpo' is loaded.")

@@ -23,12 +23,12 @@ from tests.support.http import (
     running,
     write_recipe,
 )
-from tests.support.trainer_requests import OPENRLHF, SLIME, openrlhf, register, send, slime, told
+from tests.support.trainer_requests import OPENRLHF, SLIME, openrlhf, register, send, send_ok, slime
 
 pytestmark = pytest.mark.anyio
 
 NESTED = {"ground_truth": CLICK, "recipe": "shop_r1"}
-# Each of these stands for CLICK.
+# Each of these means CLICK.
 FORMS: dict[str, Any] = {
     "object": CLICK,
     "string": json.dumps(CLICK),
@@ -75,14 +75,14 @@ async def service() -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)
 async def test_forms_of_a_label(service: httpx.AsyncClient, label: Any) -> None:
-    assert await told(service, SLIME, slime(response=answer(CLICK), label=label)) == 1001.13
+    assert await send_ok(service, SLIME, slime(response=answer(CLICK), label=label)) == 1001.13
 
 
 @pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)
 async def test_forms_of_a_registered_ground_truth(label: Any) -> None:
     async with running(FakePolicy(26.0)) as client:
         assert await register(client, ("page", label)) == 1
-        assert await told(client, SLIME, slime(response=answer(CLICK), label=None)) == 1001.13
+        assert await send_ok(client, SLIME, slime(response=answer(CLICK), label=None)) == 1001.13
 
 
 @pytest.mark.parametrize(("label", "path"), WRONG.values(), ids=WRONG)
@@ -111,8 +111,8 @@ async def test_a_label_names_its_recipe(tmp_path: Path) -> None:
     async with running(FakePolicy(26.0), recipe=recipe) as client:
         await register(client, ("page", label))
         sent = openrlhf(("page", answer(), label), ("page", answer(), None))
-        named = await told(client, OPENRLHF, sent)
-        default = await told(client, OPENRLHF, openrlhf(("page", answer(), TERMINATE)))
+        named = await send_ok(client, OPENRLHF, sent)
+        default = await send_ok(client, OPENRLHF, openrlhf(("page", answer(), TERMINATE)))
         counts = [await metric(client, "shopr1_rollouts_total", recipe=name) for name in ("shop_r1", "mine")]
         mixed = openrlhf(("page", answer(), TERMINATE), ("page", answer(), label))
         refused = problem(await send(client, OPENRLHF, mixed), 422, "invalid_request")
@@ -142,7 +142,7 @@ async def test_put_get_delete() -> None:
 
 async def test_the_last_of_a_request_counts(service: httpx.AsyncClient) -> None:
     await register(service, ("twice", CLICK), ("twice", TERMINATE))
-    assert await told(service, SLIME, slime("twice", label=None)) == 0.93
+    assert await send_ok(service, SLIME, slime("twice", label=None)) == 0.93
 
 
 async def test_the_table_is_bounded_and_takes_all_or_none() -> None:
@@ -180,6 +180,6 @@ WRONG_BODIES: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("sent", "locations"), WRONG_BODIES)
-async def test_what_is_wrong_is_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
+async def test_bad_fields_are_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
     refused = problem(await service.put("/labels", json=sent), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == locations

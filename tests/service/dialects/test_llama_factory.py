@@ -29,7 +29,7 @@ from tests.support.trainer_requests import (
     llama_factory,
     register,
     send,
-    told,
+    send_ok,
 )
 
 pytestmark = pytest.mark.anyio
@@ -60,7 +60,7 @@ async def test_its_request_byte_for_byte(service: httpx.AsyncClient) -> None:
 
 
 async def test_no_texts(service: httpx.AsyncClient) -> None:
-    assert (await told(service, LLAMA_FACTORY, llama_factory()))["scores"] == []
+    assert (await send_ok(service, LLAMA_FACTORY, llama_factory()))["scores"] == []
 
 
 async def test_many_texts_in_order_and_with_the_rewards_of_score() -> None:
@@ -69,7 +69,7 @@ async def test_many_texts_in_order_and_with_the_rewards_of_score() -> None:
     async with running(FakePolicy(10.0, 0.5)) as client:
         await register(client, ("page", TERMINATE), ("page two", CLICK), ("é", SEARCH))
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        answered = await told(client, LLAMA_FACTORY, llama_factory(*texts))
+        answered = await send_ok(client, LLAMA_FACTORY, llama_factory(*texts))
         scored = await score(
             client,
             group(completions[0], completions[2], completions[4], truth=CLICK, prompt="page two"),
@@ -83,22 +83,22 @@ async def test_many_texts_in_order_and_with_the_rewards_of_score() -> None:
 
 async def test_the_longest_registered_prompt_is_taken(service: httpx.AsyncClient) -> None:
     texts = ["page two" + answer(CLICK), "page" + answer(), "page tw" + answer()]
-    answered = await told(service, LLAMA_FACTORY, llama_factory(*texts))
-    # " tw" stands before the object of the last: what is registered for "page" makes it a format error.
+    answered = await send_ok(service, LLAMA_FACTORY, llama_factory(*texts))
+    # " tw" precedes the object of the last one: with the prompt "page" that is a format error.
     assert answered["scores"] == [1001.13, 0.93, 0.0]
 
 
 async def test_half_a_surrogate_pair_is_the_policys_mistake(service: httpx.AsyncClient) -> None:
-    answered = await told(service, LLAMA_FACTORY, llama_factory("é" + answer(rationale=HALF_PAIR)))
+    answered = await send_ok(service, LLAMA_FACTORY, llama_factory("é" + answer(rationale=HALF_PAIR)))
     assert answered["scores"] == [0.0]
 
 
 async def test_a_newer_ground_truth_takes_the_place_of_the_old() -> None:
     async with running(FakePolicy(26.0)) as client:
         assert await register(client, ("page", CLICK)) == 1
-        before = await told(client, LLAMA_FACTORY, llama_factory("page" + answer()))
+        before = await send_ok(client, LLAMA_FACTORY, llama_factory("page" + answer()))
         assert await register(client, ("page", TERMINATE)) == 1
-        after = await told(client, LLAMA_FACTORY, llama_factory("page" + answer()))
+        after = await send_ok(client, LLAMA_FACTORY, llama_factory("page" + answer()))
     # The wrong type keeps the format and the certainty.
     assert (before["scores"], after["scores"]) == ([0.63], [0.93])
 
@@ -120,14 +120,14 @@ WRONG: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("sent", "locations"), WRONG)
-async def test_what_is_wrong_is_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
+async def test_bad_fields_are_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
     refused = problem(await send(service, LLAMA_FACTORY, sent), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == locations
 
 
 async def test_its_own_servers_parameters_do_no_harm(service: httpx.AsyncClient) -> None:
     sent = llama_factory("page" + answer()) | {"max_length": 10}
-    assert (await told(service, LLAMA_FACTORY, sent))["scores"] == [0.93]
+    assert (await send_ok(service, LLAMA_FACTORY, sent))["scores"] == [0.93]
 
 
 async def test_unscorable_is_an_error_by_default(service: httpx.AsyncClient) -> None:
@@ -141,7 +141,7 @@ async def test_unscorable_is_the_operators_number() -> None:
     async with running(policy, llama_factory_unscorable=-1.0) as client:
         await register(client, ("page", TERMINATE))
         sent = llama_factory("page" + TOO_LONG, "page" + answer())
-        answered = await told(client, LLAMA_FACTORY, sent)
+        answered = await send_ok(client, LLAMA_FACTORY, sent)
         count = await metric(client, "shopr1_fallback_rewards_total", dialect="llama_factory")
     assert answered["scores"] == [-1.0, 0.93]
     assert count == 1

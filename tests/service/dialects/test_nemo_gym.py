@@ -31,7 +31,7 @@ from tests.support.trainer_requests import (
     axolotl,
     register,
     send,
-    told,
+    send_ok,
 )
 
 pytestmark = pytest.mark.anyio
@@ -94,7 +94,7 @@ async def test_axolotls_request_byte_for_byte(service: httpx.AsyncClient) -> Non
 
 async def test_the_request_is_echoed_with_the_reward(service: httpx.AsyncClient) -> None:
     sent = verify(answer(CLICK), ground_truth=CLICK, agent_ref={"name": "shop"})
-    answered = await told(service, VERIFY, sent)
+    answered = await send_ok(service, VERIFY, sent)
     assert {key: answered[key] for key in sent} == sent
     added = {key: value for key, value in answered.items() if key not in sent}
     assert list(added) == [
@@ -108,7 +108,7 @@ async def test_the_request_is_echoed_with_the_reward(service: httpx.AsyncClient)
     assert [added[key] for key in LOG_KEYS[:5]] == list(added["reward_components"].values())
 
 
-async def test_whatever_json_holds_is_echoed(service: httpx.AsyncClient) -> None:
+async def test_any_json_is_echoed(service: httpx.AsyncClient) -> None:
     odd = {"big": 10**30, "half": "\ud83d", "é": [None, 1.5, {"x": False}], "int": 1}
     sent = verify(**odd)
     answered = await send(service, VERIFY, sent)
@@ -122,7 +122,7 @@ async def test_whatever_json_holds_is_echoed(service: httpx.AsyncClient) -> None
 async def test_the_reward_is_that_of_score_and_the_sum_of_its_components(completion: str) -> None:
     chat = [{"role": "user", "content": "page"}]
     async with running(FakePolicy(3.7, 0.013)) as client:
-        answered = await told(client, VERIFY, verify(completion, ground_truth=SEARCH))
+        answered = await send_ok(client, VERIFY, verify(completion, ground_truth=SEARCH))
         scored = await score(client, group(completion, truth=SEARCH, prompt=chat))
     [expected] = scored["groups"][0]["rewards"]
     assert answered["reward"] == expected["reward"]
@@ -133,12 +133,12 @@ async def test_the_reward_is_that_of_score_and_the_sum_of_its_components(complet
 
 
 async def test_parts_of_the_output_are_one_text(service: httpx.AsyncClient) -> None:
-    answered = await told(service, VERIFY, verify(answer()[:20], answer()[20:]))
+    answered = await send_ok(service, VERIFY, verify(answer()[:20], answer()[20:]))
     assert answered["reward"] == 0.93
 
 
 async def test_no_output_is_an_empty_completion(service: httpx.AsyncClient) -> None:
-    answered = await told(service, VERIFY, verify(response=response()))
+    answered = await send_ok(service, VERIFY, verify(response=response()))
     assert answered["reward"] == 0.0
     assert answered["shopr1/format_ok"] == 0.0
     assert answered["mask_sample"] is False  # the policy's own mistake, and a measurement
@@ -160,7 +160,7 @@ PROMPTS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("params", "templated"), PROMPTS)
 async def test_the_prompt_is_the_chat_that_the_policy_saw(params: Any, templated: str) -> None:
     async with running() as client:
-        await told(client, VERIFY, verify(responses_create_params=params))
+        await send_ok(client, VERIFY, verify(responses_create_params=params))
         tokens = await metric(client, "shopr1_engine_tokens_total")
     assert tokens == len(templated) + len(answer())
 
@@ -171,12 +171,12 @@ async def test_the_ground_truth_is_a_field_of_the_row(
     service: httpx.AsyncClient, name: str, label: Any
 ) -> None:
     sent = {**row(), name: label, "response": response(answer(CLICK))}
-    assert (await told(service, VERIFY, sent))["reward"] == 1001.13
+    assert (await send_ok(service, VERIFY, sent))["reward"] == 1001.13
 
 
 async def test_the_first_of_several_fields_counts(service: httpx.AsyncClient) -> None:
     sent = verify(ground_truth=None, expected_answer=TERMINATE, label=CLICK)
-    assert (await told(service, VERIFY, sent))["reward"] == 0.93
+    assert (await send_ok(service, VERIFY, sent))["reward"] == 0.93
 
 
 async def test_a_row_without_one_is_looked_up_by_its_messages() -> None:
@@ -185,7 +185,7 @@ async def test_a_row_without_one_is_looked_up_by_its_messages() -> None:
         await register(client, ("page", CLICK))
         refused = problem(await send(client, VERIFY, sent), 422, "invalid_request")
         await register(client, ([{"role": "user", "content": "page"}], TERMINATE))
-        answered = await told(client, VERIFY, sent)
+        answered = await send_ok(client, VERIFY, sent)
     assert [error["location"] for error in refused["errors"]] == ["ground_truth"]
     assert answered["reward"] == 0.93
 
@@ -222,7 +222,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("fields", "locations"), WRONG)
-async def test_what_is_wrong_is_named(service: httpx.AsyncClient, fields: Any, locations: list[str]) -> None:
+async def test_bad_fields_are_named(service: httpx.AsyncClient, fields: Any, locations: list[str]) -> None:
     refused = problem(await send(service, VERIFY, verify(**fields)), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == locations
 
@@ -242,8 +242,8 @@ async def test_messages_that_the_template_refuses(monkeypatch: pytest.MonkeyPatc
 
 async def test_unscorable_is_marked_and_masked(service: httpx.AsyncClient) -> None:
     before = await metric(service, "shopr1_fallback_rewards_total", dialect="nemo_gym")
-    answered = await told(service, VERIFY, verify(TOO_LONG, instance_config={"id": 7}))
-    scored = await told(service, VERIFY, verify())
+    answered = await send_ok(service, VERIFY, verify(TOO_LONG, instance_config={"id": 7}))
+    scored = await send_ok(service, VERIFY, verify())
     assert answered["reward"] == 0.0
     assert answered["_ng_failure_class"] == "unscorable"
     assert answered["failure_reason"].startswith("sequence_too_long: ")
@@ -259,7 +259,7 @@ async def test_unscorable_is_marked_and_masked(service: httpx.AsyncClient) -> No
 
 @pytest.mark.parametrize("config", [None, "x", []])
 async def test_an_odd_instance_config_is_replaced(service: httpx.AsyncClient, config: Any) -> None:
-    answered = await told(service, VERIFY, verify(TOO_LONG, instance_config=config))
+    answered = await send_ok(service, VERIFY, verify(TOO_LONG, instance_config=config))
     assert answered["instance_config"] == {"mask_sample": True}
 
 
@@ -273,8 +273,8 @@ async def test_unscorable_as_an_error() -> None:
 
 async def test_an_earlier_verdict_does_not_stay(service: httpx.AsyncClient) -> None:
     """A rollout that is verified again brings its earlier answer along."""
-    failed = await told(service, VERIFY, verify(TOO_LONG))
-    again = await told(service, VERIFY, failed | {"response": response(answer())})
+    failed = await send_ok(service, VERIFY, verify(TOO_LONG))
+    again = await send_ok(service, VERIFY, failed | {"response": response(answer())})
     assert "_ng_failure_class" not in again
     assert (again["reward"], again["mask_sample"], again["failure_reason"]) == (0.93, False, None)
     assert again["shopr1/unscorable"] == 0.0
@@ -300,8 +300,8 @@ def test_verifiers_way_through_a_rollout() -> None:
 
 
 async def test_seed_session_takes_any_row(service: httpx.AsyncClient) -> None:
-    assert await told(service, f"{PREFIX}/seed_session", {}) == {}
-    assert await told(service, f"{PREFIX}/seed_session", {"task": {"deep": [1, None]}}) == {}
+    assert await send_ok(service, f"{PREFIX}/seed_session", {}) == {}
+    assert await send_ok(service, f"{PREFIX}/seed_session", {"task": {"deep": [1, None]}}) == {}
     refused = problem(await send(service, f"{PREFIX}/seed_session", []), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == ["body"]
 
@@ -314,7 +314,7 @@ async def test_reverify_mode(service: httpx.AsyncClient) -> None:
 
 
 async def aggregated(service: httpx.AsyncClient, *rollouts: dict[str, Any]) -> Any:
-    return await told(service, f"{PREFIX}/aggregate_metrics", {"verify_responses": rollouts})
+    return await send_ok(service, f"{PREFIX}/aggregate_metrics", {"verify_responses": rollouts})
 
 
 async def test_aggregate_metrics(service: httpx.AsyncClient) -> None:
@@ -338,8 +338,8 @@ async def test_aggregate_metrics(service: httpx.AsyncClient) -> None:
 
 
 async def test_aggregate_metrics_of_answers_of_verify(service: httpx.AsyncClient) -> None:
-    scored = await told(service, VERIFY, verify())
-    failed = await told(service, VERIFY, verify(TOO_LONG))
+    scored = await send_ok(service, VERIFY, verify())
+    failed = await send_ok(service, VERIFY, verify(TOO_LONG))
     answered = await aggregated(service, scored, failed)
     assert answered["agent_metrics"]["mean/reward"] == 0.93
     assert answered["agent_metrics"]["mean/mask_sample"] == 0.0
@@ -358,7 +358,7 @@ async def test_aggregate_metrics_of_what_is_no_measurement(service: httpx.AsyncC
         + b"0" * 400
         + b', "d": 1, "_ng_task_index": "x"}]}'
     )
-    answered = await told(service, f"{PREFIX}/aggregate_metrics", odd)
+    answered = await send_ok(service, f"{PREFIX}/aggregate_metrics", odd)
     assert answered["key_metrics"] == {"mean/d": 1.0}
     assert [each["_ng_task_index"] for each in answered["group_level_metrics"]] == [0]
 

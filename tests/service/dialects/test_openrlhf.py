@@ -31,7 +31,7 @@ from tests.support.trainer_requests import (
     openrlhf,
     register,
     send,
-    told,
+    send_ok,
 )
 
 pytestmark = pytest.mark.anyio
@@ -80,7 +80,7 @@ async def test_its_request_byte_for_byte(service: httpx.AsyncClient) -> None:
 
 
 async def test_no_rollouts(service: httpx.AsyncClient) -> None:
-    answered = await told(service, OPENRLHF, b'{"query": [], "prompts": [], "labels": []}')
+    answered = await send_ok(service, OPENRLHF, b'{"query": [], "prompts": [], "labels": []}')
     assert answered == {"rewards": [], "scores": [], "extra_logs": {key: [] for key in LOG_KEYS}}
 
 
@@ -96,8 +96,8 @@ MANY = [
 
 async def test_many_rollouts_in_order() -> None:
     async with running(FakePolicy(10.0, 0.5)) as client:
-        answered = await told(client, OPENRLHF, openrlhf(*MANY))
-        alone = [await told(client, OPENRLHF, openrlhf(rollout)) for rollout in MANY]
+        answered = await send_ok(client, OPENRLHF, openrlhf(*MANY))
+        alone = [await send_ok(client, OPENRLHF, openrlhf(rollout)) for rollout in MANY]
     assert answered["rewards"] == [reward for one in alone for reward in one["rewards"]]
     assert answered["scores"] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert list(answered["extra_logs"]) == LOG_KEYS
@@ -111,7 +111,7 @@ async def test_many_rollouts_in_order() -> None:
 
 async def test_the_rewards_are_those_of_score() -> None:
     async with running(FakePolicy(10.0, 0.5)) as client:
-        answered = await told(client, OPENRLHF, openrlhf(*MANY))
+        answered = await send_ok(client, OPENRLHF, openrlhf(*MANY))
         groups = [
             group(MANY[0][1], MANY[2][1], MANY[3][1], MANY[5][1], truth=CLICK, prompt="page a"),
             group(MANY[1][1], truth=TERMINATE, prompt="page b"),
@@ -131,7 +131,7 @@ async def test_the_rewards_are_those_of_score() -> None:
 
 async def test_a_prompt_is_computed_once_for_its_rollouts() -> None:
     async with running() as client:
-        await told(client, OPENRLHF, openrlhf(*MANY))
+        await send_ok(client, OPENRLHF, openrlhf(*MANY))
         # (page a, CLICK), (page b, TERMINATE) and (page b, SEARCH) are a group each.
         assert await metric(client, "shopr1_phase_duration_seconds_count", phase="queue") == 3
         assert await metric(client, "shopr1_phase_duration_seconds_count", phase="prepare") == 1
@@ -140,7 +140,7 @@ async def test_a_prompt_is_computed_once_for_its_rollouts() -> None:
 @pytest.mark.parametrize("end", ["", "<end>", "<end>\n", "<end><end>", " <end> "])
 async def test_end_tokens_do_not_count(end: str) -> None:
     async with running(FakePolicy(10.0, 0.5)) as client:
-        answered = await told(client, OPENRLHF, openrlhf(("page<end>", answer() + end, TERMINATE)))
+        answered = await send_ok(client, OPENRLHF, openrlhf(("page<end>", answer() + end, TERMINATE)))
     # The rationale's characters are 15 … 18 of the completion, whose mean certainty is 10 + 16.5/2.
     assert answered["extra_logs"]["shopr1/self_certainty_nats"] == 18.25
     assert answered["rewards"] == [0.5 + 0.3 + 0.0 + 0.0 + 0.005 * 18.25]
@@ -148,21 +148,23 @@ async def test_end_tokens_do_not_count(end: str) -> None:
 
 async def test_the_prompt_is_cut_once_only() -> None:
     async with running() as client:
-        repeated = await told(client, OPENRLHF, openrlhf(("page", "page" + answer(), TERMINATE)))
-        prompt_in_it = await told(client, OPENRLHF, openrlhf(("page", answer(rationale="page"), TERMINATE)))
+        repeated = await send_ok(client, OPENRLHF, openrlhf(("page", "page" + answer(), TERMINATE)))
+        prompt_in_it = await send_ok(
+            client, OPENRLHF, openrlhf(("page", answer(rationale="page"), TERMINATE))
+        )
     assert repeated["extra_logs"]["shopr1/format_ok"] == 0.0
     assert prompt_in_it["extra_logs"]["shopr1/num_rationale_tokens"] == 4.0
 
 
 async def test_half_a_surrogate_pair_is_the_policys_mistake(service: httpx.AsyncClient) -> None:
-    answered = await told(service, OPENRLHF, openrlhf(("page", answer(rationale=HALF_PAIR), TERMINATE)))
+    answered = await send_ok(service, OPENRLHF, openrlhf(("page", answer(rationale=HALF_PAIR), TERMINATE)))
     assert answered["rewards"] == [0.0]
     assert answered["extra_logs"]["shopr1/format_ok"] == 0.0
 
 
 async def test_unknown_fields_are_ignored(service: httpx.AsyncClient) -> None:
     sent = openrlhf(("page", answer(), TERMINATE)) | {"images": [None], "step": 3}
-    assert (await told(service, OPENRLHF, sent))["rewards"] == [0.93]
+    assert (await send_ok(service, OPENRLHF, sent))["rewards"] == [0.93]
 
 
 def test_a_burst_of_single_rollouts_over_a_socket() -> None:
@@ -204,7 +206,7 @@ WRONG: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("sent", "locations"), WRONG)
-async def test_what_is_wrong_is_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
+async def test_bad_fields_are_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
     before = await metric(service, "shopr1_rollouts_total")
     refused = problem(await send(service, OPENRLHF, sent), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == locations
@@ -232,8 +234,8 @@ async def test_unscorable_is_an_error_by_default(service: httpx.AsyncClient) -> 
 async def test_unscorable_is_the_operators_number(number: float) -> None:
     policy = FakePolicy(26.0, max_sequence_tokens=MAX_TOKENS)
     async with running(policy, openrlhf_unscorable=number) as client:
-        answered = await told(client, OPENRLHF, UNSCORABLE)
-        one = await told(client, OPENRLHF, openrlhf(("page", TOO_LONG, TERMINATE)))
+        answered = await send_ok(client, OPENRLHF, UNSCORABLE)
+        one = await send_ok(client, OPENRLHF, openrlhf(("page", TOO_LONG, TERMINATE)))
         labels = {"dialect": "openrlhf", "reason": "sequence_too_long"}
         count = await metric(client, "shopr1_fallback_rewards_total", **labels)
     assert answered["rewards"] == [0.93, number, number]
@@ -252,5 +254,5 @@ async def test_labels_that_are_missing_come_from_the_table() -> None:
         sent = openrlhf(
             ("page", answer(CLICK), ""), ("page b", answer(), None), ("page", answer(), TERMINATE)
         )
-        answered = await told(client, OPENRLHF, sent)
+        answered = await send_ok(client, OPENRLHF, sent)
     assert answered["scores"] == [1.0, 1.0, 1.0]

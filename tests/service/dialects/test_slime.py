@@ -18,8 +18,8 @@ from tests.support.trainer_requests import (
     body,
     register,
     send,
+    send_ok,
     slime,
-    told,
 )
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +51,7 @@ async def test_a_reward_of_0_is_a_number_too(service: httpx.AsyncClient) -> None
 
 @pytest.mark.parametrize("flag", ["true", "1"])
 async def test_an_object_on_demand(service: httpx.AsyncClient, flag: str) -> None:
-    answered = await told(service, SLIME, slime(response=answer(CLICK), label=CLICK), object=flag)
+    answered = await send_ok(service, SLIME, slime(response=answer(CLICK), label=CLICK), object=flag)
     assert list(answered) == ["reward", *LOG_KEYS]
     assert answered["reward"] == 1001.13
     assert answered["shopr1/value"] == 1000.0
@@ -60,7 +60,7 @@ async def test_an_object_on_demand(service: httpx.AsyncClient, flag: str) -> Non
 
 async def test_chat_messages_go_through_the_template() -> None:
     async with running(FakePolicy(10.0, 0.5)) as client:
-        answered = await told(client, SLIME, slime(prompt=CHAT, response=answer(CLICK), label=CLICK))
+        answered = await send_ok(client, SLIME, slime(prompt=CHAT, response=answer(CLICK), label=CLICK))
         scored = await score(client, group(answer(CLICK), truth=CLICK, prompt=CHAT))
         tokens = await metric(client, "shopr1_engine_tokens_total")
     assert answered == scored["groups"][0]["rewards"][0]["reward"]
@@ -86,9 +86,9 @@ async def test_a_missing_label_comes_from_the_table(sent: Any) -> None:
         refused = problem(await send(client, SLIME, sent), 422, "invalid_request")
         assert [error["location"] for error in refused["errors"]] == ["label"]
         await register(client, ("page", TERMINATE), (CHAT, CLICK))
-        assert await told(client, SLIME, sent) == 0.93
+        assert await send_ok(client, SLIME, sent) == 0.93
         # Messages have a label of their own.
-        assert await told(client, SLIME, sent | {"prompt": CHAT, "response": answer(CLICK)}) == 1001.13
+        assert await send_ok(client, SLIME, sent | {"prompt": CHAT, "response": answer(CLICK)}) == 1001.13
 
 
 WRONG: list[tuple[Any, list[str]]] = [
@@ -107,7 +107,7 @@ WRONG: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("sent", "locations"), WRONG)
-async def test_what_is_wrong_is_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
+async def test_bad_fields_are_named(service: httpx.AsyncClient, sent: Any, locations: list[str]) -> None:
     refused = problem(await send(service, SLIME, sent), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == locations
 
@@ -126,8 +126,8 @@ async def test_unscorable_is_an_error_by_default(service: httpx.AsyncClient) -> 
 async def test_unscorable_is_the_operators_number() -> None:
     policy = FakePolicy(max_sequence_tokens=MAX_TOKENS)
     async with running(policy, slime_unscorable=0.25) as client:
-        number = await told(client, SLIME, slime(response=TOO_LONG))
-        answered = await told(client, SLIME, slime(response=TOO_LONG), object="true")
+        number = await send_ok(client, SLIME, slime(response=TOO_LONG))
+        answered = await send_ok(client, SLIME, slime(response=TOO_LONG), object="true")
         count = await metric(client, "shopr1_fallback_rewards_total", dialect="slime")
     assert number == answered["reward"] == 0.25
     assert answered["shopr1/unscorable"] == 1

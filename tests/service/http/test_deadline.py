@@ -1,4 +1,4 @@
-"""Deadlines, clients that go, and queues that are full: over a real socket."""
+"""Deadlines, clients that disconnect, and full queues: over a real socket."""
 
 import socket
 import threading
@@ -26,7 +26,7 @@ def post(url: str, prompt: str, **headers: str) -> httpx.Response:
 
 
 def metric(url: str, line: str) -> float:
-    """The value behind this name and labels; 0 where it does not stand."""
+    """The value of a sample by its name and labels; 0 where there is none."""
     text = httpx.get(f"{url}/metrics").text
     return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(f"{line} ")), 0.0)
 
@@ -63,14 +63,14 @@ def test_the_services_own_deadline_is_the_longest(policy: Held) -> None:
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon", ""])
-def test_a_deadline_that_is_none(policy: Held, timeout: str) -> None:
+def test_malformed_deadlines_are_refused(policy: Held, timeout: str) -> None:
     with served(policy) as url:
         body = problem(post(url, "a", **{"X-Request-Timeout": timeout}), 422, "invalid_request")
         assert body["errors"][0]["location"] == "header.X-Request-Timeout"
     assert policy.prompts == []
 
 
-def test_a_client_that_goes_takes_its_work_along(policy: Held) -> None:
+def test_the_work_of_a_client_that_disconnects_is_dropped(policy: Held) -> None:
     with served(policy) as url, ThreadPoolExecutor() as pool:
         running = pool.submit(post, url, "a")
         policy.has_begun.wait(WAIT_S)
@@ -84,7 +84,7 @@ def test_a_client_that_goes_takes_its_work_along(policy: Held) -> None:
 
 
 class leaving:  # noqa: N801  # reads as what it does: `with leaving(url, …)`
-    """A client that sends a request and is gone at the end of the block, without waiting for an answer."""
+    """A client that sends a request and disconnects at the end of the block, before the response."""
 
     def __init__(self, url: str, prompt: str) -> None:
         self._url = httpx.URL(url)

@@ -1,10 +1,7 @@
-"""What is refused, how it is said, and that nothing is scored of it."""
+"""Refused requests: their problems, and that nothing of them is scored."""
 
-import asyncio
-import json
 import logging
 import re
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -14,13 +11,12 @@ import pytest
 from shopr1_client.errors import PROBLEMS
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
-from shopr1_service.errors import PolicyError
 from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
+from tests.support.held import Loader
 from tests.support.http import (
-    WAIT_S,
     answer,
     client_of,
     group,
@@ -43,7 +39,7 @@ ABSENT = object()
 
 
 def with_field(key: str, value: Any) -> dict[str, Any]:
-    """A request that is right but for one field of its second group; `/x` is a field of the request."""
+    """A request that is right except for one field of its second group; `/x` is a field of the request."""
     first, second = group(answer(), id="right"), group(answer(), answer(), id="wrong")
     body: dict[str, Any] = {"groups": [first, second]}
     target = body if key.startswith("/") else second
@@ -225,7 +221,7 @@ async def test_a_body_of_another_media_type(service: httpx.AsyncClient, content_
         (b'{"groups": [],}', "at character 14"),
         (b'{"groups": []} {}', "at character 15"),
         (b"{'groups': []}", "at character 1"),
-        # { stands at 0, the quotes at 1 and 3, and at 4 the colon is missing. In bytes it would be 5.
+        # { is at 0, the quotes at 1 and 3, and at 4 the colon is missing. In bytes it would be 5.
         ('{"é"}'.encode(), "at character 4"),
         (b'{"groups": "\x00"}', "at character 12"),
         (b'{"groups": "\xff"}', "not UTF-8"),
@@ -255,65 +251,6 @@ async def test_any_depth_is_an_answer(service: httpx.AsyncClient, depth: int) ->
 
 
 # --- 413 --------------------------------------------------------------------------------------------
-
-
-def padded(num_bytes: int) -> bytes:
-    return json.dumps({"groups": []}).encode().ljust(num_bytes)
-
-
-async def in_chunks(content: bytes, size: int) -> AsyncIterator[bytes]:
-    for start in range(0, len(content), size):
-        yield content[start : start + size]
-
-
-@pytest.mark.parametrize("size", [None, 1, 64, 1000])
-async def test_size_of_the_body(size: int | None) -> None:
-    async with running(max_body_bytes=100) as client:
-
-        async def send(content: bytes) -> httpx.Response:
-            sent = content if size is None else in_chunks(content, size)
-            return await client.post("/score", content=sent, headers={"Content-Type": "application/json"})
-
-        assert (await send(padded(100))).status_code == 200
-        for num_bytes in (101, 5000):
-            problem(await send(padded(num_bytes)), 413, "too_large")
-
-
-async def test_an_announced_body_is_not_read() -> None:
-    chunks: list[bytes] = []
-
-    async def body() -> AsyncIterator[bytes]:
-        chunks.append(b" ")
-        yield b" "
-
-    async with running(max_body_bytes=100) as client:
-        response = await client.post("/score", content=body(), headers={"Content-Length": "101"})
-        assert "101" in problem(response, 413, "too_large")["detail"]
-    assert not chunks
-
-
-async def test_a_stream_is_not_read_to_its_end() -> None:
-    chunks: list[bytes] = []
-
-    async def endless() -> AsyncIterator[bytes]:
-        for _ in range(10_000):
-            chunks.append(b" " * 10)
-            yield b" " * 10
-
-    async with running(max_body_bytes=100) as client:
-        response = await client.post(
-            "/score", content=endless(), headers={"Content-Type": "application/json"}
-        )
-    problem(response, 413, "too_large")
-    assert len(chunks) == 11
-
-
-@pytest.mark.parametrize("announced", ["-1", "1e9", "0x10", "", "９９９"])
-async def test_a_length_that_is_no_number_is_not_trusted(announced: str) -> None:
-    async with running(max_body_bytes=100) as client:
-        headers = {b"Content-Length": announced.encode(), b"Content-Type": b"application/json"}
-        response = await client.post("/score", content=padded(101), headers=headers)
-    problem(response, 413, "too_large")
 
 
 PROMPT_AND_ANSWERS = [group(answer(), answer(), prompt="four"), group(answer(), prompt={"token_ids": [1, 2]})]
@@ -379,7 +316,7 @@ class Buggy(FakePolicy):
         return super().certainties(groups, rules, version)
 
 
-async def test_a_bug_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_logged_and_its_details_are_not_returned(caplog: pytest.LogCaptureFixture) -> None:
     policy = Buggy()
     async with running(policy) as client:
         response = await post(client, {"groups": [group(answer())] * 3}, **{"X-Request-ID": "bug-1"})
@@ -402,93 +339,6 @@ async def test_the_log_of_a_bug_names_the_request(caplog: pytest.LogCaptureFixtu
     assert "bug-2" in caplog.text
 
 
-# --- 503 --------------------------------------------------------------------------------------------
-
-
-class Loader:
-    """Loads when it is told to."""
-
-    def __init__(self) -> None:
-        self.may_go_on = threading.Event()
-
-    def __call__(self) -> FakePolicy:
-        assert self.may_go_on.wait(WAIT_S)
-        return FakePolicy()
-
-
-def assert_not_ready(response: httpx.Response, detail: str) -> None:
-    assert problem(response, 503, "not_ready")["detail"].startswith(detail)
-    assert int(response.headers["Retry-After"]) > 0
-
-
-async def test_live_but_not_ready_while_the_policy_loads() -> None:
-    load = Loader()
-    app = create_app(Settings(), LocalEngine.opener(load))
-    async with app.router.lifespan_context(app), client_of(app) as client:
-        try:
-            for response in (
-                await client.get("/health/ready"),
-                await client.get("/info"),
-                await post(client, {"groups": []}),
-            ):
-                assert_not_ready(response, "the policy is loading")
-            assert (await client.get("/health/live")).json() == {"status": "live"}
-            for path in ("/recipes", "/recipes/shop_r1", "/metrics"):
-                assert (await client.get(path)).status_code == 200
-            assert (await post(client, {})).status_code == 422
-        finally:
-            load.may_go_on.set()
-        await until_ready(client)
-        assert (await rewards(client, answer()))[0]["reward"] == 0.93
-
-
-async def test_not_ready_after_shutdown() -> None:
-    app = create_app(Settings(), LocalEngine.opener(FakePolicy))
-    async with client_of(app) as client:
-        async with app.router.lifespan_context(app):
-            await until_ready(client)
-        assert_not_ready(await post(client, {"groups": []}), "the service is shutting down")
-        assert_not_ready(await client.get("/health/ready"), "the service is shutting down")
-        assert (await client.get("/health/live")).status_code == 200
-
-
-async def test_shutdown_while_the_policy_loads() -> None:
-    failures: list[BaseException] = []
-    load = Loader()
-    app = create_app(Settings(), LocalEngine.opener(load), on_failure=failures.append)
-    async with client_of(app) as client:
-        try:
-            async with app.router.lifespan_context(app):
-                assert (await client.get("/health/ready")).status_code == 503
-        finally:
-            load.may_go_on.set()
-        assert_not_ready(await client.get("/health/ready"), "the service is shutting down")
-    assert not failures
-
-
-@pytest.mark.parametrize(
-    "error", [PolicyError("no such directory: /x"), RuntimeError("bug"), OSError(5, "io")]
-)
-async def test_load_failure(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    failures: list[BaseException] = []
-    has_failed = asyncio.Event()
-
-    def load() -> FakePolicy:
-        raise error
-
-    def on_failure(failure: BaseException) -> None:
-        failures.append(failure)
-        has_failed.set()
-
-    app = create_app(Settings(), LocalEngine.opener(load), on_failure=on_failure)
-    async with app.router.lifespan_context(app), client_of(app) as client:
-        await asyncio.wait_for(has_failed.wait(), WAIT_S)
-        assert (await client.get("/health/ready")).status_code == 503
-        assert (await client.get("/health/live")).status_code == 200
-    assert failures == [error]
-    assert f"the policy cannot be loaded: {error}" in caplog.text
-
-
 # --- every problem ----------------------------------------------------------------------------------
 
 Request = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
@@ -505,7 +355,7 @@ REQUESTS: dict[str, Request] = {
 }
 
 
-# Those of a busy engine are in test_patience.py, of keys in test_api_keys.py, of the dialects in dialects/.
+# Those of a busy engine are in test_deadline.py, of keys in test_auth.py, of the dialects in dialects/.
 ELSEWHERE = (
     "unauthenticated",
     "forbidden",
@@ -533,38 +383,3 @@ async def test_every_problem_has_every_key(expected: Any) -> None:
         load.may_go_on.set()
     body = problem(response, expected.status, expected.code)
     assert body["title"] == expected.title
-
-
-# --- request ids ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("given", ["7", "bug-1", "a/b:c=d@e+f._-", "x" * 128])
-async def test_a_request_id_is_echoed(service: httpx.AsyncClient, given: str) -> None:
-    right = await post(service, {"groups": []}, **{"X-Request-ID": given})
-    wrong = await post(service, {}, **{"X-Request-ID": given})
-    for response in (right, wrong):
-        assert response.headers.get_list("X-Request-ID") == [given]
-        assert response.json()["request_id"] == given
-
-
-@pytest.mark.parametrize(
-    "given",
-    ["", " ", "a b", "x" * 129, "a\nERROR forged", "a\r\nX: y", "a\x1b[2J", "\xe9", 'a"b', "a\\nb", "a\n"],
-)
-async def test_what_could_forge_a_log_line_is_not_echoed(service: httpx.AsyncClient, given: str) -> None:
-    headers = {b"X-Request-ID": given.encode("latin-1")}
-    response = await service.post("/score", content=b"{}", headers=headers)
-    assert re.fullmatch("[0-9a-f]{32}", problem(response, 422, "invalid_request")["request_id"])
-
-
-async def test_request_ids_differ(service: httpx.AsyncClient) -> None:
-    responses = [await post(service, {"groups": []}) for _ in range(20)]
-    request_ids = {response.headers["X-Request-ID"] for response in responses}
-    assert len(request_ids) == 20
-    assert request_ids == {response.json()["request_id"] for response in responses}
-
-
-@pytest.mark.parametrize("path", ["/health/live", "/metrics", "/openapi.json", "/recipes", "/info", "/nope"])
-async def test_every_answer_has_a_request_id(service: httpx.AsyncClient, path: str) -> None:
-    response = await service.get(path, headers={"X-Request-ID": "mine"})
-    assert response.headers.get_list("X-Request-ID") == ["mine"]

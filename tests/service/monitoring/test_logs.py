@@ -1,4 +1,4 @@
-"""What a log line looks like, whose request it names, and what never stands in one."""
+"""Log lines: their format, the request that they name, and the secrets that none contains."""
 
 import asyncio
 import io
@@ -9,9 +9,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -29,7 +28,8 @@ from shopr1_service.policy.fake import CharacterCodec, FakePolicy
 from shopr1_service.server import uvicorn_server as server
 from shopr1_service.settings import LogFormat, Settings
 from tests.support.http import WAIT_S, answer, free_port, group, post, running
-from tests.support.trainer_requests import SLIME, slime
+from tests.support.log_lines import noting
+from tests.support.trainer_requests import SLIME
 
 pytestmark = pytest.mark.anyio
 
@@ -66,7 +66,7 @@ def raised(error: Exception, cause: Exception | None = None) -> Exception:
 # --- lines ------------------------------------------------------------------------------------------
 
 
-def test_what_a_line_says() -> None:
+def test_fields_of_a_line() -> None:
     assert as_json(record("%d of %s", 3, "four", num_tokens=5, ratio=0.5, is_new=True)) == {
         "time": "1970-01-01T00:00:00.000001Z",
         "level": "warning",
@@ -90,7 +90,7 @@ def test_an_exception_has_type_message_and_stack() -> None:
     assert re.search(r"ValueError: the first\n.*in raised\n.*RuntimeError: the last\n$", line["stack"], re.S)
 
 
-def test_exceptions_of_a_group_are_all_told() -> None:
+def test_all_exceptions_of_a_group_are_logged() -> None:
     error = raised(ExceptionGroup("two", [ValueError("one"), raised(TypeError("other"))]))
     stack = as_json(record("failed", error=error))["exception"]["stack"]
     assert [part in stack for part in ("ValueError: one\n", "TypeError: other\n")] == [True, True]
@@ -103,7 +103,7 @@ def test_exceptions_in_a_circle_end() -> None:
     assert stack.count("ValueError: o") == 2
 
 
-def test_what_json_has_no_word_for() -> None:
+def test_values_that_json_cannot_express() -> None:
     line = as_json(
         record(
             "half \ud800", text="\udfff", number=float("nan"), thing={"a": {1}, "b": [2, None]}, level="mine"
@@ -208,7 +208,7 @@ def test_a_terminal_gets_text(
     assert stream.getvalue().startswith("{") == is_json
 
 
-def test_libraries_write_like_everybody(capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_use_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
     stubborn = logging.getLogger("stubborn")
     stubborn.addHandler(logging.StreamHandler(sys.stderr))
     stubborn.propagate = False
@@ -227,37 +227,13 @@ class BrokenPipe(io.StringIO):
         raise BrokenPipeError
 
 
-def test_a_broken_stream_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_stream_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", BrokenPipe())
     with logging_to_stderr(Settings()):
         logging.getLogger("some.module").error("nobody hears")
 
 
 # --- whose request ----------------------------------------------------------------------------------
-
-
-class Noting(logging.Handler):
-    """Lines as they would be written, of one logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[Any] = []
-
-    def emit(self, made: logging.LogRecord) -> None:
-        self.lines.append(json.loads(JsonFormatter().format(made)))
-
-
-@contextmanager
-def noting(name: str) -> Iterator[list[Any]]:
-    logger, handler = logging.getLogger(name), Noting()
-    former = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(former)
 
 
 class TalkingCodec(CharacterCodec):
@@ -319,61 +295,6 @@ def test_text_lines_name_the_request_too() -> None:
             return stream.getvalue()
 
     assert re.search(r"^\S+ INFO talking \[r1 a\]: here$", asyncio.run(formatted()), re.M)
-
-
-# --- access -----------------------------------------------------------------------------------------
-
-
-async def test_a_line_for_each_request() -> None:
-    with noting("shopr1_service.access") as lines:
-        async with running(access_log=True) as client:
-            lines.clear()
-            groups = [group(answer(), answer()), group(answer(), prompt="another")]
-            headers = {"X-Request-ID": "r1", "X-Run-ID": "a"}
-            await post(client, {"groups": groups}, **headers)
-            await client.post(SLIME, json=slime())
-            await post(client, {"groups": "none"})
-            await client.get("/recipes/nope")
-            await client.get("/nowhere/at/all")
-            await client.request("BREW", "/score")
-    [first, *_] = lines
-    assert 0 < first.pop("duration_s") < WAIT_S
-    assert first.pop("time")
-    assert first == {
-        "level": "info",
-        "logger": "shopr1_service.access",
-        "message": "POST /score 200",
-        "request_id": "r1",
-        "run": "a",
-        "method": "POST",
-        "route": "/score",
-        "status": 200,
-        "num_groups": 2,
-        "num_rollouts": 3,
-    }
-    assert [(line["message"], line.get("num_rollouts")) for line in lines[1:]] == [
-        (f"POST {SLIME} 200", 1),
-        ("POST /score 422", None),
-        ("GET /recipes/{name} 404", None),
-        ("GET unknown 404", None),
-        ("unknown /score 405", None),
-    ]
-
-
-async def test_machines_that_ask_all_the_time_are_logged_at_debug_only() -> None:
-    with noting("shopr1_service.access") as lines:
-        async with running(access_log=True) as client:
-            lines.clear()
-            for path in ("/health/live", "/health/ready", "/metrics", "/info"):
-                await client.get(path)
-    assert [line["level"] for line in lines] == ["debug", "debug", "debug", "info"]
-
-
-async def test_no_access_log_no_lines() -> None:
-    with noting("shopr1_service.access") as lines:
-        async with running(access_log=False) as client:
-            await post(client, {"groups": [group(answer())]})
-    assert lines == []
 
 
 # --- a whole service --------------------------------------------------------------------------------
@@ -485,7 +406,7 @@ def send_marks(url: str) -> None:
 
 
 def headers(**more: str) -> dict[str, str]:
-    """With a mark in each, but for the ids of request and run, which are there to be logged."""
+    """With a mark in each, except the ids of request and run, which are there to be logged."""
     given = {
         "Content-Type": "application/json",
         "User-Agent": MARK,

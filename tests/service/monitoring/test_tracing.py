@@ -1,4 +1,4 @@
-"""What a collector gets, and that nobody waits for one."""
+"""Spans that a collector receives, and that no request waits for it."""
 
 import contextlib
 import itertools
@@ -222,7 +222,7 @@ def test_groups_that_are_measured_apart_have_spans_apart(collector: Collector) -
     assert len(collector.named("queue")) == 2
 
 
-def test_what_is_given_up_before_the_engine_takes_it_has_only_waited(collector: Collector) -> None:
+def test_a_request_that_is_dropped_from_the_queue_has_no_engine_span(collector: Collector) -> None:
     has_begun, may_go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -236,7 +236,7 @@ def test_what_is_given_up_before_the_engine_takes_it_has_only_waited(collector: 
             connection.sendall(raw_request(group(answer())))
             while queued_tokens(url) == 0:
                 pass
-        # The client has gone, and what waited for the engine is dropped.
+        # The client has disconnected, and its groups are dropped from the queue.
         while queued_tokens(url) > 0:
             pass
         may_go_on.set()
@@ -266,7 +266,7 @@ def test_a_client_that_does_not_trace_gets_a_trace_of_its_own(collector: Collect
     assert len({root.trace_id for root in roots}) == 2
 
 
-def test_what_the_client_does_not_sample_is_not_sent(collector: Collector) -> None:
+def test_traces_that_the_client_does_not_sample_are_not_sent(collector: Collector) -> None:
     with served(tracing=True) as url:
         send(url, group(answer()), traceparent=TRACEPARENT.removesuffix("01") + "00")
         httpx.get(f"{url}/info", timeout=WAIT_S)
@@ -280,7 +280,7 @@ class Failing(FakePolicy):
         raise RuntimeError(MARK)
 
 
-def test_failures_have_a_status_and_nobodys_words(collector: Collector) -> None:
+def test_failures_have_a_status_and_no_text(collector: Collector) -> None:
     marked = group(answer({"type": MARK}, MARK), truth={"type": "click", "name": MARK}, prompt=MARK)
     with served(Failing(), tracing=True) as url:
         assert send(url, marked).status_code == 500
@@ -302,7 +302,7 @@ def test_failures_have_a_status_and_nobodys_words(collector: Collector) -> None:
 
 
 def test_keys_are_in_no_span(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
-    # FastAPI would trace by itself if it were asked to, with each URL.
+    # This variable makes FastAPI trace each URL.
     monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
     with served(tracing=True, api_keys=(KEY,)) as url:
         for path in (f"/key/{KEY}/score", f"/score?api_key={KEY}", f"/key/{KEY}x/score", f"/key/{KEY}"):
@@ -342,7 +342,7 @@ def test_the_name_of_the_service(
     assert collector.resource["service.version"] == __version__
 
 
-def test_a_variable_that_makes_no_sense_is_told_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_variable_is_reported_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "-1")
     with pytest.raises(SettingsError, match=r"tracing: OpenTelemetry refuses .* must be positive"):
         create_app(Settings(tracing=True), LocalEngine.opener(FakePolicy))
@@ -355,7 +355,7 @@ def test_without_the_extra_the_start_says_what_to_install(monkeypatch: pytest.Mo
         create_app(Settings(tracing=True), LocalEngine.opener(FakePolicy))
 
 
-def test_without_tracing_nothing_of_it_is_imported() -> None:
+def test_without_tracing_opentelemetry_is_not_imported() -> None:
     program = (
         "import sys; from shopr1_service.server.app import create_app; "
         "from shopr1_service.policy.fake import FakePolicy; "
@@ -371,8 +371,8 @@ def test_without_tracing_nothing_of_it_is_imported() -> None:
 # --- a collector that is not there ------------------------------------------------------------------
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What is logged about tracing, without the exporter's words."""
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Level and package of each log line about tracing."""
     ours = [each for each in caplog.records if each.name.startswith(("opentelemetry", tracing.__name__))]
     return [f"{each.levelname} {each.name.split('.')[0]}" for each in ours]
 
@@ -404,22 +404,22 @@ def test_the_end_does_not_wait_for_a_collector_that_hangs(
     collector.wait_for(1)
 
 
-def test_a_dead_collector_is_told_once(
+def test_a_dead_collector_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")  # it is full at once, which would be told as well
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")  # it is full at once, which would be logged as well
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
     with served(tracing=True) as url:
         answers = [send(url, group(answer(), prompt=f"p{i}")) for i in range(20)]
     assert {answered.status_code for answered in answers} == {200}
-    assert [line.split()[1] for line in told(caplog)] == ["opentelemetry"]
+    assert [line.split()[1] for line in logged(caplog)] == ["opentelemetry"]
 
 
-def test_an_outage_that_is_over_is_told_and_the_next_again(
+def test_the_end_of_an_outage_is_logged_and_the_next_one_too(
     collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -428,6 +428,6 @@ def test_an_outage_that_is_over_is_told_and_the_next_again(
     tracer = open_tracer()
     for i in range(5):
         tracer.start_request("GET", {}).end("GET", "", 200, {})
-        collector.wait_for(i + 1)  # each is sent by itself
+        collector.wait_for(i + 1)  # each is sent alone
     tracer.close()
-    assert told(caplog) == ["ERROR opentelemetry", "INFO shopr1_service", "ERROR opentelemetry"]
+    assert logged(caplog) == ["ERROR opentelemetry", "INFO shopr1_service", "ERROR opentelemetry"]

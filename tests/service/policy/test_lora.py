@@ -45,7 +45,7 @@ TOLERANCE = 1e-4
 """Nats, fp32 against fp64."""
 CONFIG = LoraConfig(peft_type="LORA", r=3, lora_alpha=6.0)
 SCALE = 2.0
-"""Of `CONFIG`: 6 / 3."""
+"""Scale of `CONFIG`: 6 / 3."""
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 # Their weight is multiplied with directly, not by the module.
@@ -79,7 +79,7 @@ def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 def random_tensors(
     model: PreTrainedModel, ranks: Mapping[str, int] | int = 3, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Of every linear module, or of those named, as PEFT names and shapes them."""
+    """Adapter of every linear module, or of those named, as PEFT names and shapes it."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (num_outputs, num_inputs) in linear_sizes(model).items():

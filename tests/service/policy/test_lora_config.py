@@ -14,7 +14,7 @@ from shopr1_service.policy.lora_config import AdapterError, LoraConfig, parse_co
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
-# As PEFT 0.21 writes it, but for the lists of modules.
+# As PEFT 0.21 writes it, except the lists of modules.
 WRITTEN = """
 {
   "alora_invocation_tokens": null, "alpha_pattern": {"self_attn.o_proj": 4}, "arrow_config": null,
@@ -43,7 +43,7 @@ def refusal(**options: Any) -> AdapterError:
 
 
 @pytest.mark.parametrize("text", [WRITTEN, WRITTEN.encode()])
-def test_what_peft_writes(text: str | bytes) -> None:
+def test_a_config_of_peft(text: str | bytes) -> None:
     read = parse_config(text)
     assert read == LoraConfig(
         peft_type="LORA",
@@ -105,13 +105,13 @@ def test_patterns_may_be_null() -> None:
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
-def test_how_an_adapter_began_does_not_matter(init: bool | str | None) -> None:
+def test_harmless_initialisations(init: bool | str | None) -> None:
     assert config(init_lora_weights=init) == config()
 
 
 @pytest.mark.parametrize("key", ["new_key", "modules_to_save", "use_dora", "alora_invocation_tokens"])
 @pytest.mark.parametrize("value", [None, False, 0, "", [], {}])
-def test_what_is_not_set_does_not_matter(key: str, value: Any) -> None:
+def test_unset_fields_are_ignored(key: str, value: Any) -> None:
     assert config(**{key: value}) == config()
 
 
@@ -151,7 +151,7 @@ def test_what_is_not_set_does_not_matter(key: str, value: Any) -> None:
         ("peft_type", None),
     ],
 )
-def test_what_changes_numbers_is_refused(key: str, value: Any) -> None:
+def test_fields_that_change_numbers_are_refused(key: str, value: Any) -> None:
     error = refusal(**{key: value})
     assert error.location == key
     assert str(error) == f"{key}: {error.message}"
@@ -194,7 +194,7 @@ def test_no_regular_expression(key: str, pattern: str) -> None:
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", ".*.*.*.*.*x", "(.|.)" * 40, "a?" * 40])
-def test_patterns_that_backtrack_for_ever_in_python(pattern: str) -> None:
+def test_patterns_that_backtrack_endlessly_in_python(pattern: str) -> None:
     read = config(rank_pattern={pattern: 3})
     assert {read.rank("a" * length + "!") for length in (40, 1000)} == {8}
 

@@ -1,4 +1,4 @@
-"""What PEFT writes is applied to the last bit as PEFT applies it, or refused."""
+"""Adapters that PEFT wrote are applied as PEFT applies them, to the last bit, or refused."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_peft_gives_the_same(tmp_path: Path, kind: str, options: dict[str, Any],
     ],
     ids=lambda options: "-".join(f"{key}" for key in options),
 )
-def test_what_peft_writes_and_cannot_be_applied(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_adapters_of_peft_that_cannot_be_applied(tmp_path: Path, options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **options})
     peft.get_peft_model(tiny_model(), config).save_pretrained(tmp_path)

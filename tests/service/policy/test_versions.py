@@ -65,14 +65,14 @@ def test_an_update_leaves_the_former_table_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("demand", [exact("start"), exact(0)])
-def test_what_has_gone_does_not_come_back(demand: VersionDemand) -> None:
+def test_replaced_versions_do_not_return(demand: VersionDemand) -> None:
     error = refusal(START.with_base("one", 3.0), demand)
     assert error.retry_after_s is None
     assert error.detail.endswith("is demanded, 'one' is loaded, number 1")
 
 
 @pytest.mark.parametrize("demand", [exact("two"), exact(2), at_least("two"), at_least(2)])
-def test_what_has_not_come_may_come(demand: VersionDemand) -> None:
+def test_unknown_versions_may_be_loaded_later(demand: VersionDemand) -> None:
     table = START.with_base("one", 3.0)
     assert refusal(table, demand).retry_after_s == versions.RETRY_AFTER_S
     assert number(table.with_base("two", 4.0), demand=demand) == 2

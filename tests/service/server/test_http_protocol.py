@@ -1,4 +1,4 @@
-"""Clients that send slowly or not at all: they lose their connection, and nobody else notices."""
+"""Slow and silent clients: they lose their connection, and others are not affected."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ def connection(url: str) -> Iterator[socket.socket]:
 
 
 def rest(client: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """All bytes until the server closes."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while data := client.recv(65_536):
@@ -113,7 +113,7 @@ def test_a_request_in_pieces_that_come_in_time(server: str) -> None:
             assert answered_status(client) == 200
 
 
-def test_others_are_served_while_many_dawdle(server: str) -> None:
+def test_others_are_served_while_many_are_slow(server: str) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(connection(server)).sendall(b"POST /score HTTP/1.1\r\nX: ")

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.client import HTTPResponse
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,21 +24,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from shopr1_service.server import http_protocol as connection_module
-from shopr1_service.server import http_protocol as long_body
+from shopr1_service.server import http_protocol
 from shopr1_service.server.http_protocol import connection_class
 from tests.support.http import WAIT_S, serving
 
 BUFFER_BYTES = 1000
 GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
 Heard = list[Any]
-"""What the application tells of its requests."""
+"""Blocks and events that the application has seen."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_buffers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_body, "BUFFER_BYTES", BUFFER_BYTES)
+        patch.setattr(http_protocol, "BUFFER_BYTES", BUFFER_BYTES)
         yield
 
 
@@ -125,7 +126,7 @@ def test_every_body_arrives_whatever_the_cuts(server: str, num_bytes: int, cuts:
         assert answered(client)[0] == 200
 
 
-def test_what_is_handed_on_is_a_buffer_full(server: str) -> None:
+def test_buffers_are_handed_over_full(server: str) -> None:
     """Also the first, with what h11 had seen of it: numbers would else be cut in two."""
     content = body_of(3 * BUFFER_BYTES + 7)
     with connection(server) as client:
@@ -147,7 +148,7 @@ def test_a_pipelined_request_waits_for_its_turn(server: str) -> None:
     assert [digest.decode() for digest in digests] == [digest_of(content) for content in contents]
 
 
-def test_a_client_is_told_to_continue(server: str) -> None:
+def test_100_continue_is_sent(server: str) -> None:
     content = body_of(2 * BUFFER_BYTES)
     with connection(server) as client:
         client.sendall(head("/digest", len(content), "Expect: 100-continue"))
@@ -165,19 +166,19 @@ def test_a_refused_body_is_dropped_and_the_connection_kept(server: str) -> None:
         assert answered(client)[1]["digest"] == digest_of(content)
 
 
-def test_what_has_come_is_handed_on_without_more(noting: tuple[str, Heard]) -> None:
+def test_a_part_is_handed_over_when_no_more_arrives(noting: tuple[str, Heard]) -> None:
     url, heard = noting
     content = body_of(2 * BUFFER_BYTES)
     with connection(url) as client:
         client.sendall(head("/note", len(content)))
         for start, end in [(0, 1), (1, 2), (2, BUFFER_BYTES + 9), (BUFFER_BYTES + 9, len(content))]:
             client.sendall(content[start:end])
-            until(partial(has_come, heard, end))
+            until(partial(has_arrived, heard, end))
         assert answered(client)[0] == 200
     assert b"".join(heard) == content
 
 
-def test_a_client_that_goes_in_the_middle(noting: tuple[str, Heard]) -> None:
+def test_a_client_that_disconnects_in_the_middle(noting: tuple[str, Heard]) -> None:
     url, heard = noting
     with connection(url) as client:
         client.sendall(head("/note", 2 * BUFFER_BYTES) + body_of(BUFFER_BYTES + 1))
@@ -185,9 +186,9 @@ def test_a_client_that_goes_in_the_middle(noting: tuple[str, Heard]) -> None:
     assert b"".join(heard[:-1]) in (body_of(BUFFER_BYTES), body_of(BUFFER_BYTES + 1))
 
 
-def test_nothing_is_read_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_stops_when_the_application_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit the server would fill its memory."""
-    monkeypatch.setattr(long_body, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(http_protocol, "BUFFER_BYTES", 2**20)
     is_free, num_bytes = threading.Event(), 64 * 2**20
 
     async def wait(request: Request) -> Response:
@@ -232,10 +233,23 @@ def test_over_tls(certificate: tuple[Path, Path]) -> None:
             assert BUFFER_BYTES in said["sizes"]
 
 
+def test_h11_keeps_the_number_of_missing_bytes_where_we_read_and_reset_it() -> None:
+    """The attribute is private. Before a new h11 is added here, check how its readers use `_remaining`."""
+    assert version("h11") in {"0.16.0"}
+    h11_connection = h11.Connection(h11.SERVER)
+    h11_connection.receive_data(head("/digest", 10) + b"abc")
+    assert isinstance(h11_connection.next_event(), h11.Request)
+    assert http_protocol.num_bytes_left(h11_connection) == 10
+    assert isinstance(h11_connection.next_event(), h11.Data)
+    assert http_protocol.num_bytes_left(h11_connection) == 7
+    h11_connection._reader._remaining = 0  # type: ignore[union-attr]
+    assert isinstance(h11_connection.next_event(), h11.EndOfMessage)
+
+
 def test_h11_takes_all_where_it_does_not_tell_what_is_left(
     monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
-    monkeypatch.setattr(connection_module, "num_bytes_left", lambda _connection: 0)
+    monkeypatch.setattr(http_protocol, "num_bytes_left", lambda _connection: 0)
     content = body_of(3 * BUFFER_BYTES)
     with connection(server) as client:
         client.sendall(head("/digest", len(content)) + content[:1])
@@ -245,7 +259,7 @@ def test_h11_takes_all_where_it_does_not_tell_what_is_left(
     assert said["sizes"] != [BUFFER_BYTES] * 3
 
 
-def has_come(heard: Heard, num_bytes: int) -> bool:
+def has_arrived(heard: Heard, num_bytes: int) -> bool:
     return sum(map(len, heard)) == num_bytes
 
 

@@ -1,4 +1,4 @@
-"""Weights between two processes: what arrives, and how a transfer ends where one of the two fails."""
+"""Broadcasts between two processes: they arrive bit for bit, and end if one side fails."""
 
 import contextlib
 import multiprocessing
@@ -64,7 +64,7 @@ def large() -> list[Tensor]:
 
 
 def one_then(number: int) -> Iterator[Tensor]:
-    """The sender ends, or stands still, when the first tensor has gone."""
+    """The sender ends, or is stopped, after the first tensor."""
     yield large()[0]
     os.kill(os.getpid(), number)
     yield large()[1]
@@ -84,7 +84,7 @@ def train(pipe: Connection) -> None:
                 pipe.send("sent")
 
 
-def stand_still(pipe: Connection) -> None:
+def stop(pipe: Connection) -> None:
     store = serve_store(HOST, WAIT_S)
     pipe.send(store.port)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -121,7 +121,7 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[Any,
     try:
         yield child, ours
     finally:
-        child.kill()  # also where it stands still
+        child.kill()  # also if it is stopped
         child.join()
         child.close()
         ours.close()
@@ -156,7 +156,7 @@ def drop(_piece: memoryview) -> None:
 
 
 def failure(asked: TransferRequest, sink: Callable[[memoryview], None] = drop) -> tuple[str, float]:
-    """What it says, and how long it took, s."""
+    """Error message, and the time it took, s."""
     begin_s = time.monotonic()
     with pytest.raises(TransferError) as caught:
         receive(asked, CPU, sink)
@@ -164,7 +164,7 @@ def failure(asked: TransferRequest, sink: Callable[[memoryview], None] = drop) -
 
 
 def held() -> tuple[int, list[str]]:
-    """What a process has: threads, and whatever has a descriptor but pipes to its children."""
+    """Number of threads, and kinds of open descriptors except pipes to child processes."""
     links = []
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing's own
@@ -250,15 +250,15 @@ def test_a_service_that_dies(num_pieces: int) -> None:
     assert time.monotonic() - begin_s < WAIT_S / 2  # the process had to begin
 
 
-def test_a_trainer_that_stands_still_is_left_at_the_deadline() -> None:
+def test_a_trainer_that_is_stopped_is_left_at_the_deadline() -> None:
     with process(train) as (_, pipe):
         said, took_s = failure(request(begun(pipe, one_then, signal.SIGSTOP), large(), timeout_s=3.0))
     assert said.startswith("the 3 s are over; 1 of 2 tensors had arrived")
     assert 3.0 <= took_s < 4.0
 
 
-def test_a_store_that_stands_still_is_left_at_the_deadline() -> None:
-    with process(stand_still) as (_, pipe):
+def test_a_store_that_is_stopped_is_left_at_the_deadline() -> None:
+    with process(stop) as (_, pipe):
         said, took_s = failure(request(heard(pipe), large(), timeout_s=2.0))
     assert HOST in said or "the 2 s are over" in said
     assert took_s < 3.0
@@ -281,7 +281,7 @@ def test_a_sink_that_fails_ends_it_on_both_sides(trainer: Connection) -> None:
     assert heard(trainer, PROMPT_S) == "the service has given up: no space left"
 
 
-def test_nobody_is_there() -> None:
+def test_a_port_without_a_listener() -> None:
     with socket.create_server((HOST, 0)) as closed:
         port = closed.getsockname()[1]
     said, took_s = failure(request(port, large()))
@@ -289,7 +289,7 @@ def test_nobody_is_there() -> None:
     assert took_s < PROMPT_S
 
 
-def test_something_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_of_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "_CONNECTION_S", 1.0)
     with socket.create_server((HOST, 0)) as silent:
         said, took_s = failure(request(silent.getsockname()[1], large()))
@@ -336,7 +336,7 @@ def test_a_service_that_does_not_join_need_not_be_waited_for() -> None:
         ([torch.ones(3)] * 3, "2 tensors were announced, not more"),
     ],
 )
-def test_tensors_that_were_not_announced_harm_nobody(sent: list[Tensor], said: str) -> None:
+def test_tensors_that_were_not_announced(sent: list[Tensor], said: str) -> None:
     announced = [torch.ones(3)] * 2
     with serve_store(HOST, WAIT_S) as store, ThreadPoolExecutor() as pool:
         waiting = pool.submit(failure, request(store.port, announced))

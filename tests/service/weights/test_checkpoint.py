@@ -1,4 +1,4 @@
-"""Which files may be read, and which are a checkpoint: real files, links, pipes and sockets."""
+"""Checkpoint directories of real files, links, pipes and sockets."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_links_that_stay_below_the_roots(root: Path, directory: Path, tmp_path: 
 
 
 def messages(paths: Mapping[str, str], roots: list[Path]) -> set[str]:
-    """What is said about these paths, but for the paths themselves."""
+    """Error messages for these paths, without the paths."""
     found = set()
     for path in paths.values():
         with pytest.raises(CheckpointError) as caught:
@@ -148,7 +148,7 @@ def test_errors_do_not_tell_what_there_is_elsewhere(root: Path, directory: Path,
         "half a surrogate pair": "\ud800",
         "home": "~",
     }
-    assert messages(paths, [root]) == {"nothing of this name below the `policy_roots`: "}
+    assert messages(paths, [root]) == {"no directory of this name below the `policy_roots`: "}
 
 
 def test_dots_are_refused_wherever_they_lead(root: Path, directory: Path) -> None:
@@ -243,7 +243,7 @@ def test_an_index_and_another_file_are_ambiguous(directory: Path) -> None:
         (["policy-q8.gguf"], "GGUF files are not read for updates"),
     ],
 )
-def test_what_is_no_checkpoint(directory: Path, files: list[str], message: str) -> None:
+def test_directories_without_a_checkpoint(directory: Path, files: list[str], message: str) -> None:
     for file in files:
         (directory / file).write_bytes(b"")
     error = refused(directory)
@@ -299,7 +299,7 @@ def pointer(_content: bytes) -> bytes:
         (cut_in_the_length, ": no safetensors header", SINGLE_FILE),
         (empty, ": no safetensors header", SINGLE_FILE),
         (pointer, ": no safetensors header", SINGLE_FILE),
-        (longer, " goes on after its tensors: ", SINGLE_FILE),
+        (longer, " has more bytes after its tensors: ", SINGLE_FILE),
         (absurd, ": no safetensors header", SINGLE_FILE),
         (other_dtype, ": tensor 'norm.weight': dtype: Input should be 'F64'", "norm.weight"),
         (other_shape, ": tensor 'embed.weight': data_offsets are ", "embed.weight"),
@@ -323,7 +323,7 @@ def test_a_huge_header_is_not_read(directory: Path) -> None:
     path = directory / SINGLE_FILE
     save(path)
     os.truncate(path, 2**40)
-    assert "goes on after its tensors: 1,099,511,627,776 bytes" in str(refused(directory))
+    assert "has more bytes after its tensors: 1,099,511,627,776 bytes" in str(refused(directory))
 
 
 def as_directory(path: Path, _tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ MAKERS = [
 @pytest.mark.timeout(60)  # a pipe that is waited for is waited for forever
 @pytest.mark.parametrize(("make", "message"), MAKERS)
 @pytest.mark.parametrize("name", [SINGLE_FILE, INDEX_FILE, SECOND])
-def test_what_is_no_file(
+def test_files_that_are_not_regular(
     directory: Path, tmp_path: Path, make: Callable[[Path, Path], None], message: str, name: str
 ) -> None:
     if name == SECOND:
@@ -375,7 +375,7 @@ def test_what_is_no_file(
     assert (str(error), error.location) == (message.format(name), name)
 
 
-def test_what_the_system_says_is_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_system_are_reported(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directory)  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(SINGLE_FILE)
@@ -482,7 +482,7 @@ def test_a_shard_that_is_missing(directory: Path) -> None:
         (b'{"weight_map": {"' + b"w" * 1025 + b'": "a.safetensors"}}', "a tensor's name is too long"),
     ],
 )
-def test_what_is_no_index(directory: Path, text: bytes, message: str) -> None:
+def test_malformed_indices(directory: Path, text: bytes, message: str) -> None:
     (directory / INDEX_FILE).write_bytes(text)
     error = refused(directory)
     assert str(error).startswith(f"{INDEX_FILE}: {message}")
@@ -527,7 +527,7 @@ def test_an_adapter(root: Path, directory: Path) -> None:
         (["adapter.gguf"], "GGUF files are not read"),
     ],
 )
-def test_what_is_no_adapter(directory: Path, files: list[str], message: str) -> None:
+def test_directories_without_an_adapter(directory: Path, files: list[str], message: str) -> None:
     for file in files:
         (directory / file).write_bytes(b"")
     error = refused_adapter(directory)
@@ -537,7 +537,7 @@ def test_what_is_no_adapter(directory: Path, files: list[str], message: str) -> 
 
 def test_an_adapter_is_looked_for_below_the_roots_only(directory: Path, tmp_path: Path) -> None:
     save_adapter(tmp_path)
-    with pytest.raises(CheckpointError, match="nothing of this name below"):
+    with pytest.raises(CheckpointError, match="no directory of this name below"):
         CheckpointDirectory(str(tmp_path), [directory.parent])
 
 

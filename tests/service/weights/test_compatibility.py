@@ -95,7 +95,7 @@ def check(directory: Path, **options: Any) -> None:
     check_compatible(opened(directory), tiny_model(**options).config, byte_level())
 
 
-# --- what fits --------------------------------------------------------------------------------------
+# --- compatible -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,14 +129,14 @@ def test_weights_alone_are_enough(tmp_path: Path) -> None:
         {"transformers_version": "4.0.0"},
     ],
 )
-def test_what_no_logit_depends_on_may_differ(change: dict[str, Any], tmp_path: Path) -> None:
+def test_fields_without_effect_on_logits_may_differ(change: dict[str, Any], tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
     path = tmp_path / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     check(tmp_path)
 
 
-def test_another_chat_template_is_told_and_not_taken(
+def test_another_chat_template_is_logged_and_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     byte_level(chat_template="{{ messages }}").save_pretrained(tmp_path)
@@ -145,7 +145,7 @@ def test_another_chat_template_is_told_and_not_taken(
     assert "the checkpoint has another chat template" in caplog.text
 
 
-# --- what does not, through the route ---------------------------------------------------------------
+# --- incompatible, through the route ---------------------------------------------------------------
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str]]] = {
     "truncated": (NEW[:-1], {}),
     "truncated header": (NEW[: LENGTH - 5], {}),
     "nothing": (b"", {}),
-    "goes on": (NEW + b"\0", {}),
+    "too long": (NEW + b"\0", {}),
     "huge header": (struct.pack("<Q", 2**63) + NEW[8:], {}),
     "short header": (struct.pack("<Q", LENGTH - 8) + NEW[8:], {}),
     "no JSON": (_header_and(b"{no JSON"), {}),

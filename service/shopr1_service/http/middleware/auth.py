@@ -68,7 +68,7 @@ class Authentication:
 
 
 def _needed(path: str) -> Scope:
-    # Routes match paths literally, but for the run's id, which is taken out later: no other spelling of a
+    # Routes match paths literally, except for the run's id, which is taken out later: no other spelling of a
     # path reaches another route than the one that is checked here.
     route = {"path": path}
     take_prefix(route, RUN_IN_PATH)

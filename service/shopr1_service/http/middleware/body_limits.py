@@ -46,7 +46,7 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         if is_streamed(scope):
-            extend = scope.get(EXTEND_TIMEOUT, _no_connection)
+            extend = scope.get(EXTEND_TIMEOUT, lambda: None)  # without a socket there is none
             await self._app(scope, _TimedReceive(receive, self._timeout_s, extend), send)
             return
         app = self._refusal(scope) or self._app
@@ -60,10 +60,6 @@ class BodyLimits:
             detail = f"the body has {length} bytes, max_body_bytes = {self._max_body_bytes}"
             return problem_response(TooLargeError(detail))
         return None
-
-
-def _no_connection() -> None:
-    """The application is called without a socket."""
 
 
 class _TimedReceive:
@@ -81,7 +77,7 @@ class _TimedReceive:
         self._is_complete = False
 
     async def __call__(self) -> Message:
-        if self._is_complete:  # the next message says that the client has disconnected
+        if self._is_complete:  # the next message is the client's disconnect
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._due_s):

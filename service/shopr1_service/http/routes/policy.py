@@ -1,4 +1,4 @@
-"""The routes by which the policy changes. All but the reading one need a key with the admin scope."""
+"""Routes that update the policy; all but `GET /policy` need a key with the scope `admin`."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -30,9 +30,9 @@ from shopr1_service.http.state import AppState
 TAG = "policy"
 router = APIRouter(tags=[TAG])
 stream_router = APIRouter(tags=[TAG])
-"""Bodies of any size: they are taken piece by piece, and bounded by what their header may announce."""
+"""Routes with bodies of any size: they are streamed; their header bounds them."""
 
-Version = Annotated[VersionName, Query(description="The version's name; stands in every answer.")]
+Version = Annotated[VersionName, Query(description="The version's name, as it appears in every response.")]
 Name = Annotated[AdapterName, Path(description="The adapter's name.")]
 
 _SAFETENSORS = {
@@ -47,7 +47,7 @@ _SAFETENSORS = {
 @router.get(
     "/policy",
     operation_id="policy",
-    summary="What is loaded, and whether an update is under way",
+    summary="Loaded versions, and the progress of an update",
     responses=problem_responses(InternalError, NotReadyError),
 )
 async def policy(state: AppState) -> PolicyState:
@@ -58,15 +58,15 @@ async def policy(state: AppState) -> PolicyState:
 @router.post(
     "/policy/update",
     operation_id="updatePolicy",
-    summary="Take the weights of a checkpoint",
+    summary="Load the weights of a checkpoint",
     responses=CHANGE_PROBLEMS,
 )
 async def update(
     body: Annotated[UpdateRequest, Body(openapi_examples=examples.UPDATE_REQUESTS)], state: AppState
 ) -> PolicyUpdate:
-    """Weights from a directory below one of the service's `policy_roots`.
+    """Loads weights from a directory below one of the service's `policy_roots`.
 
-    All is checked before anything changes. The answer comes when the new weights score.
+    Everything is checked before anything changes. The response is sent when the new weights score.
     """
     return await state.engine.load_checkpoint(body)
 
@@ -74,7 +74,7 @@ async def update(
 @stream_router.put(
     "/policy/weights",
     operation_id="uploadWeights",
-    summary="Send new weights",
+    summary="Upload new weights",
     responses=CHANGE_PROBLEMS,
     openapi_extra=_SAFETENSORS,
 )
@@ -82,13 +82,13 @@ async def upload(
     request: Request,
     state: AppState,
     version: Version,
-    partial: Annotated[bool, Query(description="Some tensors only; the others stay as they are.")] = False,
+    partial: Annotated[bool, Query(description="Some tensors only; the others keep their values.")] = False,
 ) -> PolicyUpdate:
-    """Weights as one safetensors file, under the names of `model.state_dict()`.
+    """Loads weights from one safetensors file with the names of `model.state_dict()`.
 
-    They are checked as they come, in bounded memory. If the connection breaks, nothing has changed.
+    The body is streamed in bounded memory. If the connection breaks, nothing has changed.
     """
-    return await state.engine.load_upload(received(request), version, is_partial=partial)
+    return await state.engine.load_upload(_blocks(request), version, is_partial=partial)
 
 
 @router.post(
@@ -100,7 +100,7 @@ async def upload(
 async def transfer(
     body: Annotated[TransferRequest, Body(openapi_examples=examples.TRANSFER_REQUESTS)], state: AppState
 ) -> PolicyUpdate:
-    """Joins the trainer's torch.distributed group of two, and takes the tensors that it broadcasts."""
+    """Joins the trainer's torch.distributed group of two, and loads the tensors that it broadcasts."""
     return await state.engine.receive_broadcast(body)
 
 
@@ -113,9 +113,9 @@ async def transfer(
 async def load_adapter(
     body: Annotated[AdapterRequest, Body(openapi_examples=examples.ADAPTER_REQUESTS)], state: AppState
 ) -> AdapterUpdate:
-    """An adapter as PEFT saves it, below one of the service's `policy_roots`.
+    """Loads an adapter as PEFT saves it, from below one of the service's `policy_roots`.
 
-    Under a known name it is a further version of it, and the last `adapter_versions` stay loaded.
+    If the name is known, this is a further version of it; the last `adapter_versions` stay loaded.
     """
     return await state.engine.load_adapter(body)
 
@@ -123,7 +123,7 @@ async def load_adapter(
 @stream_router.put(
     "/policy/adapters/{name}",
     operation_id="uploadAdapter",
-    summary="Send a LoRA adapter",
+    summary="Upload a LoRA adapter",
     responses=CHANGE_PROBLEMS,
     openapi_extra=_SAFETENSORS,
 )
@@ -133,12 +133,12 @@ async def upload_adapter(
     state: AppState,
     version: Annotated[VersionName | None, Query(description="Default: its number.")] = None,
     default: Annotated[
-        bool, Query(description="From now on it scores the requests that name no adapter.")
+        bool, Query(description="From now on it scores requests that name no adapter.")
     ] = False,
 ) -> AdapterUpdate:
-    """PEFT's `adapter_model.safetensors`, with the text of its config as `adapter_config` in the metadata."""
+    """Loads PEFT's `adapter_model.safetensors`, with its config as `adapter_config` in the metadata."""
     wanted = AdapterRequest(name=name, path="-", version=version, default=default)
-    return await state.engine.load_uploaded_adapter(received(request), wanted)
+    return await state.engine.load_uploaded_adapter(_blocks(request), wanted)
 
 
 @router.delete(
@@ -152,16 +152,16 @@ async def unload_adapter(
     state: AppState,
     version: Annotated[VersionName | None, Query(description="Default: all versions.")] = None,
 ) -> PolicyState:
-    """Requests that name it get 422 from then on; those without a name are scored without it."""
+    """Unloads it: requests that name it get 422; requests without a name are scored without it."""
     await state.engine.unload_adapter(name, version)
     return state.policy_state
 
 
-async def received(request: Request) -> AsyncIterator[bytes]:
-    """A request's body, piece by piece.
+async def _blocks(request: Request) -> AsyncIterator[bytes]:
+    """Blocks of a request's body.
 
     Raises:
-        ClientDisconnectedError: the client died in the middle.
+        ClientDisconnectedError: the client disconnected before its end.
     """
     try:
         async for block in request.stream():

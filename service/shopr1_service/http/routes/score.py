@@ -4,20 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Header, Request
 
-from shopr1_client.errors import (
-    DeadlineExceededError,
-    InternalError,
-    InvalidRequestError,
-    MalformedBodyError,
-    NotReadyError,
-    OverloadedError,
-    PolicyVersionError,
-    RequestTimeoutError,
-    TooLargeError,
-)
+from shopr1_client.errors import PolicyVersionError
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.http import examples
-from shopr1_service.http.problem_responses import problem_responses
+from shopr1_service.http.problem_responses import SCORING, problem_responses
 from shopr1_service.http.scoring import score_request
 from shopr1_service.http.state import AppState
 
@@ -36,17 +26,7 @@ _TIMEOUT = Header(
     "/score",
     operation_id="score",
     summary="Score groups of rollouts",
-    responses=problem_responses(
-        MalformedBodyError,
-        RequestTimeoutError,
-        PolicyVersionError,
-        TooLargeError,
-        InvalidRequestError,
-        OverloadedError,
-        InternalError,
-        NotReadyError,
-        DeadlineExceededError,
-    ),
+    responses=problem_responses(*SCORING, PolicyVersionError),
 )
 async def score(
     body: Annotated[ScoreRequest, Body(openapi_examples=examples.SCORE_REQUESTS)],
@@ -56,7 +36,7 @@ async def score(
 ) -> ScoreResponse:
     """Rewards of every completion, in the order of the request, each with its weighted terms.
 
-    A completion that is not valid JSON is scored 0 and says why. One that cannot be scored has
+    A completion that is not valid JSON is scored 0, with the reason. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
     return await score_request(body, request, state, timeout_s)

@@ -27,7 +27,7 @@ health_router = APIRouter(prefix="/health", tags=["health"])
     responses=problem_responses(InternalError, NotReadyError),
 )
 async def info(state: AppState) -> Info:
-    """What is loaded, how it computes, and what a request may hold."""
+    """The loaded policy, the way it computes, and the limits of a request."""
     return Info(
         version=__version__,
         policy=state.engine.info,

@@ -55,10 +55,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-# --- what is loaded ---------------------------------------------------------------------------------
+# --- loaded versions -------------------------------------------------------------------------------
 
 
-async def test_every_answer_names_what_is_loaded(service: Service) -> None:
+async def test_every_response_names_its_version(service: Service) -> None:
     start = await service.state()
     assert start == {
         "model": "tiny",
@@ -82,7 +82,7 @@ async def test_every_answer_names_what_is_loaded(service: Service) -> None:
     assert (info["version"], info["number"]) == ("step-1", 1)
 
 
-async def test_what_an_update_says_of_itself(service: Service) -> None:
+async def test_response_of_an_update(service: Service) -> None:
     update = done(await service.upload(NEW))
     weights = weights_of(tiny_model())
     assert update["num_tensors"] == len(weights)
@@ -139,7 +139,7 @@ async def test_a_checkpoint_gives_the_numbers_of_a_fresh_service(
     assert await service.numbers() == await numbers_of(tiny_model())
     done(await service.update(path))
     assert await service.numbers() == await numbers_of(model)
-    # What is relative is below a root.
+    # A relative path is below a root.
     saved(root / "old", tiny_model())
     done(await service.update("old"))
     assert await service.numbers() == await numbers_of(tiny_model())
@@ -233,16 +233,16 @@ async def test_paths_that_are_not_read(service: Service, root: Path, tmp_path: P
     (root / "pickled" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     os.mkfifo(root / "pipe")
     expected = {
-        outside: "nothing of this name below",
+        outside: "no directory of this name below",
         "../outside": "must not contain '..'",
         f"{root}/../outside": "must not contain '..'",
-        "link": "nothing of this name below",
-        "none": "nothing of this name below",
-        "/": "nothing of this name below",
+        "link": "no directory of this name below",
+        "none": "no directory of this name below",
+        "/": "no directory of this name below",
         "pipe": "not a directory",
         "pickled": "pickled weights are not read",
         ".": "no weights there",
-        "\0": "nothing of this name below",
+        "\0": "no directory of this name below",
     }
     async with Unchanged(service):
         for path, message in expected.items():

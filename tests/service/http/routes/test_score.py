@@ -1,4 +1,4 @@
-"""What `POST /score` answers, on a policy whose tokens are characters and whose numbers are known."""
+"""Responses of `POST /score`, for a policy whose tokens are characters and whose numbers are known."""
 
 import asyncio
 import json
@@ -278,7 +278,7 @@ async def test_nothing_to_score() -> None:
 # --- unscorable -------------------------------------------------------------------------------------
 
 
-async def test_what_is_too_long_has_no_reward_and_the_others_have() -> None:
+async def test_a_rollout_that_is_too_long_has_no_reward_and_the_others_have() -> None:
     # The last character of "abcd" is number 18: a prompt of 2 makes 20 tokens, of 3 makes 21.
     async with running(FakePolicy(26.0, max_sequence_tokens=20)) as client:
         answered = await score(
@@ -382,7 +382,7 @@ async def test_forms_of_a_prompt(prompt: Any, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("tail", ["", "<end>", "<end><end>", " \n<end>\t<end> ", "\r\n"])
 @pytest.mark.parametrize("form", [str, ids_of])
-async def test_what_ends_a_turn_does_not_count(tail: str, form: Any) -> None:
+async def test_the_end_of_turn_token_does_not_count(tail: str, form: Any) -> None:
     async with running() as client:
         [reward] = await rewards(client, form(answer() + tail))
     assert reward["reward"] == 0.93
@@ -413,7 +413,7 @@ async def test_what_ends_a_turn_does_not_count(tail: str, form: Any) -> None:
         ({"token_ids": []}, "empty"),
     ],
 )
-async def test_what_is_no_answer_is_scored_0_and_named(completion: Any, error: str) -> None:
+async def test_a_completion_in_another_form_is_scored_0_with_a_reason(completion: Any, error: str) -> None:
     async with running() as client:
         wrong, right = await rewards(client, completion, answer())
     assert (wrong["reward"], wrong["status"], wrong["reason"]) == (0.0, "scored", None)

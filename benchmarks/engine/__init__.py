@@ -1,0 +1,1 @@
+"""The engine against full logits and `logits_to_keep`: speed, memory, accuracy."""

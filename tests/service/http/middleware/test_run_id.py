@@ -1,0 +1,54 @@
+"""`X-Run-ID` as the API document describes it."""
+
+import re
+from typing import Any
+
+import pytest
+
+from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
+from shopr1_service.server.app import create_app
+from shopr1_service.settings import Settings
+from tests.support.http import answer, group, metric, post, problem, running
+
+DOCUMENT: dict[str, Any] = create_app(Settings(), LocalEngine.opener(FakePolicy)).openapi()
+SCORING = {
+    "/score",
+    "/dialects/openrlhf/get_reward",
+    "/dialects/slime/reward",
+    "/dialects/llama_factory/v1/score/evaluation",
+    "/dialects/nemo_gym/verify",
+}
+
+pytestmark = pytest.mark.anyio
+
+
+def parameters() -> dict[str, Any]:
+    return {
+        path: parameter
+        for path, methods in DOCUMENT["paths"].items()
+        for operation in methods.values()
+        for parameter in operation.get("parameters", [])
+        if parameter["name"] == "X-Run-ID"
+    }
+
+
+def test_routes_that_score_take_it_and_no_others() -> None:
+    assert parameters().keys() == SCORING
+
+
+@pytest.mark.parametrize("run", ["", "a", "grpo-7", "A.b_c-9", "x" * 64])
+async def test_ids_that_the_document_allows_are_accepted(run: str) -> None:
+    assert re.search(parameters()["/score"]["schema"]["pattern"], run)
+    async with running() as client:
+        response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})
+        assert response.status_code == 200
+        assert await metric(client, "shopr1_rollouts_total", run=run) == 1
+
+
+@pytest.mark.parametrize("run", ["x" * 65, "a b", "a/b", 'a"b', "a{b}"])
+async def test_ids_that_it_does_not_allow_are_refused(run: str) -> None:
+    assert not re.search(parameters()["/score"]["schema"]["pattern"], run)
+    async with running() as client:
+        response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})
+    problem(response, 422, "invalid_request")

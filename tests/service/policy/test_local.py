@@ -1,0 +1,80 @@
+"""Versions of the policy in this process; updates through HTTP are tested in tests/service/updates."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from shopr1_service.core import Version
+from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.lora import build_adapter, parse_config
+from shopr1_service.policy.versions import VersionTable
+from tests.service.policy.test_lora import random_tensors
+from tests.support.broken_updates import ADAPTER_CONFIG
+from tests.support.models import one_thread, policy_of, tiny_model
+from tests.support.staging import staged
+from tests.support.updating import HEAD, NORM, changed_model, weights_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def policy() -> LoadedPolicy:
+    return policy_of(tiny_model())
+
+
+def add_adapter(policy: LoadedPolicy, name: str, *, is_default: bool = False) -> Version:
+    number = policy.versions.num_changes + 1
+    version = Version(f"v{number}", number, name, 0.0)
+    adapter = build_adapter(policy.model, parse_config(ADAPTER_CONFIG), random_tensors(policy.model))
+    assert policy.add_adapter(adapter, version, max_kept=2, is_default=is_default) == []
+    return version
+
+
+def test_info_names_the_current_version(policy: LoadedPolicy) -> None:
+    assert (policy.info.version, policy.info.number) == ("0", 0)
+    add_adapter(policy, "a")
+    assert policy.info.number == 0
+    add_adapter(policy, "b", is_default=True)
+    assert (policy.info.version, policy.info.number) == ("v2", 2)
+
+
+def test_new_weights_unload_all_adapters(policy: LoadedPolicy) -> None:
+    add_adapter(policy, "a")
+    policy.backup.save(list(policy.weights.tensors))
+    new = {NORM: weights_of(changed_model())[NORM]}
+    version = policy.replace_weights(staged(policy.model, *new.items()), "new")
+    assert (version.name, version.number, policy.versions.loaded()) == ("new", 2, [])
+    assert policy.weights.tensors[NORM].equal(new[NORM])
+
+
+def test_the_next_change_gets_the_number_that_was_set(policy: LoadedPolicy) -> None:
+    policy.set_next_number(7)
+    policy.backup.save([HEAD])
+    assert (
+        policy.replace_weights(staged(policy.model, (HEAD, weights_of(policy.model)[HEAD])), "x").number == 7
+    )
+
+
+def test_versions_of_another_engine(policy: LoadedPolicy) -> None:
+    kept, dropped = add_adapter(policy, "a"), add_adapter(policy, "b")
+    table = policy.versions.without([dropped])
+    policy.sync_versions(table)
+    assert policy.versions is table
+    assert policy._adapters.keys() == {kept.number}
+
+
+def test_versions_that_are_not_loaded_here(policy: LoadedPolicy) -> None:
+    version = add_adapter(policy, "a")
+    other_base = VersionTable.starting_with(dataclasses.replace(policy.versions.base, number=9))
+    unknown = policy.versions.with_adapter(
+        dataclasses.replace(version, number=2), max_kept=2, is_default=False
+    )
+    for table in (other_base, unknown):
+        with pytest.raises(ValueError, match="its versions are"):
+            policy.sync_versions(table)
+    assert policy.versions.loaded() == [version]
