@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shopr1_service.core import MeasuredCompletion, TokenGroup
+from shopr1_service.core import MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.policy.tokenizer import Codec
 
 BEFORE_RATIONALE = '{"rationale": "'
@@ -125,7 +125,7 @@ class Workloads:
         first = len(self._ids(BEFORE_RATIONALE))
         measured = range(first, first + shape.R)
         completions = [MeasuredCompletion(ids, measured) for ids in self.completions(shape)]
-        return TokenGroup(prompt_ids or self.prompt_ids(shape.P), completions)
+        return TokenGroup(PromptKey(prompt_ids or self.prompt_ids(shape.P)), completions)
 
     def _ids(self, text: str) -> Sequence[int]:
         return self._codec.encode_text(text).ids

@@ -11,7 +11,7 @@ from benchmarks.engine.baselines import batch_certainties
 from benchmarks.report import Report
 from benchmarks.subject import RECIPE, Subject, load_embedded
 from shopr1_client.wire import Group, ScoreRequest
-from shopr1_service.core import Certainty, TokenGroup
+from shopr1_service.core import Certainty, PromptKey, TokenGroup
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.settings import DType
 
@@ -63,7 +63,7 @@ def _single_rollouts(groups: Sequence[TokenGroup]) -> Iterator[TokenGroup]:
     """One group per completion, because completions of one prompt differ in length."""
     for group in groups:
         for completion in group.completions:
-            yield TokenGroup(group.prompt_ids, [completion])
+            yield TokenGroup(PromptKey(group.prompt_ids), [completion])
 
 
 def mean_absolute_error(values_T: Tensor, exact_T: Tensor) -> float:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu.models import FAMILIES, RULES, Family, on, random_ids, tiny_model, values_of
 from benchmarks.gpu.results import Budget, Outcome, Results, Row, dtype_name
-from shopr1_service.core import MeasuredCompletion, TokenGroup
+from shopr1_service.core import MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.engine.attention.shared_prefix import UnsupportedAttentionError
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import (
@@ -123,7 +123,7 @@ def _batches() -> list[list[TokenGroup]]:
     prompt = random_ids(150, NUM_VOCAB, seed=10)
     lead, tail = random_ids(6, NUM_VOCAB, seed=11), random_ids(20, NUM_VOCAB, seed=12)
     first = TokenGroup(
-        prompt,
+        PromptKey(prompt),
         [
             MeasuredCompletion([*lead, *tail], range(6, 26)),
             MeasuredCompletion([*lead, *reversed(tail)], [6, 9, 10, 25]),
@@ -131,8 +131,8 @@ def _batches() -> list[list[TokenGroup]]:
             MeasuredCompletion(tail[:2], [0]),
         ],
     )
-    extended = TokenGroup([*prompt, *tail[:10]], first.completions[:2])
-    short = TokenGroup(random_ids(5, NUM_VOCAB, seed=13), first.completions)
+    extended = TokenGroup(PromptKey([*prompt, *tail[:10]]), first.completions[:2])
+    short = TokenGroup(PromptKey(random_ids(5, NUM_VOCAB, seed=13)), first.completions)
     return [[first], [first], [extended], [first, short, extended]]
 
 

@@ -230,7 +230,7 @@ class Baseline:
 
     def _values(self, group: TokenGroup, num_rows: int) -> Tensor:
         parts = [
-            TokenGroup(group.prompt_ids, group.completions[start : start + num_rows])
+            TokenGroup(group.prompt, group.completions[start : start + num_rows])
             for start in range(0, len(group.completions), num_rows)
         ]
         values = [batch_certainties(self._model, part, keeps_all=self._keeps_all) for part in parts]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import tomllib
 from enum import StrEnum
+from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -213,6 +214,11 @@ class Recipe(_Part):
     similarity: SimilarityRecipe = SimilarityRecipe()
     self_certainty: SelfCertaintyRecipe
     action_space: ActionSpace
+
+    @cached_property
+    def component_names(self) -> tuple[str, ...]:
+        """Components as plain strings, whose hash is fast: a key for every rollout."""
+        return tuple(name.value for name in self.components)
 
     @property
     def digest(self) -> str:

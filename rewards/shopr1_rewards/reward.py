@@ -101,7 +101,7 @@ def _valid(prediction: PredictedAction, truth: Action, recipe: Recipe, span: Spa
     is_type_match = predicted.type == truth.type
     similarity = _similarities(predicted, truth, recipe.similarity) if is_type_match else {}
     return Judgement(
-        earned=rule_terms(ValidAnswer(prediction, truth, similarity), recipe),
+        earned=rule_terms(ValidAnswer(prediction, truth, is_type_match, similarity), recipe),
         prediction=prediction,
         similarity=similarity,
         is_type_match=is_type_match,

@@ -11,29 +11,25 @@ tables. Everything else follows the recipe: the answer, the client, metrics, log
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 from shopr1_rewards.actions import Action, PredictedAction
 from shopr1_rewards.recipe import Component, Recipe
 
 
-@dataclass(frozen=True)
-class ValidAnswer:
+class ValidAnswer(NamedTuple):
     """A completion in valid format beside the human's action.
 
     Attributes:
+        is_type_match: whether the predicted type is the human's.
         similarity: ROUGE-L F1 per attribute, before the threshold; empty where the types differ.
     """
 
     prediction: PredictedAction
     truth: Action
+    is_type_match: bool
     similarity: Mapping[str, float]
-
-    @property
-    def is_type_match(self) -> bool:
-        """Whether the predicted type is the human's."""
-        return self.prediction.action.type == self.truth.type
 
 
 def _format(answer: ValidAnswer, recipe: Recipe) -> float:
@@ -71,13 +67,13 @@ def _self_certainty(recipe: Recipe) -> float:
     return recipe.self_certainty.alpha
 
 
-RULES: Mapping[Component, Callable[[ValidAnswer, Recipe], float]] = {
-    Component.FORMAT: _format,
-    Component.ACTION_TYPE: _action_type,
-    Component.ATTRIBUTE: _attribute,
-    Component.VALUE: _value,
+RULES: Mapping[str, Callable[[ValidAnswer, Recipe], float]] = {
+    Component.FORMAT.value: _format,
+    Component.ACTION_TYPE.value: _action_type,
+    Component.ATTRIBUTE.value: _attribute,
+    Component.VALUE.value: _value,
 }
-MEASURED: Mapping[Component, Callable[[Recipe], float]] = {Component.SELF_CERTAINTY: _self_certainty}
+MEASURED: Mapping[str, Callable[[Recipe], float]] = {Component.SELF_CERTAINTY.value: _self_certainty}
 
 
 def rule_terms(answer: ValidAnswer | None, recipe: Recipe) -> dict[str, float]:
@@ -86,15 +82,14 @@ def rule_terms(answer: ValidAnswer | None, recipe: Recipe) -> dict[str, float]:
     Args:
         answer: None where the format is invalid.
     """
-    return {
-        name.value: RULES[name](answer, recipe) if answer is not None and name in RULES else 0.0
-        for name in recipe.components
-    }
+    if answer is None:
+        return dict.fromkeys(recipe.component_names, 0.0)
+    return {name: RULES[name](answer, recipe) if name in RULES else 0.0 for name in recipe.component_names}
 
 
 def needs_policy(recipe: Recipe) -> bool:
     """Whether any component with a weight depends on the policy's tokens."""
-    return bool(_weights(recipe))
+    return bool(measured_terms(None, recipe))
 
 
 def measured_terms(nats: float | None, recipe: Recipe) -> dict[str, float | None]:
@@ -103,18 +98,21 @@ def measured_terms(nats: float | None, recipe: Recipe) -> dict[str, float | None
     Args:
         nats: s; None where measuring it failed, which makes the components None.
     """
-    return {name: None if nats is None else weight * nats for name, weight in _weights(recipe).items()}
-
-
-def _weights(recipe: Recipe) -> dict[str, float]:
-    declared = (name for name in recipe.components if name in MEASURED)
-    return {name.value: weight for name in declared if (weight := MEASURED[name](recipe))}
+    return {
+        name: None if nats is None else weight * nats
+        for name in recipe.component_names
+        if name in MEASURED and (weight := MEASURED[name](recipe))
+    }
 
 
 def total(components: Mapping[str, float | None]) -> float | None:
     """The reward: the sum of its components in their order, or None if one is missing."""
-    terms = [term for term in components.values() if term is not None]
-    return add(terms) if len(terms) == len(components) else None
+    reward = 0.0
+    for term in components.values():
+        if term is None:
+            return None
+        reward += term
+    return reward
 
 
 def add(terms: Iterable[float]) -> float:

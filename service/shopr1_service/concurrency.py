@@ -13,12 +13,12 @@ _Result = TypeVar("_Result")
 
 
 async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
-    """What `work` returns, on a thread of its own, with the caller's context variables.
+    """Call `work` on a daemon thread with the caller's context variables; return its result.
 
-    If this is cancelled, the thread goes on by itself.
+    If the call is cancelled, the thread continues and its result is dropped.
 
     Args:
-        name: of the thread.
+        name: the thread's name.
     """
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     future: asyncio.Future[_Result] = loop.create_future()
@@ -28,13 +28,13 @@ async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
             set_outcome(outcome)
 
     def report(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, set_outcome, outcome)
 
     def run() -> None:
         try:
             result = context.run(work)
-        except BaseException as error:  # handed over, whatever it is
+        except BaseException as error:  # the caller gets it
             report(future.set_exception, error)
         else:
             report(future.set_result, result)
@@ -44,13 +44,13 @@ async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:
 
 
 async def read_foreign(read: Callable[[], _Result], timeout_s: float) -> _Result:
-    """What `read` returns, on a thread that is left to itself if that takes too long.
+    """Read files whose file system may hang, on a daemon thread that is abandoned after `timeout_s`.
 
     Args:
         timeout_s: setting `read_timeout_s`.
 
     Raises:
-        StorageError: it took longer. `read` may still be running then.
+        StorageError: it took longer; `read` may still be running.
     """
     try:
         async with asyncio.timeout(timeout_s) as deadline:

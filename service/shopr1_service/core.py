@@ -1,19 +1,13 @@
-"""What metrics and logs get to see of a scored group.
+"""Data types that several packages share. Knows no torch, no HTTP, no settings."""
 
-The scoring core says what happened; who listens is put together in `state.py`. A listener that fails is
-logged and costs nobody a reward.
-"""
-
-import logging
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from shopr1_client.wire import (
-    Group,
-    GroupScore,
-    Reason,
-)
+from shopr1_client.wire import Group, GroupScore, Reason
 from shopr1_client.wire_policy import VersionDemand, VersionInfo
 from shopr1_rewards import Action, Judgement, Recipe, Span
 from shopr1_rewards.recipe import SelfCertaintyRecipe
@@ -35,7 +29,7 @@ class Version:
 
     @property
     def info(self) -> VersionInfo:
-        """As it is shown."""
+        """The version, as responses show it."""
         return VersionInfo(
             version=self.name, number=self.number, adapter=self.adapter, loaded_at=self.loaded_at_s
         )
@@ -43,10 +37,11 @@ class Version:
 
 @dataclass(frozen=True)
 class Target:
-    """What a request wants to be scored with.
+    """The weights that a request asks for.
 
     Attributes:
-        adapter: by name; `base` means none, None means the default.
+        adapter: its name; `base` means none, None means the default adapter.
+        demand: None: the newest version.
     """
 
     adapter: str | None = None
@@ -54,7 +49,7 @@ class Target:
 
 
 class CodecError(ValueError):
-    """Input that the policy's tokenizer cannot take."""
+    """Input that the policy's tokenizer cannot encode."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Tokens:
 
 @dataclass
 class CacheStats:
-    """What the cache has done, in tokens, bytes and chunks."""
+    """Counters of the prefix cache, in tokens, bytes and chunks."""
 
     num_hit_tokens: int = 0
     num_missed_tokens: int = 0
@@ -82,7 +77,7 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class MeasuredCompletion:
-    """A completion and the tokens that are to be measured.
+    """A completion, and the tokens whose self-certainty is computed.
 
     Attributes:
         ids: all its token ids.
@@ -94,16 +89,72 @@ class MeasuredCompletion:
 
 
 @dataclass(frozen=True)
-class TokenGroup:
-    """A prompt and completions of it."""
+class PromptScope:
+    """Everything but the token ids that the keys and values of a prompt depend on.
 
-    prompt_ids: Sequence[int]
+    Attributes:
+        weights: in the queue the request's target; in the engine the adapter's version, None for the policy's
+            own weights.
+        inputs_digest: digest of inputs that are not tokens, such as images; empty if there are none.
+    """
+
+    weights: Target | Version | None = None
+    inputs_digest: bytes = b""
+
+
+TEXT_SCOPE = PromptScope()
+"""The scope of tokens alone, with the policy's own weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptKey:
+    """The identity of a prompt. Only equal prompts share a batch and a place in the prefix cache."""
+
+    ids: Sequence[int]
+    scope: PromptScope = TEXT_SCOPE
+
+    def with_weights(self, weights: Target | Version | None) -> "PromptKey":
+        return PromptKey(self.ids, replace(self.scope, weights=weights))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptKey) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @cached_property
+    def _identity(self) -> tuple[bytes, PromptScope]:
+        # A digest: prompts of 32k tokens are slow to compare and to hash again and again.
+        return hashlib.blake2b(array("q", self.ids).tobytes()).digest(), self.scope
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A prompt and its completions."""
+
+    prompt: PromptKey
     completions: Sequence[MeasuredCompletion]
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        return self.prompt.ids
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens of the completions: the cost of the group where its prompt is computed anyway."""
+        return sum(len(completion.ids) for completion in self.completions)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.ids) + self.num_own_tokens
+
+    def with_weights(self, weights: Target | Version | None) -> "TokenGroup":
+        return TokenGroup(self.prompt.with_weights(weights), self.completions)
 
 
 @dataclass(frozen=True)
 class Certainty:
-    """The recipe's divergence at each measured token, in nats (eq3: nats / V)."""
+    """Self-certainty: the recipe's divergence at each measured token, in nats (eq3: nats / V)."""
 
     values: tuple[float, ...]
 
@@ -114,23 +165,23 @@ class Certainty:
 
 @dataclass(frozen=True)
 class Unmeasurable:
-    """Why there is no certainty."""
+    """The reason why a completion has no self-certainty."""
 
     reason: Reason
     message: str
 
 
 Measured = list[Certainty | Unmeasurable]
-"""Of one group, in the order of its completions."""
+"""Results of one group, in the order of its completions."""
 
 
 class FatalEngineError(Exception):
-    """The device is gone, as after an illegal memory access: the process must end."""
+    """The device is unusable, as after an illegal memory access: the process must end."""
 
 
 @dataclass
 class EngineStats:
-    """What an engine has done since it was made."""
+    """Counters of an engine since it was created."""
 
     cache: CacheStats = field(default_factory=CacheStats)
     num_out_of_memory: int = 0
@@ -138,7 +189,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Of a group's completions, in order, and the version of the policy that they are of."""
+    """Results of a group, in the order of its completions, and the version that computed them."""
 
     values: Sequence[Certainty | Unmeasurable]
     version: Version
@@ -146,42 +197,39 @@ class Measurements:
 
 @dataclass(eq=False)
 class Progress:
-    """How far the work of one call is.
+    """Progress of one call of the engine.
 
     Attributes:
-        num_waiting: groups that wait for the engine; None before they are admitted.
+        num_waiting: groups in the queue; None before they are queued.
     """
 
     num_waiting: int | None = None
 
     @property
-    def has_begun(self) -> bool:
-        """Whether all of it is being measured or done: to stop it now would save nothing."""
+    def has_started(self) -> bool:
+        """Whether no group is queued any more: to cancel the call now would save nothing."""
         return self.num_waiting == 0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What jobs must have in common to be measured in one pass.
+    """Rules and weights of a computation: groups of one kind can share a batch.
 
     Attributes:
-        target: which version of the policy is to measure; the engine finds it when it begins.
+        target: resolved to a version when the batch starts.
     """
 
     rules: SelfCertaintyRecipe
     target: Target = field(default_factory=Target)
 
 
-_NO_TOKENS = Tokens("", (), ())
-
-
 @dataclass(frozen=True)
 class PreparedRollout:
-    """A completion after the rules.
+    """A completion that has been judged and tokenised.
 
     Attributes:
-        tokens: the completion's tokens, where they were needed.
-        measured: indices of the tokens to be measured; empty where self-certainty is not wanted.
+        tokens: empty where they are not needed.
+        measured: indices of the tokens whose self-certainty is computed; empty if it is not.
     """
 
     judgement: Judgement
@@ -191,7 +239,7 @@ class PreparedRollout:
 
 @dataclass(frozen=True)
 class PreparedGroup:
-    """A group after the rules. `truth` is what the human did."""
+    """A group that has been judged and tokenised. `truth` is the human's action."""
 
     id: str | None
     truth: Action
@@ -199,23 +247,20 @@ class PreparedGroup:
     rollouts: Sequence[PreparedRollout]
 
     def token_group(self) -> TokenGroup:
-        """What the engine is to measure: the rollouts that have something to measure, in order."""
+        """The engine's input: the rollouts with measured tokens, in order."""
         return TokenGroup(
-            self.prompt_ids,
+            PromptKey(self.prompt_ids),
             [MeasuredCompletion(r.tokens.ids, r.measured) for r in self.rollouts if r.measured],
         )
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Origin:
-    """Who asks.
+    """The origin of a request.
 
     Attributes:
-        request_id: as it stands in answer and logs.
-        run: the training run that the request belongs to; empty if it named none.
+        request_id: as in the response and the logs.
+        run: the training run that the request belongs to; empty if it names none.
     """
 
     request_id: str
@@ -224,7 +269,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group, as it was sent, as it was understood, and what it earned."""
+    """A group as it was sent, as it was prepared, and its score."""
 
     origin: Origin
     recipe: Recipe
@@ -234,12 +279,4 @@ class ScoredGroup:
 
 
 Observer = Callable[[ScoredGroup], None]
-
-
-def tell(observers: Iterable[Observer], scored: ScoredGroup) -> None:
-    """Show a group to all who listen."""
-    for observer in observers:
-        try:
-            observer(scored)
-        except Exception:  # the reward is right, whatever a log does with it
-            logger.exception("request %s: a listener failed", scored.origin.request_id)
+"""Called with each scored group; an error is logged and does not affect the response."""

@@ -1,4 +1,4 @@
-"""A policy that a test can hold up."""
+"""A policy that a test can block."""
 
 import threading
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tests.support.http import WAIT_S
 
 
 class Held(FakePolicy):
-    """Works on nothing until the gate opens; notes the first character of each prompt it was given."""
+    """Blocks until the gate opens; records the first character of each prompt."""
 
     def __init__(self) -> None:
         super().__init__()

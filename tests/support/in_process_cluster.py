@@ -17,13 +17,21 @@ from shopr1_service.cluster.engine_replica import EngineReplica
 from shopr1_service.cluster.messages import ClusterView, Route, raise_problem
 from shopr1_service.cluster.update_coordinator import GRACE_S, UpdateCoordinator
 from shopr1_service.cluster.update_log import Change
-from shopr1_service.core import Certainty, Kind, MeasuredCompletion, Measurements, Target, TokenGroup
+from shopr1_service.core import (
+    Certainty,
+    Kind,
+    MeasuredCompletion,
+    Measurements,
+    PromptKey,
+    Target,
+    TokenGroup,
+)
 from shopr1_service.settings import Settings
 from tests.support.broken_updates import ADAPTER_CONFIG
 from tests.support.models import policy_of, random_ids, tiny_model
 
 RULES = load_recipe("shop_r1").self_certainty
-GROUP = TokenGroup(random_ids(40), [MeasuredCompletion(random_ids(9, seed=1), range(9))])
+GROUP = TokenGroup(PromptKey(random_ids(40)), [MeasuredCompletion(random_ids(9, seed=1), range(9))])
 _CHUNK_BYTES = 5000
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,7 +73,10 @@ class Engine:
             dict.fromkeys(suffix for suffix, obstacle in zip(own, blocked, strict=True) if obstacle is None)
             for own, blocked in zip(suffixes, obstacles, strict=True)
         ]
-        batch = [PromptGroup(group.prompt_ids, list(f)) for group, f in zip(groups, feasible, strict=True)]
+        batch = [
+            PromptGroup(group.prompt.ids, list(f), group.prompt.scope)
+            for group, f in zip(groups, feasible, strict=True)
+        ]
         measured = iter(self._measure([group for group in batch if group.suffixes], rules))
         by_suffix = [dict(zip(f, next(measured), strict=True)) if f else {} for f in feasible]
         return [
@@ -143,7 +147,7 @@ def _halves(group: PromptGroup) -> list[PromptGroup]:
     """Halves of a group. A group of one completion is retried whole: memory may have become free."""
     middle = (len(group.suffixes) + 1) // 2
     halves = (group.suffixes[:middle], group.suffixes[middle:])
-    return [PromptGroup(group.prompt_ids, half) for half in halves if half]
+    return [replace(group, suffixes=half) for half in halves if half]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -5,20 +5,19 @@ The cache is a radix tree of chunks: each path from the root spells the tokens o
 a common beginning share its chunks. Beyond the byte limit, the least recently used ends of paths are
 evicted.
 
-Keys and values belong to the weights that computed them: each adapter has a tree of its own, and all trees
-share the limit.
+Keys and values depend on more than token ids, on the weights that computed them and on images: each
+`PromptScope` has a tree of its own, and all trees share the limit.
 
 Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D head size, H hidden size.
 """
 
-from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from torch import Tensor
 
-from shopr1_service.core import CacheStats
+from shopr1_service.core import TEXT_SCOPE, CacheStats, PromptScope
 
 
 @dataclass(frozen=True)
@@ -78,22 +77,17 @@ class PrefixCache:
         self.stats = CacheStats()
         self.max_bytes = max_bytes
         self._clock = 0
-        self._roots: dict[Hashable, _Node] = defaultdict(_root)
-        self.enter(None)
+        self._roots: dict[PromptScope, _Node] = {}
 
     @property
     def is_enabled(self) -> bool:
         return self.max_bytes > 0
 
-    def enter(self, owner: Hashable) -> None:
-        """Use the tree of these weights from now on."""
-        self._root = self._roots[owner]
-
-    def match(self, ids: Sequence[int]) -> list[Chunk]:
+    def match(self, ids: Sequence[int], scope: PromptScope = TEXT_SCOPE) -> list[Chunk]:
         """The chunks of the longest cached beginning of `ids`; the last may be a view of a longer chunk."""
         self._clock += 1
         chunks = []
-        for node, num_tokens in self._walk(ids):
+        for node, num_tokens in self._walk(ids, scope):
             node.last_used = self._clock
             chunks.append(node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens))
         num_matched = sum(map(len, chunks))
@@ -101,12 +95,12 @@ class PrefixCache:
         self.stats.num_missed_tokens += len(ids) - num_matched
         return chunks
 
-    def insert(self, ids: Sequence[int], chunk: Chunk) -> None:
+    def insert(self, ids: Sequence[int], chunk: Chunk, scope: PromptScope = TEXT_SCOPE) -> None:
         """Add a chunk that follows `ids`; ignored unless all of `ids` are cached."""
         if not self.is_enabled or not len(chunk):
             return
-        parent, num_matched = self._root, 0
-        for node, num_tokens in self._walk(ids):
+        parent, num_matched = self._roots.setdefault(scope, _root()), 0
+        for node, num_tokens in self._walk(ids, scope):
             num_matched += num_tokens
             parent = node if num_tokens == len(node.chunk) else self._split(node, num_tokens)
         if num_matched < len(ids) or chunk.ids[0] in parent.children:
@@ -123,20 +117,18 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop all chunks of all weights, as after an update of the policy."""
-        self._roots = defaultdict(_root, {k: root for k, root in self._roots.items() if root is self._root})
-        self._root.children.clear()
+        self._roots.clear()
         self.stats.num_bytes = 0
 
-    def forget(self, owner: Hashable) -> None:
-        """Drop the tree of these weights, which must not be the current ones."""
-        root = self._roots.pop(owner, None)
-        if root is not None:
-            assert root is not self._root
+    def forget(self, weights: Hashable) -> None:
+        """Drop all chunks of these weights."""
+        for scope in [scope for scope in self._roots if scope.weights == weights]:
+            root = self._roots.pop(scope)
             self.stats.num_bytes -= sum(node.chunk.num_bytes for node in _below(root))
 
-    def _walk(self, ids: Sequence[int]) -> Iterator[tuple[_Node, int]]:
+    def _walk(self, ids: Sequence[int], scope: PromptScope) -> Iterator[tuple[_Node, int]]:
         """The nodes along `ids`, each with its number of matching tokens; only the last may match in part."""
-        node, position = self._root, 0
+        node, position = self._roots.get(scope) or _root(), 0
         while position < len(ids) and (child := node.children.get(ids[position])) is not None:
             num_tokens = common_length(child.chunk.ids, ids, position)
             yield child, num_tokens
@@ -161,6 +153,8 @@ class PrefixCache:
             del node.parent.children[node.chunk.ids[0]]
             self.stats.num_bytes -= node.chunk.num_bytes
             self.stats.num_evicted_chunks += 1
+            if not (node.parent.parent or node.parent.children):
+                self._roots = {scope: root for scope, root in self._roots.items() if root.children}
 
     def _leaves(self) -> Iterator[_Node]:
         return (node for root in self._roots.values() for node in _below(root) if not node.children)

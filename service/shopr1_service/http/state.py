@@ -128,7 +128,7 @@ class State:
         on_fatal(EngineHangsError(f"no heartbeat for {self.settings.engine_timeout_s:g} s"))
 
     def drain(self) -> None:
-        """Accept nothing more. Accepted work goes on until `shutdown` is set."""
+        """Accept nothing more. Accepted work continues until `shutdown` is set."""
         self._is_closing = True
 
     def close(self) -> None:

@@ -48,6 +48,6 @@ class Policy(Protocol):
             version: one of those in `versions`; None is the current one.
 
         Raises:
-            FatalEngineError: the device is gone. Nothing that a group holds raises an error.
+            FatalEngineError: the device is unusable. The contents of a group never raise an error.
         """
         ...

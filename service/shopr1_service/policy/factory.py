@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.core import EngineStats, MeasuredCompletion, TokenGroup
+from shopr1_service.core import EngineStats, MeasuredCompletion, PromptKey, PromptScope, TokenGroup, Version
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, choose_forward
 from shopr1_service.engine.forward.expanded import ExpandedForward
@@ -99,7 +99,7 @@ def build_policy(
         model,
         cache,
         renew=lambda: _renew(head, cache),
-        probe=lambda: engine.certainties([_probe_group(random_ids)], _PROBE_RULES),
+        probe=lambda adapter: engine.certainties([_probe_group(random_ids, adapter)], _PROBE_RULES),
         staging_dir=settings.staging_dir,
     )
 
@@ -129,7 +129,6 @@ def _renew(head: Head, cache: PrefixCache) -> None:
     """Drop everything that was computed from the old weights."""
     if isinstance(head, LinearHead):
         head.renew()
-    cache.enter(None)
     cache.clear()
 
 
@@ -139,10 +138,10 @@ def _release_memory(cache: PrefixCache) -> None:
         torch.cuda.empty_cache()
 
 
-def _probe_group(random_ids: Sequence[int]) -> TokenGroup:
+def _probe_group(random_ids: Sequence[int], adapter: Version | None) -> TokenGroup:
     """A group of one short pass. Its last token is scored and therefore not fed."""
     *prompt_ids, last = random_ids[:_NUM_PROBE_TOKENS]
-    return TokenGroup(prompt_ids, [MeasuredCompletion([last], [0])])
+    return TokenGroup(PromptKey(prompt_ids, PromptScope(adapter)), [MeasuredCompletion([last], [0])])
 
 
 def _info(
@@ -253,7 +252,7 @@ def warm_up(engine: Engine, token_ids: Sequence[int], rules: SelfCertaintyRecipe
             )
             for i in range(num_completions)
         ]
-        engine.certainties([TokenGroup(_repeat(token_ids, num_prompt), completions)], rules)
+        engine.certainties([TokenGroup(PromptKey(_repeat(token_ids, num_prompt)), completions)], rules)
 
 
 def _repeat(token_ids: Sequence[int], num_tokens: int) -> list[int]:

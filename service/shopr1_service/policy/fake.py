@@ -1,6 +1,6 @@
-"""A policy whose numbers can be computed by hand, for tests of everything around the engine.
+"""A policy whose numbers can be computed by hand, for tests of the code around the engine.
 
-Every character is a token, its id the code point. The certainty of token number i of a completion is
+Every character is a token, its id the code point. The self-certainty of token number i of a completion is
 `base_nats + i · step_nats`.
 """
 
@@ -43,13 +43,13 @@ class CharacterCodec:
 
 
 class FakePolicy:
-    """See the module.
+    """A policy without a model.
 
     Args:
-        base_nats: certainty of a completion's first token.
-        step_nats: how much each further token adds.
+        base_nats: self-certainty of a completion's first token.
+        step_nats: increment per further token.
         max_sequence_tokens: longest prompt with completion.
-        before_scoring: called before every batch, for tests that must hold the engine up.
+        before_scoring: called before every batch, for tests that block the engine.
     """
 
     def __init__(

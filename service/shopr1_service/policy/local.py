@@ -49,7 +49,7 @@ class LoadedPolicy:
         cache: PrefixCache,
         *,
         renew: Callable[[], None],
-        probe: Callable[[], Measured],
+        probe: Callable[[Version | None], Measured],
         staging_dir: Path | None = None,
     ) -> None:
         self.heartbeat = heartbeat
@@ -79,7 +79,7 @@ class LoadedPolicy:
     ) -> Measured:
         version = version or self.versions.current
         adapter = self._adapters.get(version.number)
-        self._cache.enter(version.number if adapter else None)
+        groups = [group.with_weights(version if adapter else None) for group in groups]
         with adapter.applied(self.model) if adapter else nullcontext():
             return self.engine.certainties(groups, rules)
 
@@ -94,7 +94,7 @@ class LoadedPolicy:
         try:
             self._load(locations)
             self._renew()
-            self._check(self._probe())
+            self._check(self._probe(None))
         except Exception as error:
             logger.error("version %r was refused, rolling back: %s", name, error)
             self._roll_back(locations)
@@ -112,9 +112,8 @@ class LoadedPolicy:
         Raises:
             InvalidWeightsError: the policy cannot compute with it, or does not call its layers.
         """
-        self._cache.enter(version.number)
         try:
-            self._try(adapter)
+            self._try(adapter, version)
         except Exception:
             self._forget([version])
             raise
@@ -149,10 +148,9 @@ class LoadedPolicy:
         self.versions = versions
 
     def _forget(self, gone: Iterable[Version]) -> None:
-        self._cache.enter(None)
         for version in gone:
             self._adapters.pop(version.number, None)
-            self._cache.forget(version.number)
+            self._cache.forget(version)
 
     def _load(self, locations: Mapping[str, TensorLocation]) -> None:
         try:
@@ -175,9 +173,9 @@ class LoadedPolicy:
                 what = "the policy's logits are not finite" if is_known else f"it fails: {value.message}"
                 raise InvalidWeightsError(f"with them {what}")
 
-    def _try(self, adapter: Adapter) -> None:
+    def _try(self, adapter: Adapter, version: Version) -> None:
         # The pass that shows which layers are called checks the logits, too.
-        unused = unused_layers(adapter, self.model, lambda: self._check(self._probe()))
+        unused = unused_layers(adapter, self.model, lambda: self._check(self._probe(version)))
         if unused:
             raise InvalidWeightsError(
                 f"the policy computes past {unused[0]} and {len(unused) - 1} more: they cannot be adapted",

@@ -1,11 +1,11 @@
-"""The same request again is not computed again: clients repeat what they think is lost.
+"""Deduplication of requests: clients repeat a request that they think is lost.
 
-A request whose twin is being worked on gets the twin's answer. One whose twin was answered of late gets that
-answer. What both have in common is the key: the groups, the recipe, the policy version, the run. Neither
-errors nor answers with a rollout that could not be scored are kept: the next try may succeed.
+A duplicate of a request in progress, or of one that was answered recently, gets the same response. The key is
+made of groups, recipe, policy version and run. Errors and responses with a rollout that could not be scored
+are not kept: the next try may succeed.
 
-When the last who waits has gone, work that still waits for the engine is dropped. What the engine has begun
-is finished and kept: whoever gave up too early will ask again.
+When the last client has disconnected, queued work is dropped. Work that the engine has started is finished
+and kept: a client that gave up too early will ask again.
 """
 
 import asyncio
@@ -19,71 +19,71 @@ from shopr1_service.core import Progress
 from shopr1_service.monitoring.metrics import Metrics
 
 KEEP_S = 600.0
-"""Longer than any trainer goes on repeating one request."""
+"""Longer than any trainer repeats one request."""
 MAX_KEPT_ROLLOUTS = 65_536
 
 Start = Callable[[Progress], Awaitable[ScoreResponse]]
 
 
 @dataclass
-class _Flight:
-    """Work in progress."""
+class _InProgress:
+    """A request in progress, and the number of clients that wait for it."""
 
     task: "asyncio.Future[ScoreResponse]"
     progress: Progress
-    num_waiting: int = 0
+    num_clients: int = 0
 
 
 @dataclass(frozen=True)
 class _Kept:
-    answer: ScoreResponse
+    response: ScoreResponse
     until_s: float
 
     @property
     def num_rollouts(self) -> int:
-        return sum(len(group.rewards) for group in self.answer.groups)
+        return sum(len(group.rewards) for group in self.response.groups)
 
 
 class RequestDeduplicator:
-    """See the module. Used from the event loop only."""
+    """Responses in progress and recent ones, by key. Used from the event loop only."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._flights: dict[bytes, _Flight] = {}
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # the oldest first
+        self._running: dict[bytes, _InProgress] = {}
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # oldest first
         self._num_kept_rollouts = 0
 
     async def score(self, key: bytes, start: Start) -> ScoreResponse:
-        """The answer of a twin, if there is one, else what `start` gives."""
+        """The response to a duplicate request, if there is one, else the result of `start`."""
         self._forget_old()
         if (kept := self._kept.get(key)) is not None:
             self._metrics.record_repeat("answered")
-            return kept.answer
-        flight = self._flights.get(key)
-        if flight is None:
+            return kept.response
+        running = self._running.get(key)
+        if running is None:
             progress = Progress()
-            flight = _Flight(asyncio.ensure_future(start(progress)), progress)
-            self._flights[key] = flight
-            flight.task.add_done_callback(lambda task: self._land(key, flight, task))
+            running = _InProgress(asyncio.ensure_future(start(progress)), progress)
+            self._running[key] = running
+            running.task.add_done_callback(lambda task: self._finish(key, running, task))
         else:
             self._metrics.record_repeat("joined")
-        return await self._wait(key, flight)
+        return await self._wait(key, running)
 
-    async def _wait(self, key: bytes, flight: _Flight) -> ScoreResponse:
-        flight.num_waiting += 1
+    async def _wait(self, key: bytes, running: _InProgress) -> ScoreResponse:
+        running.num_clients += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await asyncio.shield(running.task)
         finally:
-            flight.num_waiting -= 1
-            if not (flight.num_waiting or flight.task.done() or flight.progress.has_begun):
-                # At once: who comes now must not wait for what is being cancelled.
-                self._flights.pop(key, None)
-                flight.task.cancel()
+            running.num_clients -= 1
+            if not (running.num_clients or running.task.done() or running.progress.has_started):
+                # At once: the next duplicate must not wait for the cancelled task.
+                self._running.pop(key, None)
+                running.task.cancel()
 
-    def _land(self, key: bytes, flight: _Flight, task: "asyncio.Future[ScoreResponse]") -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
-        # Asked for the exception, asyncio does not complain that nobody did.
+    def _finish(self, key: bytes, running: _InProgress, task: "asyncio.Future[ScoreResponse]") -> None:
+        if self._running.get(key) is running:
+            del self._running[key]
+        # Reading the exception keeps asyncio from warning that it was never retrieved.
         if not task.cancelled() and task.exception() is None and _is_scored(task.result()):
             self._keep(key, _Kept(task.result(), time.monotonic() + KEEP_S))
 
@@ -103,5 +103,5 @@ class RequestDeduplicator:
         self._num_kept_rollouts -= kept.num_rollouts
 
 
-def _is_scored(answer: ScoreResponse) -> bool:
-    return all(reward.status is Status.SCORED for group in answer.groups for reward in group.rewards)
+def _is_scored(response: ScoreResponse) -> bool:
+    return all(reward.status is Status.SCORED for group in response.groups for reward in group.rewards)

@@ -1,198 +1,168 @@
-"""What waits for the engine: in which order it is taken, and what is taken together.
+"""The queue of the engine: its order, and the groups that are computed together.
 
-Order. First come, first served, but a short group may overtake a long one. A job's rank is the time of its
+Order. First come, first served, but a short group may overtake a long one. The rank of a group is its time of
 arrival plus the time that the engine will take for it; the lowest rank is next. So a long prompt lets shorter
-ones pass only as long as it takes itself: it keeps nobody waiting, and nobody keeps it waiting for ever.
+ones pass only for as long as it takes itself, and no group waits forever.
 
-Together. Jobs with the same prompt, rules and target are one lane: trainers that send one rollout per
-request send them in bursts, and the prompt is computed once. Short prompts are taken several at a time, up to
+Batches. Groups with the same prompt and rules are merged: trainers that send one rollout per request send
+them in bursts, and the prompt is computed once. Short prompts are taken several at a time, up to
 `MAX_BATCH_TOKENS`: alone they would not fill the device.
 
-A plain data structure; `scheduler.py` guards it.
-
-From jobs with the same prompt to what the engine measures, and from its measurements to each job's own.
+A plain data structure; `Scheduler` guards it by a lock.
 """
 
-import hashlib
-from array import array
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from shopr1_service.core import (
-    Certainty,
-    Kind,
-    Measurements,
-    Progress,
-    TokenGroup,
-    Unmeasurable,
-    Version,
-)
+from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.core import Certainty, Measurements, Progress, TokenGroup, Unmeasurable, Version
 from shopr1_service.monitoring.spans import EnginePass
 
 MAX_BATCH_TOKENS = 4096
-"""Tokens that are taken together where there is a choice. Enough to fill a device; the first should not wait
-long for the last."""
+"""Upper limit for the tokens of several prompts in a batch: enough to fill a device, and little enough that
+the first result does not wait long for the last."""
 
 
 @dataclass(eq=False)
-class Job:
-    """A group that somebody waits for.
+class QueuedGroup:
+    """A group, and the future of its self-certainties.
 
     Attributes:
-        progress: of the call that it belongs to.
-        rank_s: when it is due, on the clock of `time.perf_counter`.
-        visit: to the engine, once it has begun.
+        group: its prompt's weights are the target of the request.
+        rank_s: on the clock of `time.perf_counter`.
+        progress: of the call that the group belongs to.
+        engine_pass: the pass that computes the group, once it has started.
     """
 
     group: TokenGroup
-    kind: Kind
+    rules: SelfCertaintyRecipe
     submitted_s: float
     rank_s: float
     progress: Progress = field(default_factory=Progress)
     future: Future[Measurements] = field(default_factory=Future)
-    visit: EnginePass | None = None
+    engine_pass: EnginePass | None = None
 
-    @cached_property
-    def lane(self) -> Hashable:
-        """Equal for jobs with the same prompt that are of the same kind."""
-        # A digest: prompts of 32k tokens are slow to compare and to hash again and again.
-        ids = array("q", self.group.prompt_ids)
-        return hashlib.blake2b(ids.tobytes()).digest(), self.kind
+    @property
+    def key(self) -> Hashable:
+        """Equal for groups that share a prompt batch."""
+        return self.group.prompt, self.rules
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for groups that share a batch: it has one version of the policy and one set of rules."""
+        return self.group.prompt.scope.weights, self.rules
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.group.prompt_ids)
+        return len(self.group.prompt.ids)
 
-    @property
-    def num_own_tokens(self) -> int:
-        """Tokens of its completions: what it costs where its prompt is computed anyway."""
-        return sum(len(completion.ids) for completion in self.group.completions)
-
-
-@dataclass
-class _PromptBatch:
-    """Jobs that share a lane, in the order of their ranks."""
-
-    jobs: list[Job] = field(default_factory=list)
-
-    @property
-    def rank_s(self) -> float:
-        return self.jobs[0].rank_s
+    def start(self) -> bool:
+        """Make it impossible to cancel the group; False if it has been cancelled."""
+        is_wanted = self.future.set_running_or_notify_cancel()
+        if is_wanted and self.progress.num_waiting is not None:
+            self.progress.num_waiting -= 1
+        return is_wanted
 
 
-Batch = list[list[Job]]
-"""Jobs to be measured together, by prompt; never empty, all of the same kind."""
+PromptBatch = list[QueuedGroup]
+"""Groups with the same prompt and rules, by rank; never empty."""
+Batch = list[PromptBatch]
+"""Prompt batches that are computed together; never empty, all of the same kind."""
 
 
 class RequestQueue:
-    """See the module.
+    """Queued groups by prompt.
 
     Args:
-        joins: whether jobs are taken together. If not, each is a batch of its own: what else waits has no
-            influence on how a job is computed.
+        merges: whether groups are computed together. If not, each is a batch of its own, and the other queued
+            groups have no influence on its numbers.
     """
 
-    def __init__(self, *, joins: bool = True) -> None:
+    def __init__(self, *, merges: bool = True) -> None:
         self.num_tokens = 0
-        """What waits; a prompt that several jobs share counts once."""
-        self._joins = joins
-        self._lanes: dict[Hashable, _PromptBatch] = {}
+        """Queued tokens. A prompt that several groups share counts once."""
+        self._merges = merges
+        self._batches: dict[Hashable, PromptBatch] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._lanes)
+        return bool(self._batches)
 
-    def __iter__(self) -> Iterator[Job]:
-        return (job for lane in self._lanes.values() for job in lane.jobs)
+    def __iter__(self) -> Iterator[QueuedGroup]:
+        return (queued for batch in self._batches.values() for queued in batch)
 
-    def num_added_tokens(self, jobs: Sequence[Job]) -> int:
-        """By how much these jobs would increase `num_tokens`."""
-        prompts = {job.lane: job.num_prompt_tokens for job in jobs if job.lane not in self._lanes}
-        num_prompt_tokens = sum(prompts.values())
-        return num_prompt_tokens + sum(job.num_own_tokens for job in jobs)
+    def num_added_tokens(self, groups: Sequence[QueuedGroup]) -> int:
+        """The increase of `num_tokens` if these groups were added."""
+        prompts = {each.key: each.num_prompt_tokens for each in groups if each.key not in self._batches}
+        return sum(prompts.values()) + sum(each.group.num_own_tokens for each in groups)
 
-    def add(self, jobs: Sequence[Job]) -> None:
-        self.num_tokens += self.num_added_tokens(jobs)
-        for job in jobs:
-            lane = self._lanes.setdefault(job.lane, _PromptBatch())
-            lane.jobs.append(job)
-            lane.jobs.sort(key=lambda job: job.rank_s)
+    def add(self, groups: Sequence[QueuedGroup]) -> None:
+        self.num_tokens += self.num_added_tokens(groups)
+        for each in groups:
+            batch = self._batches.setdefault(each.key, [])
+            batch.append(each)
+            batch.sort(key=lambda queued: queued.rank_s)
 
-    def discard(self, job: Job) -> None:
-        """Forget a job, if it still waits."""
-        lane = self._lanes.get(job.lane)
-        if lane is not None and job in lane.jobs:
-            self._remove(lane, [job])
+    def discard(self, queued: QueuedGroup) -> None:
+        """Remove a group, if it is still queued."""
+        if queued in self._batches.get(queued.key, ()):
+            self._remove([queued])
 
     def take(self) -> Batch:
-        """The job whose rank is lowest, with those that are computed together with it."""
-        first, *others = sorted(self._lanes.values(), key=lambda lane: lane.rank_s)
-        jobs = self._take(first, MAX_BATCH_TOKENS)
-        batch, num_free = [jobs], MAX_BATCH_TOKENS - _num_tokens(jobs)
-        for lane in others if self._joins else ():
-            if lane.jobs[0].kind != jobs[0].kind:
-                continue
-            if lane.jobs[0].num_prompt_tokens + lane.jobs[0].num_own_tokens <= num_free:
-                joined = self._take(lane, num_free - lane.jobs[0].num_prompt_tokens)
-                batch.append(joined)
-                num_free -= _num_tokens(joined)
+        """Remove the group with the lowest rank, and those that are computed together with it."""
+        first, *others = sorted(self._batches.values(), key=lambda batch: batch[0].rank_s)
+        taken = self._take(first, MAX_BATCH_TOKENS)
+        batch, num_free = [taken], MAX_BATCH_TOKENS - _num_tokens(taken)
+        for other in others if self._merges else ():
+            head = other[0]
+            if head.kind == taken[0].kind and head.group.num_tokens <= num_free:
+                batch.append(self._take(other, num_free - head.num_prompt_tokens))
+                num_free -= _num_tokens(batch[-1])
         return batch
 
-    def _take(self, lane: _PromptBatch, max_own_tokens: int) -> list[Job]:
-        """Jobs from the front of a lane: one at least, else what fits."""
-        taken: list[Job] = []
+    def _take(self, batch: PromptBatch, max_own_tokens: int) -> PromptBatch:
+        """Remove groups from the front of a prompt batch: at least one, and as many as fit."""
+        taken: PromptBatch = []
         num_own_tokens = 0
-        for job in lane.jobs:
-            num_own_tokens += job.num_own_tokens
-            if taken and (num_own_tokens > max_own_tokens or not self._joins):
+        for queued in batch:
+            num_own_tokens += queued.group.num_own_tokens
+            if taken and (num_own_tokens > max_own_tokens or not self._merges):
                 break
-            taken.append(job)
-        self._remove(lane, taken)
+            taken.append(queued)
+        self._remove(taken)
         return taken
 
-    def _remove(self, lane: _PromptBatch, jobs: Sequence[Job]) -> None:
-        lane.jobs = [job for job in lane.jobs if job not in jobs]
-        self.num_tokens -= sum(job.num_own_tokens for job in jobs)
-        if not lane.jobs:
-            self.num_tokens -= jobs[0].num_prompt_tokens
-            del self._lanes[jobs[0].lane]
+    def _remove(self, removed: PromptBatch) -> None:
+        key = removed[0].key
+        rest = [queued for queued in self._batches[key] if queued not in removed]
+        self.num_tokens -= sum(queued.group.num_own_tokens for queued in removed)
+        if rest:
+            self._batches[key] = rest
+        else:
+            self.num_tokens -= removed[0].num_prompt_tokens
+            del self._batches[key]
 
 
-def _num_tokens(jobs: Sequence[Job]) -> int:
-    return jobs[0].num_prompt_tokens + sum(job.num_own_tokens for job in jobs)
+def _num_tokens(batch: PromptBatch) -> int:
+    return batch[0].num_prompt_tokens + sum(queued.group.num_own_tokens for queued in batch)
 
 
-def begins(job: Job) -> bool:
-    """Whether somebody still waits for it; from here on it cannot be cancelled."""
-    begins = job.future.set_running_or_notify_cancel()
-    if begins and job.progress.num_waiting is not None:
-        job.progress.num_waiting -= 1
-    return begins
+def merge(batch: PromptBatch) -> TokenGroup:
+    """A group of all completions, behind the prompt that they share."""
+    completions = [completion for queued in batch for completion in queued.group.completions]
+    return TokenGroup(batch[0].group.prompt, completions)
 
 
-def joined(lane: Sequence[Job]) -> TokenGroup:
-    """The completions of all, behind the prompt that they share."""
-    completions = [completion for job in lane for completion in job.group.completions]
-    return TokenGroup(lane[0].group.prompt_ids, completions)
-
-
-def num_tokens(group: TokenGroup) -> int:
-    """What the engine is given."""
-    return len(group.prompt_ids) + sum(len(completion.ids) for completion in group.completions)
-
-
-def deal(lane: Sequence[Job], certainties: Sequence[Certainty | Unmeasurable], version: Version) -> None:
-    """Give each job the measurements of its own completions."""
+def distribute(batch: PromptBatch, certainties: Sequence[Certainty | Unmeasurable], version: Version) -> None:
+    """Give each group the self-certainties of its own completions."""
     start = 0
-    for job in lane:
-        end = start + len(job.group.completions)
-        job.future.set_result(Measurements(certainties[start:end], version))
+    for queued in batch:
+        end = start + len(queued.group.completions)
+        queued.future.set_result(Measurements(certainties[start:end], version))
         start = end
 
 
-def fail(lanes: Batch, error: Exception) -> None:
-    """Give each job this error."""
-    for lane in lanes:
-        for job in lane:
-            job.future.set_exception(error)
+def reject(batch: Batch, error: Exception) -> None:
+    """Set the error for each group."""
+    for queued in (queued for prompt_batch in batch for queued in prompt_batch):
+        queued.future.set_exception(error)

@@ -1,6 +1,6 @@
-"""From a request to what the engine needs: everything that can be wrong with a request is found here.
+"""Preparing a request for the engine: rules, tokens, and every check of the request.
 
-All bad fields of a request are collected before it is refused, and nothing is scored of a refused one.
+All bad fields of a request are collected before it is refused; a refused request is not scored at all.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, 
 from shopr1_client.wire_base import is_unicode
 from shopr1_rewards import Action, GroundTruthError, Recipe, judge, read_ground_truth
 from shopr1_service.core import (
-    _NO_TOKENS,
     CodecError,
     PreparedGroup,
     PreparedRollout,
@@ -19,6 +18,8 @@ from shopr1_service.core import (
 )
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.policy.tokenizer import Codec
+
+_NO_TOKENS = Tokens("", (), ())
 
 
 @dataclass
@@ -32,7 +33,7 @@ class _Preparation:
     num_tokens: int = 0
 
     def add(self, group: Group, path: str) -> None:
-        """Prepare a group, or find what is wrong with it."""
+        """Prepare a group, or collect its errors."""
         truth = self._truth(group, path)
         given = [self._given(c, f"{path}.completions[{j}]") for j, c in enumerate(group.completions)]
         rollouts = [self._rollout(tokens, truth) for tokens in given] if truth else []
@@ -51,7 +52,7 @@ class _Preparation:
             return None
 
     def _prompt(self, prompt: Prompt, path: str, *, is_needed: bool) -> Sequence[int]:
-        """The prompt's ids. Bad prompts are refused even where no completion makes use of them."""
+        """The prompt's ids. Bad prompts are refused even if no completion uses them."""
         if isinstance(prompt, TokenIds):
             return self._checked(prompt, path)
         if isinstance(prompt, str):
@@ -78,7 +79,7 @@ class _Preparation:
     def _tokens(self, given: Tokens | str, *, is_needed: bool) -> Tokens:
         if isinstance(given, Tokens):
             return given
-        # Text is tokenised only where its tokens matter; one with a format error may not even be Unicode.
+        # Text is tokenised only where its tokens matter. With a format error it may not even be Unicode.
         is_needed = is_needed or (self.wants_ids and is_unicode(given))
         return self.codec.encode_text(given) if is_needed else _NO_TOKENS
 
@@ -105,7 +106,7 @@ def prepare(
     """Apply the rules and tokenise.
 
     Args:
-        wants_ids: tokenise also what is not measured, because the answer shall return the ids.
+        wants_ids: tokenise also completions without measured tokens, since the response includes the ids.
 
     Raises:
         TooLargeError: the request exceeds a limit.

@@ -1,9 +1,7 @@
-"""Scoring a request: rules, then the engine, then both put together.
-
-The one way from a request to an answer; every route and the command line go through it.
-"""
+"""Scoring a request: rules, engine, rewards. Every route and the command line use it."""
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -34,7 +32,6 @@ from shopr1_service.core import (
     ScoredGroup,
     Target,
     Unmeasurable,
-    tell,
 )
 from shopr1_service.monitoring.metrics import Metrics, Phase
 from shopr1_service.monitoring.spans import span
@@ -43,14 +40,16 @@ from shopr1_service.scoring.prepare import prepare
 from shopr1_service.scoring.recipe_book import RecipeBook, reference
 from shopr1_service.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 _NUM_PREPARE_THREADS = 2
 
 Measurement = Certainty | Unmeasurable | None
-"""None: there was nothing to measure."""
+"""None: the completion has no measured tokens."""
 
 
 class Scorer:
-    """Scores requests with one policy. Preparing runs beside the engine's thread."""
+    """Scores requests with one engine. Requests are prepared beside the engine's thread."""
 
     def __init__(
         self,
@@ -70,24 +69,23 @@ class Scorer:
     async def score(
         self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
     ) -> ScoreResponse:
-        """Score every rollout of a request. If cancelled, what still waits of it is dropped.
+        """Score every rollout of a request. If cancelled, its queued groups are dropped.
 
         Args:
-            origin: who asks.
-            progress: see `EngineClient.compute_certainties`.
+            progress: is kept up to date.
 
         Raises:
-            InvalidRequestError, TooLargeError: the request is at fault.
-            PolicyVersionError: the version that the request demands is not loaded, or not in time.
-            OverloadedError: too much waits already.
-            NotReadyError: the device is gone, the service is ending.
+            InvalidRequestError, TooLargeError: the request is wrong.
+            PolicyVersionError: the demanded version is not loaded in time.
+            OverloadedError: the queue is full.
+            NotReadyError: the engine has failed, or the service is shutting down.
         """
         recipe = self._recipe(request.recipe)
         target = _target(request)
         await self.engine.new_versions.wait_for(target)
         self.engine.refuse_if_full()
         loop = asyncio.get_running_loop()
-        in_context = copy_context().run  # whose request it is: for logs and traces
+        in_context = copy_context().run  # logs and traces name the request
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
         kind = Kind(recipe.self_certainty, target)
@@ -97,7 +95,7 @@ class Scorer:
             for group, measurements in zip(groups, measured, strict=True)
         ]
         for sent, prepared, group_score in zip(request.groups, groups, scores, strict=True):
-            tell(self._observers, ScoredGroup(origin, recipe, sent, prepared, group_score))
+            self._notify(ScoredGroup(origin, recipe, sent, prepared, group_score))
         return ScoreResponse(
             request_id=origin.request_id,
             recipe=reference(recipe),
@@ -106,9 +104,16 @@ class Scorer:
         )
 
     def close(self) -> None:
-        """End the threads; work that has not begun is dropped."""
+        """End the threads; work that has not started is dropped."""
         self._preparers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
+
+    def _notify(self, scored: ScoredGroup) -> None:
+        for observer in self._observers:
+            try:
+                observer(scored)
+            except Exception:  # the reward is right, even if it cannot be logged
+                logger.exception("request %s: an observer failed", scored.origin.request_id)
 
     def _recipe(self, name: str | None) -> Recipe:
         recipe = self._recipes.get(name)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from shopr1_client.wire import Reward, ScoreRequest, Status
 from shopr1_rewards import Span, recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import Certainty, MeasuredCompletion, Origin, TokenGroup
+from shopr1_service.core import Certainty, MeasuredCompletion, Origin, PromptKey, TokenGroup
 from shopr1_service.engine import lm_head as head
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.local import LoadedPolicy
@@ -92,7 +92,7 @@ def check(
     tolerance: float = TOLERANCE,
 ) -> None:
     """Compare every value of a group with the reference."""
-    actual = policy(family).certainties([TokenGroup(prompt_ids, completions)], rules)[0]
+    actual = policy(family).certainties([TokenGroup(PromptKey(prompt_ids), completions)], rules)[0]
     for certainty, completion in zip(actual, completions, strict=True):
         expected = reference(family).values(prompt_ids, completion.ids, completion.measured, rules)
         assert isinstance(certainty, Certainty), certainty
@@ -154,7 +154,9 @@ def test_vocabulary_sizes(family: str, num_head_rows: int) -> None:
     assert (info.num_head_rows, info.num_tokenizer_tokens) == (num_head_rows, NUM_TOKENS)
     completion = COMPLETIONS["with gaps"]
     of_head, of_tokenizer = (
-        policy(family).certainties([TokenGroup(PROMPT, [completion])], rules(vocabulary=vocabulary))[0]
+        policy(family).certainties(
+            [TokenGroup(PromptKey(PROMPT), [completion])], rules(vocabulary=vocabulary)
+        )[0]
         for vocabulary in ("head", "tokenizer")
     )
     assert (of_head == of_tokenizer) == (num_head_rows <= NUM_TOKENS)

@@ -28,7 +28,16 @@ from shopr1_rewards import load_recipe
 from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_engines import RemoteEngines
-from shopr1_service.core import Certainty, Kind, MeasuredCompletion, Measurements, Target, TokenGroup, Version
+from shopr1_service.core import (
+    Certainty,
+    Kind,
+    MeasuredCompletion,
+    Measurements,
+    PromptKey,
+    Target,
+    TokenGroup,
+    Version,
+)
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
 from tests.support.http import WAIT_S
@@ -38,7 +47,7 @@ from tests.support.updating import adapter_file, changed_model, file_of, saved, 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(WAIT_S)]
 
 KIND = Kind(load_recipe("shop_r1").self_certainty)
-GROUP = TokenGroup((1, 2, 3), [MeasuredCompletion((4, 5), (0, 1))])
+GROUP = TokenGroup(PromptKey((1, 2, 3)), [MeasuredCompletion((4, 5), (0, 1))])
 MEASURED = Measurements([Certainty((26.0, 26.0))], Version("0"))
 DIED = ActorDiedError()
 NEW = file_of(changed_model())
@@ -150,7 +159,7 @@ def test_the_settled_number_is_the_former_one_while_engines_differ() -> None:
 
 
 async def test_a_group_without_completions_is_not_sent() -> None:
-    [measured] = await client_of(Engines()).compute_certainties([TokenGroup((), [])], KIND)
+    [measured] = await client_of(Engines()).compute_certainties([TokenGroup(PromptKey(()), [])], KIND)
     assert measured.values == []
     assert measured.version.name == "0"
 

@@ -20,6 +20,7 @@ from shopr1_service.core import (
     Kind,
     MeasuredCompletion,
     Measurements,
+    PromptKey,
     Target,
     TokenGroup,
 )
@@ -30,7 +31,7 @@ from tests.support.http import WAIT_S
 pytestmark = pytest.mark.anyio
 
 KIND = Kind(load_recipe("shop_r1").self_certainty)
-GROUP = TokenGroup((1, 2, 3), [MeasuredCompletion((4, 5), (0, 1))])
+GROUP = TokenGroup(PromptKey((1, 2, 3)), [MeasuredCompletion((4, 5), (0, 1))])
 
 
 def replica_of(policy: FakePolicy, monkeypatch: pytest.MonkeyPatch, **settings: object) -> EngineReplica:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shopr1_client.wire import Reason
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup, Unmeasurable
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Unmeasurable
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
@@ -57,7 +57,7 @@ def measure(
     prompt_ids: Sequence[int] = PROMPT,
     **options: Any,
 ) -> list[Certainty | Unmeasurable]:
-    return engine.certainties([TokenGroup(prompt_ids, completions)], rules(**options))[0]
+    return engine.certainties([TokenGroup(PromptKey(prompt_ids), completions)], rules(**options))[0]
 
 
 def reasons(results: Sequence[Certainty | Unmeasurable]) -> list[Reason | None]:

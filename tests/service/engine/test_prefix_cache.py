@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shopr1_service.core import TEXT_SCOPE, PromptScope, Version
 from shopr1_service.engine.prefix_cache import Chunk, PrefixCache
 
 BYTES_PER_TOKEN = 2 * 2 * 4  # keys and values, one layer, one head of size 2, fp32
@@ -20,11 +21,11 @@ def chunk(ids: Sequence[int], start: int = 0) -> Chunk:
     return Chunk(tuple(ids), (keys,), (values,), torch.tensor([[float(ids[-1])]]))
 
 
-def remember(cache: PrefixCache, ids: Sequence[int]) -> None:
-    """Insert the unknown rest of a prompt after its known beginning, as a forward strategy does."""
-    num_known = sum(map(len, cache.match(ids)))
+def remember(cache: PrefixCache, ids: Sequence[int], scope: PromptScope = TEXT_SCOPE) -> None:
+    """Compute and insert what is missing, as a forward does."""
+    num_known = sum(map(len, cache.match(ids, scope)))
     if num_known < len(ids):
-        cache.insert(ids[:num_known], chunk(ids[num_known:], num_known))
+        cache.insert(ids[:num_known], chunk(ids[num_known:], num_known), scope)
 
 
 def spelled(chunks: Sequence[Chunk]) -> list[int]:
@@ -132,12 +133,18 @@ def test_tokens_are_counted() -> None:
     assert (cache.stats.num_hit_tokens, cache.stats.num_missed_tokens) == (2, 5)
 
 
-# --- several owners ---------------------------------------------------------------------------------
+# --- several scopes ---------------------------------------------------------------------------------
 
+
+def scope_of(number: int | None, inputs: bytes = b"") -> PromptScope:
+    return PromptScope(None if number is None else Version(str(number), number, "adapter"), inputs)
+
+
+SCOPES = st.builds(scope_of, st.sampled_from([None, 1, 2]), st.sampled_from([b"", b"an image", b"another"]))
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["use", "use", "use", "forget", "clear"]),
-        st.sampled_from([None, 1, 2]),
+        SCOPES,
         st.lists(st.integers(0, 2), min_size=1, max_size=6),
     ),
     max_size=20,
@@ -145,56 +152,57 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS)
-def test_each_owner_has_its_own_tree(steps: list[tuple[str, int | None, list[int]]]) -> None:
+def test_each_scope_has_entries_of_its_own(steps: list[tuple[str, PromptScope, list[int]]]) -> None:
     cache = PrefixCache(10**6)
-    known: dict[int | None, set[tuple[int, ...]]] = defaultdict(set)
-    for what, owner, prompt in steps:
+    known: dict[PromptScope, set[tuple[int, ...]]] = defaultdict(set)
+    for what, scope, prompt in steps:
         if what == "use":
-            cache.enter(owner)
             beginnings = {tuple(prompt[:end]) for end in range(1, len(prompt) + 1)}
-            assert len(spelled(cache.match(prompt))) == len(known[owner] & beginnings)
-            remember(cache, prompt)
-            known[owner] |= beginnings
+            assert len(spelled(cache.match(prompt, scope))) == len(known[scope] & beginnings)
+            remember(cache, prompt, scope)
+            known[scope] |= beginnings
         elif what == "clear":
             cache.clear()
             known.clear()
         else:
-            cache.enter(None if owner is not None else 1)  # not the one that is dropped
-            cache.forget(owner)
-            known.pop(owner, None)
+            cache.forget(scope.weights)
+            for each in [each for each in known if each.weights == scope.weights]:
+                del known[each]
         assert cache.stats.num_bytes == BYTES_PER_TOKEN * sum(map(len, known.values()))
 
 
 @given(steps=STEPS, max_tokens=st.integers(0, 8))
-def test_owners_share_the_limit(steps: list[tuple[str, int | None, list[int]]], max_tokens: int) -> None:
+def test_scopes_share_the_limit(steps: list[tuple[str, PromptScope, list[int]]], max_tokens: int) -> None:
     cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
-    for _, owner, prompt in steps:
-        cache.enter(owner)
-        remember(cache, prompt)
+    for _, scope, prompt in steps:
+        remember(cache, prompt, scope)
         assert cache.stats.num_bytes <= max_tokens * BYTES_PER_TOKEN
-        found = spelled(cache.match(prompt))
+        found = spelled(cache.match(prompt, scope))
         assert found == prompt[: len(found)]
 
 
-def test_the_least_recently_used_chunk_of_all_owners_is_evicted_first() -> None:
+def test_the_least_recently_used_is_evicted_from_any_scope() -> None:
     cache = PrefixCache(4 * BYTES_PER_TOKEN)
-    for owner in (None, 1):
-        cache.enter(owner)
-        remember(cache, [1, 1])
-    cache.enter(None)
+    for scope in (scope_of(None), scope_of(1)):
+        remember(cache, [1, 1], scope)
     cache.match([1, 1])
-    remember(cache, [2, 2])  # evicts the other owner's chunk
+    remember(cache, [2, 2])  # evicts the entry of the other scope
     assert spelled(cache.match([1, 1])) == [1, 1]
-    cache.enter(1)
-    assert cache.match([1, 1]) == []
+    assert cache.match([1, 1], scope_of(1)) == []
+
+
+def test_an_emptied_scope_leaves_nothing_behind() -> None:
+    cache = PrefixCache(2 * BYTES_PER_TOKEN)
+    for number in range(5):
+        remember(cache, [1, 1], scope_of(None, bytes([number])))
+    assert len(cache._roots) == 1
 
 
 def test_a_cleared_cache_can_be_used_at_once() -> None:
     cache = PrefixCache(10**6)
-    cache.enter(1)
-    remember(cache, [1, 2])
+    remember(cache, [1, 2], scope_of(1))
     cache.clear()
-    remember(cache, [1, 2, 3])
-    assert spelled(cache.match([1, 2, 3])) == [1, 2, 3]
-    cache.forget(7)  # an unknown owner
+    remember(cache, [1, 2, 3], scope_of(1))
+    assert spelled(cache.match([1, 2, 3], scope_of(1))) == [1, 2, 3]
+    cache.forget(7)  # nothing was computed with it
     assert cache.stats.num_bytes == 3 * BYTES_PER_TOKEN

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup, choose_forward
 from shopr1_service.engine.forward.packed import PackedForward
@@ -37,7 +37,7 @@ from tests.support.models import (
     tiny_model,
 )
 
-GROUP = TokenGroup(random_ids(12, seed=1), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
+GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
 
 
 def test_model_of_nan_is_a_policy_error() -> None:
@@ -91,7 +91,7 @@ def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
 def test_a_policy_loads_with_a_short_limit(limit: int) -> None:
     policy = policy_of(tiny_model(), max_sequence_tokens=limit)
     assert policy.info.max_sequence_tokens == limit
-    [[certainty]] = policy.certainties([TokenGroup([5], [MeasuredCompletion([6], [0])])], rules())
+    [[certainty]] = policy.certainties([TokenGroup(PromptKey([5]), [MeasuredCompletion([6], [0])])], rules())
     assert isinstance(certainty, Certainty)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shopr1_client.wire import PolicyInfo
-from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.loading import (
     EMBEDDED_INSTALL,
@@ -34,7 +34,7 @@ from tests.support.models import (
     tiny_model,
 )
 
-GROUP = TokenGroup(random_ids(12, seed=1), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
+GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
 
 
 # --- the source --------------------------------------------------------------------------------------

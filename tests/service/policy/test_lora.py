@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shopr1_service.core import Certainty, MeasuredCompletion, TokenGroup
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
@@ -40,7 +40,7 @@ COMPLETIONS = [
     MeasuredCompletion(random_ids(14, seed=3), [3, 5, 6, 11]),
     MeasuredCompletion(random_ids(30, seed=5), range(30)),
 ]
-GROUP = TokenGroup(PROMPT, COMPLETIONS)
+GROUP = TokenGroup(PromptKey(PROMPT), COMPLETIONS)
 TOLERANCE = 1e-4
 """Nats, fp32 against fp64."""
 CONFIG = LoraConfig(peft_type="LORA", r=3, lora_alpha=6.0)

@@ -1,4 +1,4 @@
-"""The same request again: joined, answered from before, and never wrong."""
+"""Duplicate requests: one computation, one response, and no wrong one."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, Progress, TokenGroup, Unmeasurable, Version
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
-from shopr1_service.scheduling import request_dedup as repeats_module
+from shopr1_service.scheduling import request_dedup as module
 from shopr1_service.scheduling.request_dedup import RequestDeduplicator
 from tests.support.http import answer, group, metric, post, running, score
 
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.anyio
 
 
 def response_of(name: str, num_rollouts: int, status: Status) -> ScoreResponse:
-    """An answer; of its rewards only their number and their status count here."""
+    """A response; only the number and the status of its rewards matter here."""
     group = GroupScore.model_construct(rewards=[Reward.model_construct(status=status)] * num_rollouts)
     return ScoreResponse.model_construct(request_id=name, groups=[group])
 
 
 class Work:
-    """Counts how often it is started and cancelled; ends when it is told to."""
+    """Counts its starts and cancellations; ends when `may_end` is set."""
 
     def __init__(
         self, num_rollouts: int = 1, error: Exception | None = None, status: Status = Status.SCORED
@@ -53,31 +53,31 @@ class Work:
 
 
 async def settle() -> None:
-    """Lets every task run up to its wait."""
+    """Let every task run until it waits."""
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-def ask(repeats: RequestDeduplicator, work: Work, key: bytes = b"k") -> "asyncio.Task[ScoreResponse]":
-    return asyncio.ensure_future(repeats.score(key, work))
+def ask(deduplicator: RequestDeduplicator, work: Work, key: bytes = b"k") -> "asyncio.Task[ScoreResponse]":
+    return asyncio.ensure_future(deduplicator.score(key, work))
 
 
-async def test_twins_share_the_work_and_the_answer() -> None:
-    repeats, work = RequestDeduplicator(Metrics()), Work()
-    tasks = [ask(repeats, work) for _ in range(3)]
-    other = ask(repeats, work, b"other")
+async def test_duplicates_share_work_and_response() -> None:
+    deduplicator, work = RequestDeduplicator(Metrics()), Work()
+    tasks = [ask(deduplicator, work) for _ in range(3)]
+    other = ask(deduplicator, work, b"other")
     await settle()
     assert work.num_started == 2
     work.may_end.set()
     assert {(await task).request_id for task in tasks} == {"1"}
     assert (await other).request_id == "2"
-    assert (await repeats.score(b"k", work)).request_id == "1"  # also later
+    assert (await deduplicator.score(b"k", work)).request_id == "1"  # also later
     assert work.num_started == 2
 
 
-async def test_the_work_goes_on_as_long_as_one_waits() -> None:
-    repeats, work = RequestDeduplicator(Metrics()), Work()
-    first, second = ask(repeats, work), ask(repeats, work)
+async def test_work_continues_while_one_client_waits() -> None:
+    deduplicator, work = RequestDeduplicator(Metrics()), Work()
+    first, second = ask(deduplicator, work), ask(deduplicator, work)
     await settle()
     first.cancel()
     await settle()
@@ -87,71 +87,71 @@ async def test_the_work_goes_on_as_long_as_one_waits() -> None:
     assert first.cancelled()
 
 
-async def test_the_work_ends_when_the_last_has_gone_and_begins_anew() -> None:
-    repeats, work = RequestDeduplicator(Metrics()), Work()
-    tasks = [ask(repeats, work), ask(repeats, work)]
+async def test_work_is_cancelled_with_its_last_client_and_restarted_for_the_next() -> None:
+    deduplicator, work = RequestDeduplicator(Metrics()), Work()
+    tasks = [ask(deduplicator, work), ask(deduplicator, work)]
     await settle()
     for task in tasks:
         task.cancel()
-    late = ask(repeats, work)  # comes while the work is being cancelled
+    late = ask(deduplicator, work)  # arrives while the work is being cancelled
     await settle()
     assert (work.num_started, work.num_cancelled) == (2, 1)
     work.may_end.set()
     assert (await late).request_id == "2"
 
 
-async def test_what_has_begun_is_finished_for_who_asks_again() -> None:
-    repeats, work = RequestDeduplicator(Metrics()), Work()
+async def test_started_work_is_finished_for_the_next_duplicate() -> None:
+    deduplicator, work = RequestDeduplicator(Metrics()), Work()
     work.num_waiting = 0
-    gone = ask(repeats, work)
+    gone = ask(deduplicator, work)
     await settle()
     gone.cancel()
     await settle()
-    again = ask(repeats, work)
+    again = ask(deduplicator, work)
     await settle()
     assert (work.num_started, work.num_cancelled) == (1, 0)
     work.may_end.set()
     assert (await again).request_id == "1"
 
 
-async def test_errors_reach_all_and_are_not_kept() -> None:
-    repeats, work = RequestDeduplicator(Metrics()), Work(error=ZeroDivisionError())
-    tasks = [ask(repeats, work), ask(repeats, work)]
+async def test_errors_reach_all_clients_and_are_not_kept() -> None:
+    deduplicator, work = RequestDeduplicator(Metrics()), Work(error=ZeroDivisionError())
+    tasks = [ask(deduplicator, work), ask(deduplicator, work)]
     work.may_end.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [ZeroDivisionError] * 2
     with pytest.raises(ZeroDivisionError):
-        await repeats.score(b"k", work)
+        await deduplicator.score(b"k", work)
     assert work.num_started == 2
 
 
-async def test_answers_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_kept_responses_expire(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("shopr1_service.scheduling.request_dedup.time.monotonic", lambda: clock[0])
-    repeats, work = RequestDeduplicator(Metrics()), Work()
+    deduplicator, work = RequestDeduplicator(Metrics()), Work()
     work.may_end.set()
     for clock[0], expected in ((100.0, "1"), (699.9, "1"), (700.0, "2")):
-        assert (await repeats.score(b"k", work)).request_id == expected
+        assert (await deduplicator.score(b"k", work)).request_id == expected
 
 
-async def test_what_could_not_be_scored_is_tried_again() -> None:
-    repeats, work = RequestDeduplicator(Metrics()), Work(status=Status.UNSCORABLE)
+async def test_unscorable_rollouts_are_tried_again() -> None:
+    deduplicator, work = RequestDeduplicator(Metrics()), Work(status=Status.UNSCORABLE)
     work.may_end.set()
     for expected in ("1", "2"):
-        assert (await repeats.score(b"k", work)).request_id == expected
+        assert (await deduplicator.score(b"k", work)).request_id == expected
 
 
-async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeats_module, "MAX_KEPT_ROLLOUTS", 10)
-    repeats, work = RequestDeduplicator(Metrics()), Work(num_rollouts=4)
+async def test_the_number_of_kept_rollouts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_KEPT_ROLLOUTS", 10)
+    deduplicator, work = RequestDeduplicator(Metrics()), Work(num_rollouts=4)
     work.may_end.set()
     for key in (b"a", b"b", b"c"):
-        await repeats.score(key, work)
+        await deduplicator.score(key, work)
     assert work.num_started == 3
-    await repeats.score(b"b", work)
-    await repeats.score(b"c", work)
+    await deduplicator.score(b"b", work)
+    await deduplicator.score(b"c", work)
     assert work.num_started == 3
-    await repeats.score(b"a", work)  # was forgotten for c
+    await deduplicator.score(b"a", work)  # was evicted by c
     assert work.num_started == 4
 
 

@@ -1,4 +1,4 @@
-"""What waits: its order, and what is taken together. Ranks are given; tokens are counted by hand."""
+"""The order of the queue, and its batches. Ranks are given; tokens are counted by hand."""
 
 from collections.abc import Sequence
 
@@ -6,117 +6,154 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import Kind, MeasuredCompletion, TokenGroup
-from shopr1_service.scheduling import request_queue as backlog_module
-from shopr1_service.scheduling.request_queue import Job, RequestQueue
+from shopr1_service.core import MeasuredCompletion, PromptKey, PromptScope, Target, TokenGroup
+from shopr1_service.scheduling import request_queue as module
+from shopr1_service.scheduling.request_queue import QueuedGroup, RequestQueue
 
 RULES = load_recipe("shop_r1").self_certainty
+SCOPE = PromptScope(Target())
 OTHER_RULES = RULES.model_copy(update={"temperature": 0.6})
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backlog_module, "MAX_BATCH_TOKENS", 20)
+    monkeypatch.setattr(module, "MAX_BATCH_TOKENS", 20)
 
 
-def job(prompt: int, num_prompt: int, *own: int, rank_s: float, rules: SelfCertaintyRecipe = RULES) -> Job:
+def queued(
+    prompt: int,
+    num_prompt: int,
+    *own: int,
+    rank_s: float,
+    rules: SelfCertaintyRecipe = RULES,
+    scope: PromptScope = SCOPE,
+) -> QueuedGroup:
     """A prompt of this token so many times, and completions of so many tokens."""
     completions = [MeasuredCompletion(range(num), [0]) for num in own]
-    return Job(TokenGroup((prompt,) * num_prompt, completions), Kind(rules), submitted_s=0.0, rank_s=rank_s)
+    group = TokenGroup(PromptKey((prompt,) * num_prompt, scope), completions)
+    return QueuedGroup(group, rules, submitted_s=0.0, rank_s=rank_s)
 
 
-def backlog_of(*jobs: Job, joins: bool = True) -> RequestQueue:
-    backlog = RequestQueue(joins=joins)
-    for each in jobs:
-        backlog.add([each])
-    return backlog
+def queue_of(*groups: QueuedGroup, merges: bool = True) -> RequestQueue:
+    queue = RequestQueue(merges=merges)
+    for each in groups:
+        queue.add([each])
+    return queue
 
 
-def taken(backlog: RequestQueue) -> list[list[list[float]]]:
-    """All batches until nothing waits: ranks, by prompt."""
+def taken(queue: RequestQueue) -> list[list[list[float]]]:
+    """All batches until the queue is empty: ranks, by prompt."""
     batches = []
-    while backlog:
-        batches.append([[each.rank_s for each in lane] for lane in backlog.take()])
+    while queue:
+        batches.append([[each.rank_s for each in prompt_batch] for prompt_batch in queue.take()])
     return batches
 
 
 def test_lowest_rank_first() -> None:
-    backlog = backlog_of(job(1, 30, 1, rank_s=2), job(2, 30, 1, rank_s=1), job(3, 30, 1, rank_s=3))
-    assert taken(backlog) == [[[1]], [[2]], [[3]]]
+    queue = queue_of(queued(1, 30, 1, rank_s=2), queued(2, 30, 1, rank_s=1), queued(3, 30, 1, rank_s=3))
+    assert taken(queue) == [[[1]], [[2]], [[3]]]
 
 
-def test_one_prompt_is_one_lane_whatever_its_length() -> None:
-    backlog = backlog_of(job(1, 30, 1, rank_s=1), job(2, 30, 1, rank_s=2), job(1, 30, 4, 4, rank_s=3))
-    assert taken(backlog) == [[[1, 3]], [[2]]]
+def test_groups_with_one_prompt_are_a_prompt_batch_of_any_length() -> None:
+    queue = queue_of(queued(1, 30, 1, rank_s=1), queued(2, 30, 1, rank_s=2), queued(1, 30, 4, 4, rank_s=3))
+    assert taken(queue) == [[[1, 3]], [[2]]]
 
 
-def test_a_lane_is_as_urgent_as_its_most_urgent_job() -> None:
-    backlog = backlog_of(job(1, 30, 9, rank_s=5), job(2, 30, 1, rank_s=2), job(1, 30, 1, rank_s=1))
-    assert taken(backlog) == [[[1, 5]], [[2]]]
+def test_the_rank_of_a_prompt_batch_is_its_lowest() -> None:
+    queue = queue_of(queued(1, 30, 9, rank_s=5), queued(2, 30, 1, rank_s=2), queued(1, 30, 1, rank_s=1))
+    assert taken(queue) == [[[1, 5]], [[2]]]
 
 
-def test_completions_that_join_are_bounded() -> None:
-    backlog = backlog_of(*(job(1, 30, 8, rank_s=rank) for rank in range(5)))
-    assert taken(backlog) == [[[0, 1]], [[2, 3]], [[4]]]
+def test_merged_completions_are_bounded() -> None:
+    queue = queue_of(*(queued(1, 30, 8, rank_s=rank) for rank in range(5)))
+    assert taken(queue) == [[[0, 1]], [[2, 3]], [[4]]]
 
 
-def test_what_is_larger_than_a_batch_goes_alone() -> None:
-    backlog = backlog_of(job(1, 3, 50, rank_s=1), job(1, 3, 1, rank_s=2), job(2, 3, 1, rank_s=3))
-    assert taken(backlog) == [[[1]], [[2], [3]]]
+def test_a_group_larger_than_a_batch_is_taken_alone() -> None:
+    queue = queue_of(queued(1, 3, 50, rank_s=1), queued(1, 3, 1, rank_s=2), queued(2, 3, 1, rank_s=3))
+    assert taken(queue) == [[[1]], [[2], [3]]]
 
 
-def test_short_prompts_go_together() -> None:
+def test_short_prompts_are_taken_together() -> None:
     # 5 + 2 tokens each: two fit into 20, with the third it would be 21.
-    backlog = backlog_of(*(job(i, 5, 2, rank_s=i) for i in range(5)))
-    assert taken(backlog) == [[[0], [1]], [[2], [3]], [[4]]]
+    queue = queue_of(*(queued(i, 5, 2, rank_s=i) for i in range(5)))
+    assert taken(queue) == [[[0], [1]], [[2], [3]], [[4]]]
 
 
-def test_what_fits_goes_along_past_what_does_not() -> None:
-    backlog = backlog_of(job(1, 5, 2, rank_s=1), job(2, 30, 1, rank_s=2), job(3, 5, 1, rank_s=3))
-    assert taken(backlog) == [[[1], [3]], [[2]]]
+def test_a_group_that_fits_overtakes_one_that_does_not() -> None:
+    queue = queue_of(queued(1, 5, 2, rank_s=1), queued(2, 30, 1, rank_s=2), queued(3, 5, 1, rank_s=3))
+    assert taken(queue) == [[[1], [3]], [[2]]]
 
 
-def test_of_another_prompt_only_what_fits_is_taken() -> None:
+def test_of_another_prompt_only_the_groups_that_fit_are_taken() -> None:
     # 12 tokens are free beside the first: prompt 5 and completions 3 and 3, not the third.
-    others = [job(2, 5, 3, rank_s=rank) for rank in (2, 3, 4)]
-    assert taken(backlog_of(job(1, 5, 3, rank_s=1), *others)) == [[[1], [2, 3]], [[4]]]
+    others = [queued(2, 5, 3, rank_s=rank) for rank in (2, 3, 4)]
+    assert taken(queue_of(queued(1, 5, 3, rank_s=1), *others)) == [[[1], [2, 3]], [[4]]]
 
 
-def test_other_rules_do_not_join() -> None:
-    backlog = backlog_of(
-        job(1, 3, 1, rank_s=1),
-        job(1, 3, 1, rank_s=2, rules=OTHER_RULES),
-        job(2, 3, 1, rank_s=3),
-        job(2, 3, 1, rank_s=4, rules=OTHER_RULES),
+def test_groups_with_other_rules_are_not_merged() -> None:
+    queue = queue_of(
+        queued(1, 3, 1, rank_s=1),
+        queued(1, 3, 1, rank_s=2, rules=OTHER_RULES),
+        queued(2, 3, 1, rank_s=3),
+        queued(2, 3, 1, rank_s=4, rules=OTHER_RULES),
     )
-    assert taken(backlog) == [[[1], [3]], [[2], [4]]]
+    assert taken(queue) == [[[1], [3]], [[2], [4]]]
 
 
-def test_without_joining_each_goes_alone() -> None:
-    backlog = backlog_of(job(1, 3, 1, rank_s=1), job(1, 3, 1, rank_s=2), job(2, 3, 1, rank_s=3), joins=False)
-    assert taken(backlog) == [[[1]], [[2]], [[3]]]
+def test_without_merging_each_group_is_a_batch() -> None:
+    queue = queue_of(
+        queued(1, 3, 1, rank_s=1), queued(1, 3, 1, rank_s=2), queued(2, 3, 1, rank_s=3), merges=False
+    )
+    assert taken(queue) == [[[1]], [[2]], [[3]]]
 
 
 def test_a_shared_prompt_counts_once() -> None:
-    first, second, other = job(1, 30, 1, 2, rank_s=1), job(1, 30, 4, rank_s=2), job(2, 7, 1, rank_s=3)
-    backlog = RequestQueue()
-    assert backlog.num_added_tokens([first, second, other]) == 30 + 3 + 4 + 8
-    backlog.add([first, second, other])
-    assert backlog.num_tokens == 45
-    assert backlog.num_added_tokens([job(1, 30, 5, rank_s=4)]) == 5
-    backlog.discard(first)
-    assert backlog.num_tokens == 42
-    backlog.discard(first)  # is not there any more
-    backlog.discard(second)
-    assert backlog.num_tokens == 8
-    backlog.take()
-    assert backlog.num_tokens == 0
-    assert not backlog
+    first, second, other = (
+        queued(1, 30, 1, 2, rank_s=1),
+        queued(1, 30, 4, rank_s=2),
+        queued(2, 7, 1, rank_s=3),
+    )
+    queue = RequestQueue()
+    assert queue.num_added_tokens([first, second, other]) == 30 + 3 + 4 + 8
+    queue.add([first, second, other])
+    assert queue.num_tokens == 45
+    assert queue.num_added_tokens([queued(1, 30, 5, rank_s=4)]) == 5
+    queue.discard(first)
+    assert queue.num_tokens == 42
+    queue.discard(first)  # is not queued any more
+    queue.discard(second)
+    assert queue.num_tokens == 8
+    queue.take()
+    assert queue.num_tokens == 0
+    assert not queue
 
 
-JOBS = st.lists(
+SCOPES = st.builds(
+    PromptScope,
+    st.sampled_from([Target(), Target("adapter"), Target(demand=VersionDemand(exact="1"))]),
+    st.sampled_from([b"", b"an image", b"another"]),
+)
+
+
+@given(scopes=st.lists(SCOPES, min_size=2, max_size=6))
+def test_equal_ids_of_different_scopes_share_no_prompt_batch(scopes: list[PromptScope]) -> None:
+    queue = queue_of(*(queued(1, 3, 1, rank_s=rank, scope=scope) for rank, scope in enumerate(scopes)))
+    assert queue.num_tokens == 3 * len(set(scopes)) + len(scopes)
+    seen = []
+    while queue:
+        batch = queue.take()
+        assert len({each.group.prompt.scope.weights for prompt_batch in batch for each in prompt_batch}) == 1
+        for prompt_batch in batch:
+            assert len({each.group.prompt.scope for each in prompt_batch}) == 1
+            seen.append(prompt_batch[0].group.prompt)
+    assert len(seen) == len(set(seen)) == len(set(scopes))
+
+
+GROUPS = st.lists(
     st.tuples(
         st.integers(0, 3),
         st.sampled_from([1, 5, 18, 40]),
@@ -128,35 +165,38 @@ JOBS = st.lists(
 )
 
 
-@given(drawn=JOBS, joins=st.booleans(), dropped=st.sets(st.integers(0, 11)))
+@given(drawn=GROUPS, merges=st.booleans(), dropped=st.sets(st.integers(0, 11)))
 def test_everything_is_taken_once_and_counted(
-    drawn: Sequence[tuple[int, int, list[int], int, bool]], joins: bool, dropped: set[int]
+    drawn: Sequence[tuple[int, int, list[int], int, bool]], merges: bool, dropped: set[int]
 ) -> None:
-    jobs = [
-        job(prompt, num, *own, rank_s=rank, rules=RULES if plain else OTHER_RULES)
+    groups = [
+        queued(prompt, num, *own, rank_s=rank, rules=RULES if plain else OTHER_RULES)
         for prompt, num, own, rank, plain in drawn
     ]
-    backlog = RequestQueue(joins=joins)
-    backlog.add(jobs)
-    for index in dropped & set(range(len(jobs))):
-        backlog.discard(jobs[index])
-    kept = [each for index, each in enumerate(jobs) if index not in dropped]
-    seen: list[Job] = []
-    while backlog:
-        lowest = min(each.rank_s for each in backlog)
-        batch = backlog.take()
+    queue = RequestQueue(merges=merges)
+    queue.add(groups)
+    for index in dropped & set(range(len(groups))):
+        queue.discard(groups[index])
+    kept = [each for index, each in enumerate(groups) if index not in dropped]
+    seen: list[QueuedGroup] = []
+    while queue:
+        lowest = min(each.rank_s for each in queue)
+        batch = queue.take()
         assert batch[0][0].rank_s == lowest
-        assert len({each.kind for lane in batch for each in lane}) == 1
-        assert all(len({each.group.prompt_ids for each in lane}) == 1 for lane in batch)
-        num_tokens = sum(len(lane[0].group.prompt_ids) + sum(map(own_tokens, lane)) for lane in batch)
+        assert len({each.kind for prompt_batch in batch for each in prompt_batch}) == 1
+        assert all(len({each.group.prompt_ids for each in prompt_batch}) == 1 for prompt_batch in batch)
+        num_tokens = sum(
+            len(prompt_batch[0].group.prompt_ids) + sum(map(own_tokens, prompt_batch))
+            for prompt_batch in batch
+        )
         assert num_tokens <= 20 or len(batch) == 1
-        seen += [each for lane in batch for each in lane]
+        seen += [each for prompt_batch in batch for each in prompt_batch]
         rest = [each for each in kept if each not in seen]
         prompts = {(each.group.prompt_ids, each.kind) for each in rest}
-        assert backlog.num_tokens == sum(len(ids) for ids, _ in prompts) + sum(map(own_tokens, rest))
+        assert queue.num_tokens == sum(len(ids) for ids, _ in prompts) + sum(map(own_tokens, rest))
     assert len(seen) == len(kept)
     assert all(each in seen for each in kept)
 
 
-def own_tokens(each: Job) -> int:
+def own_tokens(each: QueuedGroup) -> int:
     return sum(len(completion.ids) for completion in each.group.completions)

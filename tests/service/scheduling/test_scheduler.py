@@ -1,4 +1,4 @@
-"""The engine's thread: joining, dropping, refusing, surviving, and giving up."""
+"""The engine's thread: merging, dropping, refusing, surviving errors, and failing."""
 
 import asyncio
 import threading
@@ -17,6 +17,7 @@ from shopr1_service.core import (
     Kind,
     MeasuredCompletion,
     Measurements,
+    PromptKey,
     Target,
     TokenGroup,
     Unmeasurable,
@@ -37,20 +38,20 @@ Task = asyncio.Task[list[Measurements]]
 
 
 class Gated(FakePolicy):
-    """Notes what it is given; its first batch waits until the gate opens. Token 13 makes it fail, token 666
-    for good."""
+    """Records its batches; the first waits until the gate opens. Token 13 makes a batch fail, token 666 the
+    engine."""
 
     def __init__(self) -> None:
         super().__init__(base_nats=0.0, step_nats=1.0)
         self.gate = threading.Event()
-        self.has_begun = threading.Event()
+        self.has_started = threading.Event()
         self.batches: list[list[tuple[list[int], int]]] = []
 
     def certainties(
         self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
     ) -> list[list[Certainty | Unmeasurable]]:
         self.batches.append([(list(group.prompt_ids), len(group.completions)) for group in groups])
-        self.has_begun.set()
+        self.has_started.set()
         assert self.gate.wait(WAIT_S)
         tokens = {token_id for group in groups for token_id in group.prompt_ids}
         if 13 in tokens:
@@ -61,8 +62,13 @@ class Gated(FakePolicy):
 
 
 def completions(*measured: int) -> list[MeasuredCompletion]:
-    """One completion each, with this one token measured: FakePolicy gives its index as its value."""
+    """One completion each, with this one measured token: its index is the value of FakePolicy."""
     return [MeasuredCompletion(range(index + 1), [index]) for index in measured]
+
+
+def group_of(prompt_ids: Sequence[int], *indices: int) -> TokenGroup:
+    """A prompt, and completions of which these tokens are scored."""
+    return TokenGroup(PromptKey(prompt_ids), completions(*indices))
 
 
 def values(measured: Sequence[Measurements]) -> list[list[float]]:
@@ -94,17 +100,17 @@ async def scheduler(
     scheduler.close()
 
 
-async def hold_up(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
-    """Give the engine work that keeps it until the gate opens."""
-    task = asyncio.create_task(scheduler.compute_certainties([TokenGroup([token_id], completions(0))], KIND))
-    await asyncio.to_thread(policy.has_begun.wait, WAIT_S)
+async def block(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
+    """Block the engine until the gate opens."""
+    task = asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 0)], KIND))
+    await asyncio.to_thread(policy.has_started.wait, WAIT_S)
     return task
 
 
 async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES) -> list[Task]:
     """A request for each group."""
     tasks = [asyncio.create_task(scheduler.compute_certainties([group], Kind(rules))) for group in groups]
-    await asyncio.sleep(0)  # lets each task run up to its wait, in order
+    await asyncio.sleep(0)  # lets each task run until it waits, in order
     return tasks
 
 
@@ -112,44 +118,46 @@ def gauge(metrics: Metrics, name: str) -> float | None:
     return metrics.registry.get_sample_value(name)
 
 
-async def test_an_idle_engine_begins_at_once(policy: Gated, scheduler: Scheduler) -> None:
+async def test_an_idle_engine_starts_at_once(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    assert values(await scheduler.compute_certainties([TokenGroup([1], completions(3, 5))], KIND)) == [
-        [3.0, 5.0]
-    ]
+    assert values(await scheduler.compute_certainties([group_of([1], 3, 5)], KIND)) == [[3.0, 5.0]]
     assert policy.batches == [[([1], 2)]]
 
 
-async def test_what_waits_for_the_same_prompt_is_joined(policy: Gated, scheduler: Scheduler) -> None:
-    await hold_up(scheduler, policy)
+async def test_queued_groups_with_the_same_prompt_are_merged(policy: Gated, scheduler: Scheduler) -> None:
+    await block(scheduler, policy)
     tasks = await submit(
         scheduler,
-        TokenGroup([1], completions(1)),
-        TokenGroup([2], completions(2)),
-        TokenGroup((1,), completions(3, 4)),
-        TokenGroup([1], completions(5)),
+        group_of([1], 1),
+        group_of([2], 2),
+        group_of((1,), 3, 4),
+        group_of([1], 5),
     )
     policy.gate.set()
-    # Each gets its own, in its own order …
+    # Each request gets its own values, in its own order …
     assert [values(await task) for task in tasks] == [[[1.0]], [[2.0]], [[3.0, 4.0]], [[5.0]]]
-    # … and the oldest prompt comes first, with all that joined it. The other is short enough to go along.
+    # … and the oldest prompt is first, with all its groups. The other one is short enough for the batch.
     assert policy.batches[1:] == [[([1], 4), ([2], 1)]]
 
 
-async def test_the_groups_of_a_request_go_together(policy: Gated, scheduler: Scheduler) -> None:
+async def test_the_groups_of_a_request_share_a_batch(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    groups = [TokenGroup([1], completions(1)), TokenGroup([2], []), TokenGroup([3], completions(3, 4))]
+    groups = [
+        group_of([1], 1),
+        group_of([2]),
+        group_of([3], 3, 4),
+    ]
     assert values(await scheduler.compute_certainties(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
     assert policy.batches == [[([1], 1), ([3], 2)]]
 
 
-async def test_deterministic_groups_go_alone(policy: Gated, metrics: Metrics) -> None:
+async def test_deterministic_groups_are_computed_alone(policy: Gated, metrics: Metrics) -> None:
     scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
-    await hold_up(scheduler, policy)
+    await block(scheduler, policy)
     groups = [
-        TokenGroup([1], completions(1)),
-        TokenGroup([1], completions(2)),
-        TokenGroup([2], completions(3)),
+        group_of([1], 1),
+        group_of([1], 2),
+        group_of([2], 3),
     ]
     tasks = await submit(scheduler, *groups)
     policy.gate.set()
@@ -158,7 +166,7 @@ async def test_deterministic_groups_go_alone(policy: Gated, metrics: Metrics) ->
     scheduler.close()
 
 
-async def test_short_groups_overtake_a_long_one_only_so_long(
+async def test_short_groups_overtake_a_long_one_for_a_limited_time(
     policy: Gated, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A group's rank is its arrival plus the time it takes, here a second a token."""
@@ -167,20 +175,22 @@ async def test_short_groups_overtake_a_long_one_only_so_long(
     monkeypatch.setattr("shopr1_service.scheduling.request_queue.MAX_BATCH_TOKENS", 0)
     monkeypatch.setattr(TokenRate, "seconds", lambda _self, num_tokens: float(num_tokens))
     scheduler = Scheduler(policy, metrics, max_queue_tokens=10**6)
-    await hold_up(scheduler, policy)
-    tasks = await submit(scheduler, TokenGroup([1] * 50, completions(0)))  # due at 151
+    await block(scheduler, policy)
+    tasks = await submit(scheduler, group_of([1] * 50, 0))  # due at 151
     for number, at_s in enumerate((101.0, 130.0, 148.0, 200.0), start=2):
         now_s = at_s
-        tasks += await submit(scheduler, TokenGroup([number], completions(0)))  # due 2 s later
+        tasks += await submit(scheduler, group_of([number], 0))  # due 2 s later
     policy.gate.set()
     await asyncio.gather(*tasks)
     assert [batch[0][0][0] for batch in policy.batches[1:]] == [2, 3, 4, 1, 5]
     scheduler.close()
 
 
-async def test_dropped_requests_cost_nothing(policy: Gated, scheduler: Scheduler, metrics: Metrics) -> None:
-    await hold_up(scheduler, policy)
-    gone, there = await submit(scheduler, TokenGroup([1], completions(1)), TokenGroup([2], completions(2)))
+async def test_cancelled_requests_are_not_computed(
+    policy: Gated, scheduler: Scheduler, metrics: Metrics
+) -> None:
+    await block(scheduler, policy)
+    gone, there = await submit(scheduler, group_of([1], 1), group_of([2], 2))
     assert gauge(metrics, "shopr1_queue_tokens") == 3 + 4
     gone.cancel()
     await asyncio.wait([gone])
@@ -191,19 +201,22 @@ async def test_dropped_requests_cost_nothing(policy: Gated, scheduler: Scheduler
     assert gauge(metrics, "shopr1_queue_tokens") == 0
 
 
-async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
+async def test_a_request_is_queued_as_a_whole_or_refused(
     policy: Gated, scheduler: Scheduler, metrics: Metrics
 ) -> None:
-    await hold_up(scheduler, policy)
-    [waiting] = await submit(scheduler, TokenGroup([1] * 59, completions(0)))  # 60 of 100
-    one, other = TokenGroup([2] * 19, completions(0)), TokenGroup([3] * 20, completions(0))
+    await block(scheduler, policy)
+    [waiting] = await submit(scheduler, group_of([1] * 59, 0))  # 60 of 100
+    one, other = (
+        group_of([2] * 19, 0),
+        group_of([3] * 20, 0),
+    )
     with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
         await scheduler.compute_certainties([one, other], KIND)
-    assert caught.value.retry_after_s == 1.0  # nothing is known yet of how fast the engine is
+    assert caught.value.retry_after_s == 1.0  # the token rate is not known yet
     assert gauge(metrics, "shopr1_queue_tokens") == 60
     assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
-    # What fits is still welcome, and the prompt that waits already is no burden.
-    more = await submit(scheduler, one, TokenGroup([1] * 59, completions(*[0] * 20)))
+    # A request that fits is still queued, and a prompt that is in the queue already costs nothing.
+    more = await submit(scheduler, one, group_of([1] * 59, *[0] * 20))
     scheduler_is_full = pytest.raises(OverloadedError, match="100 tokens wait")
     with scheduler_is_full:
         scheduler.refuse_if_full()
@@ -212,19 +225,19 @@ async def test_a_request_is_admitted_as_a_whole_or_not_at_all(
     scheduler.refuse_if_full()
 
 
-async def test_what_is_larger_than_the_queue_is_admitted_to_an_empty_one(
+async def test_an_empty_queue_takes_a_request_larger_than_its_capacity(
     policy: Gated, scheduler: Scheduler
 ) -> None:
     policy.gate.set()
-    large = TokenGroup([1] * (MAX_QUEUE_TOKENS + 1), completions(0))
+    large = group_of([1] * (MAX_QUEUE_TOKENS + 1), 0)
     assert values(await scheduler.compute_certainties([large], KIND)) == [[0.0]]
 
 
-async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, scheduler: Scheduler) -> None:
-    await hold_up(scheduler, policy)
+async def test_an_error_reaches_the_requests_of_its_batch_only(policy: Gated, scheduler: Scheduler) -> None:
+    await block(scheduler, policy)
     other_rules = RULES.model_copy(update={"temperature": 0.6})
-    tasks = await submit(scheduler, TokenGroup([13], completions(1)), TokenGroup([13], completions(3)))
-    tasks += await submit(scheduler, TokenGroup([2], completions(2)), rules=other_rules)
+    tasks = await submit(scheduler, group_of([13], 1), group_of([13], 3))
+    tasks += await submit(scheduler, group_of([2], 2), rules=other_rules)
     policy.gate.set()
     first, third, second = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(first, ZeroDivisionError)
@@ -233,22 +246,23 @@ async def test_a_failure_reaches_its_requests_and_no_other(policy: Gated, schedu
     assert values(second) == [[2.0]]
 
 
-async def test_a_failure_drops_what_else_waits_of_the_request(policy: Gated, metrics: Metrics) -> None:
+async def test_an_error_drops_the_queued_groups_of_the_request(policy: Gated, metrics: Metrics) -> None:
     scheduler = Scheduler(policy, metrics, max_queue_tokens=MAX_QUEUE_TOKENS, is_deterministic=True)
     policy.gate.set()
     with pytest.raises(ZeroDivisionError):
         await scheduler.compute_certainties(
-            [TokenGroup([13], completions(1)), TokenGroup([2] * 9, completions(1))], KIND
+            [group_of([13], 1), group_of([2] * 9, 1)],
+            KIND,
         )
     assert gauge(metrics, "shopr1_queue_tokens") == 0
     scheduler.close()
 
 
-async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
+async def test_missing_results_are_an_error_that_the_thread_survives(
     policy: Gated, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy.gate.set()
-    group = TokenGroup([1], completions(1, 2))
+    group = group_of([1], 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(policy, "certainties", lambda _groups, _rules, _version: [[Certainty((1.0,))]])
         with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
@@ -256,11 +270,11 @@ async def test_a_policy_that_measures_too_few_is_an_error_and_no_end(
     assert values(await scheduler.compute_certainties([group], KIND)) == [[1.0, 2.0]]
 
 
-async def test_when_the_device_is_gone_everybody_is_told(
+async def test_a_fatal_error_rejects_all_requests(
     policy: Gated, scheduler: Scheduler, failures: list[BaseException]
 ) -> None:
-    running = await hold_up(scheduler, policy, token_id=666)
-    [waiting, gone] = await submit(scheduler, *(TokenGroup([i], completions(1)) for i in (1, 2)))
+    running = await block(scheduler, policy, token_id=666)
+    [waiting, gone] = await submit(scheduler, *(group_of([i], 1) for i in (1, 2)))
     gone.cancel()
     policy.gate.set()
     for task in (running, waiting):
@@ -268,44 +282,48 @@ async def test_when_the_device_is_gone_everybody_is_told(
             await task
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
-        await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
+        await scheduler.compute_certainties([group_of([1], 1)], KIND)
     await asyncio.to_thread(scheduler._thread.join, WAIT_S)  # it reports the error last
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
 
 
-async def test_nothing_to_measure_asks_nobody(policy: Gated, scheduler: Scheduler) -> None:
-    assert await scheduler.compute_certainties([TokenGroup([1], [])], KIND) == [
+async def test_a_group_without_completions_does_not_reach_the_policy(
+    policy: Gated, scheduler: Scheduler
+) -> None:
+    assert await scheduler.compute_certainties([group_of([1])], KIND) == [
         Measurements([], policy.versions.base)
     ]
     assert policy.batches == []
 
 
-async def test_closing_cancels_what_waits_and_finishes_what_runs(policy: Gated, scheduler: Scheduler) -> None:
-    running = await hold_up(scheduler, policy)
-    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+async def test_close_cancels_queued_groups_and_finishes_running_ones(
+    policy: Gated, scheduler: Scheduler
+) -> None:
+    running = await block(scheduler, policy)
+    [waiting] = await submit(scheduler, group_of([1], 1))
     scheduler.close()
     policy.gate.set()
     assert values(await running) == [[0.0]]
     with pytest.raises(asyncio.CancelledError):
         await waiting
     with pytest.raises(NotReadyError, match="shutting down"):
-        await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)
+        await scheduler.compute_certainties([group_of([1], 1)], KIND)
 
 
-# --- errands ----------------------------------------------------------------------------------------
+# --- tasks ------------------------------------------------------------------------------------------
 
 
-async def errands(scheduler: Scheduler, *works: Callable[[], Any]) -> list["asyncio.Task[Any]"]:
-    """Each waits for its turn."""
+async def tasks_of(scheduler: Scheduler, *works: Callable[[], Any]) -> list["asyncio.Task[Any]"]:
+    """Tasks that are queued in this order."""
     tasks = [asyncio.create_task(scheduler.between_batches(work)) for work in works]
     await asyncio.sleep(0)
     return tasks
 
 
-async def test_an_errand_comes_between_two_batches(policy: Gated, scheduler: Scheduler) -> None:
-    running = await hold_up(scheduler, policy)
-    waiting = await submit(scheduler, TokenGroup([1], completions(1)))
+async def test_a_task_runs_between_two_batches(policy: Gated, scheduler: Scheduler) -> None:
+    running = await block(scheduler, policy)
+    waiting = await submit(scheduler, group_of([1], 1))
     seen: list[Any] = []
 
     def look(name: str) -> Callable[[], str]:
@@ -315,21 +333,21 @@ async def test_an_errand_comes_between_two_batches(policy: Gated, scheduler: Sch
 
         return work
 
-    tasks = await errands(scheduler, look("first"), look("second"))
-    assert seen == []  # not while a batch is being measured
+    tasks = await tasks_of(scheduler, look("first"), look("second"))
+    assert seen == []  # not during a batch
     policy.gate.set()
     assert [await task for task in tasks] == ["first", "second"]
-    assert seen == [(1, "engine"), (1, "engine")]  # nor behind the one that waits
+    assert seen == [(1, "engine"), (1, "engine")]  # and before the queued one
     assert values(await running) == [[0.0]]
     assert values(await waiting[0]) == [[1.0]]
 
 
-async def test_an_idle_engine_does_an_errand_at_once(scheduler: Scheduler) -> None:
+async def test_an_idle_engine_runs_a_task_at_once(scheduler: Scheduler) -> None:
     assert await scheduler.between_batches(lambda: 7) == 7
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("0"), SystemExit(3), InvalidRequestError("no")])
-async def test_what_an_errand_raises_is_handed_over(
+async def test_errors_of_a_task_reach_its_caller(
     policy: Gated, scheduler: Scheduler, error: BaseException
 ) -> None:
     def fail() -> None:
@@ -338,17 +356,17 @@ async def test_what_an_errand_raises_is_handed_over(
     outcome: list[BaseException] = []
     try:
         await scheduler.between_batches(fail)
-    except BaseException as caught:  # all kinds of them
+    except BaseException as caught:  # of any class
         outcome.append(caught)
     assert outcome == [error]
     policy.gate.set()
-    assert values(await scheduler.compute_certainties([TokenGroup([1], completions(1))], KIND)) == [[1.0]]
+    assert values(await scheduler.compute_certainties([group_of([1], 1)], KIND)) == [[1.0]]
 
 
-async def test_an_errand_is_done_though_nobody_waits(policy: Gated, scheduler: Scheduler) -> None:
-    await hold_up(scheduler, policy)
+async def test_a_task_runs_even_if_its_caller_is_cancelled(policy: Gated, scheduler: Scheduler) -> None:
+    await block(scheduler, policy)
     is_done: list[bool] = []
-    [gone] = await errands(scheduler, lambda: is_done.append(True))
+    [gone] = await tasks_of(scheduler, lambda: is_done.append(True))
     gone.cancel()
     await asyncio.wait([gone])
     policy.gate.set()
@@ -356,16 +374,16 @@ async def test_an_errand_is_done_though_nobody_waits(policy: Gated, scheduler: S
     assert is_done == [True]
 
 
-async def test_an_errand_that_is_the_end(
+async def test_a_fatal_error_of_a_task(
     policy: Gated, scheduler: Scheduler, failures: list[BaseException]
 ) -> None:
-    running = await hold_up(scheduler, policy)
-    [waiting] = await submit(scheduler, TokenGroup([1], completions(1)))
+    running = await block(scheduler, policy)
+    [waiting] = await submit(scheduler, group_of([1], 1))
 
     def fail() -> None:
-        raise FatalEngineError("no way back")
+        raise FatalEngineError("no rollback")
 
-    tasks = await errands(scheduler, fail, lambda: policy.batches.clear())
+    tasks = await tasks_of(scheduler, fail, lambda: policy.batches.clear())
     policy.gate.set()
     assert values(await running) == [[0.0]]
     for task in (waiting, *tasks):
@@ -374,14 +392,14 @@ async def test_an_errand_that_is_the_end(
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
         await scheduler.between_batches(lambda: None)
-    assert [str(failure) for failure in failures] == ["no way back"]
-    assert len(policy.batches) == 1  # neither the batch nor the second errand has begun
+    assert [str(failure) for failure in failures] == ["no rollback"]
+    assert len(policy.batches) == 1  # neither the batch nor the second task has started
 
 
-async def test_closing_dismisses_errands(policy: Gated, scheduler: Scheduler) -> None:
-    await hold_up(scheduler, policy)
+async def test_close_rejects_tasks(policy: Gated, scheduler: Scheduler) -> None:
+    await block(scheduler, policy)
     is_done: list[bool] = []
-    [waiting] = await errands(scheduler, lambda: is_done.append(True))
+    [waiting] = await tasks_of(scheduler, lambda: is_done.append(True))
     scheduler.close()
     policy.gate.set()
     with pytest.raises(NotReadyError, match="shutting down"):
@@ -398,20 +416,20 @@ def targeting(adapter: str | None = None, **demand: Any) -> Kind:
     return Kind(RULES, Target(adapter, VersionDemand(**demand) if demand else None))
 
 
-def measuring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
-    return asyncio.create_task(scheduler.compute_certainties([TokenGroup([token_id], completions(1))], kind))
+def scoring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
+    return asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 1)], kind))
 
 
 def renew(policy: Gated, name: str) -> None:
     policy.versions = policy.versions.with_base(name, 0.0)
 
 
-async def test_what_waits_is_measured_by_what_is_there_then(policy: Gated, scheduler: Scheduler) -> None:
-    running = await hold_up(scheduler, policy)
+async def test_the_target_is_resolved_when_the_batch_starts(policy: Gated, scheduler: Scheduler) -> None:
+    running = await block(scheduler, policy)
     former = policy.versions.base
-    waiting = [measuring(scheduler, i, kind) for i, kind in enumerate((KIND, targeting(at_least=0)), start=1)]
+    waiting = [scoring(scheduler, i, kind) for i, kind in enumerate((KIND, targeting(at_least=0)), start=1)]
     await asyncio.sleep(0)
-    [changed] = await errands(scheduler, lambda: renew(policy, "new"))
+    [changed] = await tasks_of(scheduler, lambda: renew(policy, "new"))
     policy.gate.set()
     await changed
     assert [each.version for each in await running] == [former]
@@ -420,12 +438,14 @@ async def test_what_waits_is_measured_by_what_is_there_then(policy: Gated, sched
     assert policy.versions.base.name == "new"
 
 
-async def test_a_version_that_has_gone_when_its_turn_comes(policy: Gated, scheduler: Scheduler) -> None:
-    await hold_up(scheduler, policy)
-    exact = [measuring(scheduler, 1, targeting(exact=key)) for key in ("0", 0)]
-    other = measuring(scheduler, 1, KIND)
+async def test_a_version_that_was_replaced_before_the_batch_starts(
+    policy: Gated, scheduler: Scheduler
+) -> None:
+    await block(scheduler, policy)
+    exact = [scoring(scheduler, 1, targeting(exact=key)) for key in ("0", 0)]
+    other = scoring(scheduler, 1, KIND)
     await asyncio.sleep(0)
-    [changed] = await errands(scheduler, lambda: renew(policy, "new"))
+    [changed] = await tasks_of(scheduler, lambda: renew(policy, "new"))
     policy.gate.set()
     await changed
     for task in exact:
@@ -436,11 +456,13 @@ async def test_a_version_that_has_gone_when_its_turn_comes(policy: Gated, schedu
     assert len(policy.batches) == 2
 
 
-async def test_an_adapter_that_has_gone_when_its_turn_comes(policy: Gated, scheduler: Scheduler) -> None:
+async def test_an_adapter_that_was_unloaded_before_the_batch_starts(
+    policy: Gated, scheduler: Scheduler
+) -> None:
     added = Version("x", 1, "a")
     policy.versions = policy.versions.with_adapter(added, max_kept=1, is_default=False)
-    await hold_up(scheduler, policy)
-    gone = measuring(scheduler, 1, targeting("a"))
+    await block(scheduler, policy)
+    gone = scoring(scheduler, 1, targeting("a"))
     await asyncio.sleep(0)
     policy.versions = policy.versions.without([added])
     policy.gate.set()
@@ -448,9 +470,9 @@ async def test_an_adapter_that_has_gone_when_its_turn_comes(policy: Gated, sched
         await gone
 
 
-async def test_different_targets_are_never_measured_together(policy: Gated, scheduler: Scheduler) -> None:
+async def test_different_targets_never_share_a_batch(policy: Gated, scheduler: Scheduler) -> None:
     policy.versions = policy.versions.with_adapter(Version("x", 1, "a"), max_kept=1, is_default=False)
-    await hold_up(scheduler, policy)
+    await block(scheduler, policy)
     kinds = [
         KIND,
         targeting("a"),
@@ -459,19 +481,19 @@ async def test_different_targets_are_never_measured_together(policy: Gated, sche
         targeting(exact=0),
         targeting("a"),
     ]
-    tasks = [measuring(scheduler, 1, kind) for kind in kinds]
+    tasks = [scoring(scheduler, 1, kind) for kind in kinds]
     await asyncio.sleep(0)
     policy.gate.set()
     measured = [(await task)[0].version.number for task in tasks]
     assert measured == [0, 1, 0, 1, 0, 1]
-    # The same prompt: only the two that name the same share a pass.
+    # With the same prompt, only the two with the same target share a pass.
     assert policy.batches[1:] == [[([1], 1)], [([1], 2)], [([1], 1)], [([1], 1)], [([1], 1)]]
 
 
-# --- how fast it is ---------------------------------------------------------------------------------
+# --- token rate -------------------------------------------------------------------------------------
 
 
-def test_the_rate_remembers_late_batches_best() -> None:
+def test_recent_batches_have_more_weight_in_the_rate() -> None:
     rate = TokenRate()
     assert rate.seconds(1000) == 0.0
     rate.record(100, 1.0)

@@ -1,4 +1,4 @@
-"""Requests that wait for a version: told at once when it comes, and never longer than they wanted."""
+"""Requests that wait for a version: woken when it is loaded, and at their deadline."""
 
 import asyncio
 
@@ -30,7 +30,7 @@ def target(wait_s: float = LONG_S, **demand: str | int) -> Target:
 
 
 async def waiting(new_versions: VersionWaiter, wanted: Target) -> asyncio.Task[None]:
-    """A task that waits already."""
+    """A task that is waiting."""
     task = asyncio.create_task(new_versions.wait_for(wanted))
     await asyncio.sleep(0)
     assert not task.done()
@@ -42,11 +42,13 @@ def update(policy: FakePolicy, name: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", [Target(), target(exact="0"), target(at_least=0, wait_s=0.0)])
-async def test_what_is_there_is_not_waited_for(new_versions: VersionWaiter, wanted: Target) -> None:
+async def test_a_loaded_version_needs_no_wait(new_versions: VersionWaiter, wanted: Target) -> None:
     await new_versions.wait_for(wanted)
 
 
-async def test_each_is_told_when_its_own_comes(policy: FakePolicy, new_versions: VersionWaiter) -> None:
+async def test_each_request_is_woken_by_its_own_version(
+    policy: FakePolicy, new_versions: VersionWaiter
+) -> None:
     first = await waiting(new_versions, target(exact="one"))
     second = await waiting(new_versions, target(at_least="two"))
     update(policy, "one")
@@ -58,7 +60,7 @@ async def test_each_is_told_when_its_own_comes(policy: FakePolicy, new_versions:
     await second
 
 
-async def test_it_is_missed_by_who_wants_exactly_what_has_gone(
+async def test_an_exact_version_that_was_replaced_is_refused(
     policy: FakePolicy, new_versions: VersionWaiter
 ) -> None:
     late = await waiting(new_versions, target(exact=1))
@@ -70,13 +72,13 @@ async def test_it_is_missed_by_who_wants_exactly_what_has_gone(
     assert caught.value.retry_after_s is None
 
 
-async def test_without_waiting_it_may_be_tried_again(new_versions: VersionWaiter) -> None:
+async def test_without_a_wait_the_client_may_retry(new_versions: VersionWaiter) -> None:
     with pytest.raises(PolicyVersionError) as caught:
         await new_versions.wait_for(target(at_least=1, wait_s=0.0))
     assert caught.value.retry_after_s is not None
 
 
-async def test_who_waits_gives_up_in_time(new_versions: VersionWaiter) -> None:
+async def test_the_wait_ends_at_the_deadline(new_versions: VersionWaiter) -> None:
     loop = asyncio.get_running_loop()
     start_s = loop.time()
     with pytest.raises(
@@ -87,7 +89,7 @@ async def test_who_waits_gives_up_in_time(new_versions: VersionWaiter) -> None:
     assert loop.time() - start_s >= 0.05
 
 
-async def test_other_changes_do_not_prolong_it(policy: FakePolicy, new_versions: VersionWaiter) -> None:
+async def test_other_changes_do_not_extend_the_wait(policy: FakePolicy, new_versions: VersionWaiter) -> None:
     task = asyncio.create_task(new_versions.wait_for(target(at_least=10**9, wait_s=0.05)))
     while not task.done():
         update(policy, "other")
@@ -96,7 +98,9 @@ async def test_other_changes_do_not_prolong_it(policy: FakePolicy, new_versions:
     assert isinstance(task.exception(), PolicyVersionError)
 
 
-async def test_an_adapter_that_goes_meanwhile(policy: FakePolicy, new_versions: VersionWaiter) -> None:
+async def test_an_adapter_that_is_unloaded_during_the_wait(
+    policy: FakePolicy, new_versions: VersionWaiter
+) -> None:
     added = Version("x", 1, "a")
     policy.versions = policy.versions.with_adapter(added, max_kept=1, is_default=False)
     task = await waiting(new_versions, Target("a", VersionDemand(at_least="y", wait_s=LONG_S)))
@@ -108,7 +112,7 @@ async def test_an_adapter_that_goes_meanwhile(policy: FakePolicy, new_versions: 
         await new_versions.wait_for(Target("b", VersionDemand(at_least="y", wait_s=LONG_S)))
 
 
-async def test_who_is_called_off_leaves_the_others_waiting(
+async def test_a_cancelled_request_does_not_affect_the_others(
     policy: FakePolicy, new_versions: VersionWaiter
 ) -> None:
     gone, there = [await waiting(new_versions, target(exact="one")) for _ in range(2)]

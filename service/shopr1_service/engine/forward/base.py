@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shopr1_service.core import TEXT_SCOPE, PromptScope
 from shopr1_service.engine.lm_head import trunk_of
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class PromptGroup:
 
     prompt_ids: Sequence[int]
     suffixes: Sequence[Suffix]
+    scope: PromptScope = TEXT_SCOPE
 
 
 def common_lead(suffixes: Sequence[Suffix]) -> Sequence[int]:

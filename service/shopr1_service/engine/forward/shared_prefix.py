@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shopr1_service.core import PromptScope
 from shopr1_service.engine.attention.shared_prefix import Layout, SharedPrefixAttention
 from shopr1_service.engine.forward.base import (
     MAX_PASS_TOKENS,
@@ -46,12 +47,13 @@ class _Prefix:
 
     ids: tuple[int, ...]
     num_prompt_tokens: int
+    scope: PromptScope
     chunks: list[Chunk] = field(default_factory=list)
     is_cached: bool = True
 
     @classmethod
     def of(cls, group: PromptGroup) -> "_Prefix":
-        return cls((*group.prompt_ids, *common_lead(group.suffixes)), len(group.prompt_ids))
+        return cls((*group.prompt_ids, *common_lead(group.suffixes)), len(group.prompt_ids), group.scope)
 
     @property
     def num_known(self) -> int:
@@ -112,7 +114,9 @@ class SharedPrefixForward:
         later: list[_Prefix] = []
         for prefix in waiting:
             if self._cache.is_enabled and any(
-                common_length(prefix.ids, other.ids) >= other.num_known + MIN_SHARED_TOKENS for other in wave
+                prefix.scope == other.scope
+                and common_length(prefix.ids, other.ids) >= other.num_known + MIN_SHARED_TOKENS
+                for other in wave
             ):
                 later.append(prefix)
             else:
@@ -121,7 +125,7 @@ class SharedPrefixForward:
         return wave, later
 
     def _look_up(self, prefix: _Prefix) -> None:
-        prefix.chunks = self._cache.match(prefix.ids)
+        prefix.chunks = self._cache.match(prefix.ids, prefix.scope)
         if not prefix.is_complete and prefix.num_known == len(prefix.ids):
             # Only the last token's hidden state is missing: the token lies inside a longer chunk.
             last = prefix.chunks.pop()
@@ -154,7 +158,7 @@ class SharedPrefixForward:
         if 0 < cut < len(chunk):
             parts = [chunk.view(0, cut), chunk.view(cut, len(chunk))]
         for part in parts:
-            self._cache.insert(prefix.ids[:start], part)
+            self._cache.insert(prefix.ids[:start], part, prefix.scope)
             start += len(part)
         return parts
 

@@ -8,7 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shopr1_client.wire import Reason
-from shopr1_service.core import Certainty, FatalEngineError, MeasuredCompletion, TokenGroup, Unmeasurable
+from shopr1_service.core import (
+    Certainty,
+    FatalEngineError,
+    MeasuredCompletion,
+    PromptKey,
+    TokenGroup,
+    Unmeasurable,
+)
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import IndependentForward, PromptGroup
 from shopr1_service.engine.lm_head import LinearHead
@@ -49,7 +56,7 @@ out_of_memory = pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error
 
 def group_of(num_completions: int, *, seed: int) -> TokenGroup:
     completions = [MeasuredCompletion(random_ids(5, seed=seed + i), [1, 4]) for i in range(num_completions)]
-    return TokenGroup(random_ids(12, seed=seed), completions)
+    return TokenGroup(PromptKey(random_ids(12, seed=seed)), completions)
 
 
 class Bench:
@@ -155,5 +162,5 @@ def test_a_device_that_is_gone_is_fatal(num_good_tries: int) -> None:
 def test_nothing_of_an_empty_batch() -> None:
     bench = Bench(ZeroDivisionError(), lambda _tried: True)
     bench.check([], [])
-    bench.check([TokenGroup([1], [])], [[]])
+    bench.check([TokenGroup(PromptKey([1]), [])], [[]])
     assert bench.forward.tries == []
