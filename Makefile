@@ -72,9 +72,10 @@ test-trainer-%: install .venvs/%/.installed
 	if [ -f $(<:.txt=.no-deps.txt) ]; then .venvs/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.no-deps.txt); fi
 	@touch $@
 
-lint: install  ## Style, imports, types, the OpenAPI document, and no secrets in any file
+lint: install  ## Style, prose, imports, types, the OpenAPI document, and no secrets in any file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/style/check_prose.py
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/openapi-spec-validator openapi.yaml

@@ -47,7 +47,7 @@ _LARGE: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }
 _EMBEDDING_SCALE = 5.0
-"""Of the tied head: as initialised, all next-token distributions have almost the same self-certainty."""
+"""Scale of the tied head: as initialised, all next-token distributions have almost the same self-certainty."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ MAX_CELL_S = 45.0
 MIN_CELL_S = 1.0
 """With less time left, a method is skipped."""
 MEMORY_SHARE = 0.7
-"""Of free memory, for a batch. A larger batch is split by completions."""
+"""Share of free memory for a batch. A larger batch is split by completions."""
 TOLERANCE_NATS = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 """Largest mean absolute difference between the engine and a baseline per token."""
 PEAK_FLOP_PER_S = {

@@ -169,7 +169,7 @@ def test_frozen() -> None:
     assert settings.port == 8000
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- rejections -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["SHOPR1_PROT", "SHOPR1_", "SHOPR1_MAX_BODY", "shopr1_prot", "Shopr1_Prot"])

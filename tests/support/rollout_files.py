@@ -39,5 +39,5 @@ class FullDisk:
         if self.num_free == 0:
             raise OSError(self._code, os.strerror(self._code))
         part = content[: self.num_free]
-        self.num_free -= len(part)  # before the bytes can be seen: then a test may set it anew
+        self.num_free -= len(part)  # before the bytes can be seen: then a test may set it again
         return self._write(descriptor, part)

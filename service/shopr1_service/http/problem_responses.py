@@ -34,7 +34,7 @@ def problem_responses(*problems: type[ProblemError]) -> dict[int | str, dict[str
 
 def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
     """The response for problems of the same status."""
-    bodies = {p.code: p("What happened, for people.", request_id="4f3c").to_problem() for p in problems}
+    bodies = {p.code: p("An explanation for humans.", request_id="4f3c").to_problem() for p in problems}
     content: dict[str, Any] = {"schema": {"$ref": SCHEMA_REF.format(model="Problem")}}
     if len(bodies) == 1:
         [content["example"]] = bodies.values()

@@ -102,7 +102,7 @@ async def test_a_service_that_loads_its_policy(path: str) -> None:
 
 # --- deadlines --------------------------------------------------------------------------------------
 
-# What the trainers wait for, by their sources; LLaMA-Factory and NeMo Gym itself wait for ever.
+# Timeouts of the trainers, by their sources; LLaMA-Factory and NeMo Gym itself have none.
 TRAINERS_OWN_S = {OPENRLHF: 180.0, SLIME: 120.0, LLAMA_FACTORY: None, VERIFY: 60.0}
 
 

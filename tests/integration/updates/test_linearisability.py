@@ -149,7 +149,7 @@ async def ask(traffic: Traffic, client: int, turn: int) -> None:
 
 
 def check(seen: Seen, history: Sequence[str], states: States) -> None:
-    """Of a version between those that were loaded when it was asked and when it was answered."""
+    """Assert that a response's version was loaded between its request and its response."""
     assert seen.earliest <= seen.number <= seen.latest
     assert seen.score["policy_version"] == (f"v{seen.number}" if seen.number else "0")
     check_values(seen, states.truths[history[seen.number]])

@@ -35,7 +35,7 @@ from tests.support.traffic import (
 NUM_CHANGES = 50
 NAMES = ("a", "b")
 SEEDS = (4, 5, 10, 12)
-"""Of the adapters that come, again and again under both names."""
+"""Adapters that are loaded repeatedly under both names."""
 NUM_KEPT = 2
 
 
@@ -58,7 +58,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What there is after a change."""
+    """Loaded adapters after a change."""
 
     default: str = BASE
     kept: dict[str, tuple[Push, ...]] = field(default_factory=dict)
@@ -193,7 +193,7 @@ async def ask(traffic: Traffic, client: int, turn: int) -> None:
 
 
 def check(seen: Seen, truths: dict[int, Truth]) -> None:
-    """Of what the request's target was at some time between its being asked and being answered."""
+    """Assert that the version was the target between the request and the response."""
     adapter, states = seen.score["adapter"], HISTORY[seen.earliest : seen.latest + 1]
     check_values(seen, truths[PUSHES[seen.number - 1].seed if seen.number else 0])
     match seen.target.get("policy_version"):
@@ -208,7 +208,7 @@ def check(seen: Seen, truths: dict[int, Truth]) -> None:
 
 
 def check_order(seen: list[Seen]) -> None:
-    """Who names the same adapter and no version is never taken back."""
+    """Requests without a version for the same adapter never get an older version."""
     for client, name in itertools.product(range(NUM_CLIENTS), NAMES):
         newest = [
             each for each in seen if each.target.get("adapter") == name and "exact" not in str(each.target)

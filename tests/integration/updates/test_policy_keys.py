@@ -1,4 +1,4 @@
-"""Who may change the policy: an admin, by whatever spelling of a path, and nobody else."""
+"""Only admin keys may change the policy, with any spelling of the path."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Requests that demand a version: they get it, wait for it, or are told that it will not come."""
+"""Requests that demand a version: they get it, wait for it, or fail because it is gone."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -35,7 +35,7 @@ async def ask(service: Service, demand: Any, **headers: str) -> httpx.Response:
 
 
 async def number(service: Service, demand: Any) -> int:
-    """Of the version that scored."""
+    """Number of the version that scored."""
     return int(done(await ask(service, demand))["groups"][0]["policy_number"])
 
 
@@ -80,7 +80,7 @@ async def test_replaced_versions_are_not_worth_a_retry(service: Service, demand:
 
 
 @pytest.mark.parametrize("demand", ["a", {"exact": 1}, {"at_least": "a"}, {"at_least": 1}])
-async def test_what_may_come_is(service: Service, demand: Any) -> None:
+async def test_a_future_version_has_a_retry_after(service: Service, demand: Any) -> None:
     refused = await ask(service, demand)
     problem(refused, 409, "policy_version")
     assert int(refused.headers["Retry-After"]) >= 1
@@ -105,7 +105,7 @@ async def test_refusals_are_counted_by_their_status(service: Service) -> None:
 
 
 @pytest.mark.parametrize("demand", [{"exact": "a"}, {"exact": 1}, {"at_least": "a"}, {"at_least": 1}])
-async def test_who_waits_gets_it_when_it_comes(service: Service, demand: dict[str, Any]) -> None:
+async def test_a_waiting_request_gets_the_version(service: Service, demand: dict[str, Any]) -> None:
     waiting = asyncio.create_task(number(service, {**demand, "wait_s": LONG_S}))
     await until_waiting(service, waiting)
     assert await number(service, None) == 0
@@ -122,7 +122,7 @@ async def test_a_failed_update_is_not_it(service: Service) -> None:
     assert await waiting == 1
 
 
-async def test_who_waits_is_told_when_the_time_is_up(service: Service) -> None:
+async def test_a_waiting_request_fails_after_its_wait_time(service: Service) -> None:
     refused = await ask(service, {"at_least": 1, "wait_s": 0.05})
     problem(refused, 409, "policy_version")
     assert int(refused.headers["Retry-After"]) >= 1

@@ -24,7 +24,7 @@ from tests.support.updating import (
 
 pytestmark = pytest.mark.anyio
 
-# What SGLang's clients fill in beside what counts here.
+# Other fields that SGLang's clients send.
 UPDATE_MORE = {
     "load_format": None,
     "abort_all_requests": False,

@@ -39,7 +39,7 @@ FORMS: dict[str, Any] = {
     "with more around it": {**NESTED, "session": "7"},
     "with more in it": {**CLICK, "url": "https://shop.example"},
 }
-# What is wrong, and where in the label.
+# The error and its position in the label.
 WRONG: dict[str, tuple[Any, str]] = {
     "number": (7, ""),
     "truth value": (True, ""),
@@ -70,7 +70,7 @@ async def service() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-# --- what a label may look like ---------------------------------------------------------------------
+# --- forms of a label ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)

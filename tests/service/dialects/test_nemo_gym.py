@@ -237,7 +237,7 @@ async def test_messages_that_the_template_refuses(monkeypatch: pytest.MonkeyPatc
     assert refused["errors"] == [{"location": INPUT, "message": "no system role"}]
 
 
-# --- what cannot be scored --------------------------------------------------------------------------
+# --- unscorable rollouts ----------------------------------------------------------------------------
 
 
 async def test_unscorable_is_marked_and_masked(service: httpx.AsyncClient) -> None:

@@ -46,7 +46,7 @@ async def service() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-# --- what it gets -----------------------------------------------------------------------------------
+# --- responses -------------------------------------------------------------------------------------
 
 
 async def test_its_request_byte_for_byte(service: httpx.AsyncClient) -> None:
@@ -187,7 +187,7 @@ def test_a_burst_of_single_rollouts_over_a_socket() -> None:
     ]
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- rejections -------------------------------------------------------------------------------------
 
 
 WRONG: list[tuple[Any, list[str]]] = [
@@ -214,7 +214,7 @@ async def test_bad_fields_are_named(service: httpx.AsyncClient, sent: Any, locat
     assert await metric(service, "shopr1_rollouts_total") == before
 
 
-# --- what cannot be scored --------------------------------------------------------------------------
+# --- unscorable rollouts ----------------------------------------------------------------------------
 
 UNSCORABLE = openrlhf(
     ("page", answer(), TERMINATE), ("page", TOO_LONG, TERMINATE), ("b", TOO_LONG, TERMINATE)

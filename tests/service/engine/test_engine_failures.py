@@ -1,4 +1,4 @@
-"""What the engine does when a forward fails: memory, single groups, and devices that are gone."""
+"""Failing forwards of the engine: memory, single groups, and lost devices."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -140,7 +140,7 @@ def test_groups_that_fail_together_are_tried_alone(error: Exception) -> None:
     assert bench.forward.tries == [[1, 2, 3], [1], [2], [3]]
 
 
-def test_what_fails_alone_for_another_reason_is_not_tried_again() -> None:
+def test_a_group_that_fails_alone_for_another_reason_is_not_retried() -> None:
     bench = Bench(ZeroDivisionError(), lambda _tried: True)
     bench.check([group_of(4, seed=1)], [[Reason.ENGINE_FAILURE] * 4])
     assert bench.forward.tries == [[4]]

@@ -152,7 +152,7 @@ def test_no_text_line_can_be_forged(made: logging.LogRecord) -> None:
     assert "\x1b" not in text
 
 
-# --- what quotes a request --------------------------------------------------------------------------
+# --- quoted requests --------------------------------------------------------------------------------
 
 
 def invalid_group() -> Exception:

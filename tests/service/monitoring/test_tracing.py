@@ -136,7 +136,7 @@ def send(url: str, *groups: Any, path: str = "/score", **headers: str) -> httpx.
     return httpx.post(f"{url}{path}", json={"groups": groups}, headers=headers, timeout=WAIT_S)
 
 
-# --- what is sent -----------------------------------------------------------------------------------
+# --- exports ----------------------------------------------------------------------------------------
 
 
 def test_a_trace_of_a_request(collector: Collector) -> None:

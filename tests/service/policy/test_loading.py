@@ -204,7 +204,7 @@ def test_device_that_is_not_there(saved: Path) -> None:
         load(saved, device="cuda")
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- rejections -------------------------------------------------------------------------------------
 
 
 class Bomb:

@@ -304,7 +304,7 @@ def test_the_library_leaves_out_the_space_that_word_piece_decodes() -> None:
 
 
 def streamed(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str | None]:
-    """What `DecodeStream` returns for each token."""
+    """Text of each token from `DecodeStream`."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token_id) for token_id in ids]
 

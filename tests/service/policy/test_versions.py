@@ -1,4 +1,4 @@
-"""Which version a request gets, against a list of everything that was ever loaded."""
+"""The version of a request, compared with a list of all versions that were ever loaded."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -177,7 +177,7 @@ def test_unloading_counts_as_a_change() -> None:
 
 @dataclass
 class Model:
-    """A list of all that came; what is loaded is worked out anew each time."""
+    """A list of all versions; loaded ones are computed from it each time."""
 
     came: list[Version] = field(default_factory=lambda: [START.base])
     gone: set[int] = field(default_factory=set)

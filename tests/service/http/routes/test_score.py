@@ -314,7 +314,7 @@ class Failing(FakePolicy):
 @pytest.mark.parametrize("reason", Reason)
 async def test_every_reason_arrives(reason: Reason) -> None:
     async with running(Failing(reason)) as client:
-        # What has nothing to measure comes first: it must not shift the others' values.
+        # The completion without a rationale comes first: it must not shift the others' values.
         nothing, failed, measured = await rewards(client, answer(rationale=""), answer(), answer())
     assert (failed["reward"], failed["reason"], failed["message"]) == (None, reason.value, "because")
     assert (nothing["reward"], measured["reward"]) == (0.8, 0.93)
@@ -333,7 +333,7 @@ async def test_the_largest_weights_give_numbers(tmp_path: Path, weight: str) -> 
     assert reward["status"] == "scored"
 
 
-# --- what may be sent -------------------------------------------------------------------------------
+# --- valid requests --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
