@@ -17,11 +17,11 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shopr1_service.core import TokenGroup
-from shopr1_service.policy.base import Policy
-from shopr1_service.scheduling.local_engine import LocalEngine
+from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.server.app import create_app
 from shopr1_service.server.http_protocol import connection_class
 from shopr1_service.settings import Settings
+from shopr1_service.updates.updatable_engine import UpdatableEngine
 
 REQUEST_TIMEOUT_S = 600.0
 READY_TIMEOUT_S = 300.0
@@ -33,9 +33,9 @@ Body = dict[str, Any]
 
 
 @contextlib.contextmanager
-def served(settings: Settings, policy: Policy) -> Iterator[httpx.Client]:
+def served(settings: Settings, policy: LoadedPolicy) -> Iterator[httpx.Client]:
     """Client of a service with this policy. Both end with the block."""
-    app = create_app(settings, LocalEngine.opener(lambda: policy))
+    app = create_app(settings, UpdatableEngine.opener(lambda: policy))
     with (
         running(app, http=connection_class(settings.receive_timeout_s)) as url,
         httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client,
