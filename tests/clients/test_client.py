@@ -1,21 +1,18 @@
-"""The client: against a service behind a socket, and against servers that are none."""
+"""The synchronous client, against a service behind a socket and against servers that do not answer."""
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
-from shopr1_client import Client, ProblemError, ShopR1Error, TransportError
+from shopr1_client import Client, ProblemError, TransportError
 from shopr1_client.errors import (
-    PROBLEMS,
     InternalError,
     InvalidRequestError,
-    MalformedBodyError,
-    NotFoundError,
     NotReadyError,
     PolicyVersionError,
     TooLargeError,
@@ -27,6 +24,7 @@ from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
+from tests.support.canned_server import answering
 from tests.support.http import CLICK, TERMINATE, WAIT_S, answer, served, serving
 
 
@@ -211,113 +209,3 @@ def test_a_timeout_is_a_transport_error() -> None:
             pytest.raises(TransportError, match="Timeout"),
         ):
             client.score(request(answer()))
-
-
-# --- servers that are none --------------------------------------------------------------------------
-
-
-@contextmanager
-def answering(status: int | None, body: bytes, headers: dict[str, str] | None = None) -> Iterator[str]:
-    """The URL of a server that gives every request this answer; without a status it hangs up."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if status is None:
-                return
-            self.send_response(status)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_args: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def caught(call: Callable[[Client], Any], status: int, body: bytes, **headers: str) -> ProblemError:
-    server = answering(status, body, headers)
-    with server as url, Client(url, retry_for_s=0) as client, pytest.raises(ProblemError) as error:
-        call(client)
-    return error.value
-
-
-@pytest.mark.parametrize("problem_class", PROBLEMS, ids=lambda problem: problem.code)
-def test_every_code_becomes_its_class(problem_class: type[ProblemError]) -> None:
-    # The code decides, whatever the status.
-    body = f'{{"code": "{problem_class.code}", "detail": "because", "request_id": "7", "errors": []}}'
-    for status in (problem_class.status, 418):
-        error = caught(Client.info, status, body.encode())
-        assert type(error) is problem_class
-        assert (error.detail, error.request_id, error.errors) == ("because", "7", [])
-
-
-@pytest.mark.parametrize(
-    ("body", "detail"),
-    [
-        (b"<html>Bad gateway</html>", "HTTP 502: <html>Bad gateway</html>"),
-        (b"", "HTTP 502: "),
-        (b"[1]", "HTTP 502: [1]"),
-        (b'"text"', 'HTTP 502: "text"'),
-        (b"null", "HTTP 502: null"),
-        (b"\xff\xfe", "HTTP 502: "),
-        (b"x" * 5000, "HTTP 502: " + "x" * 200),
-        (b"[" * 100_000, "HTTP 502: " + "[" * 200),
-    ],
-)
-def test_answers_that_are_no_problem(body: bytes, detail: str) -> None:
-    error = caught(Client.info, 502, body)
-    assert type(error) is ProblemError
-    assert error.detail.startswith(detail)
-    assert len(error.detail) <= 210
-
-
-@pytest.mark.parametrize("status", [300, 302, 401, 429, 502, 504])
-def test_other_statuses_are_plain_problems(status: int) -> None:
-    error = caught(Client.info, status, b'{"detail": "by a proxy"}')
-    assert type(error) is ProblemError
-    assert error.detail == "by a proxy"
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("0", 0.0),
-        ("5", 5.0),
-        ("120", 120.0),
-        ("", None),
-        ("-1", None),
-        ("soon", None),
-        ("Wed, 21 Oct 2026 07:28:00 GMT", None),
-        ("\xb2", None),  # a superscript two, which Python takes for a digit
-    ],
-)
-def test_retry_after(header: str, seconds: float | None) -> None:
-    headers = {"Retry-After": header}
-    assert caught(Client.info, 503, b'{"code": "not_ready"}', **headers).retry_after_s == seconds
-    assert caught(Client.info, 503, b"no JSON", **headers).retry_after_s == seconds
-
-
-@pytest.mark.parametrize(
-    ("status", "expected"), [(400, MalformedBodyError), (404, NotFoundError), (500, InternalError)]
-)
-def test_problems_with_a_body_of_ours(status: int, expected: type[ProblemError]) -> None:
-    body = expected("because", request_id="7").to_problem()
-    assert body["status"] == status
-    assert type(caught(Client.info, status, str(body).replace("'", '"').encode())) is expected
-
-
-@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"{}", b"[]", b'{"version": 1}', b""])
-def test_a_right_answer_that_is_none_of_this_service(body: bytes) -> None:
-    """As when the URL is another service's: the client's errors are all that a caller must know."""
-    with answering(200, body) as url, Client(url) as client, pytest.raises(ShopR1Error):
-        client.info()

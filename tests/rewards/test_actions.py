@@ -1,5 +1,4 @@
 import json
-import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -268,12 +267,6 @@ def test_ground_truth_that_is_no_json_object(text: str, message: str) -> None:
 
 def test_ground_truth_may_have_white_space_around_it() -> None:
     assert read_ground_truth(' \n{"type": "terminate"}\t', SPACE) == Action("terminate", {})
-
-
-def test_ground_truth_error_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(GroundTruthError("no", "name")))
-    assert isinstance(error, GroundTruthError)
-    assert (str(error), error.field) == ("no", "name")
 
 
 def test_an_answer_is_no_ground_truth() -> None:

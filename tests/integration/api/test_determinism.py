@@ -66,7 +66,7 @@ def test_the_same_request_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert num_hit_tokens == 0
 
 
-def test_otherwise_what_is_known_moves_the_last_bits() -> None:
+def test_otherwise_the_prefix_cache_changes_the_last_bits() -> None:
     # So the test above is no matter of course.
     (first, *others), num_hit_tokens = score(is_deterministic=False, dtype=torch.bfloat16)
     assert num_hit_tokens > 0

@@ -282,7 +282,7 @@ async def test_a_backup_on_a_disk_that_hangs_is_not_used(
         is_over.set()
 
 
-async def test_a_read_that_is_given_up_ends_when_it_can(
+async def test_an_abandoned_read_ends_as_soon_as_it_can(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path / "new", changed_model())

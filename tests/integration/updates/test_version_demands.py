@@ -133,7 +133,7 @@ async def test_not_beyond_the_requests_own_time(service: Service) -> None:
     problem(refused, 504, "deadline_exceeded")
 
 
-async def test_two_who_wait_for_the_same(service: Service) -> None:
+async def test_two_requests_wait_for_the_same_version(service: Service) -> None:
     """They are twins; who comes when it is there is another one."""
     demand = {"at_least": 1, "wait_s": LONG_S}
     waiting = [asyncio.create_task(number(service, demand)) for _ in range(2)]

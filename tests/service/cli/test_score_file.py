@@ -222,7 +222,7 @@ def test_a_refused_line_is_named(tmp_path: Path, location: str, expected: str) -
     assert str(caught.value) == expected
 
 
-def test_other_errors_come_through_and_what_was_scored_stays(tmp_path: Path) -> None:
+def test_other_errors_are_raised_and_scored_groups_are_kept(tmp_path: Path) -> None:
     lines, service, sink = lines_of(tmp_path / "in.jsonl", 20), Service(), io.StringIO()
 
     def break_off(request: ScoreRequest) -> ScoreResponse:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,64 +17,22 @@ from tests.support.http import (
     TERMINATE,
     answer,
     client_of,
-    metric,
     problem,
     running,
-    write_recipe,
 )
-from tests.support.trainer_requests import OPENRLHF, SLIME, openrlhf, register, send, send_ok, slime
+from tests.support.labels import FORMS, WRONG
+from tests.support.trainer_requests import SLIME, register, send, send_ok, slime
 
 pytestmark = pytest.mark.anyio
 
-NESTED = {"ground_truth": CLICK, "recipe": "shop_r1"}
 # Each of these means CLICK.
-FORMS: dict[str, Any] = {
-    "object": CLICK,
-    "string": json.dumps(CLICK),
-    "nested": NESTED,
-    "nested in a string": json.dumps(NESTED),
-    "string in an object": {"ground_truth": json.dumps(CLICK)},
-    "string in a string": json.dumps({"ground_truth": json.dumps(CLICK), "recipe": None}),
-    "with more around it": {**NESTED, "session": "7"},
-    "with more in it": {**CLICK, "url": "https://shop.example"},
-}
 # The error and its position in the label.
-WRONG: dict[str, tuple[Any, str]] = {
-    "number": (7, ""),
-    "truth value": (True, ""),
-    "list": ([CLICK], ""),
-    "word": ("click", ""),
-    "blank": (" ", ""),
-    "list in a string": (json.dumps([CLICK]), ""),
-    "null in a string": ("null", ""),
-    "no type": ({"name": "x"}, ".type"),
-    "unknown type": ({"type": "scroll"}, ".type"),
-    "no name": ({"type": "click"}, ".name"),
-    "no name in a string": ('{"type": "click"}', ""),
-    "a key twice": ('{"type": "terminate", "type": "terminate"}', ""),
-    "half a pair": ({"type": "click", "name": "\ud83d"}, ".name"),
-    "nothing nested": ({"ground_truth": None}, ".ground_truth"),
-    "a number nested": ({"ground_truth": 1}, ".ground_truth"),
-    "a word nested": ({"ground_truth": "click"}, ".ground_truth"),
-    "no name nested": ({"ground_truth": {"type": "click"}}, ".ground_truth.name"),
-    "no name nested in a string": (json.dumps({"ground_truth": {"type": "click"}}), ""),
-    "unknown recipe": ({"ground_truth": CLICK, "recipe": "nope"}, ".recipe"),
-    "a recipe that is no name": ({"ground_truth": CLICK, "recipe": ["shop_r1"]}, ".recipe"),
-}
 
 
 @pytest.fixture(scope="module")
 async def service() -> AsyncIterator[httpx.AsyncClient]:
     async with running(FakePolicy(26.0)) as client:
         yield client
-
-
-# --- forms of a label ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)
-async def test_forms_of_a_label(service: httpx.AsyncClient, label: Any) -> None:
-    assert await send_ok(service, SLIME, slime(response=answer(CLICK), label=label)) == 1001.13
 
 
 @pytest.mark.parametrize("label", FORMS.values(), ids=FORMS)
@@ -86,15 +43,7 @@ async def test_forms_of_a_registered_ground_truth(label: Any) -> None:
 
 
 @pytest.mark.parametrize(("label", "path"), WRONG.values(), ids=WRONG)
-async def test_a_label_that_is_none(service: httpx.AsyncClient, label: Any, path: str) -> None:
-    sent = openrlhf(("page", answer(), TERMINATE), ("page", answer(), label))
-    refused = problem(await send(service, OPENRLHF, sent), 422, "invalid_request")
-    assert [error["location"] for error in refused["errors"]] == [f"labels[1]{path}"]
-    assert refused["errors"][0]["message"]
-
-
-@pytest.mark.parametrize(("label", "path"), WRONG.values(), ids=WRONG)
-async def test_a_ground_truth_that_is_none(service: httpx.AsyncClient, label: Any, path: str) -> None:
+async def test_invalid_registered_ground_truths(service: httpx.AsyncClient, label: Any, path: str) -> None:
     held = (await service.get("/labels")).json()
     entries = [{"prompt": "a", "ground_truth": TERMINATE}, {"prompt": "b", "ground_truth": label}]
     # Not by httpx, which does not send half a surrogate pair as an escape.
@@ -103,24 +52,6 @@ async def test_a_ground_truth_that_is_none(service: httpx.AsyncClient, label: An
     refused = problem(response, 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == [f"labels[1].ground_truth{path}"]
     assert (await service.get("/labels")).json() == held
-
-
-async def test_a_label_names_its_recipe(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, ("reward = 0.5", "reward = 0.25"))
-    label = {"ground_truth": TERMINATE, "recipe": "shop_r1"}
-    async with running(FakePolicy(26.0), recipe=recipe) as client:
-        await register(client, ("page", label))
-        sent = openrlhf(("page", answer(), label), ("page", answer(), None))
-        named = await send_ok(client, OPENRLHF, sent)
-        default = await send_ok(client, OPENRLHF, openrlhf(("page", answer(), TERMINATE)))
-        counts = [await metric(client, "shopr1_rollouts_total", recipe=name) for name in ("shop_r1", "mine")]
-        mixed = openrlhf(("page", answer(), TERMINATE), ("page", answer(), label))
-        refused = problem(await send(client, OPENRLHF, mixed), 422, "invalid_request")
-    assert named["rewards"] == [0.93, 0.93]
-    assert default["rewards"] == [0.68]
-    assert counts == [2, 1]
-    assert [error["location"] for error in refused["errors"]] == ["labels[1]"]
-    assert "'shop_r1', but 'mine' in labels[0]" in refused["errors"][0]["message"]
 
 
 # --- the table --------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ async def test_an_earlier_verdict_does_not_stay(service: httpx.AsyncClient) -> N
 # --- the other routes -------------------------------------------------------------------------------
 
 
-def test_verifiers_way_through_a_rollout() -> None:
+def test_a_rollout_of_verifiers() -> None:
     """It seeds, verifies, makes metrics of all numbers, and drops what it has echoed."""
     with served(FakePolicy(26.0)) as url, httpx.Client(timeout=60) as client:
         seeded = client.post(f"{url}{PREFIX}/seed_session", json=row(ground_truth=TERMINATE))
@@ -352,7 +352,7 @@ async def test_aggregate_metrics_of_nothing(service: httpx.AsyncClient, rollouts
     assert answered == {"group_level_metrics": [], "agent_metrics": {}, "key_metrics": {}}
 
 
-async def test_aggregate_metrics_of_what_is_no_measurement(service: httpx.AsyncClient) -> None:
+async def test_aggregate_metrics_of_values_that_are_no_numbers(service: httpx.AsyncClient) -> None:
     odd = (
         b'{"verify_responses": [{"a": NaN, "b": Infinity, "c": 1'
         + b"0" * 400
@@ -363,7 +363,7 @@ async def test_aggregate_metrics_of_what_is_no_measurement(service: httpx.AsyncC
     assert [each["_ng_task_index"] for each in answered["group_level_metrics"]] == [0]
 
 
-async def test_aggregate_metrics_of_what_are_no_rollouts(service: httpx.AsyncClient) -> None:
+async def test_aggregate_metrics_of_invalid_rollouts(service: httpx.AsyncClient) -> None:
     sent = {"verify_responses": [{}, 1]}
     refused = problem(await send(service, f"{PREFIX}/aggregate_metrics", sent), 422, "invalid_request")
     assert [error["location"] for error in refused["errors"]] == ["verify_responses[1]"]

@@ -81,7 +81,7 @@ async def test_messages_that_the_template_refuses(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "sent", [slime(label=None), slime(label=""), {"prompt": "page", "response": answer()}]
 )
-async def test_a_missing_label_comes_from_the_table(sent: Any) -> None:
+async def test_a_missing_label_is_read_from_the_table(sent: Any) -> None:
     async with running() as client:
         refused = problem(await send(client, SLIME, sent), 422, "invalid_request")
         assert [error["location"] for error in refused["errors"]] == ["label"]

@@ -101,7 +101,7 @@ class leaving:  # noqa: N801  # reads as what it does: `with leaving(url, …)`
         self._socket.close()
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(policy: Held) -> None:
+def test_a_full_queue_refuses_with_retry_after(policy: Held) -> None:
     with served(policy, max_queue_tokens=150) as url, ThreadPoolExecutor() as pool:
         running = pool.submit(post, url, "a")
         policy.has_begun.wait(WAIT_S)

@@ -256,7 +256,7 @@ class Talking(FakePolicy):
         return super().certainties(groups, rules, version)
 
 
-async def test_prepare_threads_know_whose_request_it_is() -> None:
+async def test_prepare_threads_log_the_request_id() -> None:
     with noting("talking") as lines:
         async with running(Talking()) as client:
             await asyncio.gather(

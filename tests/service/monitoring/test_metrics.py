@@ -81,7 +81,7 @@ async def test_requests_by_route_and_status() -> None:
     assert timed == 5
 
 
-async def test_paths_of_strangers_are_one_route() -> None:
+async def test_unknown_paths_are_one_route() -> None:
     async with running() as client:
         known = await routes(client)
         for path in ("/a", "/b", "/recipes/a/b", "/%00"):
@@ -91,7 +91,7 @@ async def test_paths_of_strangers_are_one_route() -> None:
         assert await metric(client, "shopr1_requests_total", route="unknown") == 4
 
 
-async def test_methods_of_strangers_are_no_labels_without_end() -> None:
+async def test_unknown_methods_share_one_label() -> None:
     async with running() as client:
         for i in range(50):
             await client.request(f"BREW{i}", "/score")

@@ -94,7 +94,7 @@ def asked(prompt: Any) -> dict[str, Any]:
     return group(answer(TERMINATE, RATIONALE), {"text": "{"}, {"token_ids": [123, 125]}, prompt=prompt)
 
 
-async def test_no_text_unless_it_is_asked_for(tmp_path: Path) -> None:
+async def test_no_text_by_default(tmp_path: Path) -> None:
     async with running(rollout_log=tmp_path) as client:
         await score(client, asked(PROMPT), include=["tokens", "token_ids"])
     [file] = files(tmp_path)
@@ -107,7 +107,7 @@ async def test_no_text_unless_it_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "prompt", [PROMPT, [{"role": "user", "content": PROMPT}], {"token_ids": list(map(ord, PROMPT))}]
 )
-async def test_text_where_it_is_asked_for(tmp_path: Path, prompt: Any) -> None:
+async def test_text_if_the_setting_enables_it(tmp_path: Path, prompt: Any) -> None:
     async with running(rollout_log=tmp_path, rollout_log_text=True) as client:
         await score(client, asked(prompt), include=["token_ids"])
     logged = lines(tmp_path)

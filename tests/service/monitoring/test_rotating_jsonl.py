@@ -45,7 +45,7 @@ def test_only_the_oldest_file_of_the_log_is_deleted(tmp_path: Path) -> None:
     assert (tmp_path / "a").exists()
 
 
-def test_a_restart_begins_a_new_file_whose_name_comes_last(tmp_path: Path) -> None:
+def test_a_restart_begins_a_new_file_whose_name_sorts_last(tmp_path: Path) -> None:
     (tmp_path / "rollouts-00000041-20990101T000000Z.jsonl").write_bytes(b"half a li")
     for part in (b"1\n", b"2\n"):
         log = jsonl(tmp_path)

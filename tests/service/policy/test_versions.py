@@ -131,7 +131,7 @@ def test_an_unknown_adapter(demand: VersionDemand | None) -> None:
     assert caught.value.errors == [{"location": "adapter", "message": message}]
 
 
-def test_a_default_scores_what_names_none() -> None:
+def test_the_default_adapter_scores_requests_without_one() -> None:
     table = with_adapter(with_adapter(START, "a", "x", is_default=True), "b", "y")
     assert (table.current.adapter, number(table), number(table, "base"), number(table, "b")) == ("a", 1, 0, 2)
     assert number(table, demand=exact("x")) == 1

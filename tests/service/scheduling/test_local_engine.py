@@ -2,18 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from shopr1_client.errors import InvalidRequestError, NotReadyError
+from shopr1_client.errors import NotReadyError
 from shopr1_client.wire_policy import AdapterRequest, TransferRequest, UpdateRequest
 from shopr1_rewards import load_recipe
 from shopr1_service.core import Certainty, Kind, MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
-from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.settings import Settings
 
@@ -56,25 +54,6 @@ async def test_a_closed_engine_computes_nothing(engine: LocalEngine[FakePolicy])
     engine.close()
     with pytest.raises(NotReadyError, match="shutting down"):
         await engine.compute_certainties([GROUP], KIND)
-
-
-CHANGES: list[Callable[[EngineClient], Any]] = [
-    lambda engine: engine.load_checkpoint(UPDATE),
-    lambda engine: engine.load_upload(_stream(), "1", is_partial=False),
-    lambda engine: engine.receive_broadcast(TRANSFER),
-    lambda engine: engine.load_adapter(ADAPTER),
-    lambda engine: engine.load_uploaded_adapter(_stream(), ADAPTER),
-    lambda engine: engine.unload_adapter("a"),
-]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
-async def test_a_policy_without_weights_refuses_updates(
-    engine: LocalEngine[FakePolicy], change: Callable[[EngineClient], Any]
-) -> None:
-    with pytest.raises(InvalidRequestError, match="does not change"):
-        await change(engine)
-    assert engine.update_progress is None
 
 
 async def test_the_event_loop_runs_while_the_policy_loads() -> None:

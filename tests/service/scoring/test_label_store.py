@@ -89,7 +89,7 @@ def test_a_newer_label_takes_the_place_of_the_old() -> None:
     assert of_a.split("ab") == ("a", "b", label("new"))
 
 
-def test_too_many_labels_are_refused_whole() -> None:
+def test_too_many_labels_are_refused_as_a_whole() -> None:
     full = table("a", "b", max_labels=3)
     with pytest.raises(TooLargeError, match="4 labels, max_labels = 3"):
         full.put([("a", label("new")), ("c", label("c")), ("d", label("d"))])

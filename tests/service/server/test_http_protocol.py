@@ -175,7 +175,7 @@ def test_weights_that_stop_coming_are_answered_408(updatable_server: str, num_se
         assert answered_status(client) == 200
 
 
-def test_other_bodies_must_come_in_time_as_a_whole(updatable_server: str) -> None:
+def test_other_bodies_must_arrive_in_time_as_a_whole(updatable_server: str) -> None:
     with connection(updatable_server) as client:
         client.sendall(HEAD.replace(b"/score", b"/policy/update") % 2**20)
         client.settimeout(0.01)

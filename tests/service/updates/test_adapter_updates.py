@@ -173,7 +173,7 @@ async def test_unloading(service: Service) -> None:
 
 
 @pytest.mark.parametrize("path", ["b", "base", "a?version=z"])
-async def test_unloading_what_is_not_loaded(service: Service, path: str) -> None:
+async def test_unloading_an_adapter_that_is_not_loaded(service: Service, path: str) -> None:
     done(await service.upload_adapter("a", adapter_file(), version="x"))
     async with Unchanged(service):
         problem(await service.http.delete(f"/policy/adapters/{path}"), 404, "not_found")

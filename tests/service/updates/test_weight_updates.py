@@ -223,7 +223,7 @@ async def _put(service: Service, content: bytes, cut: int) -> list[dict[str, Any
 
 
 @pytest.mark.parametrize("cut", [0, 4, 1000, len(NEW) // 2, len(NEW) - 1, len(NEW)])
-async def test_a_client_that_goes_leaves_no_trace(service: Service, cut: int) -> None:
+async def test_a_client_that_disconnects_leaves_no_trace(service: Service, cut: int) -> None:
     async with Unchanged(service):
         sent = await _put(service, NEW, cut)
     assert sent[0]["status"] == 499

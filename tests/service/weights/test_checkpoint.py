@@ -119,7 +119,7 @@ def messages(paths: Mapping[str, str], roots: list[Path]) -> set[str]:
     return found
 
 
-def test_errors_do_not_tell_what_there_is_elsewhere(root: Path, directory: Path, tmp_path: Path) -> None:
+def test_errors_do_not_reveal_files_elsewhere(root: Path, directory: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "file").write_text("")
     (tmp_path / "root-too").mkdir()  # begins like the root
@@ -383,7 +383,7 @@ def test_errors_of_the_system_are_reported(directory: Path, monkeypatch: pytest.
     assert (str(error), error.location) == (f"{SINGLE_FILE}: No such device or address", SINGLE_FILE)
 
 
-def test_a_link_that_comes_after_the_check_is_not_followed(directory: Path) -> None:
+def test_a_link_that_is_created_after_the_check_is_not_followed(directory: Path) -> None:
     save(directory / "real")
     (directory / "link").symlink_to("real")
     assert CheckpointFile(directory / "real").read(0, 8) == (directory / "real").read_bytes()[:8]

@@ -211,7 +211,7 @@ async def test_code_of_a_checkpoint_is_not_run(service: Service, tmp_path: Path)
 
 
 @pytest.mark.anyio
-async def test_it_fits_and_is_taken(service: Service, tmp_path: Path) -> None:
+async def test_a_compatible_checkpoint_is_accepted(service: Service, tmp_path: Path) -> None:
     done(await service.update(saved(tmp_path / "new", changed_model())))
 
 

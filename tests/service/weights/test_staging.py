@@ -97,7 +97,7 @@ def test_values_that_are_not_finite(value: float, place: int) -> None:
     assert flaws(tiny_model(), (NORM, tensor)) == {NORM: "NaN or infinite values"}
 
 
-def test_a_tensor_that_comes_twice() -> None:
+def test_a_tensor_that_is_received_twice() -> None:
     assert flaws(tiny_model(), (NORM, torch.ones(32)), (NORM, torch.ones(32))) == {NORM: "duplicate tensor"}
 
 
@@ -166,7 +166,7 @@ def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     bits=st.lists(st.integers(0, 2**64 - 1), max_size=5),
 )
-def test_finite_is_what_torch_calls_finite(dtype: torch.dtype, bits: Sequence[int]) -> None:
+def test_finite_values_are_those_of_torch_isfinite(dtype: torch.dtype, bits: Sequence[int]) -> None:
     """Any bits: both infinities, NaN of either sign, the largest and the smallest numbers."""
     content = b"".join(
         (each >> (64 - 8 * dtype.itemsize)).to_bytes(dtype.itemsize, "little") for each in bits

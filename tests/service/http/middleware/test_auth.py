@@ -79,7 +79,7 @@ async def test_nothing_else_does(headers: dict[str, str], path: str) -> None:
     assert KEY not in answered.text
 
 
-async def test_every_route_but_health_asks_for_it() -> None:
+async def test_every_route_but_health_requires_a_key() -> None:
     app = create_app(keyed(), LocalEngine.opener(FakePolicy))
     async with app.router.lifespan_context(app), client_of(app) as client:
         for path, methods in app.openapi()["paths"].items():
@@ -105,7 +105,7 @@ async def test_without_keys_the_same_urls_work() -> None:
     assert [answered.status_code for answered in answers] == [200, 200, 200]
 
 
-async def test_a_trainer_that_knows_only_a_url() -> None:
+async def test_a_trainer_that_is_configured_with_only_a_url() -> None:
     async with running(api_keys=(KEY,)) as client:
         problem(await client.post(SLIME, json=slime()), 401, "unauthenticated")
         assert (await client.post(f"/key/{KEY}{SLIME}", json=slime())).status_code == 200
@@ -158,7 +158,7 @@ async def test_nothing_behind_sees_a_key(target: str) -> None:
         pytest.param((f"metrics:{KEY}",), {"Authorization": f"Bearer {KEY}"}, 403, id="for metrics only"),
     ],
 )
-async def test_every_route_refuses_what_is_not_allowed(
+async def test_every_route_refuses_keys_without_its_scope(
     keys: tuple[str, ...], headers: dict[str, str], status: int
 ) -> None:
     app = create_app(Settings(api_keys=keys), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def parameters() -> dict[str, Any]:
     }
 
 
-def test_routes_that_score_take_it_and_no_others() -> None:
+def test_only_routes_that_score_accept_a_run_id() -> None:
     assert parameters().keys() == SCORING
 
 
@@ -47,7 +47,7 @@ async def test_ids_that_the_document_allows_are_accepted(run: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["x" * 65, "a b", "a/b", 'a"b', "a{b}"])
-async def test_ids_that_it_does_not_allow_are_refused(run: str) -> None:
+async def test_invalid_run_ids_are_refused(run: str) -> None:
     assert not re.search(parameters()["/score"]["schema"]["pattern"], run)
     async with running() as client:
         response = await post(client, {"groups": [group(answer())]}, **{"X-Run-ID": run})

@@ -188,7 +188,7 @@ async def test_terms_sum_to_the_reward() -> None:
     assert len({reward["reward"] for reward in answered}) > 5
 
 
-async def test_details_of_what_is_wrong() -> None:
+async def test_details_of_invalid_completions() -> None:
     completion = json.dumps(
         {"rationale": "r", "action": {"type": "click", "name": "", "x": 1}, "confidence": 0.9}
     )
@@ -520,7 +520,7 @@ async def test_concurrent_requests_get_their_own_answers() -> None:
         assert [nats(scored["rewards"][0]) for scored in body["groups"]] == [15 + i / 2] * 3
 
 
-async def test_answers_are_of_the_wire() -> None:
+async def test_answers_match_the_wire_models() -> None:
     async with running() as client:
         response = await post(client, {"groups": [group(answer(), "nonsense", id="a")]})
     assert response.headers["Content-Type"] == "application/json"

@@ -1,4 +1,4 @@
-"""Bodies that go past h11: whatever the cuts, they arrive whole, and the connection stays usable."""
+"""Bodies that bypass h11: they arrive whole however they are cut, and the connection stays usable."""
 
 import asyncio
 import contextlib
@@ -112,7 +112,7 @@ def digest_of(content: bytes) -> str:
     num_bytes=st.integers(0, 5 * BUFFER_BYTES),
     cuts=st.lists(st.integers(0, 6 * BUFFER_BYTES), max_size=6),
 )
-def test_every_body_arrives_whatever_the_cuts(server: str, num_bytes: int, cuts: list[int]) -> None:
+def test_every_body_arrives_however_it_is_cut(server: str, num_bytes: int, cuts: list[int]) -> None:
     """Twice on one connection, and then a request without a body."""
     content = body_of(num_bytes)
     sent = head("/digest", num_bytes) + content
@@ -246,7 +246,7 @@ def test_h11_keeps_the_number_of_missing_bytes_where_we_read_and_reset_it() -> N
     assert isinstance(h11_connection.next_event(), h11.EndOfMessage)
 
 
-def test_h11_takes_all_where_it_does_not_tell_what_is_left(
+def test_h11_receives_all_where_the_missing_bytes_are_unknown(
     monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
     monkeypatch.setattr(http_protocol, "num_bytes_left", lambda _connection: 0)

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from shopr1_client import AsyncClient, Client, ProblemError, TransportError
+from shopr1_client import AsyncClient, Client, TransportError
 from shopr1_client.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
-    NotReadyError,
-    OverloadedError,
-    PolicyVersionError,
 )
-from shopr1_client.transport import WrongUrlError, backoff
 from shopr1_client.wire import Group, ScoreRequest, ScoreResponse
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
@@ -62,37 +58,6 @@ def rewards(response: ScoreResponse) -> list[list[float | None]]:
     return [[reward.reward for reward in group.rewards] for group in response.groups]
 
 
-# --- retried errors ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (OverloadedError("full", retry_after_s=7.0), 7.0),
-        (OverloadedError("full"), True),
-        (NotReadyError("loading", retry_after_s=5.0), 5.0),
-        (PolicyVersionError("comes soon", retry_after_s=2.0), False),
-        (PolicyVersionError("another"), False),
-        (InvalidRequestError("bad"), False),
-        (InternalError("bug"), False),
-        (DeadlineExceededError("too slow"), False),
-        (TransportError("reset"), True),
-        (WrongUrlError("not a service"), False),
-        (ValueError("a bug of the client"), False),
-    ],
-)
-def test_retried_errors(error: Exception, expected: bool | float) -> None:
-    assert backoff(error) == expected
-    assert type(backoff(error)) is type(expected)
-
-
-@pytest.mark.parametrize(("status", "expected"), [(500, False), (502, True), (503, True), (504, True)])
-def test_gateways_are_tried_again(status: int, expected: bool) -> None:
-    error = ProblemError("HTTP 50x: <html>")
-    error.status = status
-    assert backoff(error) is expected
-
-
 # --- large requests ---------------------------------------------------------------------------------
 
 
@@ -131,14 +96,6 @@ def test_progress() -> None:
 
         asyncio.run(run())
     assert sorted(done) == [12, 12, 64, 64, 64, 64]
-
-
-def test_one_event_loop_after_the_other() -> None:
-    with served() as url:
-        client = AsyncClient(url)
-        for _ in range(3):
-            response = asyncio.run(client.score(request_of("p")))
-            assert rewards(response) == [[0.93]]
 
 
 # --- servers that come and go -----------------------------------------------------------------------
@@ -256,8 +213,3 @@ def test_requests_have_the_clients_timeout(score: Score) -> None:
                 score(url, request_of("p"), timeout_s=WAIT_S)
         finally:
             may_go_on.set()
-
-
-def test_a_client_needs_a_server() -> None:
-    with pytest.raises(ValueError, match="no server"):
-        Client([])
