@@ -352,7 +352,7 @@ async def test_aggregate_metrics_of_nothing(service: httpx.AsyncClient, rollouts
     assert answered == {"group_level_metrics": [], "agent_metrics": {}, "key_metrics": {}}
 
 
-async def test_aggregate_metrics_of_values_that_are_no_numbers(service: httpx.AsyncClient) -> None:
+async def test_aggregate_metrics_omit_values_that_are_not_finite(service: httpx.AsyncClient) -> None:
     odd = (
         b'{"verify_responses": [{"a": NaN, "b": Infinity, "c": 1'
         + b"0" * 400

@@ -158,7 +158,7 @@ async def test_nothing_behind_sees_a_key(target: str) -> None:
         pytest.param((f"metrics:{KEY}",), {"Authorization": f"Bearer {KEY}"}, 403, id="for metrics only"),
     ],
 )
-async def test_every_route_refuses_keys_without_its_scope(
+async def test_every_route_refuses_unauthorised_requests(
     keys: tuple[str, ...], headers: dict[str, str], status: int
 ) -> None:
     app = create_app(Settings(api_keys=keys), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
