@@ -8,8 +8,8 @@
 
 `code` is the contract; the status follows from it. Both are defined once, in the class.
 
-A rollout that cannot be scored is not an error but a result with `reward: null` and a reason. Only trainers'
-protocols that have numbers and nothing else report it as an error.
+A rollout that cannot be scored is no error: its result has `reward: null` and a reason. Only protocols of
+trainers that know nothing but numbers report it as an error.
 """
 
 from collections.abc import Mapping, Sequence

@@ -200,7 +200,14 @@ def _check_unique(components: tuple[Component, ...]) -> tuple[Component, ...]:
 
 
 Components = Annotated[tuple[Component, ...], Field(min_length=1), AfterValidator(_check_unique)]
-_SHOP_R1 = tuple(Component)
+_SHOP_R1 = (
+    Component.FORMAT,
+    Component.ACTION_TYPE,
+    Component.ATTRIBUTE,
+    Component.VALUE,
+    Component.SELF_CERTAINTY,
+)
+"""Listed one by one: a component that is added later is not one of Shop-R1, nor of recipes without a list."""
 
 
 class Recipe(_Part):

@@ -5,8 +5,9 @@
 
 A completion in invalid format earns 0 in every component; no rule sees it.
 
-To add a component: name it in `recipe.Component`, write its rule here, and enter the rule in one of the two
-tables. Everything else follows the recipe: the answer, the client, metrics, logs and the dashboard.
+To add a component: name it in `recipe.Component`, write its rule here, enter the rule in one of the two
+tables, list the name in a recipe's `components`, and run `make openapi`. Responses, the client, metrics, logs
+and the dashboard follow the recipe.
 """
 
 import operator

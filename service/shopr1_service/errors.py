@@ -11,7 +11,7 @@ Errors of requests are not among them: they are responses, and are defined in `s
 RETRY_AFTER_S = 5.0
 """`Retry-After` while the service starts or ends, and when the engine has failed."""
 RETRY_UPDATE_AFTER_S = 2.0
-"""`Retry-After` of an update that another one is in the way of."""
+"""`Retry-After` of an update that is blocked by another one."""
 
 
 class ServiceError(Exception):

@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     slime_unscorable: Unscorable = "error"
     llama_factory_unscorable: Unscorable = "error"
     nemo_gym_unscorable: Literal["mask", "error"] = "mask"
-    """NeMo Gym has one: the rollout is marked as failed and masked. verifiers and Axolotl ignore it."""
+    """NeMo Gym can: the rollout is marked as failed and masked. verifiers and Axolotl ignore the mark."""
 
     max_runs: PositiveInt = 32
     """Training runs (`X-Run-ID`) that metrics distinguish; the one that was idle longest is dropped first."""

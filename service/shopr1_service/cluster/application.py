@@ -154,7 +154,7 @@ def application(
         grace_s,
         {"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
         request_router_config=_routing(scale, router),
-        **_number(scale),
+        **_replica_options(scale),
     ).bind(dumped, coordinator)
     return _deployment(serve.ingress()(Ingress), "Ingress", grace_s).bind(engines, coordinator, dumped)
 
@@ -181,7 +181,7 @@ def _routing(scale: Scale, router: type) -> RequestRouterConfig:
     return RequestRouterConfig(request_router_class=router, request_router_kwargs=kwargs)
 
 
-def _number(scale: Scale) -> dict[str, Any]:
+def _replica_options(scale: Scale) -> dict[str, Any]:
     """Options of `serve.deployment` for the number of engines."""
     if scale.max_replicas is None:
         return {"num_replicas": scale.num_replicas}

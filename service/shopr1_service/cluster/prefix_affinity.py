@@ -1,4 +1,4 @@
-"""Chooses the engine that will be done with a prompt soonest, given its queue and its prefix cache.
+"""Choose the engine that will finish a prompt first, given its queue and its prefix cache.
 
 Completions of one prompt, and the steps of one shopping session, start with the same tokens. An engine that
 has computed them keeps their KV in its prefix cache, and computes only the rest. It is not preferred if more

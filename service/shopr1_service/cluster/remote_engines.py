@@ -253,7 +253,7 @@ class RemoteEngines(EngineClient):
             answer: Answer = raise_problem(await self._coordinator.change.remote(change))
             view = await self._coordinator.view.remote()
         except (RayError, RayServeException) as error:
-            message = "the process that brings changes to the engines has died"
+            message = "the update coordinator has died"
             raise NotReadyError(message, retry_after_s=RETRY_AFTER_S) from error
         if view is not None:
             self._see(view)

@@ -72,7 +72,7 @@ class UpdateLog:
         return UpdateLog(table, tuple(_needed(entries, table))[::-1])
 
     def after(self, number: int) -> tuple[Entry, ...]:
-        """The entries that an engine has still to apply whose last change has this number."""
+        """Entries that an engine whose last change is `number` must still apply."""
         return tuple(entry for entry in self.entries if entry.number > number)
 
 

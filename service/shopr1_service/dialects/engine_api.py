@@ -84,7 +84,7 @@ async def update_weights_from_disk(
     """`POST /policy/update` in SGLang's terms."""
     version = body.weight_version or str(state.engine.versions.num_changes + 1)
     update = await state.engine.load_checkpoint(UpdateRequest(path=body.model_path, version=version))
-    message = f"version {update.current.version!r} scores since {update.pause_s:.3f} s of pause"
+    message = f"version {update.current.version!r} is loaded; scoring paused for {update.pause_s:.3f} s"
     return UpdateFromDiskAnswer(success=True, message=message, num_paused_requests=0)
 
 

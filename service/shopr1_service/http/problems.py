@@ -1,14 +1,18 @@
-"""Maps every error to an `application/problem+json` response (RFC 9457).
+"""Map every error to an `application/problem+json` response (RFC 9457).
 
 The classes, with their statuses and codes, are in `shopr1_client.errors`. Raised by:
 
     400, 422                 FastAPI and pydantic; `scoring/prepare.py` for what needs the recipe or tokenizer
     401, 403                 `middleware/auth.py`
-    408, 413                 `middleware/body_limits.py`
+    404, 405                 Starlette's router; the routes for unknown recipes and adapters
+    408                      `middleware/body_limits.py`
+    413                      `middleware/body_limits.py`; `scoring/` and `updates/` for their own limits
     409                      `policy/versions.py`, `updates/`
-    429                      `scheduling/scheduler.py`, where the request queue is full
+    429                      `scheduling/scheduler.py` when the request queue is full; on Ray
+                             `cluster/remote_engines.py` when every engine's is
     503                      `state.py` while loading or ending, `scheduling/` when the engine has failed
     504                      `deadline.py`
+    507                      `weights/`, `updates/`: no space for new weights, or a failing disk
 """
 
 import logging

@@ -4,9 +4,9 @@ Scoring never waits for a disk. A thread of its own encodes and writes the lines
 bounded in bytes. Rollouts that cannot be queued or written are dropped and counted. An outage is logged once,
 and writing resumes when there is room again.
 
-`logging.handlers.QueueHandler` and `QueueListener` do not do: their queue is bounded in records, not in
-bytes, the listener's `stop` waits for the disk without a limit, and a handler that fails prints to standard
-error instead of counting the record. `rotating_jsonl.py` has the same about `RotatingFileHandler`.
+`logging.handlers.QueueHandler` and `QueueListener` are not suitable: their queue is bounded in records, not
+in bytes, the listener's `stop` waits for the disk without a limit, and a failing handler prints to standard
+error instead of counting the record. `rotating_jsonl.py` explains why `RotatingFileHandler` is not either.
 """
 
 import errno

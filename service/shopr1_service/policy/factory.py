@@ -75,7 +75,7 @@ def build_policy(
     longest = longest_sequence(model, tokenizer)
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
-        raise PolicyError("the policy states no longest sequence; set max_sequence_tokens")
+        raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
     random_ids, cache = check_ids(model, num_ids, longest), PrefixCache(UNLIMITED)
     head, forward = _checked(model, random_ids, cache)
     engine = Engine(
@@ -99,7 +99,7 @@ def build_policy(
         model,
         cache,
         renew=lambda: _renew(head, cache),
-        probe=lambda adapter: engine.certainties([_probe_group(random_ids, adapter)], _PROBE_RULES),
+        probe=lambda version: engine.certainties([_probe_group(random_ids, version)], _PROBE_RULES),
         staging_dir=settings.staging_dir,
     )
 

@@ -9,11 +9,12 @@ The library's own bookkeeping does not follow this rule (tokenizers 0.23.3; `tes
 cases):
 
 - `Encoding.offsets` are right for byte-level BPE without `trim_offsets`. A prepended `▁` gets the first
-character. Unigram gives all bytes of a run of unknown characters the whole run. Word-piece offsets leave
-out the space that decoding gives to the next word. They are used only where the tokenizer normalises the
-text, so that it cannot be decoded. - `DecodeStream` reports a character when its last byte arrives, and
-does not say which token has which part of that text. It reports nothing for an incomplete last character,
-raises for bytes that are no character (byte fallback), and takes quadratic time for a long run of them.
+  character. Unigram gives all bytes of a run of unknown characters the whole run. Word-piece offsets leave
+  out the space that decoding gives to the next word. They are used only where the tokenizer normalises the
+  text, so that it cannot be decoded.
+- `DecodeStream` reports a character when its last byte arrives, and does not say which token has which part
+  of that text. It reports nothing for an incomplete last character, raises for bytes that are no character
+  (byte fallback), and takes quadratic time for a long run of them.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn: TLS, open files, an orderly end."""
+"""Run the application under uvicorn: TLS, limit of open files, graceful shutdown."""
 
 import asyncio
 import ipaddress
@@ -79,8 +79,9 @@ def _serve(settings: Settings) -> int:
             host=settings.host,
             port=settings.port,
             log_level=settings.log_level,
-            log_config=None,  # its lines take the same way as all others
-            access_log=False,  # its lines hold URLs, and with them keys; `request_recorder.py` writes ours
+            log_config=None,  # its lines are handled like all others
+            # uvicorn's access log holds URLs with keys; `http/middleware/request_recorder.py` writes ours
+            access_log=False,
             backlog=_SOCKET_BACKLOG,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
             **_tls(settings),

@@ -30,8 +30,8 @@ class UpdatableEngine(LocalEngine[LoadedPolicy]):
         on_fatal: OnFatal = lambda error: None,
     ) -> None:
         super().__init__(policy, settings, metrics, on_fatal)
-        how = policy, self.scheduler, settings, metrics, self.new_versions
-        self.weights, self.adapters = WeightUpdates(*how), AdapterUpdates(*how)
+        shared = policy, self.scheduler, settings, metrics, self.new_versions
+        self.weights, self.adapters = WeightUpdates(*shared), AdapterUpdates(*shared)
 
     @property
     def update_progress(self) -> UpdateProgress | None:

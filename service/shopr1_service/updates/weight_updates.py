@@ -73,8 +73,8 @@ class WeightUpdates:
     Raises (every method that changes the policy):
         InvalidWeightsError: not weights of this policy.
         UpdateConflictError: another update is under way.
-        StorageError: weights cannot be stored, or files not be read, or not in time.
-        NotReadyError: the service shuts down.
+        StorageError: weights cannot be stored, or files cannot be read, or not in time.
+        NotReadyError: the service is shutting down.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Checkpoint directories on the service's disk: which files an update means, each opened once.
+"""Checkpoint directories on the service's disk: the files that an update refers to, each opened once.
 
 A client that may update the policy names a directory. Only files below one of the `policy_roots` are read,
 wherever links lead. Weights are safetensors: reading pickled ones can run code.
 
-A trainer may replace files at any time. To not mix two checkpoints, every file is read through one
-descriptor, and `CheckpointDirectory.check_unchanged` refuses a set of which one was replaced meanwhile.
+A trainer may replace files at any time. So that two checkpoints are never mixed, every file is read through
+one descriptor, and `CheckpointDirectory.check_unchanged` refuses a set if one of its files was replaced.
 """
 
 import re

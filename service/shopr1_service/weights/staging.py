@@ -21,11 +21,11 @@ from shopr1_service.weights.tensors import PIECE_BYTES, Buffers, TensorLocation,
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size, bytes."""
 _CHECKED_BYTES = 2**20
-"""Checked at a time: it is read twice, the second time from the core's cache."""
+"""Bytes checked at a time. They are read twice, the second time from the core's cache."""
 
 
 class StagedWeights:
-    """Tensors of one update. Call `expect` or `refer`, `append` what a stream brings, then `check`.
+    """Tensors of one update. Call `expect` or `refer`, `append` each block of a stream, then `check`.
 
     Args:
         directory: of the anonymous file.

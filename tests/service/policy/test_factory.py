@@ -83,7 +83,9 @@ def test_max_sequence_tokens(
 
 
 def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
-    with pytest.raises(PolicyError, match="the policy states no longest sequence; set max_sequence_tokens"):
+    with pytest.raises(
+        PolicyError, match="the policy declares no maximum sequence length; set max_sequence_tokens"
+    ):
         policy_of(LIMITS["bloom"](), max_sequence_tokens=None)
 
 
