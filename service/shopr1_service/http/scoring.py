@@ -7,6 +7,7 @@ from functools import partial
 from asgi_correlation_id import correlation_id
 from fastapi import Request
 
+from shopr1_client.errors import MalformedBodyError
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.core import Origin
 from shopr1_service.http.deadline import run_until_deadline
@@ -44,6 +45,9 @@ async def score_request(
 
 def _key(body: ScoreRequest, settled_number: int, run: str) -> bytes:
     """Digest that is equal for duplicate requests, by whichever route they arrive."""
-    # Escapes half surrogate pairs, which pydantic's own JSON refuses.
-    text = json.dumps([settled_number, run, body.model_dump()])
+    try:
+        # Escapes half surrogate pairs, which pydantic's own JSON refuses.
+        text = json.dumps([settled_number, run, body.model_dump()])
+    except RecursionError:  # reading JSON takes fewer frames than writing it
+        raise MalformedBodyError("the body is nested too deeply") from None
     return hashlib.blake2b(text.encode()).digest()

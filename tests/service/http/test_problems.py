@@ -250,6 +250,15 @@ async def test_any_depth_is_an_answer(service: httpx.AsyncClient, depth: int) ->
     assert {response.status_code for response in responses} <= {400, 422}
 
 
+async def test_a_body_that_can_be_read_and_not_written_again(service: httpx.AsyncClient) -> None:
+    """Python's JSON writer reaches its recursion limit a few levels before the reader does."""
+    for depth in range(880, 1_000):
+        deep = "[" * depth + "]" * depth
+        body = f'{{"groups": [{{"prompt": "", "ground_truth": {{"x": {deep}}}, "completions": []}}]}}'
+        response = await post(service, body.encode())
+        assert response.status_code in (400, 422), depth
+
+
 # --- 413 --------------------------------------------------------------------------------------------
 
 
