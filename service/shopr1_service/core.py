@@ -19,13 +19,13 @@ class Version:
 
     Attributes:
         adapter: None for the policy's own weights.
-        loaded_at_s: Unix time.
+        loaded_at_s: Unix time; not compared, since each engine loads the same version at its own time.
     """
 
     name: str
     number: int = 0
     adapter: str | None = None
-    loaded_at_s: float = 0.0
+    loaded_at_s: float = field(default=0.0, compare=False)
 
     @property
     def info(self) -> VersionInfo:

@@ -68,6 +68,17 @@ def test_versions_of_another_engine(policy: LoadedPolicy) -> None:
     assert policy._adapters.keys() == {kept.number}
 
 
+def test_unloading_empties_the_prefix_cache_after_a_sync_with_an_engine_that_loaded_at_another_time(
+    policy: LoadedPolicy,
+) -> None:
+    version = add_adapter(policy, "a")
+    elsewhere = dataclasses.replace(version, loaded_at_s=9.0)
+    assert policy._cache.stats.num_bytes > 0  # of the probe
+    policy.sync_versions(dataclasses.replace(policy.versions, adapters={"a": (elsewhere,)}))
+    policy.remove_adapters([elsewhere])
+    assert policy._cache.stats.num_bytes == 0
+
+
 def test_versions_that_are_not_loaded_here(policy: LoadedPolicy) -> None:
     version = add_adapter(policy, "a")
     other_base = VersionTable.starting_with(dataclasses.replace(policy.versions.base, number=9))
