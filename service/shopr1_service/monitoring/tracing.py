@@ -107,7 +107,8 @@ class RequestTrace:
         self._span.update_name(f"{_span_name(method)} {route}".rstrip())
         http = {"http.request.method": _span_name(method), "http.route": route}
         origin = _named({"request_id": correlation_id.get(), "run": current_run.get(), **sizes})
-        self._span.set_attributes({name: value for name, value in (http | origin).items() if value})
+        known = {name: value for name, value in (http | origin).items() if value not in ("", None)}
+        self._span.set_attributes(known)
         self._span.set_attribute("http.response.status_code", status)
         if status >= _FAILED:
             self._span.set_status(StatusCode.ERROR)

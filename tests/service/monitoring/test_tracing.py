@@ -164,6 +164,13 @@ def test_a_trace_of_a_request(collector: Collector) -> None:
     assert [values(child.attributes) for child in children] == [{}, {}, sizes]
 
 
+def test_a_span_of_a_group_without_rollouts_says_so(collector: Collector) -> None:
+    with served(tracing=True) as url:
+        assert send(url, group()).status_code == 200
+    sizes = values(collector.named("POST /score")[0].attributes)
+    assert (sizes["shopr1.num_groups"], sizes["shopr1.num_rollouts"]) == (1, 0)
+
+
 def test_spans_lie_one_behind_the_other_within_the_request(collector: Collector) -> None:
     with served(tracing=True) as url:
         send(url, group(answer()))
