@@ -17,7 +17,7 @@ import orjson
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shopr1_client import Client, ShopR1Error
 from shopr1_rewards import RecipeError, load_recipe
@@ -113,7 +113,7 @@ def score(
         recipe_name = recipe if url else None
         former = done[-1] if done else None
         fresh = score_lines(lines[len(done) :], call, recipe_name, sink, former)
-        scored = [*done, *track(fresh, "scoring", len(lines), len(done), console=_errors)]
+        scored = [*done, *_with_progress(fresh, len(lines), len(done))]
     _print_summary(lines, scored)
 
 
@@ -198,6 +198,16 @@ def _open(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
         return output.open("a", encoding="utf-8")
     except OSError as error:
         raise RolloutFileError(f"{output}: {error.strerror}") from error
+
+
+def _with_progress(scored: Iterator[ScoredLine], num_lines: int, num_done: int) -> Iterator[ScoredLine]:
+    """Show a progress bar. Not rich's `track`: in the end it forgets what was completed before it began."""
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_errors) as progress:
+        task = progress.add_task("scoring", total=num_lines, completed=num_done)
+        for line in scored:
+            yield line
+            progress.advance(task)
 
 
 def _print_summary(lines: Sequence[InputLine], scored: Sequence[ScoredLine]) -> None:

@@ -154,6 +154,7 @@ def test_an_interrupted_run_is_resumed(shopr1: Run, url: str, tmp_path: Path) ->
     output.write_bytes(b"".join(lines[:13]) + lines[13][:50])
     ended = shopr1("score", rollouts, "-o", output, "--url", url)
     assert ended.code == 0
+    assert "20/20" in ended.err
     assert output.read_bytes() == whole
     assert num_rollouts(url) - before == 7
 
