@@ -69,7 +69,7 @@ async def test_weights_from_disk(service: Service, tmp_path: Path) -> None:
     answered = done(await service.http.post("/update_weights_from_disk", json=body))
     assert answered["success"] is True
     assert answered["num_paused_requests"] == 0
-    assert answered["message"].startswith("version '120' scores since 0.")
+    assert answered["message"].startswith("version '120' is loaded; scoring paused for 0.")
     assert await service.numbers() == await numbers_of(changed_model())
     known = done(await service.http.get("/model_info"))
     assert known == {"model_path": "tiny", "weight_version": "120", "is_generation": False}
