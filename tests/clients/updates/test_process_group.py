@@ -1,5 +1,6 @@
 """The group of two: broadcasts in both directions, deadlines, and torch's errors in one line."""
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,8 @@ def test_either_rank_can_be_the_root() -> None:
 
 
 def test_a_silent_peer_is_abandoned_at_the_deadline() -> None:
+    is_abandoned = threading.Event()
+
     def receive(group: Group) -> None:
         begin_s = time.monotonic()
         with pytest.raises(GroupError):
@@ -63,8 +66,12 @@ def test_a_silent_peer_is_abandoned_at_the_deadline() -> None:
         assert 0.3 < time.monotonic() - begin_s < PROMPT_S
         with pytest.raises(GroupError, match="the deadline has passed"):
             group.broadcast(torch.zeros(1, dtype=torch.uint8), 1)
+        is_abandoned.set()
 
-    run_pair(receive, lambda group: time.sleep(2.0), timeout_s=1.0)
+    def stay_silent(_group: Group) -> None:
+        assert is_abandoned.wait(WAIT_S)
+
+    run_pair(receive, stay_silent, timeout_s=1.0)
 
 
 def test_a_peer_that_disconnects_is_noticed_at_once() -> None:
