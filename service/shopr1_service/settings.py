@@ -102,6 +102,13 @@ class Settings(BaseSettings):
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: the limit in the policy's config."""
 
+    self_check: Literal["full", "short"] = "full"
+    """The check at load: `full` runs sequences longer than every window of the policy; `short` runs
+    short ones, which do not show whether long prompts are computed rightly."""
+    self_check_cache: Path | None = None
+    """JSON file that keeps the outcomes of full checks, so that later starts with the same architecture,
+    versions and device run the short one."""
+
     prefix_cache_bytes: Annotated[int, Field(ge=0)] | None = None
     """Size of the prefix cache, which keeps the KV of prompts across requests; 0 turns it off. Default: 2 GiB
     on a CPU, on CUDA the rest of `memory_share`."""
