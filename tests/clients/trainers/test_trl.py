@@ -16,7 +16,7 @@ CHAT = [{"role": "user", "content": "page"}]
 
 
 class Trainer(SimpleNamespace):
-    """What of TRL's trainers the shim uses."""
+    """The part of TRL's trainers that the shim uses."""
 
     def log(self, name: str, value: float) -> None: ...
 
