@@ -20,7 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shopr1_client.wire import PolicyInfo, RejectedPath
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.core import EngineStats, MeasuredCompletion, PromptKey, PromptScope, TokenGroup, Version
+from shopr1_service.core import (
+    CodecError,
+    EngineStats,
+    MeasuredCompletion,
+    PromptKey,
+    PromptScope,
+    TokenGroup,
+    Version,
+)
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward
 from shopr1_service.engine.forward.expanded import ExpandedForward
@@ -44,6 +52,8 @@ from shopr1_service.engine.lm_head import (
 )
 from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.chat import ChatRenderer, read_templates
+from shopr1_service.policy.end_tokens import end_ids, template_ends
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.tokenizer import PolicyTokenizer
@@ -107,7 +117,7 @@ def build_policy(
     logger.info("%s is ready: %s", name, info.model_dump_json())
     return LoadedPolicy(
         info,
-        PolicyTokenizer(tokenizer, num_ids, end_ids(model, tokenizer)),
+        _codec(model, tokenizer, num_ids, settings),
         engine,
         _heartbeat_of(model),
         model,
@@ -116,6 +126,33 @@ def build_policy(
         probe=lambda version: engine.certainties([_probe_group(random_ids, version)], _PROBE_RULES),
         staging_dir=settings.staging_dir,
     )
+
+
+def _codec(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_ids: int, settings: Settings
+) -> PolicyTokenizer:
+    """The tokenizer with its chat templates and end tokens."""
+    try:
+        chat = ChatRenderer(tokenizer, read_templates(settings.chat_templates), settings.prompt_options)
+    except CodecError as error:
+        raise PolicyError(str(error)) from error
+    _warn_of_ids_beyond(tokenizer, num_ids)
+    if tokenizer.chat_template is not None or settings.chat_template is not None:
+        chat.check()
+    ends = (*template_ends(chat, tokenizer), *settings.end_tokens)
+    codec = PolicyTokenizer(tokenizer, num_ids, end_ids(model, tokenizer), end_texts=ends, chat=chat)
+    logger.info("end tokens after an answer: %s", ", ".join(map(repr, codec.end_tokens)) or "none")
+    return codec
+
+
+def _warn_of_ids_beyond(tokenizer: PreTrainedTokenizerBase, num_ids: int) -> None:
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= num_ids)
+    if beyond:
+        logger.warning(
+            "the tokenizer has %d tokens that the policy has no embedding for, from %r on (id %d of %d): "
+            "requests that contain one are refused",
+            *(len(beyond), beyond[0][1], beyond[0][0], num_ids),
+        )
 
 
 def _checked(
@@ -254,13 +291,6 @@ def check_ids(
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
     return ids
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that may follow an answer without belonging to it: end of turn, end of sequence, padding."""
-    eos = model.generation_config.eos_token_id
-    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return sorted({token_id for token_id in ids if token_id is not None})
 
 
 # --- memory -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from shopr1_client.wire import Message
 from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup
@@ -30,6 +31,7 @@ from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings
 from tests.support.models import (
     FAMILIES,
+    NUM_ROWS,
     NUM_TOKENS,
     Reference,
     byte_level,
@@ -234,6 +236,33 @@ def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
     assert set(policy_of(model).codec.end_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
     model.generation_config.eos_token_id = None
     assert set(policy_of(model).codec.end_tokens) == {"<|im_end|>", "<|endoftext|>"}
+
+
+def test_tokens_beyond_the_embedding_are_named_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    policy_of(tiny_model())
+    assert "no embedding" not in caplog.text
+    tokenizer = byte_level()
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(NUM_ROWS - len(tokenizer) + 2)])
+    policy = build_policy(tiny_model(), tokenizer, Settings(), name="tiny")
+    assert (
+        f"has 2 tokens that the policy has no embedding for, from '<extra_{NUM_ROWS - 371}>'" in caplog.text
+    )
+    assert max(policy.codec.encode_ids("<extra_18>")) == NUM_ROWS
+
+
+def test_templates_of_the_settings_are_used(tmp_path: Path) -> None:
+    (tmp_path / "plain.jinja").write_text("{{ messages[0].content }}{{ suffix }}", "utf-8")
+    settings: dict[str, Any] = {
+        "chat_templates": (tmp_path / "plain.jinja",),
+        "chat_template_kwargs": {"suffix": "!"},
+    }
+    policy = build_policy(
+        tiny_model(), byte_level(), Settings(**settings, chat_template="plain"), name="tiny"
+    )
+    message = Message(role="user", content="hi")
+    assert policy.codec.encode_chat([message]) == policy.codec.encode_ids("hi!")
+    with pytest.raises(PolicyError, match="no chat template 'other'"):
+        build_policy(tiny_model(), byte_level(), Settings(**settings, chat_template="other"), name="tiny")
 
 
 def test_dropout_is_off() -> None:
