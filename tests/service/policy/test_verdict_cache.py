@@ -20,7 +20,7 @@ KNOWN = KnownVerdict(
 )
 
 
-def test_what_is_put_can_be_read_by_another_process(tmp_path: Path) -> None:
+def test_another_process_reads_the_outcomes(tmp_path: Path) -> None:
     file = tmp_path / "new" / "outcomes.json"
     assert VerdictCache(file).get("a") is None
     VerdictCache(file).put("a", KNOWN)
@@ -30,7 +30,7 @@ def test_what_is_put_can_be_read_by_another_process(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["outcomes.json"]
 
 
-def test_of_a_verdict() -> None:
+def test_a_verdict_becomes_an_outcome() -> None:
     rejection = Rejection("shared_prefix", Cause.DIFFERS, "by 0.5")
     verdict = Verdict(IndependentForward(tiny_model()), (rejection,), ("a remark",))
     known = KnownVerdict.of(verdict)
