@@ -70,8 +70,9 @@ def relative_errors(actual_T_H: Tensor, expected_T_H: Tensor) -> Tensor:
 
 def _relative(actual_T_H: Tensor, expected_T_H: Tensor) -> Tensor:
     smallest = torch.finfo(torch.float32).tiny  # a state of zeros equals itself
-    norm_T = torch.linalg.vector_norm(expected_T_H, dim=-1)
-    return torch.linalg.vector_norm(actual_T_H - expected_T_H, dim=-1) / norm_T.clamp_min(smallest)
+    norm_T: Tensor = torch.linalg.vector_norm(expected_T_H, dim=-1)
+    error_T: Tensor = torch.linalg.vector_norm(actual_T_H - expected_T_H, dim=-1)
+    return error_T / norm_T.clamp_min(smallest)
 
 
 @contextmanager

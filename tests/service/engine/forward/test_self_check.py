@@ -421,7 +421,7 @@ DEEP: dict[str, dict[str, Any]] = {
 def test_rounding_rejects_no_exact_strategy(kind: str, seed: int, dtype: torch.dtype) -> None:
     model = tiny_model(kind, dtype, **DEEP[kind])
     for strategy in (PackedForward, ExpandedForward):
-        forward = choose(model, random_ids(32, seed=seed), [strategy])  # type: ignore[list-item]
+        forward = choose(model, random_ids(32, seed=seed), [strategy])
         assert forward.name == strategy(model).name
 
 
