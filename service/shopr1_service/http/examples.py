@@ -128,6 +128,7 @@ SCORE_RESPONSE: dict[str, Any] = {
                     },
                 }
             ],
+            "warnings": [],
             "prompt_token_ids": None,
         }
     ],
