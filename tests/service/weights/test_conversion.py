@@ -69,7 +69,7 @@ def test_a_saved_model_is_the_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_loaded_is_what_a_start_loads(name: str, tmp_path: Path) -> None:
+def test_an_update_and_a_start_load_the_same(name: str, tmp_path: Path) -> None:
     kind, options = KINDS[name]
     changed_model(kind=kind, **options).save_pretrained(tmp_path)
     model = tiny_model(kind, **options)
