@@ -176,13 +176,27 @@ def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
     for other in others:
         if is_contradiction(getattr(body, name), getattr(body, other), state.recipes):
             reader.add_error(other, f"contradicts {name}: it holds another ground truth")
-    reader.add(
-        body.responses_create_params.messages(),
-        body.response.text,
-        getattr(body, name),
-        Paths("responses_create_params.input", "response.output", name),
-    )
+    params, found = body.responses_create_params, body.response.ids
+    if found is None:
+        _refuse_hidden_tokens(body, reader)
+        ids, paths = None, Paths("responses_create_params.input", "response.output", name)
+    else:
+        item, ids = found
+        at = f"response.output[{item}]"
+        paths = Paths(f"{at}.prompt_token_ids", f"{at}.generation_token_ids", name)
+    label = getattr(body, name)
+    reader.add(params.messages(), body.response.text, label, paths, ids=ids, options=params.options())
     return reader.finish()
+
+
+def _refuse_hidden_tokens(body: VerifyRequest, reader: RolloutReader) -> None:
+    """Refuse texts that are not all that the policy saw and sampled."""
+    if body.responses_create_params.tools:
+        message = "not supported without token ids: the prompt would not be the one the policy saw"
+        reader.add_error("responses_create_params.tools", message)
+    if body.response.reasoning is not None:
+        message = "not supported without token ids: the text is not all that the policy sampled"
+        reader.add_error(f"response.output[{body.response.reasoning}].type", message)
 
 
 def _verdict(result: TrainerResult, echo: dict[str, Any]) -> dict[str, Any]:

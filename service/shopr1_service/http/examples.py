@@ -129,6 +129,7 @@ SCORE_RESPONSE: dict[str, Any] = {
                     },
                 }
             ],
+            "warnings": [],
             "prompt_token_ids": None,
         }
     ],
