@@ -19,6 +19,9 @@ FORMS: dict[str, Any] = {
     "string in a string": json.dumps({"ground_truth": json.dumps(CLICK), "recipe": None}),
     "with more around it": {**NESTED, "session": "7"},
     "with more in it": {**CLICK, "url": "https://shop.example"},
+    "with the keys of other actions": {**CLICK, "text": None},
+    "with the keys of nested labels": {**CLICK, "ground_truth": None, "recipe": None},
+    "nested, with the keys of an action": {**NESTED, "type": None, "name": None},
 }
 
 

@@ -6,7 +6,7 @@ With the callback `PolicyPush` (`callback.py`) the service's policy follows the 
 `SHOPR1_CLIENT_DEMAND=exact`, rewards of any version but the last one sent are an error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -59,7 +59,7 @@ def _rollouts(
             prompt=prompt if isinstance(prompt, str) else chat(prompt),
             # Sampled ids rather than text, because re-tokenising can give other ids.
             completion=_text(completions[i]) if ids is None else TokenIds(token_ids=list(ids[i])),
-            ground_truth=_truth(truths[i]),
+            ground_truth=truths[i],
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -67,11 +67,6 @@ def _rollouts(
 
 def _text(completion: Any) -> str:  # noqa: ANN401  # a string, or the one message of a conversation
     return completion if isinstance(completion, str) else chat(completion)[-1].content
-
-
-def _truth(truth: Any) -> Any:  # noqa: ANN401
-    # A column of objects has the keys of all rows, with None in rows without the key.
-    return {k: v for k, v in truth.items() if v is not None} if isinstance(truth, Mapping) else truth
 
 
 def _rewards(service: Service, rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:

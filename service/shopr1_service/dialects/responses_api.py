@@ -6,12 +6,12 @@ that the request does not show: they are refused.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Tag
+from pydantic import AfterValidator, Tag
 from pydantic_core import PydanticCustomError
 
 from shopr1_client.wire import Message
-from shopr1_client.wire_base import UnicodeText
-from shopr1_service.dialects.requests import LIST, STRING, TrainerRequest, string_or_list
+from shopr1_client.wire_base import MESSAGES, STRING, UnicodeText, by_type
+from shopr1_service.dialects.requests import TrainerRequest
 
 
 class _Part(TrainerRequest):
@@ -20,12 +20,8 @@ class _Part(TrainerRequest):
 
 
 _Content = Annotated[
-    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(LIST)],
-    Discriminator(
-        string_or_list,
-        custom_error_type="content_kind",
-        custom_error_message="must be a string or a list of texts",
-    ),
+    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(MESSAGES)],
+    by_type({STRING: str, MESSAGES: list}, "content_kind", "must be a string or a list of texts"),
 ]
 
 
@@ -51,12 +47,8 @@ class CreateParams(TrainerRequest):
     """The chat, as parameters of the Responses API."""
 
     input: Annotated[
-        Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], Tag(LIST)],
-        Discriminator(
-            string_or_list,
-            custom_error_type="input_kind",
-            custom_error_message="must be a string or a list of messages",
-        ),
+        Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], Tag(MESSAGES)],
+        by_type({STRING: str, MESSAGES: list}, "input_kind", "must be a string or a list of messages"),
     ]
     instructions: UnicodeText | None = None
     tools: Annotated[list[Any] | None, AfterValidator(_refuse_tools)] = None

@@ -38,9 +38,9 @@ from shopr1_client.errors import (
     ProblemError,
     RequestTimeoutError,
     TooLargeError,
+    summary,
 )
 from shopr1_client.wire_base import is_union_tag
-from shopr1_service.field_errors import summary
 from shopr1_service.http.deadline import ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
