@@ -20,6 +20,7 @@ from shopr1_client.wire import (
     ScoreResponse,
     TokenIds,
 )
+from shopr1_client.wire_prompt import PromptOptions
 
 Truth = str | dict[str, Any]
 
@@ -36,6 +37,8 @@ class RolloutLike(Protocol):
     def completion(self) -> Any: ...  # noqa: ANN401  # as `wire.Completion` accepts
     @property
     def ground_truth(self) -> Any: ...  # noqa: ANN401  # as `wire.GroundTruth` accepts
+    @property
+    def options(self) -> PromptOptions: ...
 
 
 class Rollout(BaseModel):
@@ -47,10 +50,11 @@ class Rollout(BaseModel):
     completion: Completion
     ground_truth: Any
     """As a data set delivers it; `Grouping` validates it, and knows which rollout it belongs to."""
+    options: PromptOptions = PromptOptions()
 
 
 class Grouping:
-    """Rollouts grouped by prompt and ground truth, so that each prompt is sent and computed once.
+    """Rollouts grouped by prompt, with its options, and ground truth: each prompt is sent and computed once.
 
     Attributes:
         groups: in the order of their first rollouts.
@@ -69,7 +73,8 @@ class Grouping:
         truths = _checked_truths(rollouts)
         members: dict[Hashable, list[int]] = {}
         for i, (rollout, truth) in enumerate(zip(rollouts, truths, strict=True)):
-            members.setdefault((_prompt_key(rollout.prompt), _truth_key(truth)), []).append(i)
+            key = _prompt_key(rollout.prompt), _options_key(rollout), _truth_key(truth)
+            members.setdefault(key, []).append(i)
         self.indices = list(members.values())
         self.groups = [_group([rollouts[i] for i in own], truths[own[0]]) for own in self.indices]
 
@@ -114,7 +119,8 @@ def _checked_truths(rollouts: Sequence[RolloutLike]) -> list[Truth]:
 
 def _group(rollouts: Sequence[RolloutLike], truth: Truth) -> Group:
     completions = [rollout.completion for rollout in rollouts]
-    return Group(prompt=rollouts[0].prompt, ground_truth=truth, completions=completions)
+    first = rollouts[0]
+    return Group(prompt=first.prompt, ground_truth=truth, completions=completions, **_given(first))
 
 
 def _prompt_key(prompt: str | list[Message] | TokenIds) -> Hashable:
@@ -125,6 +131,15 @@ def _prompt_key(prompt: str | list[Message] | TokenIds) -> Hashable:
             return TokenIds, tuple(prompt.token_ids)
         case _:
             return Message, tuple((message.role, message.content) for message in prompt)
+
+
+def _options_key(rollout: RolloutLike) -> str:
+    return json.dumps(_given(rollout), sort_keys=True)
+
+
+def _given(rollout: RolloutLike) -> dict[str, Any]:
+    """The options that have a value; those of a prompt of token ids have no effect."""
+    return {} if isinstance(rollout.prompt, TokenIds) else rollout.options.given()
 
 
 def _truth_key(truth: Truth) -> str:

@@ -1,5 +1,6 @@
 """Common part of the shims: from a trainer's rollouts to rewards."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
 from shopr1_client.grouping import Grouping, Rollout
 from shopr1_client.trainers.settings import ClientSettings
-from shopr1_client.wire import Message, Reward, ScoreRequest
+from shopr1_client.wire import Message, Reward, ScoreRequest, TokenIds
 from shopr1_client.wire_policy import VersionDemand
 
 _PUSHED_VERSION = "shopr1_version"
@@ -81,7 +82,12 @@ class Service(ClientSettings):
         return {"api_key": self.api_key, "run": self.run, "proxy": self.proxy}
 
     def _request(self, grouping: Grouping, version: str | None) -> ScoreRequest:
-        return ScoreRequest(recipe=self.recipe, groups=grouping.groups, policy_version=self._wanted(version))
+        return ScoreRequest(
+            recipe=self.recipe,
+            groups=grouping.groups,
+            policy_version=self._wanted(version),
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     def _wanted(self, version: str | None) -> VersionDemand | None:
         if self.demand is None or version is None:
@@ -97,6 +103,20 @@ def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer
 def noted_version(state: Any) -> str | None:  # noqa: ANN401
     """The newest version sent to the service; None: none is recorded, as before the training."""
     return getattr(state, _PUSHED_VERSION, None)
+
+
+def arguments(value: Any) -> dict[str, Any]:  # noqa: ANN401  # of a data set or a trainer
+    """Arguments of a chat template: an object, or one as JSON in a string; no value is none.
+
+    A column of objects has the keys of all rows, with None in rows without the key.
+    """
+    found = json.loads(value) if isinstance(value, str) and value else value
+    return {name: argument for name, argument in (found or {}).items() if argument is not None}
+
+
+def listed_ids(ids: Any) -> TokenIds | None:  # noqa: ANN401  # a list, an array or a tensor; None: none are known
+    """Token ids that a trainer hands over."""
+    return None if ids is None else TokenIds(token_ids=[int(token_id) for token_id in ids])
 
 
 def chat(messages: Iterable[Mapping[str, Any]]) -> list[Message]:

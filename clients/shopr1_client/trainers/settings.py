@@ -1,5 +1,6 @@
 """Settings of the shims, from arguments and the environment. All are checked together, at every use."""
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -33,6 +34,13 @@ def _check_proxy(proxy: str) -> str:
     return proxy
 
 
+def _from_json(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise ValueError("must be a JSON object") from None
+
+
 HeaderValue = Annotated[str, AfterValidator(check_header_value)]
 
 
@@ -49,6 +57,8 @@ class ClientSettings(BaseModel):
         demand: `exact`: the version that the trainer sent last scores, if the shim knows it; `at_least`: that
             one or a later one; None: any (`SHOPR1_CLIENT_DEMAND`).
         demand_wait_s: how long the service waits for that version (`SHOPR1_CLIENT_DEMAND_WAIT_S`).
+        chat_template_kwargs: arguments of the chat template, in addition to those that the shim knows from
+            the trainer (`SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS`, a JSON object).
         proxy: see `BaseClient` (`SHOPR1_CLIENT_PROXY`).
     """
 
@@ -63,6 +73,7 @@ class ClientSettings(BaseModel):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     demand: Literal["exact", "at_least"] | None = None
     demand_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEFAULT_DEMAND_WAIT_S
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_from_json)] | None = None
     proxy: Annotated[str, AfterValidator(_check_proxy)] | None = None
 
     @classmethod

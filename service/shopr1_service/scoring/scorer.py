@@ -158,6 +158,7 @@ def _group_score(
         policy_number=measured.version.number,
         adapter=measured.version.adapter,
         rewards=rewards,
+        warnings=list(group.warnings),
         prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
     )
 

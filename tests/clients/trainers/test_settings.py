@@ -41,6 +41,7 @@ def test_every_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         RUN="grpo-7",
         DEMAND="at_least",
         DEMAND_WAIT_S="0.5",
+        CHAT_TEMPLATE_KWARGS='{"enable_thinking": false}',
         PROXY="direct",
     )
     assert service.model_dump() == {
@@ -51,6 +52,7 @@ def test_every_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "run": "grpo-7",
         "demand": "at_least",
         "demand_wait_s": 0.5,
+        "chat_template_kwargs": {"enable_thinking": False},
         "proxy": "direct",
     }
     assert KEY not in repr(service)
@@ -101,6 +103,8 @@ def test_blanks_and_commas_around_urls(given: str, monkeypatch: pytest.MonkeyPat
         ("DEMAND_WAIT_S", "-1"),
         ("DEMAND_WAIT_S", "nan"),
         ("DEMAND_WAIT_S", "a minute"),
+        ("CHAT_TEMPLATE_KWARGS", "enable_thinking"),
+        ("CHAT_TEMPLATE_KWARGS", "[1]"),
         ("PROXY", "proxy:3128"),
         ("PROXY", "none"),
         ("PROXY", "http://["),

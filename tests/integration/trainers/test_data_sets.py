@@ -101,7 +101,7 @@ def polars_rows(path: Path) -> list[Any]:
 
 def polars_parquet(path: Path) -> list[Any]:
     polars.read_ndjson(path).write_parquet(path.with_suffix(".parquet"))
-    return pyarrow.parquet.read_table(path.with_suffix(".parquet"))["ground_truth"].to_pylist()
+    return list(pyarrow.parquet.read_table(path.with_suffix(".parquet"))["ground_truth"].to_pylist())
 
 
 def arrow_scalars(path: Path) -> list[Any]:
