@@ -19,6 +19,8 @@ from shopr1_client.errors import (
     SettingsError,
     ShopR1Error,
     TransportError,
+    UnsendableModelError,
+    VerificationError,
     from_problem,
     summary,
 )
@@ -69,10 +71,8 @@ def test_codes_and_statuses() -> None:
 def test_the_tree() -> None:
     assert set(ProblemError.__subclasses__()) == set(PROBLEMS)
     assert set(ShopR1Error.__subclasses__()) == {
-        ProblemError,
-        SettingsError,
-        TransportError,
-        MixedVersionsError,
+        *(ProblemError, SettingsError, TransportError, MixedVersionsError),
+        *(UnsendableModelError, VerificationError),
     }
     assert issubclass(ShopR1Error, Exception)
 
