@@ -178,6 +178,15 @@ class Details(AnswerModel):
         list[str], Field(description="Absent or empty attributes of the predicted type.")
     ]
     extra_keys: Annotated[list[str], Field(description="Paths of keys that the format does not have.")]
+    converted: Annotated[
+        list[str],
+        Field(
+            description=(
+                "Paths of fields that only a lenient recipe reads: a type in other case, a number or boolean "
+                "as text, null as a key left out."
+            )
+        ),
+    ] = []  # noqa: RUF012  # pydantic copies it
     similarity: Annotated[
         dict[str, float | None],
         Field(description="ROUGE-L F1 per attribute, before the threshold; null if not compared."),
@@ -265,6 +274,21 @@ class Limits(AnswerModel):
     max_request_tokens: Annotated[int, Field(description="Prompts and completions of one request together.")]
 
 
+class RejectedPath(AnswerModel):
+    """A faster head or forward strategy that the check at load did not take."""
+
+    path: Annotated[
+        str, Field(description="`linear`, the head, or a strategy: `shared_prefix`, `packed`, `expanded`.")
+    ]
+    reason: Annotated[
+        str,
+        Field(
+            description="`unsupported`: it fails with this architecture. `differs`: its numbers are others."
+        ),
+    ]
+    detail: str
+
+
 class PolicyInfo(AnswerModel):
     """The loaded policy."""
 
@@ -284,6 +308,13 @@ class PolicyInfo(AnswerModel):
         str,
         Field(description="How prompts are shared: `shared_prefix`, `packed`, `expanded` or `independent`."),
     ]
+    rejected_paths: Annotated[
+        tuple[RejectedPath, ...],
+        Field(description="Faster paths that were not taken, fastest first, and why."),
+    ] = ()
+    remarks: Annotated[
+        tuple[str, ...], Field(description="Findings of the check at load beside its choice, and its limits.")
+    ] = ()
 
 
 class Info(AnswerModel):

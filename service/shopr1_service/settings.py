@@ -104,6 +104,12 @@ class Settings(BaseSettings):
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: the limit in the policy's config."""
 
+    self_check: Literal["full", "short"] = "full"
+    """The check at load: `full` runs sequences longer than every window of the policy; `short` runs
+    short ones, which do not show whether long prompts are computed rightly."""
+    self_check_cache: Path | None = None
+    """JSON file that keeps the outcomes of full checks, so that later starts with the same architecture,
+    versions and device run the short one."""
     chat_template: str | None = None
     """Chat template of requests that name none: a name in `chat_templates` or in the tokenizer. Default: the
     tokenizer's own."""

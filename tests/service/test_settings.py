@@ -51,6 +51,8 @@ def test_defaults() -> None:
         "device": "auto",
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
+        "self_check": "full",
+        "self_check_cache": None,
         "chat_template": None,
         "chat_templates": (),
         "chat_template_kwargs": {},
@@ -151,6 +153,7 @@ def test_every_setting_can_come_from_anywhere(
         "slime_unscorable": "7.5",
         "llama_factory_unscorable": "error",
         "nemo_gym_unscorable": "error",
+        "self_check": "short",
     }
     value = special.get(name, "7")
     toml = use_config(monkeypatch, tmp_path / "shopr1.toml", f"{name} = '{value}'")
