@@ -116,7 +116,7 @@ async def test_doubts_are_in_the_answer_and_the_metrics() -> None:
 
 
 async def test_bad_prompts_are_refused_with_their_places() -> None:
-    cases = [
+    cases: list[tuple[dict[str, Any], str, str]] = [
         ({"prompt": PREFILLED}, "prompt", "continue_final_message"),
         ({"prompt": CHAT, "chat_template": "{{ messages }}"}, "prompt", "no chat template"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize is not an argument"),
