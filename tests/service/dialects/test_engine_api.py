@@ -63,6 +63,7 @@ def refusal(engine: str, answered: httpx.Response, status: int, code: str) -> di
     """The flaws of a problem that also has the members that the engine's clients read."""
     body = answered.json()
     detail = body["detail"]
+    members: dict[str, Any]
     if engine == "/v1":
         param = body["errors"][0]["location"] if body["errors"] else None
         members = {"error": {"message": detail, "type": code, "param": param, "code": status}}
