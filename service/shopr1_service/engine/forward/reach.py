@@ -67,6 +67,9 @@ def _num_chosen(config: Any) -> int | None:  # noqa: ANN401
     budget = getattr(config, "indexer_budget", None)
     if budget:  # qwen4
         return int(budget)
+    kept = getattr(config, "keep_window_size", None)
+    if kept:  # doge
+        return int(kept)
     topk = getattr(config, "index_topk", None)
     if not topk:
         return None
