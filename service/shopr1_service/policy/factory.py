@@ -291,7 +291,7 @@ def check_ids(
     num_tokens = min(Reach.of(model).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
     num_tokens = max(num_tokens, min(NUM_CHECK_TOKENS, longest or NUM_CHECK_TOKENS))
     generator = torch.Generator().manual_seed(_CHECK_SEED)
-    # Tokens occur several times, as in text: a model that chooses keys by their content then has to break ties.
+    # Tokens occur several times, as in text: a model that chooses keys by content then has to break ties.
     some = torch.randint(num_ids, (max(_MIN_DISTINCT, num_tokens // 4),), generator=generator)
     ids: list[int] = some[torch.randint(len(some), (num_tokens,), generator=generator)].tolist()
     return ids
