@@ -83,7 +83,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "openai-gpt": {"n_positions": 512},
 }
-"""What single architectures need besides."""
+"""Further options of single architectures."""
 
 
 @dataclass(frozen=True)
