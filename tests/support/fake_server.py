@@ -8,7 +8,6 @@ import asyncio
 import gc
 import sys
 from collections.abc import Sequence
-from typing import Any
 from unittest import mock
 
 from shopr1_rewards.recipe import SelfCertaintyRecipe
