@@ -178,6 +178,15 @@ class Details(AnswerModel):
         list[str], Field(description="Absent or empty attributes of the predicted type.")
     ]
     extra_keys: Annotated[list[str], Field(description="Paths of keys that the format does not have.")]
+    converted: Annotated[
+        list[str],
+        Field(
+            description=(
+                "Paths of fields that only a lenient recipe reads: a type in other case, a number or boolean "
+                "as text, null as a key left out."
+            )
+        ),
+    ] = []  # noqa: RUF012  # pydantic copies it
     similarity: Annotated[
         dict[str, float | None],
         Field(description="ROUGE-L F1 per attribute, before the threshold; null if not compared."),

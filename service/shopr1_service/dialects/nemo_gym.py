@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shopr1_client.errors import InternalError, MalformedBodyError
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.ground_truth import is_missing
+from shopr1_service.dialects.ground_truth import is_contradiction, is_missing
 from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
 from shopr1_service.dialects.results import (
@@ -172,7 +172,10 @@ def _refuse_unless_writable(echo: object) -> None:
 
 def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
     reader = RolloutReader(state)
-    name = next((name for name in _LABEL_FIELDS if not is_missing(getattr(body, name))), _LABEL_FIELDS[0])
+    name, *others = [name for name in _LABEL_FIELDS if not is_missing(getattr(body, name))] or _LABEL_FIELDS
+    for other in others:
+        if is_contradiction(getattr(body, name), getattr(body, other), state.recipes):
+            reader.add_error(other, f"contradicts {name}: it holds another ground truth")
     params, found = body.responses_create_params, body.response.ids
     if found is None:
         _refuse_hidden_tokens(body, reader)

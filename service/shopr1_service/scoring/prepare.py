@@ -54,7 +54,7 @@ class _Preparation:
 
     def _truth(self, group: Group, path: str) -> Action | None:
         try:
-            return read_ground_truth(group.ground_truth, self.recipe.action_space)
+            return read_ground_truth(group.ground_truth, self.recipe)
         except GroundTruthError as error:
             key = f".{error.field}" if error.field and not isinstance(group.ground_truth, str) else ""
             self._refuse(f"{path}.ground_truth{key}", str(error))

@@ -175,7 +175,10 @@ async def test_the_ground_truth_is_a_field_of_the_row(
 
 
 async def test_the_first_of_several_fields_counts(service: httpx.AsyncClient) -> None:
-    sent = verify(ground_truth=None, expected_answer=TERMINATE, label=CLICK)
+    # Only the first is a ground truth here; two that differ are refused, below.
+    sent = verify(ground_truth=None, expected_answer=TERMINATE, label="ring")
+    assert (await send_ok(service, VERIFY, sent))["reward"] == 0.93
+    sent = verify(ground_truth=TERMINATE, expected_answer=json.dumps(TERMINATE), label={"row": 7})
     assert (await send_ok(service, VERIFY, sent))["reward"] == 0.93
 
 
@@ -218,6 +221,11 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"ground_truth": 7}, ["ground_truth"]),
     ({"ground_truth": {"type": "click"}}, ["ground_truth.name"]),
     ({"ground_truth": None, "label": "click"}, ["label"]),
+    ({"ground_truth": TERMINATE, "label": CLICK}, ["label"]),
+    (
+        {"ground_truth": TERMINATE, "expected_answer": json.dumps(CLICK), "label": CLICK},
+        ["expected_answer", "label"],
+    ),
 ]
 
 
