@@ -49,8 +49,10 @@ def say(line: str) -> None:
 def main() -> int:
     gc.collect()
     gc.freeze()  # excludes objects of the imports from every count
-    engine_and_policy = {"UpdatableEngine": LocalEngine, "load_policy": lambda *_: Reporting()}
-    with mock.patch.multiple(server, **engine_and_policy):
+    with (
+        mock.patch.object(server, "UpdatableEngine", LocalEngine),
+        mock.patch.object(server, "load_policy", return_value=Reporting()),
+    ):
         return server.serve(load_settings())
 
 
