@@ -55,8 +55,8 @@ class Client(BaseClient):
 
         Args:
             source: a model, a mapping of names to tensors, or the path of a checkpoint or an adapter that the
-                servers can read. A model must not change meanwhile. For a model with PEFT's LoRA adapters,
-                only the active one is sent.
+                servers can read. A model must not change meanwhile. Of a model with PEFT's LoRA adapters
+                the active one is sent, or all weights with `merge`.
             version: name of the weights, 1 to 256 characters.
             options: see `UpdateOptions`.
 
@@ -66,6 +66,8 @@ class Client(BaseClient):
 
         Raises:
             ValueError: the model cannot be sent, for example because it is sharded; the message has advice.
+            UnsendableModelError: a model of PEFT's computes with more than its adapter, or without it.
+            VerificationError: a server gives other numbers than the model (`verify`).
             InvalidWeightsError: the weights do not fit the policy.
             MixedVersionsError: only some servers have the new weights.
         """

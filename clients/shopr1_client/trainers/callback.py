@@ -50,7 +50,7 @@ class PolicyPush(TrainerCallback):
 
     The main process sends. The others continue, and wait in their next collective operation: TRL has one
     before it requests rewards. For a model with PEFT's adapters only the active adapter is sent, as the
-    default adapter.
+    default adapter, or all weights with `merge`.
 
     Args:
         client: a client, or the URLs of one or more servers, with defaults from the environment (see
