@@ -255,6 +255,8 @@ MALFORMED: list[tuple[str, str]] = [
     ("slime_unscorable", "nan"),
     ("llama_factory_unscorable", "-inf"),
     ("nemo_gym_unscorable", "0"),
+    ("chat_template_kwargs", "{"),
+    ("chat_template_date", "tomorrow"),
 ]
 
 
