@@ -31,14 +31,13 @@ from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.positions import UNLIMITED, check_positions, longest_sequence
 from shopr1_service.policy.tokenizer import PolicyTokenizer
 from shopr1_service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 NUM_CHECK_TOKENS = 24
-UNLIMITED = 10**9
-"""More tokens than any sequence has. Transformers gives tokenizers without a limit 10³⁰."""
 CPU_PREFIX_CACHE_BYTES = 2 * 2**30
 WARM_UP_SHAPES = ((128, 8, 32), (1024, 8, 64), (4096, 16, 128), (16_384, 16, 128))
 """Tokens of the prompt, completions, tokens of each completion."""
@@ -76,6 +75,7 @@ def build_policy(
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
+    check_positions(model, max_sequence_tokens, longest)
     random_ids, cache = check_ids(model, num_ids, longest), PrefixCache(UNLIMITED)
     head, forward = _checked(model, random_ids, cache)
     engine = Engine(
@@ -101,6 +101,7 @@ def build_policy(
         renew=lambda: _renew(head, cache),
         probe=lambda version: engine.certainties([_probe_group(random_ids, version)], _PROBE_RULES),
         staging_dir=settings.staging_dir,
+        ignored_tensors=settings.ignored_tensors,
     )
 
 
@@ -169,13 +170,6 @@ def _info(
 
 
 # --- properties of the model and its tokenizer ------------------------------------------------------
-
-
-def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The model's limit in tokens, else the tokenizer's; None if neither states one."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or tokenizer.model_max_length
-    return int(limit) if limit < UNLIMITED else None
 
 
 def check_ids(model: PreTrainedModel, num_ids: int, longest: int | None) -> list[int]:

@@ -54,7 +54,11 @@ class StagedWeights:
     def expect(self, entries: Sequence[TensorEntry]) -> None:
         """Tensors whose bytes will be appended in this order."""
         self._check_names(entries)
-        self.locations = {each.name: TensorLocation(self._file, each.start, each.dtype) for each in entries}
+        self.locations = {
+            each.name: TensorLocation(self._file, each.start, each.dtype)
+            for each in entries
+            if not self._weights.is_ignored(each.name)
+        }
 
     def append(self, block: memoryview) -> None:
         """Bytes of a stream, cut anywhere; their number is checked by its reader."""
@@ -70,6 +74,7 @@ class StagedWeights:
             entry.name: TensorLocation(shard.file, shard.data_start + entry.start, entry.dtype)
             for shard in shards
             for entry in shard.header.entries
+            if not self._weights.is_ignored(entry.name)
         }
 
     def check(self) -> None:
@@ -91,6 +96,8 @@ class StagedWeights:
         names: set[str] = set()
         errors: list[FieldError] = []
         for entry in entries:
+            if self._weights.is_ignored(entry.name):
+                continue
             if message := self._name_flaw(entry, names):
                 errors.append({"location": entry.name, "message": message})
             names.add(entry.name)
@@ -99,7 +106,7 @@ class StagedWeights:
             missing = [name for name in self._weights.tensors if name not in owners]
             errors += [{"location": name, "message": "it is missing"} for name in missing]
         raise_if_any(errors, InvalidWeightsError)
-        if not entries:
+        if not names:
             raise InvalidWeightsError("there are no tensors")
         self.num_expected_bytes = sum(entry.num_bytes for entry in entries)
 
