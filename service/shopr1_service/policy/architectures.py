@@ -1,4 +1,4 @@
-"""Which of transformers' classes computes a checkpoint's logits, and architectures that cannot be scored.
+"""The class of transformers that computes a checkpoint's logits, and architectures that cannot be scored.
 
 A checkpoint of images and text is scored as a language model: prompts are text, and its other parts are
 loaded but never called.

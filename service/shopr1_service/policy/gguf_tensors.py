@@ -41,7 +41,7 @@ class ExactGgufQuantizer(GgufHfQuantizer):
     """
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:  # noqa: ANN401
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        conversions = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
         for operation in (each for entry in conversions for each in getattr(entry, "operations", ())):
             if isinstance(operation, Dequantize):
                 operation.dtype = torch.float32
@@ -62,7 +62,8 @@ def unused_tensors(model: PreTrainedModel, metadata: Metadata, names: Sequence[s
     architecture = metadata[ARCHITECTURE_KEY]
     if is_gguf_arch_supported(architecture):  # loaded like safetensors, which reports them
         return []
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=model.config.to_dict())
     used = get_gguf_hf_weights_map(model, processor).keys()
     # Experts are read under their names without `.weight`.
     unused = [name for name in names if not {name, name.rpartition(".")[0]} & used]

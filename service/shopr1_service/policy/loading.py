@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.gguf import read_gguf_metadata
-from transformers.utils import cached_file
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils.hub import cached_file
 
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.architectures import auto_class
@@ -40,6 +40,7 @@ from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.unused_tensors import refuse_unused, resolve_ties
 from shopr1_service.settings import DType, Settings
+from shopr1_service.weights.conversion import KEY_MAPPING
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,8 @@ def _read_model(
     source: Source, dtype: torch.dtype, options: dict[str, Any], ignored: Sequence[str]
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source.path, **options)
-    model, unused = _from_pretrained(source, config, dtype=dtype, use_safetensors=True, **options)
+    options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
+    model, unused = _from_pretrained(source, config, dtype=dtype, **options)
     refuse_unused(unused, ignored)
     resolve_ties(model, ignored)
     return model

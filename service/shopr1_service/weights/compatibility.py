@@ -62,15 +62,17 @@ def check_compatible(
         if CONFIG in checkpoint.names:
             errors += _config_flaws(_read(AutoConfig, copies, CONFIG), config)
         if TOKENIZER in checkpoint.names:
-            errors += _tokenizer_flaws(_read(AutoTokenizer, copies, TOKENIZER), tokenizer)
+            errors += _tokenizer_flaws(
+                _read(AutoTokenizer, copies, TOKENIZER, mistral_format=False), tokenizer
+            )
     if errors:
         detail = "; ".join(f"{error['location']}: {error['message']}" for error in errors)
         raise InvalidWeightsError(f"the checkpoint is of another policy: {detail}", errors=errors)
 
 
-def _read(reader: Any, directory: str, name: str) -> Any:  # noqa: ANN401  # transformers' factories
+def _read(reader: Any, directory: str, name: str, **options: Any) -> Any:  # noqa: ANN401  # transformers' factories
     try:
-        return reader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return reader.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # damaged files raise anything; the text may quote them
         logger.warning("%s of a checkpoint cannot be read: %s", name, error)
         raise field_problem(
@@ -79,6 +81,8 @@ def _read(reader: Any, directory: str, name: str) -> Any:  # noqa: ANN401  # tra
 
 
 def _config_flaws(given: PretrainedConfig, own: PretrainedConfig) -> list[FieldError]:
+    if given.model_type != own.model_type:  # as at load: of some multimodal models, only the text part
+        given = given.get_text_config()
     return [
         {"location": f"{CONFIG}: {key}", "message": f"it is {theirs!r}, the policy's {ours!r}"}
         for key, theirs, ours in _differences(given.to_dict(), own.to_dict())

@@ -1,4 +1,4 @@
-"""Which class computes a checkpoint's logits: images and text against fp64, and refusals by name."""
+"""Classes that compute a checkpoint's logits: images and text against fp64, and refusals by name."""
 
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def multimodal(kind: str) -> PreTrainedModel:
     config = AutoConfig.for_model(kind, **parts, tie_word_embeddings=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         disturb(model)
     model.train(False)
     return model  # type: ignore[no-any-return]

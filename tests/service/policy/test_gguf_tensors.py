@@ -161,7 +161,7 @@ BLOCKS = gguf.GGMLQuantizationType.Q8_0
 
 def test_blocks_are_rounded_once(tmp_path: Path) -> None:
     """LFM2's reader unpacks in the model's dtype; the numbers are the package's own, rounded to bf16."""
-    options = {"vocab_size": NUM_TOKENS, "block_auto_adjust_ff_dim": False}
+    options: dict[str, Any] = {"vocab_size": NUM_TOKENS, "block_auto_adjust_ff_dim": False}
     model = tiny_model("lfm2", layer_types=["conv", "full_attention"], **options)
     names = {
         "model.embed_tokens.": "token_embd.",

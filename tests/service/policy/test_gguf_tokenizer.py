@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.gguf_tokenizer import SPLITS, complete_tokenizer
@@ -87,6 +87,6 @@ def test_words_that_no_merges_lead_to(tmp_path: Path, pre: str, is_whole: bool) 
         pre=pre,
         tokenizer=json.dumps(tokenizer),
     )
-    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    read: Any = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     complete_tokenizer(read, read_gguf_metadata(str(tmp_path / "tiny.gguf"))[0])
     assert (ids_of(read, "x zyzzyva")[1:] == [NUM_TOKENS]) == is_whole
