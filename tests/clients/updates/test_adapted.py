@@ -128,6 +128,16 @@ def test_the_active_one_of_several_adapters() -> None:
     check_scores(disturbed(model, seed=5))
 
 
+def test_another_adapter_of_other_layers() -> None:
+    model = lora()
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"]))
+    check_scores(model)
+    model = lora()
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"]))
+    model.set_adapter("ref")
+    check_scores(disturbed(model, seed=6))
+
+
 def test_an_adapter_of_transformers_own_integration() -> None:
     model = tiny_model()
     model.add_adapter(peft.LoraConfig(**LORA), adapter_name="mine")
