@@ -22,12 +22,14 @@ from shopr1_rewards.self_certainty import Head
 from shopr1_service.core import EngineStats, MeasuredCompletion, PromptKey, PromptScope, TokenGroup, Version
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, choose_forward
+from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.lm_head import LinearHead, UnsupportedModelError, choose_head, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
@@ -77,13 +79,14 @@ def build_policy(
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
     random_ids, cache = check_ids(model, num_ids, longest), PrefixCache(UNLIMITED)
-    head, forward = _checked(model, random_ids, cache)
+    rope, head, forward = _checked(model, random_ids, cache)
     engine = Engine(
         forward,
         head,
         max_sequence_tokens=max_sequence_tokens,
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
+        rope=rope,
     )
     startup.enter(Step.WARMING_UP)
     cache.max_bytes = _prefix_cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
@@ -104,18 +107,29 @@ def build_policy(
     )
 
 
-def _checked(model: PreTrainedModel, random_ids: Sequence[int], cache: PrefixCache) -> tuple[Head, Forward]:
+def _checked(
+    model: PreTrainedModel, random_ids: Sequence[int], cache: PrefixCache
+) -> tuple[LengthDependentRope | None, Head, Forward]:
     """The fastest head and forward strategy that agree with the model."""
     try:
+        rope = LengthDependentRope.of(model)
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        return head, choose_forward(model, random_ids, _candidates(model, cache))
+        forward = choose_forward(model, random_ids, _candidates(model, cache, rope))
+        return rope, head, _by_length(forward, rope)
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
 
 
-def _candidates(model: PreTrainedModel, cache: PrefixCache) -> list[Forward]:
+def _candidates(
+    model: PreTrainedModel, cache: PrefixCache, rope: LengthDependentRope | None
+) -> list[Forward]:
     """The strategies that share a prompt, fastest first."""
-    return [SharedPrefixForward(model, cache), PackedForward(model), ExpandedForward(model)]
+    strategies: list[Forward] = [SharedPrefixForward(model, cache), PackedForward(model), ExpandedForward(model)]
+    return [_by_length(forward, rope) for forward in strategies]
+
+
+def _by_length(forward: Forward, rope: LengthDependentRope | None) -> Forward:
+    return forward if rope is None or isinstance(forward, ByLengthForward) else ByLengthForward(forward, rope)
 
 
 def _heartbeat_of(model: PreTrainedModel) -> Heartbeat:

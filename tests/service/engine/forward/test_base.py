@@ -303,15 +303,3 @@ def test_a_cache_that_is_cut_to_a_window_is_noticed(monkeypatch: pytest.MonkeyPa
     # Prompts of 6 and 8 tokens, with a lead of up to 3.
     assert choose(model, CHECK_IDS[:12], [ExpandedForward]).name == "expanded"
     assert choose(model, CHECK_IDS, [ExpandedForward]).name == "independent"
-
-
-def test_rope_that_changes_with_the_length() -> None:
-    # Phi-3's long RoPE rotates all keys differently once the sequence is longer than 16 tokens (4096 in real
-    # models); a cache keeps the prompt's keys as they were rotated before.
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope["original_max_position_embeddings"] = 16
-    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
-    forward = choose(model, CHECK_IDS)
-    for num_prompt_tokens in (4, 10, 20):
-        suffix = Suffix(random_ids(20, seed=1), [-1, 0, 19])
-        check(forward, model, random_ids(num_prompt_tokens, seed=2), [suffix])
