@@ -25,10 +25,10 @@ from shopr1_service.engine.forward.base import (
     IndependentForward,
     PromptGroup,
     Suffix,
-    choose_forward,
 )
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.forward.self_check import choose_forward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.lm_head import choose_head
 from shopr1_service.engine.prefix_cache import PrefixCache
@@ -110,7 +110,7 @@ def _refusal(row: Row, forward: Forward) -> Row:
 def _choice(row: Row, family: Family, model: PreTrainedModel) -> Row:
     """The strategy that the service's self-check chooses on this device."""
     candidates = [make(model) for name, make in STRATEGIES.items() if name != "independent"]
-    chosen = choose_forward(model, random_ids(48, NUM_VOCAB, seed=3), candidates).name
+    chosen = choose_forward(model, random_ids(48, NUM_VOCAB, seed=3), candidates).forward.name
     outcome = Outcome.PASS if chosen == family.forward else Outcome.FAIL
     return replace(row, outcome=outcome, note=f"chose {chosen}, expected {family.forward}")
 

@@ -3,6 +3,8 @@
     ShopR1Error
     ├── TransportError        no answer of the service
     ├── MixedVersionsError    only some of several servers accepted a new policy version
+    ├── UnsendableModelError  a model that computes with more than can be sent
+    ├── VerificationError     the service gives other numbers than the model that was sent
     └── ProblemError          an answer, application/problem+json (RFC 9457)
         └── a class for each `code`, with its HTTP status
 
@@ -55,6 +57,36 @@ class MixedVersionsError(ShopR1Error):
     def __str__(self) -> str:
         untried = f", and {', '.join(self.untried)} were not tried" if self.untried else ""
         return f"{', '.join(self.updated)} have version {self.version!r}; {self.failed} failed{untried}"
+
+
+class UnsendableModelError(ShopR1Error, ValueError):
+    """A model whose numbers the service cannot give: it computes with more than what would be sent."""
+
+
+class VerificationError(ShopR1Error):
+    """The service gives other numbers than the model that was sent to it.
+
+    Attributes:
+        url: the server.
+        expected, actual: self-certainty of each token of the probe by the model and by the server, nats.
+    """
+
+    def __init__(
+        self, url: str, expected: Sequence[float], actual: Sequence[float], limit_nats: float
+    ) -> None:
+        super().__init__(url, expected, actual, limit_nats)
+        self.url = url
+        self.expected = list(expected)
+        self.actual = list(actual)
+        self.limit_nats = limit_nats
+
+    def __str__(self) -> str:
+        worst = max(range(len(self.expected)), key=lambda i: abs(self.expected[i] - self.actual[i]))
+        return (
+            f"{self.url} scores with another model than the one that was sent: token {worst} of the probe is"
+            f" {self.actual[worst]:.6g} nats there and {self.expected[worst]:.6g} here (limit"
+            f" {self.limit_nats:g})"
+        )
 
 
 class ProblemError(ShopR1Error):

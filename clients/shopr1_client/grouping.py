@@ -16,6 +16,7 @@ from shopr1_client.wire import (
     ScoreResponse,
     TokenIds,
 )
+from shopr1_client.wire_prompt import PromptOptions
 
 
 class RolloutLike(Protocol):
@@ -27,6 +28,8 @@ class RolloutLike(Protocol):
     def completion(self) -> Any: ...  # noqa: ANN401  # as `wire.Completion` accepts
     @property
     def ground_truth(self) -> str | dict[str, Any]: ...
+    @property
+    def options(self) -> PromptOptions: ...
 
 
 class Rollout(BaseModel):
@@ -37,10 +40,11 @@ class Rollout(BaseModel):
     prompt: Prompt
     completion: Completion
     ground_truth: GroundTruth
+    options: PromptOptions = PromptOptions()
 
 
 class Grouping:
-    """Rollouts grouped by prompt and ground truth, so that each prompt is sent and computed once.
+    """Rollouts grouped by prompt, with its options, and ground truth: each prompt is sent and computed once.
 
     Attributes:
         groups: in the order of their first rollouts.
@@ -55,7 +59,8 @@ class Grouping:
     def __init__(self, rollouts: Sequence[RolloutLike]) -> None:
         members: dict[Hashable, list[int]] = {}
         for i, rollout in enumerate(rollouts):
-            members.setdefault((_prompt_key(rollout.prompt), _truth_key(rollout.ground_truth)), []).append(i)
+            key = _prompt_key(rollout.prompt), _options_key(rollout), _truth_key(rollout.ground_truth)
+            members.setdefault(key, []).append(i)
         self.indices = list(members.values())
         self.groups = [_group([rollouts[i] for i in indices]) for indices in self.indices]
 
@@ -72,7 +77,8 @@ class Grouping:
 def _group(rollouts: Sequence[RolloutLike]) -> Group:
     first = rollouts[0]
     completions = [rollout.completion for rollout in rollouts]
-    return Group(prompt=first.prompt, ground_truth=first.ground_truth, completions=completions)
+    options = _given(first)
+    return Group(prompt=first.prompt, ground_truth=first.ground_truth, completions=completions, **options)
 
 
 def _prompt_key(prompt: str | list[Message] | TokenIds) -> Hashable:
@@ -83,6 +89,15 @@ def _prompt_key(prompt: str | list[Message] | TokenIds) -> Hashable:
             return TokenIds, tuple(prompt.token_ids)
         case _:
             return Message, tuple((message.role, message.content) for message in prompt)
+
+
+def _options_key(rollout: RolloutLike) -> str:
+    return json.dumps(_given(rollout), sort_keys=True)
+
+
+def _given(rollout: RolloutLike) -> dict[str, Any]:
+    """The options that have a value; those of a prompt of token ids have no effect."""
+    return {} if isinstance(rollout.prompt, TokenIds) else rollout.options.given()
 
 
 def _truth_key(truth: str | dict[str, Any]) -> str:

@@ -80,7 +80,8 @@ def split(request: ScoreRequest, limits: Limits, urls: Sequence[str]) -> list[Pa
 
 
 def _pieces(index: int, group: Group, limits: Limits, urls: Sequence[str]) -> Iterator[_Piece]:
-    fields = group.model_dump(mode="python", exclude_none=True)
+    # Not `exclude_none`, which would drop null arguments of a chat template, too.
+    fields = {name: value for name, value in group.model_dump(mode="python").items() if value is not None}
     completions = fields.pop("completions")
     prompt = json.dumps(fields["prompt"])
     servers = tuple(ranked(urls, prompt.encode()))
@@ -89,7 +90,8 @@ def _pieces(index: int, group: Group, limits: Limits, urls: Sequence[str]) -> It
         own = completions[first : first + step]
         # json escapes half surrogate pairs, which a policy may have written; pydantic rejects them.
         content = json.dumps({**fields, "completions": own}).encode()
-        num_tokens = _num_tokens(fields["prompt"]) + sum(map(_num_tokens, own))
+        prompt_tokens = _num_tokens(fields["prompt"]) + _num_tokens(fields.get("chat_template_kwargs", ""))
+        num_tokens = prompt_tokens + sum(map(_num_tokens, own))
         yield _Piece(index, first, len(own), content, num_tokens, servers)
 
 
@@ -124,7 +126,9 @@ def _part(request: ScoreRequest, pieces: Sequence[_Piece]) -> Part:
 
 
 def _body(request: ScoreRequest, groups: Sequence[bytes]) -> bytes:
-    envelope = request.model_dump(mode="json", exclude_none=True, exclude={"groups"})
+    envelope = request.model_dump(mode="json", exclude_none=True, exclude={"groups", "chat_template_kwargs"})
+    if request.chat_template_kwargs is not None:  # with its null arguments
+        envelope["chat_template_kwargs"] = request.chat_template_kwargs
     return b'{"groups": [' + b", ".join(groups) + b"], " + json.dumps(envelope).encode()[1:]
 
 
@@ -166,7 +170,8 @@ def _joined(scores: list[tuple[int, GroupScore]]) -> GroupScore:
     if len({(score.policy_version, score.adapter) for score in ordered}) > 1:
         raise PolicyVersionError("the policy changed while a group was scored in several parts")
     rewards = [reward for score in ordered for reward in score.rewards]
-    return ordered[0].model_copy(update={"rewards": rewards})
+    warnings = list(dict.fromkeys(warning for score in ordered for warning in score.warnings))
+    return ordered[0].model_copy(update={"rewards": rewards, "warnings": warnings})
 
 
 def relocated(error: ProblemError, part: Part) -> ProblemError:

@@ -21,6 +21,7 @@ from shopr1_client.wire_base import (
     by_type,
 )
 from shopr1_client.wire_policy import AdapterName, VersionDemand
+from shopr1_client.wire_prompt import PromptOptions, ScoreWarning
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
 
@@ -86,7 +87,7 @@ class Include(StrEnum):
     """`prompt_token_ids` and `details.completion_token_ids`: the ids that the policy was given."""
 
 
-class Group(RequestModel):
+class Group(PromptOptions):
     """A prompt, the human's action, and the completions that a policy sampled."""
 
     id: Annotated[UnicodeText | None, Field(description="Echoed in the answer.")] = None
@@ -94,8 +95,9 @@ class Group(RequestModel):
         Prompt,
         Field(
             description=(
-                "A string is used unchanged, already templated: no special token is added. Messages pass "
-                "through the policy's chat template with the generation prompt. Token ids are used unchanged."
+                "A string is used unchanged, already templated; `add_special_tokens` adds a BOS. Messages "
+                "pass through the policy's chat template with the generation prompt. Token ids are used "
+                "unchanged."
             )
         ),
     ]
@@ -111,8 +113,8 @@ class Group(RequestModel):
     ]
 
 
-class ScoreRequest(RequestModel):
-    """Groups to score."""
+class ScoreRequest(PromptOptions):
+    """Groups to score. Its options for prompts are defaults of those of its groups."""
 
     recipe: Annotated[str | None, Field(description="Default: the service's default recipe.")] = None
     groups: list[Group]
@@ -176,6 +178,15 @@ class Details(AnswerModel):
         list[str], Field(description="Absent or empty attributes of the predicted type.")
     ]
     extra_keys: Annotated[list[str], Field(description="Paths of keys that the format does not have.")]
+    converted: Annotated[
+        list[str],
+        Field(
+            description=(
+                "Paths of fields that only a lenient recipe reads: a type in other case, a number or boolean "
+                "as text, null as a key left out."
+            )
+        ),
+    ] = []  # noqa: RUF012  # pydantic copies it
     similarity: Annotated[
         dict[str, float | None],
         Field(description="ROUGE-L F1 per attribute, before the threshold; null if not compared."),
@@ -222,6 +233,10 @@ class GroupScore(AnswerModel):
     ]
     adapter: Annotated[str | None, Field(description="Adapter that scored this group; null: none.")] = None
     rewards: list[Reward]
+    warnings: Annotated[
+        list[ScoreWarning],
+        Field(description="Reasons to doubt that this is the prompt or the end of turn of the policy."),
+    ] = []  # noqa: RUF012  # pydantic copies it
     prompt_token_ids: Annotated[list[int] | None, Field(description="With `include: [token_ids]`.")] = None
 
 
@@ -259,6 +274,21 @@ class Limits(AnswerModel):
     max_request_tokens: Annotated[int, Field(description="Prompts and completions of one request together.")]
 
 
+class RejectedPath(AnswerModel):
+    """A faster head or forward strategy that the check at load did not take."""
+
+    path: Annotated[
+        str, Field(description="`linear`, the head, or a strategy: `shared_prefix`, `packed`, `expanded`.")
+    ]
+    reason: Annotated[
+        str,
+        Field(
+            description="`unsupported`: it fails with this architecture. `differs`: its numbers are others."
+        ),
+    ]
+    detail: str
+
+
 class PolicyInfo(AnswerModel):
     """The loaded policy."""
 
@@ -278,6 +308,13 @@ class PolicyInfo(AnswerModel):
         str,
         Field(description="How prompts are shared: `shared_prefix`, `packed`, `expanded` or `independent`."),
     ]
+    rejected_paths: Annotated[
+        tuple[RejectedPath, ...],
+        Field(description="Faster paths that were not taken, fastest first, and why."),
+    ] = ()
+    remarks: Annotated[
+        tuple[str, ...], Field(description="Findings of the check at load beside its choice, and its limits.")
+    ] = ()
 
 
 class Info(AnswerModel):

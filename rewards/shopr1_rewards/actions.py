@@ -1,16 +1,15 @@
-"""The policy's and the human's actions, validated against a recipe's action space."""
+"""Actions, and the policy's action, validated against a recipe's action space."""
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from shopr1_rewards.completion import Envelope, wrong_type_message
-from shopr1_rewards.errors import GroundTruthError
-from shopr1_rewards.format_error import FormatError, FormatFailure, InvalidFormatError
-from shopr1_rewards.recipe import ActionSpace, FormatRecipe, OnFlaw
-from shopr1_rewards.strict_json import check_text, load
+from shopr1_rewards.format_error import FormatError, FormatFailure
+from shopr1_rewards.recipe import ActionSpace, AttributeTypes, FormatRecipe, OnFlaw
+from shopr1_rewards.strict_json import Number
 
 
 @dataclass(frozen=True)
@@ -33,38 +32,75 @@ class PredictedAction:
         is_known_type: whether the action space has the type.
         missing_attributes: attributes of the type that are absent or empty.
         extra_keys: paths of keys that the format does not have, such as `action.confidence`.
+        converted: paths of fields that only a lenient recipe reads: a type in other case, a number or boolean
+            as text, null as a key left out.
     """
 
     action: Action
     is_known_type: bool
     missing_attributes: tuple[str, ...]
     extra_keys: tuple[str, ...]
+    converted: tuple[str, ...] = ()
 
 
 def read_prediction(
     envelope: Envelope, space: ActionSpace, rules: FormatRecipe
 ) -> PredictedAction | FormatFailure:
     """The action of an answer, or the reason why the answer is invalid."""
-    action_type = space.types.get(envelope.action_type)
+    known_name = space.find_type(envelope.action_type, rules.action_types)
+    fields = _without_nulls(envelope.fields) if _is_lenient(rules) else envelope.fields
     # The attributes of an unknown type are unknown: all its text fields are reported.
-    names = list(action_type.attributes if action_type else _text_fields(envelope))
-    attributes = {name: envelope.fields[name] for name in names if name in envelope.fields}
-    for name, value in attributes.items():
-        if not isinstance(value, str):
-            message = wrong_type_message(f"action.{name}", value, str)
-            return FormatFailure(FormatError.WRONG_TYPE, message)
+    names = list(space.types[known_name].attributes if known_name else _text_fields(fields, rules))
+    attributes: dict[str, str] = {}
+    for name in names:
+        if name in fields:
+            text = _as_text(fields[name], rules)
+            if text is None:
+                message = wrong_type_message(f"action.{name}", fields[name], str)
+                return FormatFailure(FormatError.WRONG_TYPE, message)
+            attributes[name] = text
+    action = Action(known_name or envelope.action_type, attributes)
     prediction = PredictedAction(
-        action=Action(envelope.action_type, attributes),
-        is_known_type=action_type is not None,
-        missing_attributes=tuple(name for name in names if not attributes.get(name)) if action_type else (),
-        extra_keys=envelope.extra_keys
-        + tuple(f"action.{key}" for key in envelope.fields if key not in attributes),
+        action=action,
+        is_known_type=known_name is not None,
+        missing_attributes=tuple(name for name in names if not attributes.get(name)) if known_name else (),
+        extra_keys=envelope.extra_keys + tuple(f"action.{key}" for key in fields if key not in attributes),
+        converted=tuple(f"action.{key}" for key in _converted_keys(envelope, fields, action)),
     )
     return _rejection(prediction, rules) or prediction
 
 
-def _text_fields(envelope: Envelope) -> list[str]:
-    return [key for key, value in envelope.fields.items() if isinstance(value, str)]
+def _is_lenient(rules: FormatRecipe) -> bool:
+    return rules.attribute_types is AttributeTypes.SCALAR
+
+
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _text_fields(fields: Mapping[str, Any], rules: FormatRecipe) -> list[str]:
+    return [key for key, value in fields.items() if _as_text(value, rules) is not None]
+
+
+def _as_text(value: object, rules: FormatRecipe) -> str | None:
+    """The text of an attribute, or None if the recipe does not accept its JSON type."""
+    match value:
+        case str():
+            return value
+        case bool() if _is_lenient(rules):
+            return json.dumps(value)
+        case Number() if _is_lenient(rules):
+            return value.written
+        case _:
+            return None
+
+
+def _converted_keys(envelope: Envelope, fields: Mapping[str, Any], action: Action) -> Iterator[str]:
+    if action.type != envelope.action_type:
+        yield "type"
+    for key, value in envelope.fields.items():
+        if key not in fields or (key in action.attributes and not isinstance(value, str)):
+            yield key
 
 
 def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailure | None:
@@ -79,48 +115,3 @@ def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailur
             FormatError.EXTRA_KEY, f"key {reprlib.repr(prediction.extra_keys[0])} is not allowed"
         )
     return None
-
-
-def read_ground_truth(value: str | Mapping[str, Any], space: ActionSpace) -> Action:
-    """The human's action from an object or from a JSON string.
-
-    Every attribute of its type is required, as a string, which may be empty. Other keys are ignored: data
-    sets have more about an action than its type and attributes.
-
-    Raises:
-        GroundTruthError: not an action of this action space; `field` names the key.
-    """
-    fields = _load_object(value) if isinstance(value, str) else value
-    type_name = _require_text(fields, "type")
-    if type_name not in space.types:
-        known = ", ".join(space.types)
-        raise GroundTruthError(f"type {reprlib.repr(type_name)} is not in the action space ({known})", "type")
-    names = space.types[type_name].attributes
-    return Action(
-        type_name, {name: _require_text(fields, name, f" of a {type_name!r} action") for name in names}
-    )
-
-
-def _load_object(text: str) -> Mapping[str, Any]:
-    try:
-        value = load(text)
-    except InvalidFormatError as exception:
-        raise GroundTruthError(f"not valid JSON: {exception}") from None
-    except json.JSONDecodeError as error:
-        raise GroundTruthError(f"not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise GroundTruthError("not a JSON object")
-    return value
-
-
-def _require_text(fields: Mapping[str, Any], key: str, of: str = "") -> str:
-    if key not in fields:
-        raise GroundTruthError(f"{key!r}{of} is missing", key)
-    value = fields[key]
-    if not isinstance(value, str):
-        raise GroundTruthError(f"{key!r}{of} must be a string, not {reprlib.repr(value)}", key)
-    try:
-        check_text(value)
-    except InvalidFormatError as exception:
-        raise GroundTruthError(f"{key!r}{of} is not valid text: {exception}", key) from None
-    return value

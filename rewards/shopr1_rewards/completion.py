@@ -11,15 +11,18 @@ characters in the raw text.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shopr1_rewards.format_error import FormatError, FormatFailure, InvalidFormatError
+from shopr1_rewards.json_objects import object_spans
+from shopr1_rewards.recipe import Which
 from shopr1_rewards.strict_json import (
     DECODER,
     WHITESPACE,
     Member,
+    Number,
     Span,
     check_depth,
     check_text,
@@ -29,8 +32,9 @@ from shopr1_rewards.strict_json import (
 
 _T = TypeVar("_T")
 
-MAX_CANDIDATES = 64
-"""Maximum number of objects that tolerant reading tries, which keeps its time linear in the text."""
+THINKING_BEGINS, THINKING_ENDS = "<think>", "</think>"
+
+_KEYS = frozenset(("rationale", "action"))
 
 
 @dataclass(frozen=True)
@@ -91,28 +95,93 @@ def parse_strict(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Format
         return exception.failure
 
 
-def parse_tolerant(text: str, end_tokens: Sequence[str] = ()) -> Envelope | FormatFailure:
-    """Parse the first valid answer in a completion, ignoring code fences and text around it.
+Check = Callable[[Envelope], FormatFailure | None]
+"""The reason why a well-formed answer is not valid in the recipe's action space, or None."""
 
-    If there is none, the failure is that of the first object.
+
+class _Answer(NamedTuple):
+    span: Span
+    envelope: Envelope
+
+
+def parse_tolerant(
+    text: str,
+    end_tokens: Sequence[str] = (),
+    which: Which = Which.FIRST,
+    check: Check = lambda _envelope: None,
+) -> Envelope | FormatFailure:
+    """Parse a valid answer in a completion, ignoring everything around it.
+
+    An answer can begin at any brace: inside a code fence, another object or a list, and after braces, quotes
+    and brackets that are never closed. An answer inside an answer does not count. The time is linear in the
+    text.
+
+    Args:
+        text: the raw completion.
+        end_tokens: the policy's end-of-turn and padding tokens, which are ignored at the end.
+        which: which one of several valid answers.
+        check: refuses an answer that the recipe makes invalid.
+
+    Returns:
+        The answer, or the failure of the first object, after the thinking if `which` asks for that.
 
     >>> parse_tolerant('Sure! {"rationale": "why", "action": {"type": "terminate"}} Bye.').action_type
     'terminate'
     """
     text = strip_end(text, end_tokens)
-    failures: list[FormatFailure] = []
-    start = text.find("{")
-    while start != -1 and len(failures) < MAX_CANDIDATES:
+    answers = list(_answers(text, check))
+    begin, end = _considered(text, answers) if which is Which.AFTER_THINKING else (0, len(text))
+    considered = [answer.envelope for answer in answers if begin <= answer.span.start < end]
+    if considered:
+        return considered[-1 if which is Which.LAST else 0]
+    return _first_failure(text, begin, end, check)
+
+
+def _answers(text: str, check: Check) -> Iterator[_Answer]:
+    """Valid answers from left to right, each after the end of the previous one."""
+    previous_end = 0
+    # An object nests at most MAX_DEPTH levels, so that no text is parsed more often than that.
+    for start, _ in object_spans(text, _KEYS):
+        if start < previous_end:
+            continue
         try:
-            return _parse_envelope(text, start)[0]
-        except InvalidFormatError as exception:
-            failures.append(exception.failure)
-            # No text before the error is parsed again.
-            start = text.find("{", max(exception.position, start + 1))
-    if not failures:
-        error = FormatError.NO_OBJECT if text else FormatError.EMPTY
-        return FormatFailure(error, "no JSON object in the completion")
-    return failures[0]
+            envelope, end = _parse_envelope(text, start)
+        except InvalidFormatError:
+            continue
+        if check(envelope) is None:
+            yield _Answer(Span(start, end), envelope)
+            previous_end = end
+
+
+def _considered(text: str, answers: Sequence[_Answer]) -> Span:
+    """The text after the last end of a thinking block, up to the beginning of one that has no end.
+
+    Marks inside an answer are part of its values.
+    """
+    outside, position = [], 0
+    for span, _ in answers:
+        outside += [text[position : span.start], " " * (span.end - span.start)]
+        position = span.end
+    marks = "".join(outside) + text[position:]
+    begin = marks.rfind(THINKING_ENDS) + 1  # an object cannot begin within the mark
+    end = marks.find(THINKING_BEGINS, begin)
+    return Span(begin, len(text) if end == -1 else end)
+
+
+def _first_failure(text: str, begin: int, end: int, check: Check) -> FormatFailure:
+    start = text.find("{", begin, end)
+    if start == -1:
+        return FormatFailure(FormatError.NO_OBJECT if text else FormatError.EMPTY, _no_object(text, end))
+    try:
+        envelope, _ = _parse_envelope(text, start)
+    except InvalidFormatError as exception:
+        return exception.failure
+    return check(envelope) or FormatFailure(FormatError.NO_OBJECT, _no_object(text, end))
+
+
+def _no_object(text: str, end: int) -> str:
+    where = "" if end == len(text) else f" before {THINKING_BEGINS}, which is never closed"
+    return f"no JSON object in the completion{where}"
 
 
 def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
@@ -185,7 +254,7 @@ _JSON_NAMES: dict[type, str] = {
     str: "a string",
     dict: "an object",
     list: "a list",
-    float: "a number",
+    Number: "a number",
     bool: "a boolean",
     type(None): "null",
 }

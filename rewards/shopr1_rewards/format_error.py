@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class FormatError(StrEnum):
-    """Reason why a completion earns no format reward."""
+    """Reason why a completion's format is invalid, so that it earns nothing."""
 
     EMPTY = "empty"
     """Only white space and end tokens."""

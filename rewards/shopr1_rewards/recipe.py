@@ -10,13 +10,14 @@ Every answer has the digest of its recipe, so that a logged reward can be traced
 
 import hashlib
 import json
+import reprlib
 import tomllib
 from enum import StrEnum
 from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -27,16 +28,23 @@ from pydantic import (
     Tag,
     ValidationError,
     field_validator,
+    model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shopr1_rewards.errors import RecipeError
 from shopr1_rewards.similarity import Tokenizer
 
+_IMPOSSIBLE = "impossible"
+
 # Strict: a quoted number or a boolean in a recipe is a mistake, not a weight. Bounded: rewards stay finite.
 Weight = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+# Beyond these bounds the logits' quotients overflow, or all distributions are uniform to rounding.
+Temperature = Annotated[float, Field(strict=True, ge=1e-3, le=1e3, allow_inf_nan=False)]
+
+Name = Annotated[str, Field(pattern=r"\S")]
+"""Name of an action type or attribute: not blank."""
 
 
 class Component(StrEnum):
@@ -56,6 +64,32 @@ class Reading(StrEnum):
 
     STRICT = "strict"
     TOLERANT = "tolerant"
+
+
+class Which(StrEnum):
+    """Choice among several valid answers in a completion. Only for tolerant reading."""
+
+    FIRST = "first"
+    LAST = "last"
+    AFTER_THINKING = "after_thinking"
+    """The first one after the last `</think>`; none after a `<think>` that is never closed."""
+
+
+class AttributeTypes(StrEnum):
+    """JSON types of the policy's attributes."""
+
+    STRING = "string"
+    """Strings only; anything else is a format error."""
+    SCALAR = "scalar"
+    """Numbers and booleans are their text, as written; null is as if the key were left out."""
+
+
+class ActionTypes(StrEnum):
+    """How the policy's action type is found in the action space."""
+
+    EXACT = "exact"
+    CASEFOLD = "casefold"
+    """In upper or lower case: `Click` is `click`."""
 
 
 class OnFlaw(StrEnum):
@@ -107,6 +141,11 @@ class Vocabulary(StrEnum):
     """The tokenizer's tokens, without padding rows of the head."""
 
 
+def _impossible(message: str) -> PydanticCustomError:
+    """An error of several keys together."""
+    return PydanticCustomError(_IMPOSSIBLE, "{message}", {"message": message})
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -116,9 +155,25 @@ class FormatRecipe(_Part):
 
     reward: Weight
     reading: Reading = Reading.STRICT
+    which: Which = Which.FIRST
+    attribute_types: AttributeTypes = AttributeTypes.STRING
+    action_types: ActionTypes = ActionTypes.EXACT
     unknown_action_type: OnFlaw = OnFlaw.ACCEPT
     missing_attribute: OnFlaw = OnFlaw.ACCEPT
     extra_key: OnFlaw = OnFlaw.ACCEPT
+
+    @model_validator(mode="after")
+    def _check_which(self) -> Self:
+        if self.reading is Reading.STRICT and self.which is not Which.FIRST:
+            raise _impossible(f"which = {self.which.value!r} requires reading = 'tolerant'")
+        return self
+
+
+_LATER_FORMAT_OPTIONS = {
+    "which": Which.FIRST,
+    "attribute_types": AttributeTypes.STRING,
+    "action_types": ActionTypes.EXACT,
+}
 
 
 class SimilarityRecipe(_Part):
@@ -127,6 +182,14 @@ class SimilarityRecipe(_Part):
     tokenizer: Tokenizer = Tokenizer.UNICODE
     threshold: Fraction = 0.75
     threshold_is: Threshold = Threshold.EXCLUSIVE
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        if self.thresholded(1.0) == 0:
+            raise _impossible(
+                "nothing exceeds threshold = 1; threshold_is = 'inclusive' asks for equal tokens"
+            )
+        return self
 
     def thresholded(self, similarity: float) -> float:
         """R(x): the similarity if it passes the threshold, else 0."""
@@ -167,7 +230,7 @@ class ActionTypeRecipe(_Part):
     """Reward of an action type, and its attributes. The human's action has all of them."""
 
     reward: Weight
-    attributes: dict[str, AttributeRecipe] = {}
+    attributes: dict[Name, AttributeRecipe] = {}
 
     @field_validator("attributes")
     @classmethod
@@ -181,7 +244,14 @@ class ActionSpace(_Part):
     """The possible actions."""
 
     dars: Weight
-    types: Annotated[dict[Annotated[str, Field(min_length=1)], ActionTypeRecipe], Field(min_length=1)]
+    types: Annotated[dict[Name, ActionTypeRecipe], Field(min_length=1)]
+
+    def find_type(self, written: str, types: ActionTypes) -> str | None:
+        """The name of the type that the policy wrote, or None if there is no such type."""
+        if written in self.types or types is ActionTypes.EXACT:
+            return written if written in self.types else None
+        folded = written.casefold()
+        return next((name for name in self.types if name.casefold() == folded), None)
 
     def value_weight(self, attribute: AttributeRecipe) -> float:
         return self.dars if attribute.value == "dars" else attribute.value
@@ -222,6 +292,15 @@ class Recipe(_Part):
     self_certainty: SelfCertaintyRecipe
     action_space: ActionSpace
 
+    @model_validator(mode="after")
+    def _check_types(self) -> Self:
+        folded = {name.casefold() for name in self.action_space.types}
+        if self.format.action_types is ActionTypes.CASEFOLD and len(folded) < len(self.action_space.types):
+            raise _impossible(
+                "format.action_types = 'casefold': two names of action_space.types are equal then"
+            )
+        return self
+
     @cached_property
     def component_names(self) -> tuple[str, ...]:
         """Components as plain strings, whose hash is fast: a key for every rollout."""
@@ -231,10 +310,14 @@ class Recipe(_Part):
     def digest(self) -> str:
         """`sha256:` of the recipe's canonical JSON, defaults filled in, without `source`.
 
-        Without Shop-R1's components, too: recipes once had no list of them, and keep their digests.
+        Without later options that have their defaults, too: recipes keep the digests that they had before.
         """
-        excluded = {"source", "components"} if self.components == _SHOP_R1 else {"source"}
-        content = self.model_dump(mode="json", exclude=excluded)
+        content = self.model_dump(mode="json", exclude={"source"})
+        if self.components == _SHOP_R1:
+            del content["components"]
+        for key, default in _LATER_FORMAT_OPTIONS.items():
+            if content["format"][key] == default:
+                del content["format"][key]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
@@ -275,12 +358,14 @@ def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
         RecipeError: not TOML, an unknown or missing key, or an impossible value.
     """
     try:
-        return Recipe.model_validate(tomllib.loads(toml))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{origin}: not TOML: {error}") from error
+        return Recipe.model_validate(tomllib.loads(toml.removeprefix("\ufeff")))  # a byte order mark
     except ValidationError as error:
         flaws = "; ".join(_flaw(details) for details in error.errors())
         raise RecipeError(f"{origin}: {flaws}") from error
+    except RecursionError:
+        raise RecipeError(f"{origin}: not a recipe: nested too deeply") from None
+    except ValueError as error:  # also of an integer with thousands of digits
+        raise RecipeError(f"{origin}: not TOML: {error}") from error
 
 
 def _flaw(details: ErrorDetails) -> str:
@@ -289,7 +374,17 @@ def _flaw(details: ErrorDetails) -> str:
         return f"unknown key {key!r}"
     if details["type"] == "missing":
         return f"missing key {key!r}"
-    return f"{key}: {details['msg']} (got {details['input']!r})"
+    where = f"{key}: " if key else ""
+    if details["type"] == _IMPOSSIBLE:
+        return where + details["msg"]
+    return f"{where}{details['msg']} (got {_shortened(details['input'])})"
+
+
+def _shortened(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no integer with thousands of digits
+        return "an integer with thousands of digits"
 
 
 def _shipped() -> Traversable:

@@ -4,7 +4,7 @@ Shop-R1's (arXiv 2507.17842, Table 1):
 
     reward = format + action_type + attribute + value + self_certainty
 
-    format          the recipe's reward of valid output; in invalid format all components are 0
+    format          the recipe's reward of valid output, which may be 0
     action_type     the recipe's reward of the true type, if it is predicted
     attribute       Σ over the type's attributes: its `presence` weight, if the predicted one is not empty
     value           Σ over the type's attributes: its `value` weight · R(predicted, true)
@@ -12,8 +12,8 @@ Shop-R1's (arXiv 2507.17842, Table 1):
 
     R(x, y) = ROUGE-L F1(x, y) if that passes the threshold, else 0
 
-Attribute and value are earned only when the type is right. Each component is already weighted, so that they
-sum to the reward. `terms.py` has their rules.
+In invalid format all components are 0. Attribute and value are earned only when the type is right. Each
+component is already weighted, so that they sum to the reward. `terms.py` has their rules.
 
 There are two steps, because only the second needs a model: `judge` applies the rules to the text and finds
 the span of self-certainty; `Judgement.components` adds the measured terms.
@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shopr1_rewards.actions import Action, PredictedAction, read_prediction
-from shopr1_rewards.completion import parse_strict, parse_tolerant, strip_end
+from shopr1_rewards.completion import Envelope, parse_strict, parse_tolerant, strip_end
 from shopr1_rewards.format_error import FormatFailure
 from shopr1_rewards.recipe import Reading, Recipe, SimilarityRecipe, SpanChoice
 from shopr1_rewards.similarity import rouge_l_f1
@@ -41,9 +41,10 @@ class Judgement:
         prediction: the predicted action; None where the format is invalid.
         similarity: ROUGE-L F1 per attribute, before the threshold; only attributes that were compared.
         is_type_match: whether the predicted type is the human's.
-        is_exact_match: whether type and all attributes equal the human's, character for character.
+        is_exact_match: whether type and all attributes, as they were read, equal the human's, character for
+            character.
         certainty_span: the characters of the raw completion whose tokens self-certainty is averaged over;
-            None where it is not needed: invalid format, an empty span, or `alpha = 0`.
+            None where it is not needed: invalid format, an empty span, or no weight of self-certainty.
     """
 
     earned: Mapping[str, float]
@@ -78,8 +79,7 @@ def judge(completion: str, truth: Action, recipe: Recipe, end_tokens: Sequence[s
     >>> total(judgement.components(measured_terms(26.0, recipe)))
     0.93
     """
-    parse = parse_strict if recipe.format.reading is Reading.STRICT else parse_tolerant
-    envelope = parse(completion, end_tokens)
+    envelope = _read(completion, recipe, end_tokens)
     if isinstance(envelope, FormatFailure):
         return _invalid(envelope, recipe)
     prediction = read_prediction(envelope, recipe.action_space, recipe.format)
@@ -90,6 +90,17 @@ def judge(completion: str, truth: Action, recipe: Recipe, end_tokens: Sequence[s
         span = Span(0, len(strip_end(completion, end_tokens)))
     is_needed = needs_policy(recipe) and span.start < span.end
     return _valid(prediction, truth, recipe, span if is_needed else None)
+
+
+def _read(completion: str, recipe: Recipe, end_tokens: Sequence[str]) -> Envelope | FormatFailure:
+    if recipe.format.reading is Reading.STRICT:
+        return parse_strict(completion, end_tokens)
+
+    def check(envelope: Envelope) -> FormatFailure | None:
+        prediction = read_prediction(envelope, recipe.action_space, recipe.format)
+        return prediction if isinstance(prediction, FormatFailure) else None
+
+    return parse_tolerant(completion, end_tokens, recipe.format.which, check)
 
 
 def _invalid(failure: FormatFailure, recipe: Recipe) -> Judgement:

@@ -5,6 +5,16 @@ r"""Similarity of two attribute values: ROUGE-L F1 (Lin 2004) over a declared to
 LCS is the length of the longest common subsequence of tokens, |·| the number of tokens. This is the
 harmonic mean of LCS/|x| and LCS/|y|, rounded once. Shop-R1 names ROUGE-L but not its tokens, and the
 tokens decide: `button_list.white` against `button_list.black` is 0 when a name is one token.
+
+The default tokens of a value that has letters or digits are its words. A value without any, such as `+` or
+`★★★★☆`, is one token. Symbols that mean letters or digits (`™`, `½`, `²`, `㎏`) can be read in two ways,
+and the one with the larger F1 counts for both values:
+
+    as what they mean    `1½ cups` is `1 1/2 cups`, `500㎖` is `500ml`
+    as separators        `Nike™` is `Nike`, as for Google's `rouge_score`, which drops what is not ASCII
+
+Hence F1(x, x) = 1 for every x but the empty string, and where all letters are ASCII, F1 is at least that of
+`rouge_score`. On ASCII it is equal, unless both values have neither letters nor digits: Google's is 0 then.
 """
 
 import re
@@ -30,17 +40,20 @@ _UNSPACED_RANGES = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 )
+_SYMBOL_RANGES = ((0x2000, 0x2BFF), (0x1F000, 0x1FFFF))
+# Marks that cannot be seen: the grapheme joiner and variation selectors, such as those of emoji.
+_INVISIBLE_MARKS = ((0x034F, 0x034F), (0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
 
 
 class Tokenizer(StrEnum):
     """Tokenisation of attribute values for ROUGE-L."""
 
     UNICODE = "unicode"
-    """Case-folded words of any script; Han, Kana, Thai … by character. Equal to `rouge_score` on ASCII."""
+    """Case-folded words of any script; Han, Kana, Thai … by character. As `rouge_score` on ASCII words."""
     ROUGE_SCORE = "rouge_score"
     """Google's `rouge_score` without stemming: runs of a-z and 0-9. Drops every other script."""
     WHITESPACE = "whitespace"
-    """Split at white space, with case and punctuation."""
+    """Split at white space, with case and punctuation. White space alone is one token."""
     EXACT = "exact"
     """The whole value is one token: 1 if equal, else 0."""
 
@@ -55,24 +68,27 @@ class _CharKind(StrEnum):
 
 @lru_cache(maxsize=8192)
 def _char_kind(char: str) -> _CharKind:
-    category = unicodedata.category(char)
-    if category.startswith("M"):
-        return _CharKind.MARK
-    if category == "Cf":  # zero-width spaces and joiners, soft hyphens: copied, never intended
+    category, point = unicodedata.category(char), ord(char)
+    # Zero-width spaces and joiners, soft hyphens, variation selectors: copied, never intended.
+    if category == "Cf" or _is_in(point, _INVISIBLE_MARKS):
         return _CharKind.IGNORED
+    if category in ("Mn", "Mc"):
+        return _CharKind.MARK
     if category[0] not in "LN":
         return _CharKind.BREAK
-    point = ord(char)
-    unspaced = any(first <= point <= last for first, last in _UNSPACED_RANGES)
-    return _CharKind.SINGLE if unspaced else _CharKind.WORD
+    return _CharKind.SINGLE if _is_in(point, _UNSPACED_RANGES) else _CharKind.WORD
 
 
-def _unicode_tokens(text: str) -> list[str]:
+def _is_in(point: int, ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(first <= point <= last for first, last in ranges)
+
+
+def _words(text: str) -> list[str]:
     if text.isascii():
         return _rouge_score_tokens(text)
     tokens: list[str] = []
     last = _CharKind.BREAK
-    for char in unicodedata.normalize("NFKC", text).casefold():
+    for char in _folded(_space_numbers(text)):
         kind = _char_kind(char)
         if kind is _CharKind.IGNORED:
             continue
@@ -87,12 +103,63 @@ def _unicode_tokens(text: str) -> list[str]:
     return tokens
 
 
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _space_numbers(text: str) -> str:
+    """`1½` is 1 1/2 and not 11/2, and `10²` is not 102: such a number begins or ends beside other digits."""
+    parts: list[str] = []
+    last = ""
+    for char in text:
+        category = unicodedata.category(char)
+        if "No" in (last, category) and last.startswith("N") and category.startswith("N"):
+            parts.append(" ")
+        parts.append(char)
+        last = category
+    return "".join(parts)
+
+
+def _without_symbols(text: str) -> str:
+    """`text` with a space for each symbol that is not ASCII, also for those that mean letters or digits.
+
+    Where no letter of another script is left, nothing but ASCII is.
+    """
+    if text.isascii():
+        return text
+    kept = [char if _is_kept(char) else " " for char in unicodedata.normalize("NFC", text)]
+    if all(char.isascii() or _char_kind(char) is _CharKind.IGNORED for char in kept):
+        kept = [char if char.isascii() else " " for char in kept]
+    return "".join(kept)
+
+
+@lru_cache(maxsize=8192)
+def _is_kept(char: str) -> bool:
+    if char.isascii() or _char_kind(char) in (_CharKind.IGNORED, _CharKind.MARK):
+        return True
+    category, meaning, point = unicodedata.category(char), unicodedata.decomposition(char), ord(char)
+    if category in ("No", "Nl"):  # scripts' own numbers are kept, such as Ethiopic ones
+        return not meaning and not _is_in(point, _SYMBOL_RANGES)
+    is_letter_or_digit = category[0] == "L" or category == "Nd"
+    return is_letter_or_digit and not meaning.startswith(("<super>", "<sub>"))
+
+
+def _unicode_tokens(text: str) -> list[str]:
+    return _words(text) or _whole(text)
+
+
+def _whole(text: str) -> list[str]:
+    """A value without letters and digits as one token; all blank values but the empty one are alike."""
+    visible = "".join(char for char in _folded(text) if _char_kind(char) is not _CharKind.IGNORED)
+    return [" ".join(visible.split()) or " "] if text else []
+
+
 def _rouge_score_tokens(text: str) -> list[str]:
     return _ASCII_WORD.findall(text.lower())
 
 
 def _whitespace_tokens(text: str) -> list[str]:
-    return text.split()
+    return text.split() or _exact_tokens(text)
 
 
 def _exact_tokens(text: str) -> list[str]:
@@ -129,13 +196,25 @@ def _lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
 def rouge_l_f1(predicted: str, truth: str, tokenizer: Tokenizer = Tokenizer.UNICODE) -> float:
     """ROUGE-L F1 of two strings, in [0, 1]; 0 when either has no token.
 
+    Every value but the empty string has a token, except with `Tokenizer.ROUGE_SCORE`.
+
     >>> rouge_l_f1("nav_bar.search_button", "nav_bar.search_input")
     0.75
     >>> rouge_l_f1("平安扣", "平安扣")
     1.0
+    >>> rouge_l_f1("Nike™ Air", "nike air")
+    1.0
     """
-    predicted_tokens, truth_tokens = tokenize(predicted, tokenizer), tokenize(truth, tokenizer)
-    if not predicted_tokens or not truth_tokens:
+    similarity = _f1(tokenize(predicted, tokenizer), tokenize(truth, tokenizer))
+    if tokenizer is not Tokenizer.UNICODE or similarity == 1:
+        return similarity
+    plain = _without_symbols(predicted), _without_symbols(truth)
+    if plain == (predicted, truth):
+        return similarity
+    return max(similarity, _f1(_words(plain[0]), _words(plain[1])))
+
+
+def _f1(predicted: Sequence[str], truth: Sequence[str]) -> float:
+    if not predicted or not truth:
         return 0.0
-    num_tokens = len(predicted_tokens) + len(truth_tokens)
-    return 2 * _lcs_length(predicted_tokens, truth_tokens) / num_tokens
+    return 2 * _lcs_length(predicted, truth) / (len(predicted) + len(truth))

@@ -31,6 +31,20 @@ class Span(NamedTuple):
     end: int
 
 
+class Number(float):
+    """A JSON number with its text: `5` and `5.0` are different values of an attribute.
+
+    A float, because int() rejects more than 4,300 digits.
+    """
+
+    written: str
+
+    def __new__(cls, written: str) -> "Number":
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+
 class Member(NamedTuple):
     value: Any
     span: Span
@@ -102,9 +116,11 @@ def _refuse_constant(name: str) -> None:
     raise InvalidFormatError(FormatError.NON_FINITE_NUMBER, f"{name} is not a JSON number")
 
 
-# Numbers earn nothing, so they are parsed as floats: int() rejects more than 4,300 digits.
 DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_int=float
+    object_pairs_hook=_unique_members,
+    parse_constant=_refuse_constant,
+    parse_int=Number,
+    parse_float=Number,
 )
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from shopr1_client.wire import Group, GroupScore, Reason
 from shopr1_client.wire_policy import VersionDemand, VersionInfo
+from shopr1_client.wire_prompt import ScoreWarning
 from shopr1_rewards import Action, Judgement, Recipe, Span
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 
@@ -233,11 +234,13 @@ class PreparedRollout:
     Attributes:
         tokens: empty where they are not needed.
         measured: indices of the tokens whose self-certainty is computed; empty if it is not.
+        unknown_end: the special token at its end that alone makes its format invalid, or None.
     """
 
     judgement: Judgement
     tokens: Tokens
     measured: Sequence[int]
+    unknown_end: str | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,7 @@ class PreparedGroup:
     truth: Action
     prompt_ids: Sequence[int]
     rollouts: Sequence[PreparedRollout]
+    warnings: Sequence[ScoreWarning] = ()
 
     def token_group(self) -> TokenGroup:
         """The engine's input: the rollouts with measured tokens, in order."""

@@ -5,6 +5,7 @@ Sources, in order of precedence: the command line, the environment (`SHOPR1_PORT
 and the message names both.
 """
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from pydantic_settings import (
 )
 
 from shopr1_client.wire import Limits
+from shopr1_client.wire_prompt import IsoDate, PromptOptions, TemplateArguments
 from shopr1_service.errors import SettingsError
 
 ENV_PREFIX = "SHOPR1_"
@@ -102,6 +104,27 @@ class Settings(BaseSettings):
     max_sequence_tokens: PositiveInt | None = None
     """Longest prompt with completion; default: the limit in the policy's config."""
 
+    self_check: Literal["full", "short"] = "full"
+    """The check at load: `full` runs sequences longer than every window of the policy; `short` runs
+    short ones, which do not show whether long prompts are computed rightly."""
+    self_check_cache: Path | None = None
+    """JSON file that keeps the outcomes of full checks, so that later starts with the same architecture,
+    versions and device run the short one."""
+    chat_template: str | None = None
+    """Chat template of requests that name none: a name in `chat_templates` or in the tokenizer. Default: the
+    tokenizer's own."""
+    chat_templates: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Files of further chat templates, Jinja, separated by commas. A request chooses one by the file's name
+    without suffix, or by its text."""
+    chat_template_kwargs: Annotated[TemplateArguments, NoDecode] = {}
+    """Arguments of the chat template, JSON, such as `{"enable_thinking": false}`. Those of a request replace
+    them, name by name."""
+    chat_template_date: IsoDate | None = None
+    """Date that `strftime_now` in a chat template takes for now, in ISO 8601. Default: the clock's."""
+    end_tokens: Annotated[tuple[str, ...], NoDecode] = ()
+    """Further tokens, separated by commas, that may follow an answer: those of the tokenizer, the model's
+    configuration and the chat template are known."""
+
     prefix_cache_bytes: Annotated[int, Field(ge=0)] | None = None
     """Size of the prefix cache, which keeps the KV of prompts across requests; 0 turns it off. Default: 2 GiB
     on a CPU, on CUDA the rest of `memory_share`."""
@@ -160,11 +183,25 @@ class Settings(BaseSettings):
     shutdown_grace_s: PositiveInt = 30
     """Seconds for open requests to finish after SIGTERM."""
 
-    @field_validator("api_keys", "policy_roots", mode="before")
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("api_keys", "policy_roots", "chat_templates", "end_tokens", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return (
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
+
+    @property
+    def prompt_options(self) -> PromptOptions:
+        """Options for the prompts of requests that have none."""
+        return PromptOptions(
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs or None,
+            chat_template_date=self.chat_template_date,
         )
 
     @property

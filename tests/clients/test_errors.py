@@ -18,6 +18,8 @@ from shopr1_client.errors import (
     ProblemError,
     ShopR1Error,
     TransportError,
+    UnsendableModelError,
+    VerificationError,
     from_problem,
 )
 from shopr1_client.wire import Problem
@@ -66,7 +68,9 @@ def test_codes_and_statuses() -> None:
 
 def test_the_tree() -> None:
     assert set(ProblemError.__subclasses__()) == set(PROBLEMS)
-    assert set(ShopR1Error.__subclasses__()) == {ProblemError, TransportError, MixedVersionsError}
+    assert set(ShopR1Error.__subclasses__()) == {
+        *(ProblemError, TransportError, MixedVersionsError, UnsendableModelError, VerificationError)
+    }
     assert issubclass(ShopR1Error, Exception)
 
 

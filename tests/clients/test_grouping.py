@@ -6,6 +6,7 @@ import pytest
 
 from shopr1_client.grouping import Grouping, Rollout
 from shopr1_client.wire import GroupScore, Message, Reward, ScoreResponse, TokenIds
+from shopr1_client.wire_prompt import PromptOptions
 
 TRUTH = {"type": "terminate"}
 CLICK = {"type": "click", "name": "b"}
@@ -13,8 +14,9 @@ REORDERED = {"name": "b", "type": "click"}
 CHAT = [Message(role="user", content="a")]
 
 
-def rollout(prompt: Any, completion: str = "x", truth: Any = TRUTH) -> Rollout:
-    return Rollout(prompt=prompt, completion=completion, ground_truth=truth)
+def rollout(prompt: Any, completion: str = "x", truth: Any = TRUTH, **options: Any) -> Rollout:
+    given = PromptOptions(**options)
+    return Rollout(prompt=prompt, completion=completion, ground_truth=truth, options=given)
 
 
 @pytest.mark.parametrize(
@@ -33,12 +35,28 @@ def rollout(prompt: Any, completion: str = "x", truth: Any = TRUTH) -> Rollout:
             1,
         ),
         (rollout("a", truth=CLICK), rollout("a"), 2),
+        (rollout("a", add_special_tokens=True), rollout("a", add_special_tokens=True), 1),
+        (rollout("a", add_special_tokens=True), rollout("a"), 2),
+        (
+            rollout(CHAT, chat_template_kwargs={"x": 1, "y": 2}),
+            rollout(CHAT, chat_template_kwargs={"y": 2, "x": 1}),
+            1,
+        ),
+        (rollout(CHAT, chat_template_kwargs={"x": 1}), rollout(CHAT, chat_template_kwargs={"x": True}), 2),
+        (rollout(TokenIds(token_ids=[1]), add_special_tokens=True), rollout(TokenIds(token_ids=[1])), 1),
     ],
 )
 def test_groups_share_prompt_and_ground_truth(first: Rollout, second: Rollout, num_groups: int) -> None:
     grouping = Grouping([first, second])
     assert len(grouping.groups) == num_groups
     assert grouping.indices == ([[0, 1]] if num_groups == 1 else [[0], [1]])
+
+
+def test_groups_have_the_options_of_their_rollouts() -> None:
+    [group] = Grouping([rollout(CHAT, chat_template_kwargs={"x": None}, continue_final_message=False)]).groups
+    assert group.given() == {"chat_template_kwargs": {"x": None}, "continue_final_message": False}
+    [ids] = Grouping([rollout(TokenIds(token_ids=[1]), add_special_tokens=True)]).groups
+    assert ids.given() == {}
 
 
 def test_rewards_are_in_the_order_of_the_rollouts() -> None:

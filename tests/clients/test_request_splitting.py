@@ -123,6 +123,28 @@ def test_tokens_of_a_part_are_bounded() -> None:
     assert [part.num_rollouts for part in split(request_of(*groups), limits, URLS[:1])] == [4, 4, 2]
 
 
+def test_options_of_prompts_are_sent_with_null_arguments() -> None:
+    request = request_of(("p", ["a"])).model_copy(update={"chat_template_kwargs": {"x": None}})
+    options: dict[str, Any] = {
+        "chat_template_kwargs": {"y": None, "z": {"deep": None}},
+        "add_special_tokens": False,
+    }
+    groups = [group.model_copy(update=options) for group in request.groups]
+    [part] = split(request.model_copy(update={"groups": groups}), LIMITS, URLS[:1])
+    sent = ScoreRequest.model_validate_json(part.body)
+    assert sent.given() == {"chat_template_kwargs": {"x": None}}
+    assert sent.groups[0].given() == options
+
+
+def test_arguments_of_a_template_count_as_tokens() -> None:
+    group = (
+        request_of(("p", ["a"])).groups[0].model_copy(update={"chat_template_kwargs": {"tools": "x" * 90}})
+    )
+    request = request_of().model_copy(update={"groups": [group] * 3})
+    limits = LIMITS.model_copy(update={"max_request_tokens": 250})
+    assert [part.num_rollouts for part in split(request, limits, URLS[:1])] == [2, 1]
+
+
 def test_one_prompt_always_goes_to_one_server() -> None:
     groups = [(f"prompt {i % 7}", ["a"]) for i in range(70)]
     own = split(request_of(*groups), LIMITS, URLS)

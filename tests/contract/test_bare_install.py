@@ -74,7 +74,7 @@ import shopr1_client, shopr1_client.wire, shopr1_rewards
 from shopr1_rewards import judge, load_recipe, measured_terms, read_ground_truth, total
 
 recipe = load_recipe("shop_r1")
-truth = read_ground_truth({"type": "click", "name": "add_to_cart.buy_now"}, recipe.action_space)
+truth = read_ground_truth({"type": "click", "name": "add_to_cart.buy_now"}, recipe)
 answer = '{"rationale": "why", "action": {"type": "click", "name": "refinements.customer_reviews"}}'
 judgement = judge(answer, truth, recipe)
 print(total(judgement.components(measured_terms(26.0, recipe))))

@@ -50,7 +50,7 @@ NO_RATIONALE = ("leave", 4)
 
 def judgements() -> Iterator[tuple[str, int, Judgement]]:
     for group in GROUPS:
-        truth = read_ground_truth(group.ground_truth, RECIPE.action_space)
+        truth = read_ground_truth(group.ground_truth, RECIPE)
         for i, completion in enumerate(group.completions):
             assert isinstance(completion, str)
             yield str(group.id), i, judge(completion, truth, RECIPE)
@@ -79,7 +79,7 @@ def test_number_of_examples() -> None:
 
 
 def test_every_action_type_is_a_ground_truth() -> None:
-    truths = {read_ground_truth(group.ground_truth, RECIPE.action_space).type for group in GROUPS}
+    truths = {read_ground_truth(group.ground_truth, RECIPE).type for group in GROUPS}
     assert truths == set(RECIPE.action_space.types)
     assert {type(group.ground_truth) for group in GROUPS} == {dict, str}
 

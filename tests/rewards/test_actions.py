@@ -1,20 +1,12 @@
-import json
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 
-from shopr1_rewards import (
-    Action,
-    FormatError,
-    GroundTruthError,
-    PredictedAction,
-    read_ground_truth,
-    read_prediction,
-)
+from shopr1_rewards import Action, FormatError, PredictedAction, parse_strict, read_prediction
 from shopr1_rewards.format_error import FormatFailure
 from shopr1_rewards.recipe import FormatRecipe, OnFlaw
-from tests.support.completions import SHOP_R1, answer, envelope_of, refused
+from tests.support.completions import SHOP_R1, accepted, envelope_of, refused
 
 SPACE = SHOP_R1.action_space
 LENIENT = SHOP_R1.format
@@ -175,100 +167,75 @@ def test_results_are_frozen() -> None:
         prediction.action.type = "click"  # type: ignore[misc]
 
 
-# --- the human's action -----------------------------------------------------------------------------
+# --- lenient recipes --------------------------------------------------------------------------------
+
+SCALARS = FormatRecipe.model_validate({"reward": 0.5, "attribute_types": "scalar"})
+ANY_CASE = FormatRecipe.model_validate({"reward": 0.5, "action_types": "casefold"})
 
 
-@pytest.mark.parametrize("as_json", [False, True], ids=["object", "JSON string"])
 @pytest.mark.parametrize(
-    ("truth", "expected"),
+    ("written", "text"),
     [
-        ({"type": "terminate"}, Action("terminate", {})),
-        ({"type": "click", "name": "buy_now"}, Action("click", {"name": "buy_now"})),
-        (TYPE_AND_SUBMIT, Action("type_and_submit", {"name": "search", "text": "tea"})),
-        ({"text": "平安扣", "name": "", "type": "type_and_submit"},
-         Action("type_and_submit", {"name": "", "text": "平安扣"})),
-        # Data sets say more about an action; it is left alone.
-        ({"type": "click", "name": "a", "click_type": None, "x": [1]}, Action("click", {"name": "a"})),
-        ({"type": "terminate", "name": 5}, Action("terminate", {})),
-    ],
-    ids=["terminate", "click", "type_and_submit", "empty, any order", "more keys", "more keys, terminate"],
-)  # fmt: skip
-def test_ground_truth(truth: dict[str, Any], expected: Action, as_json: bool) -> None:
-    assert read_ground_truth(json.dumps(truth) if as_json else truth, SPACE) == expected
-
-
-def test_ground_truth_keeps_the_order_of_the_recipe() -> None:
-    truth = read_ground_truth({"text": "b", "name": "a", "type": "type_and_submit"}, SPACE)
-    assert list(truth.attributes) == ["name", "text"]
-
-
-@pytest.mark.parametrize("as_json", [False, True], ids=["object", "JSON string"])
-@pytest.mark.parametrize(
-    ("truth", "field", "message"),
-    [
-        ({}, "type", "'type' is missing"),
-        ({"name": "buy_now"}, "type", "'type' is missing"),
-        ({"type": None}, "type", "'type' must be a string, not None"),
-        ({"type": ["click"]}, "type", "'type' must be a string, not ['click']"),
-        (
-            {"type": "scroll"},
-            "type",
-            "type 'scroll' is not in the action space (terminate, click, type_and_submit)",
-        ),
-        ({"type": ""}, "type", "type '' is not in the action space (terminate, click, type_and_submit)"),
-        ({"type": "click"}, "name", "'name' of a 'click' action is missing"),
-        ({"type": "click", "name": None}, "name", "'name' of a 'click' action must be a string, not None"),
-        ({"type": "click", "name": {}}, "name", "'name' of a 'click' action must be a string, not {}"),
-        (
-            {"type": "type_and_submit", "name": "a"},
-            "text",
-            "'text' of a 'type_and_submit' action is missing",
-        ),
+        ("5", "5"),
+        ("5.0", "5.0"),  # as written: 5 and 5.0 have other tokens
+        ("-1.50E+3", "-1.50E+3"),
+        ("1" * 5000, "1" * 5000),
+        ("1e999", "1e999"),
+        ("true", "true"),
+        ("false", "false"),
+        ('"5"', "5"),
     ],
 )
-def test_ground_truth_that_is_no_action(
-    truth: dict[str, Any], field: str, message: str, as_json: bool
-) -> None:
-    with pytest.raises(GroundTruthError) as caught:
-        read_ground_truth(json.dumps(truth) if as_json else truth, SPACE)
-    assert (caught.value.field, str(caught.value)) == (field, message)
+def test_scalars_are_their_text(written: str, text: str) -> None:
+    raw = f'{{"rationale": "r", "action": {{"type": "type_and_submit", "name": "q", "text": {written}}}}}'
+    prediction = read_prediction(accepted(parse_strict(raw)), SPACE, SCALARS)
+    assert isinstance(prediction, PredictedAction)
+    assert prediction.action == Action("type_and_submit", {"name": "q", "text": text})
+    assert prediction.converted == (() if written.startswith('"') else ("action.text",))
 
 
-@pytest.mark.parametrize("key", ["type", "name"])
-def test_ground_truth_with_half_a_surrogate_pair(key: str) -> None:
-    truth = {"type": "click", "name": "a", key: "\ud800"}
-    with pytest.raises(GroundTruthError, match="U\\+D800") as caught:
-        read_ground_truth(truth, SPACE)
-    assert caught.value.field == key
+def test_null_is_as_if_the_key_were_left_out() -> None:
+    # OPeRA's rows have every key, with null where a type has no such attribute.
+    prediction = read({"type": "click", "name": "buy", "text": None, "click_type": "x"}, SCALARS)
+    assert prediction == PredictedAction(
+        Action("click", {"name": "buy"}), True, (), ("action.click_type",), ("action.text",)
+    )
+    missing = read({"type": "click", "name": None}, SCALARS)
+    assert missing == PredictedAction(Action("click", {}), True, ("name",), (), ("action.name",))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not valid JSON: Expecting value"),
-        ("click", "not valid JSON: Expecting value"),
-        ('{"type": "click", "name": "a"', "not valid JSON: Expecting ',' delimiter"),
-        ('{"type": "terminate"} x', "not valid JSON: text after the JSON value, at character 21"),
-        ('{"type": "click", "name": "a", "name": "b"}', "not valid JSON: key 'name' occurs twice"),
-        ('{"type": "terminate", "x": NaN}', "not valid JSON: NaN is not a JSON number"),
-        ('{"type": "terminate", "x": "\\ud800"}', "not valid JSON: half a surrogate pair"),
-        ("[" * 10_000, "not valid JSON: nested deeper than 64 levels"),
-        ('["terminate"]', "not a JSON object"),
-        ('"terminate"', "not a JSON object"),
-        ("null", "not a JSON object"),
-    ],
-)
-def test_ground_truth_that_is_no_json_object(text: str, message: str) -> None:
-    with pytest.raises(GroundTruthError) as caught:
-        read_ground_truth(text, SPACE)
-    assert str(caught.value).startswith(message)
-    assert caught.value.field is None
+@pytest.mark.parametrize("value", [[], ["a"], {}, {"a": 1}])
+def test_lists_and_objects_are_no_text(value: Any) -> None:
+    assert refuse({"type": "click", "name": value}, SCALARS).error is FormatError.WRONG_TYPE
 
 
-def test_ground_truth_may_have_white_space_around_it() -> None:
-    assert read_ground_truth(' \n{"type": "terminate"}\t', SPACE) == Action("terminate", {})
+def test_scalars_of_an_unknown_type_are_reported() -> None:
+    prediction = read({"type": "scroll", "by": 5, "to": None, "at": []}, SCALARS)
+    assert prediction.action == Action("scroll", {"by": "5"})
+    assert prediction.extra_keys == ("action.at",)
+    assert prediction.converted == ("action.by", "action.to")
 
 
-def test_an_answer_is_no_ground_truth() -> None:
-    with pytest.raises(GroundTruthError, match="'type' is missing"):
-        read_ground_truth(answer({"type": "terminate"}), SPACE)
+@pytest.mark.parametrize("written", ["Click", "CLICK", "cLiCk"])
+def test_type_in_other_case(written: str) -> None:
+    prediction = read({"type": written, "name": "buy"}, ANY_CASE)
+    assert prediction.action == Action("click", {"name": "buy"})
+    assert prediction.is_known_type
+    assert prediction.converted == ("action.type",)
+    assert not read({"type": written, "name": "buy"}).is_known_type
+
+
+@pytest.mark.parametrize("written", ["click ", "clicks", "", "scroll"])
+def test_unknown_type_stays_unknown(written: str) -> None:
+    prediction = read({"type": written}, ANY_CASE)
+    assert (prediction.action.type, prediction.is_known_type) == (written, False)
+    assert prediction.converted == ()
+
+
+def test_each_option_is_its_own() -> None:
+    assert refuse({"type": "click", "name": 5}, ANY_CASE).error is FormatError.WRONG_TYPE
+    assert not read({"type": "Click"}, SCALARS).is_known_type
+
+
+def test_a_strict_recipe_converts_nothing() -> None:
+    assert read({"type": "click", "name": "a", "text": None, "x": 5}).converted == ()

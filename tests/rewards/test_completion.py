@@ -8,10 +8,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shopr1_rewards import Envelope, FormatError, FormatFailure, parse_strict, parse_tolerant
-from shopr1_rewards.completion import MAX_CANDIDATES, strip_end
-from shopr1_rewards.strict_json import MAX_DEPTH
-from tests.support.completions import accepted, refused, verdict
+from shopr1_rewards import (
+    Envelope,
+    FormatError,
+    FormatFailure,
+    completion,
+    json_objects,
+    parse_strict,
+    parse_tolerant,
+)
+from shopr1_rewards.completion import strip_end
+from shopr1_rewards.recipe import Which
+from shopr1_rewards.strict_json import MAX_DEPTH, scan_members
+from tests.support.completions import CountingPattern, accepted, refused, verdict
 
 ANSWER = '{"rationale": "why", "action": {"type": "terminate"}}'
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "")
@@ -368,8 +377,8 @@ DEEP = {
     "deepest": with_extra(lists(MAX_DEPTH - 1)),
     "deepest objects": with_extra(objects(MAX_DEPTH - 1)),
     "too deep": with_extra(lists(MAX_DEPTH)),
-    "far too deep": with_extra(lists(10_000)),
-    "far too deep, objects": with_extra(objects(10_000)),
+    "far too deep": with_extra(lists(2000)),
+    "far too deep, objects": with_extra(objects(2000)),
 }
 
 
@@ -426,7 +435,23 @@ def test_exhausted_stack_is_an_error_and_no_verdict(text: str, parse: Parser) ->
         (with_rationale(r'"\ud800"') + " ", ""),
         (objects(MAX_DEPTH + 1) + " ", ""),
         ("\ud800\ufeff", "\udfff"),
-        ("{}" * (MAX_CANDIDATES - 1), ""),
+        ("{}" * 1000, ""),
+        # Quotes that are not closed, in every number
+        ('{"', ""),
+        ('{"a": "{" ', ""),
+        ('He said "buy {this}: ', ""),
+        ('5" {', '"'),
+        ('{"x": {"y": "', ""),
+        ("{'a': 'it\"s'} ", ""),
+        ('{\\"rationale\\": \\"x\\"} ', ""),
+        # An answer inside of another object
+        ('{"result": ', "}"),
+        ('{"result": {"answers": [', "]}}"),
+        ('{"a": 1, "a": 2, "b": ', "}"),
+        ('{"a": NaN, "b": ', ""),
+        ('{"rationale": "r", "action": ', "}"),
+        ('{"a":' * (MAX_DEPTH + 9), "}" * (MAX_DEPTH + 9)),
+        ("[" * 100, "]" * 100),
     ],
 )
 def test_tolerant_reads_past_what_surrounds_the_answer(before: str, after: str) -> None:
@@ -451,42 +476,160 @@ def test_tolerant_reads_past_what_surrounds_the_answer(before: str, after: str) 
         # Of several flawed objects the first counts.
         ('{"a": 1} {x}', FormatError.MISSING_RATIONALE),
         ('{x} {"a": 1}', FormatError.INVALID_JSON),
-        (f'{{"a": {ANSWER}}}', FormatError.MISSING_RATIONALE),
+        (f'{{"a": {ANSWER[:-1]}', FormatError.INVALID_JSON),
         (f"[{with_extra('NaN')}]", FormatError.NON_FINITE_NUMBER),
         ("```\n" + with_rationale("null") + "\n```", FormatError.WRONG_TYPE),
-        ("{}" * MAX_CANDIDATES + ANSWER, FormatError.MISSING_RATIONALE),
+        ("{}" * 100, FormatError.MISSING_RATIONALE),
     ],
 )
 def test_tolerant_names_what_is_wrong(text: str, error: FormatError) -> None:
     assert refused(parse_tolerant(text)).error is error
 
 
-HOSTILE = {
-    '"\\': '"\\' * 100_000,
-    '{"\\': '{"\\' * 100_000,
-    'one brace, "\\': "{" + '"\\' * 100_000,
-    "{": "{" * 100_000,
-    '{"': '{"' * 100_000,
-    '{"a":': '{"a":' * 100_000,
-    "{x}": "{x}" * 100_000,
-    "{}": "{}" * 100_000,
-    '{"a":1}': '{"a":1}' * 50_000,
-    '{"a":NaN}': '{"a":NaN}' * 50_000,
-    '{"a":NaN, far from closed': '{"a":NaN,' * 50_000,
-    "[{": "[{" * 100_000,
-    "open string": '{"rationale": "' + "a" * 500_000,
-    "spaces": "{" + " " * 500_000 + "x",
-    "spaces at the end": "{" + " " * 500_000,
-    "end tokens": "{" + "<|im_end|> " * 50_000,
-    "million digits": '{"a": ' + "1" * 1_000_000,
+# --- which one of several ---------------------------------------------------------------------------
+
+
+def saying(word: str) -> str:
+    return ANSWER.replace("why", word)
+
+
+NESTED = f'{{"rationale": "outer", "action": {{"type": "terminate"}}, "draft": {saying("inner")}}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last", "after_thinking"),
+    [
+        (saying("a"), "a", "a", "a"),
+        (saying("a") + saying("b") + " {x}", "a", "b", "a"),
+        # An answer inside an answer is a part of it.
+        (NESTED, "outer", "outer", "outer"),
+        (f"{saying('a')} {NESTED}", "a", "outer", "a"),
+        (f"<think>{saying('a')}</think>{saying('b')} or {saying('c')}", "a", "c", "b"),
+        # Where the prompt opens the thinking
+        (f"{saying('a')}</think>{saying('b')}", "a", "b", "b"),
+        (f"{saying('a')}</think>{saying('b')}</think>{saying('c')}", "a", "c", "c"),
+        (f"{saying('a')}<think>never closed {saying('b')}", "a", "b", "a"),
+        # Marks in a value are no marks.
+        (f"<think>hm</think>{saying('a </think> b')}", "a </think> b", "a </think> b", "a </think> b"),
+        (saying("<think>"), "<think>", "<think>", "<think>"),
+    ],
+)
+def test_which(text: str, first: str, last: str, after_thinking: str) -> None:
+    expected = {Which.FIRST: first, Which.LAST: last, Which.AFTER_THINKING: after_thinking}
+    for which, rationale in expected.items():
+        envelope = accepted(parse_tolerant(text, (), which))
+        assert envelope.rationale == rationale
+        assert text[slice(*envelope.rationale_span)] == rationale
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (
+            f"<think>{ANSWER}",
+            FormatError.NO_OBJECT,
+            "no JSON object in the completion before <think>, which is never closed",
+        ),
+        (f"<think>{ANSWER}</think> Done.", FormatError.NO_OBJECT, "no JSON object in the completion"),
+        ("<think>{x}</think> {}", FormatError.MISSING_RATIONALE, "rationale is missing"),
+        ("", FormatError.EMPTY, "no JSON object in the completion"),
+    ],
+)
+def test_no_answer_after_thinking(text: str, error: FormatError, message: str) -> None:
+    assert refused(parse_tolerant(text, (), Which.AFTER_THINKING)) == FormatFailure(error, message)
+
+
+def test_an_answer_that_the_check_refuses_is_passed_over() -> None:
+    def check(envelope: Envelope) -> FormatFailure | None:
+        is_bad = envelope.rationale == "bad"
+        return FormatFailure(FormatError.WRONG_TYPE, "bad") if is_bad else None
+
+    text = f"{saying('bad')} {saying('good')} {saying('bad')}"
+    for which in Which:
+        assert accepted(parse_tolerant(text, (), which, check)).rationale == "good"
+        assert refused(parse_tolerant(saying("bad"), (), which, check)).message == "bad"
+
+
+# --- hostile text -----------------------------------------------------------------------------------
+
+CHAIN = '{"rationale": "", "action": {}, "x": '  # looks like an answer, and is none
+
+HOSTILE: dict[str, Callable[[int], str]] = {
+    '"\\': lambda n: '"\\' * n,
+    '{"\\': lambda n: '{"\\' * n,
+    'one brace, "\\': lambda n: "{" + '"\\' * n,
+    "{": lambda n: "{" * n,
+    '{"': lambda n: '{"' * n,
+    '{"a":': lambda n: '{"a":' * n,
+    "{x}": lambda n: "{x}" * n,
+    "{}": lambda n: "{}" * n,
+    '{"a":1}': lambda n: '{"a":1}' * n,
+    '{"a":NaN}': lambda n: '{"a":NaN}' * n,
+    '{"a":NaN, far from closed': lambda n: '{"a":NaN,' * n,
+    "[{": lambda n: "[{" * n,
+    "open string": lambda n: '{"rationale": "' + "a" * n,
+    "open strings": lambda n: '{"rationale": "' * n,
+    "spaces": lambda n: "{" + " " * n + "x",
+    "spaces after each string": lambda n: ('{"a"' + " " * 50) * (n // 50),
+    "spaces at the end": lambda n: "{" + " " * n,
+    "end tokens": lambda n: "{" + "<|im_end|> " * n,
+    "million digits": lambda n: '{"a": ' + "1" * 10 * n,
+    "no answers": lambda n: (CHAIN + "1}") * (n // 10),
+    "no answers, nested": lambda n: CHAIN * (n // 10) + "1" + "}" * (n // 10),
+    "no answers, nested as deep as possible": lambda n: (CHAIN * 60 + "1" + "}" * 60) * (n // 600),
+    "no answers, never closed": lambda n: CHAIN * (n // 10),
+    "no answers, and a long string": lambda n: CHAIN * 60 + '"' + "a" * n + '"' + "}" * 60,
+    "a brace in every string": lambda n: '{"{":"{",' * n,
+    "thinking": lambda n: "<think>{</think>" * n,
 }
+PER_PLACE = pytest.mark.parametrize("hostile", HOSTILE.values(), ids=list(HOSTILE))
 
 
-# Nothing is timed here: reading that is not linear in the text would run into the suite's time limit.
 @PARSERS
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
-def test_hostile_text_is_refused(text: str, parse: Any) -> None:
-    assert refused(parse(text, END_TOKENS)).error in FormatError
+@PER_PLACE
+def test_hostile_text_is_refused(hostile: Callable[[int], str], parse: Any) -> None:
+    assert refused(parse(hostile(20_000), END_TOKENS)).error in FormatError
+
+
+def work(text: str, which: Which, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Lines of Python that run, and characters that are given to compiled code."""
+    counted = 0
+    scan, pattern = scan_members, CountingPattern(json_objects._LEXEME)
+
+    def count_lines(frame: Any, event: str, argument: object) -> Any:
+        nonlocal counted
+        counted += event == "line" and "shopr1_rewards" in frame.f_code.co_filename
+        return count_lines
+
+    def counting_scan(text: str, start: int) -> Any:
+        nonlocal counted
+        try:
+            members, end = scan(text, start)
+        except json.JSONDecodeError as error:
+            counted += error.pos - start
+            raise
+        counted += end - start
+        return members, end
+
+    with monkeypatch.context() as patched:
+        patched.setattr(completion, "scan_members", counting_scan)
+        patched.setattr(json_objects, "_LEXEME", pattern)
+        sys.settrace(count_lines)
+        try:
+            parse_tolerant(text, (), which)
+        finally:
+            sys.settrace(None)
+    return counted + pattern.num_chars
+
+
+@pytest.mark.parametrize("which", Which)
+@PER_PLACE
+def test_work_is_linear_in_hostile_text(
+    hostile: Callable[[int], str], which: Which, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Twice as long a text may take twice as much work: counted, not timed. Quadratic work would be 4.
+    short, long = (work(hostile(n), which, monkeypatch) for n in (3000, 6000))
+    assert long <= 2.2 * short + 1000
 
 
 # --- properties -------------------------------------------------------------------------------------
@@ -652,6 +795,47 @@ def test_strict_accepts_what_a_slow_oracle_accepts(text: str) -> None:
 def test_tolerant_reads_what_strict_reads(text: str) -> None:
     strict, tolerant = parse_strict(text), parse_tolerant(text)
     assert tolerant == strict or isinstance(strict, FormatFailure)
+
+
+def first_answer(text: str) -> int | None:
+    """Position of the first valid answer, found by trying every brace."""
+    decoder = json.JSONDecoder(object_pairs_hook=Pairs, parse_constant=_refuse)
+    for start in (i for i, char in enumerate(text) if char == "{"):
+        try:
+            _, end = decoder.raw_decode(text, start)
+        except ValueError:
+            continue
+        if is_valid(text[start:end]):
+            return start
+    return None
+
+
+QUOTED = st.sampled_from(
+    ['{"', '"', "\\", '\\"', '{"a": ', "}", "[", '{"rationale": ', '", "action": {', "why"]
+)
+MESSY = st.lists(mutated() | QUOTED | answers(TEXT).map(lambda written: written.text), max_size=5).map(
+    "".join
+)
+
+
+@given(MESSY)
+def test_tolerant_finds_the_first_answer_that_a_search_from_every_brace_finds(text: str) -> None:
+    result, start = parse_tolerant(text), first_answer(text)
+    assert isinstance(result, Envelope) == (start is not None)
+    if isinstance(result, Envelope) and start is not None:
+        members, _ = json.JSONDecoder(strict=True).raw_decode(text, start)
+        assert result.rationale == members["rationale"]
+        assert result.rationale_span.start > start
+
+
+@given(MESSY)
+def test_every_choice_finds_an_answer_or_none(text: str) -> None:
+    first, last, after = (parse_tolerant(text, (), which) for which in Which)
+    assert isinstance(first, Envelope) == isinstance(last, Envelope)
+    if isinstance(first, Envelope) and isinstance(last, Envelope):
+        assert first.rationale_span <= last.rationale_span
+    if "think>" not in text:
+        assert after == first
 
 
 @given(answers(TEXT), ANY_TEXT.filter(lambda text: "{" not in text), ANY_TEXT)

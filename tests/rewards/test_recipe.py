@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shopr1_rewards import Recipe, RecipeError, load_recipe, parse_recipe, recipe_names
-from shopr1_rewards.recipe import SimilarityRecipe, Threshold
+from shopr1_rewards.recipe import SimilarityRecipe, Threshold, Which
 from tests.support.completions import SHOP_R1
 
 TOML = (resources.files("shopr1_rewards") / "recipes" / "shop_r1.toml").read_text("utf-8")
@@ -31,6 +31,9 @@ def test_every_number_and_choice_of_shop_r1() -> None:
         "format": {
             "reward": 0.5,
             "reading": "strict",
+            "which": "first",
+            "attribute_types": "string",
+            "action_types": "exact",
             "unknown_action_type": "accept",
             "missing_attribute": "accept",
             "extra_key": "accept",
@@ -164,6 +167,14 @@ def test_unknown_key_is_refused_and_named(old: str, new: str, key: str) -> None:
         ("reward = 0.5", "reward = true", "format.reward", "True"),
         ("reward = 0.5", 'reward = "0.5"', "format.reward", "'0.5'"),
         ('reading = "strict"', 'reading = "Strict"', "format.reading", "'Strict'"),
+        ('which = "first"', 'which = "best"', "format.which", "'best'"),
+        (
+            'attribute_types = "string"',
+            'attribute_types = "any"',
+            "format.attribute_types",
+            "'any'",
+        ),
+        ('action_types = "exact"', 'action_types = "Exact"', "format.action_types", "'Exact'"),
         (
             'unknown_action_type = "accept"',
             'unknown_action_type = "warn"',
@@ -188,6 +199,15 @@ def test_unknown_key_is_refused_and_named(old: str, new: str, key: str) -> None:
         ("temperature = 1.0", "temperature = true", "self_certainty.temperature", "True"),
         ("temperature = 1.0", "temperature = inf", "self_certainty.temperature", "inf"),
         ("temperature = 1.0", "temperature = nan", "self_certainty.temperature", "nan"),
+        # Quotients of logits overflow, or every distribution is uniform.
+        ("temperature = 1.0", "temperature = 1e-300", "self_certainty.temperature", "1e-300"),
+        ("temperature = 1.0", "temperature = 9e-4", "self_certainty.temperature", "0.0009"),
+        ("temperature = 1.0", "temperature = 1001", "self_certainty.temperature", "1001"),
+        ("temperature = 1.0", "temperature = 1e300", "self_certainty.temperature", "1e+300"),
+        ("alpha = 0.005", "alpha = 1e400", "self_certainty.alpha", "inf"),
+        ("alpha = 0.005", "alpha = -1.1e9", "self_certainty.alpha", "-1100000000.0"),
+        ("dars = 1000.0", "dars = 1e308", "action_space.dars", "1e+308"),
+        ("dars = 1000.0", "dars = 9223372036854775808", "action_space.dars", "9223372036854775808"),
         ('vocabulary = "head"', 'vocabulary = "all"', "self_certainty.vocabulary", "'all'"),
         ("dars = 1000.0", "dars = inf", "action_space.dars", "inf"),
         ("dars = 1000.0", 'dars = "high"', "action_space.dars", "'high'"),
@@ -242,6 +262,71 @@ def test_recipe_that_is_none(toml: str, message: str) -> None:
     assert str(caught.value).startswith(f"mine.toml: {message}")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "threshold = 0.75",
+            "threshold = 1.0",
+            "similarity: nothing exceeds threshold = 1; threshold_is = 'inclusive' asks for equal tokens",
+        ),
+        ("threshold = 0.75", "threshold = 1", "similarity: nothing exceeds threshold = 1"),
+        ('which = "first"', 'which = "last"', "format: which = 'last' requires reading = 'tolerant'"),
+        (
+            'which = "first"',
+            'which = "after_thinking"',
+            "format: which = 'after_thinking' requires reading = 'tolerant'",
+        ),
+        ("attributes.text", 'attributes.""', "action_space.types.type_and_submit.attributes."),
+        ("attributes.text", 'attributes." \\t"', "action_space.types.type_and_submit.attributes. \t"),
+        ("types.terminate", 'types.""', "action_space.types."),
+        ("types.terminate", 'types." "', "action_space.types. "),
+    ],
+)
+def test_recipe_that_cannot_work_is_refused(old: str, new: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(edited(old, new), "mine.toml")
+    assert str(caught.value).startswith(f"mine.toml: {message}")
+
+
+def test_types_that_only_differ_in_case_need_exact_types() -> None:
+    toml = edited("types.terminate", "types.CLICK")
+    assert "CLICK" in parse_recipe(toml).action_space.types
+    with pytest.raises(
+        RecipeError, match=r"^mine: format\.action_types = 'casefold': two names of action_spac"
+    ):
+        parse_recipe(toml.replace('action_types = "exact"', 'action_types = "casefold"'), "mine")
+
+
+@pytest.mark.parametrize("threshold", ["0", "5e-324", "0.9999999999999999"])
+@pytest.mark.parametrize("is_", ["exclusive", "inclusive"])
+def test_every_other_threshold_can_be_passed(threshold: str, is_: str) -> None:
+    toml = edited("threshold = 0.75", f"threshold = {threshold}").replace('"exclusive"', f'"{is_}"')
+    assert parse_recipe(toml).similarity.thresholded(1.0) == 1.0
+
+
+DIGITS = {
+    "decimal": ("1" * 5000, "not TOML: Exceeds the limit"),
+    "hexadecimal": ("0x" + "f" * 5000, "action_space.dars: "),
+    "float": ("1" * 5000 + ".0", "action_space.dars: "),
+    "400 digits": ("1" * 400, "action_space.dars: "),
+    "nested": ("[" * 900 + "]" * 900, ""),
+    "nested, a little": ("[" * 50 + "]" * 50, "action_space.dars: "),
+    "nested tables": ("{a=" * 900 + "1" + "}" * 900, ""),
+    "date": ("2026-05-01", "action_space.dars: "),
+    "time": ("2026-05-01T00:00:00Z", "action_space.dars: "),
+    "long string": ('"' + "x" * 10_000 + '"', "action_space.dars: "),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), DIGITS.values(), ids=list(DIGITS))
+def test_values_beyond_every_limit(value: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(edited("dars = 1000.0", f"dars = {value}"), "mine.toml")
+    assert str(caught.value).startswith(f"mine.toml: {message}")
+    assert len(str(caught.value)) < 500
+
+
 def test_every_flaw_is_named() -> None:
     toml = edited("alpha = 0.005", "alpha = inf").replace("[format]", "[format]\nbonus = 1")
     with pytest.raises(RecipeError) as caught:
@@ -290,6 +375,8 @@ OTHER_CHOICE: dict[str, Any] = {
     "shop_r1": "other",
     "strict": "tolerant",
     "accept": "reject",
+    "string": "scalar",
+    "exact": "casefold",
     "unicode": "exact",
     "exclusive": "inclusive",
     "kl_u_p": "eq3",
@@ -326,7 +413,8 @@ def changed(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 SHIPPED: dict[str, Any] = tomllib.loads(TOML)
-LEAVES = [path for path in leaves(SHIPPED) if path != ("source",)]
+# `which` needs another reading; its digest has its own test.
+LEAVES = [path for path in leaves(SHIPPED) if path not in (("source",), ("format", "which"))]
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=".".join)
@@ -336,9 +424,21 @@ def test_digest_changes_with_every_number_and_choice(path: tuple[str, ...]) -> N
 
 def test_no_two_changes_have_the_same_digest() -> None:
     digests = {Recipe.model_validate(changed(SHIPPED, path)).digest for path in LEAVES}
-    # 1 name, 1 order of components, 5 of format, 3 of similarity, 6 of self-certainty, dars, and of the
+    # 1 name, 1 order of components, 7 of format, 3 of similarity, 6 of self-certainty, dars, and of the
     # types 1 + 3 + 5.
-    assert len(digests) == len(LEAVES) == 26
+    assert len(digests) == len(LEAVES) == 28
+
+
+def test_digest_changes_with_which() -> None:
+    tolerant = edited('reading = "strict"', 'reading = "tolerant"')
+    tomls = [tolerant.replace('which = "first"', f'which = "{which.value}"') for which in Which]
+    assert len({parse_recipe(toml).digest for toml in tomls}) == 3
+
+
+def test_digest_of_shop_r1_is_that_of_recipes_without_later_options() -> None:
+    later = ("which", "attribute_types", "action_types")
+    without = "".join(line for line in TOML.splitlines(True) if not line.startswith(later))
+    assert parse_recipe(without).digest == SHOP_R1.digest
 
 
 def test_digest_of_shop_r1_is_that_of_recipes_without_a_list_of_components() -> None:
@@ -368,6 +468,7 @@ SAME = {
     "integer for a whole number": edited("dars = 1000.0", "dars = 1000"),
     "number written otherwise": edited("dars = 1000.0", "dars = 1e3"),
     "omitted defaults": edited("temperature = 1.0", "").replace('tokenizer = "unicode"', ""),
+    "byte order mark": "\ufeff" + TOML,
     "omitted section": TOML[: TOML.index("[similarity]")] + TOML[TOML.index("[self_certainty]") :],
 }
 
@@ -412,6 +513,12 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(edited("alpha = 0.005", "alpha = 0.01  # größer"), "utf-8")
     assert load_recipe(str(path)).self_certainty.alpha == 0.01
+
+
+def test_recipe_from_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TOML, "utf-8-sig")
+    assert load_recipe(str(path)) == SHOP_R1
 
 
 def test_flaw_in_a_file_is_reported_with_its_path(tmp_path: Path) -> None:

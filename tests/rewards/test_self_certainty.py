@@ -176,6 +176,14 @@ def test_temperature_divides_the_logits(
     assert_close(values(result), torch.stack(naive(logits_T_V / temperature)), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])  # the bounds of a recipe
+@pytest.mark.parametrize("scale", [1e-3, 10.0, 1e5])
+def test_divergences_are_right_at_the_bounds_of_the_temperature(temperature: float, scale: float) -> None:
+    logits_T_V = random_logits(5, 50, scale=scale).float()
+    result = values(measure(logits_T_V, temperature=temperature))
+    assert_close(result, torch.stack(naive(logits_T_V.double() / temperature)), rtol=1e-5, atol=1e-6)
+
+
 def test_lower_temperature_is_more_certain() -> None:
     logits_T_V = random_logits(5, 50)
     cold, warm = (values(measure(logits_T_V, temperature=temperature)) for temperature in (0.6, 1.0))

@@ -1,5 +1,6 @@
 """Where settings come from, what overrides what, and what is refused."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,8 @@ KEYS = "one-0123456789abc,two-0123456789abc"
 
 def shown(value: object) -> str:
     """A setting's value as it is written in a file."""
+    if isinstance(value, dict):
+        return json.dumps(value)
     if isinstance(value, tuple):
         parts = [part.get_secret_value() if isinstance(part, SecretStr) else str(part) for part in value]
         return ",".join(parts)
@@ -48,6 +51,13 @@ def test_defaults() -> None:
         "device": "auto",
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
+        "self_check": "full",
+        "self_check_cache": None,
+        "chat_template": None,
+        "chat_templates": (),
+        "chat_template_kwargs": {},
+        "chat_template_date": None,
+        "end_tokens": (),
         "prefix_cache_bytes": None,
         "memory_share": 0.9,
         "deterministic": False,
@@ -122,6 +132,10 @@ def test_every_setting_can_come_from_anywhere(
     special = {
         "api_keys": KEYS,
         "policy_roots": "/a,/b c",
+        "chat_templates": "/a.jinja,/b c.jinja",
+        "chat_template_kwargs": '{"enable_thinking": false}',
+        "chat_template_date": "2026-02-03",
+        "end_tokens": "<|im_end|>,</s>",
         "dtype": "float16",
         "log_level": "debug",
         "deterministic": "True",
@@ -139,9 +153,10 @@ def test_every_setting_can_come_from_anywhere(
         "slime_unscorable": "7.5",
         "llama_factory_unscorable": "error",
         "nemo_gym_unscorable": "error",
+        "self_check": "short",
     }
     value = special.get(name, "7")
-    toml = use_config(monkeypatch, tmp_path / "shopr1.toml", f'{name} = "{value}"')
+    toml = use_config(monkeypatch, tmp_path / "shopr1.toml", f"{name} = '{value}'")
     from_toml = load_settings()
     toml.write_text("")
     from_option = load_settings({name: value})
@@ -167,6 +182,12 @@ def test_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         settings.port = 1
     assert settings.port == 8000
+
+
+def test_options_of_prompts() -> None:
+    assert Settings().prompt_options.given() == {}
+    options = {"chat_template": "a", "chat_template_kwargs": {"x": 1}, "chat_template_date": "2026-02-03"}
+    assert load_settings(options).prompt_options.given() == options
 
 
 # --- rejections -------------------------------------------------------------------------------------

@@ -59,3 +59,19 @@ def slow_f1(left: Sequence[str], right: Sequence[str]) -> Fraction:
     if not left or not right:
         return Fraction(0)
     return Fraction(2 * slow_lcs(left, right), len(left) + len(right))
+
+
+class CountingPattern:
+    """A pattern that adds up how many characters it looks at."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.pattern = pattern
+        self.num_chars = 0
+
+    def finditer(self, text: str, start: int) -> Any:
+        for match in self.pattern.finditer(text, start):
+            # An open string is looked at up to the end.
+            end = len(text) if match.group() == '"' else match.end()
+            self.num_chars += end - start
+            start = match.end()
+            yield match

@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.support.http import (
     CLICK,
+    SEARCH,
 )
 
 NESTED = {"ground_truth": CLICK, "recipe": "shop_r1"}
@@ -18,6 +19,8 @@ FORMS: dict[str, Any] = {
     "string in an object": {"ground_truth": json.dumps(CLICK)},
     "string in a string": json.dumps({"ground_truth": json.dumps(CLICK), "recipe": None}),
     "with more around it": {**NESTED, "session": "7"},
+    "with the same around it": {**NESTED, **CLICK},
+    "with another type around it": {**NESTED, "type": "shopping", "name": "row 7"},
     "with more in it": {**CLICK, "url": "https://shop.example"},
 }
 
@@ -41,6 +44,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a word nested": ({"ground_truth": "click"}, ".ground_truth"),
     "no name nested": ({"ground_truth": {"type": "click"}}, ".ground_truth.name"),
     "no name nested in a string": (json.dumps({"ground_truth": {"type": "click"}}), ""),
+    "empty name": ({"type": "click", "name": ""}, ".name"),
+    "empty name nested": ({"ground_truth": {"type": "click", "name": ""}}, ".ground_truth.name"),
+    "an action around another": ({**SEARCH, "ground_truth": CLICK}, ""),
+    "an action around another in a string": (json.dumps({**SEARCH, "ground_truth": CLICK}), ""),
     "unknown recipe": ({"ground_truth": CLICK, "recipe": "nope"}, ".recipe"),
     "a recipe that is no name": ({"ground_truth": CLICK, "recipe": ["shop_r1"]}, ".recipe"),
 }

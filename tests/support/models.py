@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -381,6 +382,21 @@ FAMILIES = {
         },
     ),
 }
+_MIXTURE_SIZES = {"num_experts": 4, "num_experts_per_tok": 2}
+MIXTURES = {
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        {
+            **_MIXTURE_SIZES,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "decoder_sparse_step": 1,
+        },
+    ),
+    "olmoe": Family("olmoe", _MIXTURE_SIZES),
+    "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+"""Further mixtures of experts, whose checkpoints have a tensor for each expert."""
 FAMILIES |= {name: replace(FAMILIES[name], forward="packed") for name in _PACKED}
 FAMILIES |= {name: replace(FAMILIES[name], forward="expanded") for name in _EXPANDED}
 
@@ -426,6 +442,68 @@ def llama4(**options: Any) -> PreTrainedModel:
     model = tiny_model("llama4_text", **{**sizes, **layers, **options})
     model.base_model_prefix = "model"  # transformers' own is the name of another part
     return model
+
+
+def gemma3_multimodal() -> PreTrainedModel:
+    """A vision tower that text does not use, and Gemma 3."""
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**_TEXT_SIZES, "head_dim": 8, "sliding_window": 8, "initializer_range": 0.3},
+        vision_config={**_VISION_SIZES, "num_attention_heads": 4, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=3,
+        boi_token_index=4,
+        eoi_token_index=5,
+    )
+    return _seeded(AutoModelForImageTextToText, config)
+
+
+def qwen3_5_multimodal() -> PreTrainedModel:
+    """Qwen 3.5, of which a causal language model has the text part only."""
+    config = AutoConfig.for_model(
+        "qwen3_5",
+        text_config={
+            **_TEXT_SIZES,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "initializer_range": 0.2,
+        },
+        vision_config={**_VISION_SIZES, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4},
+        image_token_id=3,
+        video_token_id=4,
+        vision_start_token_id=5,
+        vision_end_token_id=6,
+    )
+    return _seeded(AutoModelForImageTextToText, config)
+
+
+def _seeded(kind: Any, config: Any) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind.from_config(config, dtype=torch.float32)
+        _disturb(model)
+    model.train(False)
+    return model  # type: ignore[no-any-return]
+
+
+_TEXT_SIZES = {
+    "vocab_size": NUM_ROWS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_VISION_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+MULTIMODAL = {"gemma3": gemma3_multimodal, "qwen3_5": qwen3_5_multimodal}
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:

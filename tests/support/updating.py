@@ -45,10 +45,14 @@ _GROUPS = [
 # --- weights ----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def changed_model(seed: int = 1, prefix: str = "", **options: Any) -> PreTrainedModel:
     """`tiny_model`, with random numbers on the weights whose names begin so."""
-    model = tiny_model(**options)
+    return changed(tiny_model(**options), seed, prefix)
+
+
+@torch.no_grad()
+def changed(model: PreTrainedModel, seed: int = 1, prefix: str = "") -> PreTrainedModel:
+    """The model itself, with random numbers on the weights whose names begin so."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.named_parameters():
         noise = 0.3 * torch.randn(tensor.shape, generator=generator)

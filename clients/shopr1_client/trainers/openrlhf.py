@@ -12,6 +12,10 @@ import torch
 from shopr1_client.grouping import Rollout
 from shopr1_client.reward_logs import PREFIX, log_values
 from shopr1_client.trainers.service import Service
+from shopr1_client.wire_prompt import PromptOptions
+
+_AS_TEMPLATED = PromptOptions(add_special_tokens=False)
+"""OpenRLHF tokenises its templated prompts without special tokens."""
 
 
 def reward_func(
@@ -31,7 +35,9 @@ def reward_func(
     """
     service = Service.find()
     rollouts = [
-        Rollout(prompt=prompt, completion=_completion(query, prompt), ground_truth=label)
+        Rollout(
+            prompt=prompt, completion=_completion(query, prompt), ground_truth=label, options=_AS_TEMPLATED
+        )
         for query, prompt, label in zip(queries, prompts, labels, strict=True)
     ]
     rewards = service.score_sync(rollouts)

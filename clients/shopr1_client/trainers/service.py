@@ -1,5 +1,6 @@
 """Common part of the shims: from a trainer's rollouts to rewards."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
 from shopr1_client.grouping import Grouping, Rollout
-from shopr1_client.wire import Message, Reward, ScoreRequest
+from shopr1_client.wire import Message, Reward, ScoreRequest, TokenIds
 from shopr1_client.wire_policy import VersionDemand
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -33,6 +34,8 @@ class Service:
         demand: `exact`: the version that the trainer sent last scores, if the shim knows it; `at_least`: that
             one or a later one; None: any (`SHOPR1_CLIENT_DEMAND`).
         demand_wait_s: how long the service waits for that version (`SHOPR1_CLIENT_DEMAND_WAIT_S`).
+        chat_template_kwargs: arguments of the chat template, in addition to those that the shim knows from
+            the trainer (`SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS`, a JSON object).
     """
 
     urls: tuple[str, ...]
@@ -42,6 +45,7 @@ class Service:
     run: str | None = None
     demand: str | None = None
     demand_wait_s: float = DEFAULT_DEMAND_WAIT_S
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def find(
@@ -62,6 +66,7 @@ class Service:
             run=run or os.environ.get("SHOPR1_CLIENT_RUN"),
             demand=_demand(os.environ.get("SHOPR1_CLIENT_DEMAND") or None),
             demand_wait_s=float(os.environ.get("SHOPR1_CLIENT_DEMAND_WAIT_S") or DEFAULT_DEMAND_WAIT_S),
+            chat_template_kwargs=_object(os.environ.get("SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS") or None),
         )
 
     def client(self) -> Client:
@@ -102,7 +107,12 @@ class Service:
         return [number if reward.reward is None else reward.reward for reward in rewards]
 
     def _request(self, grouping: Grouping, version: str | None) -> ScoreRequest:
-        return ScoreRequest(recipe=self.recipe, groups=grouping.groups, policy_version=self._wanted(version))
+        return ScoreRequest(
+            recipe=self.recipe,
+            groups=grouping.groups,
+            policy_version=self._wanted(version),
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     def _wanted(self, version: str | None) -> VersionDemand | None:
         if self.demand is None or version is None:
@@ -116,6 +126,16 @@ def _demand(given: str | None) -> str | None:
     return given
 
 
+def _object(given: str | None) -> dict[str, Any] | None:
+    try:
+        found = None if given is None else json.loads(given)
+    except ValueError:
+        found = ()
+    if found is None or isinstance(found, dict):
+        return found
+    raise ValueError(f"SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS is {given!r}, and must be a JSON object")
+
+
 def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer's state
     """Record the newest version sent to the service."""
     setattr(state, _PUSHED_VERSION, version)
@@ -124,6 +144,20 @@ def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer
 def noted_version(state: Any) -> str | None:  # noqa: ANN401
     """The newest version sent to the service; None: none is recorded, as before the training."""
     return getattr(state, _PUSHED_VERSION, None)
+
+
+def arguments(value: Any) -> dict[str, Any]:  # noqa: ANN401  # of a data set or a trainer
+    """Arguments of a chat template: an object, or one as JSON in a string; no value is none.
+
+    A column of objects has the keys of all rows, with None in rows without the key.
+    """
+    found = json.loads(value) if isinstance(value, str) and value else value
+    return {name: argument for name, argument in (found or {}).items() if argument is not None}
+
+
+def listed_ids(ids: Any) -> TokenIds | None:  # noqa: ANN401  # a list, an array or a tensor; None: none are known
+    """Token ids that a trainer hands over."""
+    return None if ids is None else TokenIds(token_ids=[int(token_id) for token_id in ids])
 
 
 def chat(messages: Iterable[Mapping[str, Any]]) -> list[Message]:

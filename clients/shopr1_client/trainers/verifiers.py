@@ -11,8 +11,9 @@ import verifiers.v1 as vf
 
 from shopr1_client.grouping import Rollout
 from shopr1_client.reward_logs import log_values
-from shopr1_client.trainers.service import Service, chat
+from shopr1_client.trainers.service import Service, arguments, chat
 from shopr1_client.wire import Message, TokenIds
+from shopr1_client.wire_prompt import PromptOptions
 
 
 class ShopR1Data(vf.TaskData):  # type: ignore[misc]  # checked where there is no verifiers
@@ -47,7 +48,19 @@ def _rollout(task: vf.TaskData, trace: vf.Trace) -> Rollout:
         raise ValueError(f"{trace.num_turns} turns in {len(trace.branches)} branches; one turn is scored")
     branch = trace.branches[0]
     prompt, completion = _tokens(branch) if branch.token_ids else _texts(branch)
-    return Rollout(prompt=prompt, completion=completion, ground_truth=task.ground_truth)
+    return Rollout(
+        prompt=prompt, completion=completion, ground_truth=task.ground_truth, options=_options(branch)
+    )
+
+
+def _options(branch: vf.Branch) -> PromptOptions:
+    """Options that the client for evaluation sent with the messages, from the sampling settings."""
+    sampling = branch.calls[-1].sampling if branch.calls else None
+    given = sampling.model_dump() if sampling is not None else {}
+    return PromptOptions(
+        chat_template_kwargs=arguments(given.get("chat_template_kwargs")) or None,
+        continue_final_message=given.get("continue_final_message"),
+    )
 
 
 def _tokens(branch: vf.Branch) -> tuple[TokenIds, TokenIds]:
@@ -61,4 +74,6 @@ def _texts(branch: vf.Branch) -> tuple[list[Message], str]:
     *prompt, answer = branch.messages
     if answer.reasoning_content or answer.tool_calls:
         raise ValueError("the answer has reasoning or tool calls: its content is not all that was sampled")
+    if branch.tools:
+        raise ValueError("the harness offers tools: the messages are not all of the prompt")
     return chat(message.model_dump(include={"role", "content"}) for message in prompt), answer.content or ""

@@ -1,7 +1,7 @@
 """Plan of a policy update: the request that sends it, and how to find it among the loaded versions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -9,15 +9,10 @@ from typing import Any, Literal, TypedDict
 import httpx
 from pydantic import BaseModel
 
+from shopr1_client.updates.adapted import active_adapter, is_adapted, of_adapter, of_merged
 from shopr1_client.updates.transfer import DEFAULT_TIMEOUT_S, Transfer
-from shopr1_client.updates.weights import (
-    Weights,
-    active_adapter,
-    is_adapted,
-    of_adapter,
-    of_module,
-    of_tensors,
-)
+from shopr1_client.updates.verification import Probe
+from shopr1_client.updates.weights import Weights, of_module, of_tensors
 from shopr1_client.wire_policy import (
     AdapterRequest,
     AdapterUpdate,
@@ -43,6 +38,10 @@ class UpdateOptions(TypedDict, total=False):
             `http`.
         adapter: name of the LoRA adapter that is updated. Default: a model with adapters sends the active one
             under its own name; everything else updates the policy itself.
+        merge: a model with adapters sends all its weights with the active adapters merged, on copies of
+            single layers. Default: no.
+        verify: compare the self-certainty of a probe by the model with each server's, after it was updated;
+            a number is the largest difference allowed at a token, nats. Needs the scope `score`. Default: no.
         default: the adapter scores requests that name none. Default: yes.
         host: this machine's address for a broadcast, as the servers see it. Default: its address on the route
             to them.
@@ -50,6 +49,8 @@ class UpdateOptions(TypedDict, total=False):
     """
 
     partial: bool
+    merge: bool
+    verify: bool | float
     transport: Literal["http", "gloo", "nccl"]
     adapter: str | None
     default: bool
@@ -65,6 +66,7 @@ class Change:
         adapter: name; None: the policy's own weights.
         send: sends it; may be called again.
         num_tensors, num_bytes: 0 where only the service knows them.
+        probe: compares the server with the model afterwards.
     """
 
     version: str
@@ -72,6 +74,7 @@ class Change:
     send: Send
     num_tensors: int = 0
     num_bytes: int = 0
+    probe: Probe | None = None
 
     @property
     def answer(self) -> type[Answer]:
@@ -109,18 +112,29 @@ def plan(source: Source, version: str, options: UpdateOptions) -> Change:
     """Plan an update of the policy, or of an adapter.
 
     Raises:
+        UnsendableModelError: a model of PEFT's computes with more than its adapter, or not with it.
         ValueError: these weights cannot be sent, or not in this way; the message gives the remedy.
     """
+    change, verify = _plan(source, version, options), options.get("verify", False)
+    if verify is False:
+        return change
+    is_model = not isinstance(source, str | Path | Mapping)
+    _check(is_model, "only a model can be verified: it has a forward")
+    return replace(change, probe=Probe(source, change.adapter, None if verify is True else verify))
+
+
+def _plan(source: Source, version: str, options: UpdateOptions) -> Change:
     adapter, is_http = options.get("adapter"), options.get("transport", "http") == "http"
     if isinstance(source, str | Path):
         _check(is_http, "the service reads a path itself: no transport is needed")
         return _checkpoint(str(source), version, options)
     is_module = not isinstance(source, Mapping)
-    if is_module and is_adapted(source):
+    has_adapters = is_module and is_adapted(source)
+    if has_adapters and not options.get("merge"):
         _check(is_http, "an adapter is sent by HTTP only")
         return _adapter(source, version, options)
     _check(adapter is None, "neither an adapter's path nor a model of PEFT's: there is no adapter in it")
-    weights = of_module(source) if is_module else of_tensors(source)
+    weights = of_merged(source) if has_adapters else of_module(source) if is_module else of_tensors(source)
     return _streamed(weights, version, options) if is_http else _broadcast(weights, version, options)
 
 

@@ -53,9 +53,7 @@ class Transfer:
             # A response before the end of the broadcast is a refusal.
             asked.add_done_callback(lambda _: store.cancel())
             try:
-                broadcast(
-                    store, self.weights.tensors.values(), backend=self.backend, timeout_s=self.timeout_s
-                )
+                broadcast(store, self.weights.values(), backend=self.backend, timeout_s=self.timeout_s)
             except BroadcastError as error:  # the server reports an error, too
                 if not asked.done():
                     _logger.warning("the broadcast of version %s broke off: %s", self.version, error)

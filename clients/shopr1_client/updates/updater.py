@@ -32,13 +32,15 @@ class Updater:
         """Update all servers; returns the response of the last one.
 
         Raises:
-            MixedVersionsError: only some servers were updated.
-            ShopR1Error: none was.
+            MixedVersionsError: only some servers were updated, or verified.
+            VerificationError: the first server gives other numbers than the model.
+            ShopR1Error: none was updated.
         """
         answer: Answer | None = None
         for i, url in enumerate(self._urls):
             try:
                 answer = self._update(change, url)
+                self._verify(change, url, answer)
             except ShopR1Error as error:
                 if i == 0:
                     raise
@@ -57,6 +59,13 @@ class Updater:
                     return change.to_answer(found, first.base, time.monotonic() - begin)
                 return self._send(change, url)
         raise AssertionError("the last attempt raises")
+
+    def _verify(self, change: Change, url: str, answer: Answer) -> None:
+        if change.probe is None:
+            return
+        for attempt in self._retries():
+            with attempt:
+                change.probe.check(self._http, url, answer.current)
 
     def _state(self, url: str) -> PolicyState:
         try:

@@ -1,18 +1,17 @@
-"""Weights of a module, or an adapter of PEFT's: tensors by their names in checkpoints, as safetensors.
+"""Weights of a module: tensors by their names in checkpoints, as safetensors.
 
 Tensors are read in pieces on any device, so that only one piece is in memory beside them. Torch is not
 imported: tensors are used through their own methods.
 """
 
 import ctypes
-import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, TensorSpec
+from shopr1_client.wire_policy import TensorSpec
 
 Tensor = Any
 """`torch.Tensor`."""
@@ -47,6 +46,7 @@ class Weights:
     Attributes:
         tensors: dense, floating-point ones by name, each storage once.
         metadata: of the safetensors file.
+        computed: functions that give the numbers to send instead of a tensor's, in its shape.
 
     Raises:
         ValueError: there are none, or one cannot be sent; the message gives the remedy.
@@ -54,6 +54,7 @@ class Weights:
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -91,8 +92,14 @@ class Weights:
     def chunks(self) -> Iterator[bytes]:
         """The safetensors file."""
         yield self.header
-        for tensor in self.tensors.values():
+        for tensor in self.values():
             yield from _pieces(tensor)
+
+    def values(self) -> Iterator[Tensor]:
+        """The tensors to send, in order; computed ones one at a time."""
+        for name, tensor in self.tensors.items():
+            compute = self.computed.get(name)
+            yield tensor if compute is None else compute().to(tensor.dtype)
 
 
 def of_module(module: Module) -> Weights:
@@ -122,7 +129,7 @@ def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     """
     # The widest dtypes first, so that each tensor is aligned in the file.
     named = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    return Weights({_plain(name): tensor for name, tensor in _untied(named)}, metadata or {})
+    return Weights({plain_name(name): tensor for name, tensor in _untied(named)}, metadata or {})
 
 
 def unwrapped(module: Module) -> Module:
@@ -144,54 +151,26 @@ def unwrapped(module: Module) -> Module:
     return module
 
 
-def is_adapted(module: Module) -> bool:
-    """Whether a module has adapters of PEFT's."""
-    return bool(getattr(unwrapped(module), "peft_config", None))
-
-
-def active_adapter(module: Module) -> str:
-    """Name of the active adapter.
-
-    Raises:
-        ValueError: several are active, or none.
-    """
-    inner = unwrapped(module)
-    active = getattr(inner, "active_adapter", None) or inner.active_adapters
-    names = active() if callable(active) else active
-    if isinstance(names, str):
-        return names
-    if len(names) != 1:
-        raise ValueError(f"one adapter can be sent, and {len(names)} are active: {', '.join(names)}")
-    return str(names[0])
-
-
-def of_adapter(module: Module) -> Weights:
-    """The active adapter under PEFT's names, with its config in the metadata.
-
-    Raises:
-        ValueError: it is not one adapter, or cannot be sent; the message gives the remedy.
-    """
-    inner, name = unwrapped(module), active_adapter(module)
-    peft = importlib.import_module("peft")  # installed, as the module is PEFT's
-    # Without embeddings: PEFT would look for the base model's on its hub.
-    tensors = peft.get_peft_model_state_dict(inner, adapter_name=name, save_embedding_layers=False)
-    config = json.dumps(inner.peft_config[name].to_dict(), default=_jsonable)
-    return of_tensors(tensors, {ADAPTER_CONFIG_KEY: config})
-
-
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name without torch.compile's wrappers."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def _untied(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     seen = set()
     for name, tensor in named:
-        if _is_plain(tensor):  # the others are refused afterwards
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place := storage_place(tensor):
             if place in seen:
                 continue
             seen.add(place)
         yield name, tensor.detach()
+
+
+def storage_place(tensor: Tensor) -> tuple[Any, ...] | None:
+    """The same of two tensors if they are tied; None of tensors that cannot be sent."""
+    if not _is_plain(tensor):
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _flaw(tensor: Tensor) -> str | None:
@@ -229,7 +208,3 @@ def _pieces(tensor: Tensor) -> Iterator[bytes]:
     for piece in flat.split(PIECE_BYTES // flat.element_size()):
         own = piece.cpu()
         yield ctypes.string_at(own.data_ptr(), _num_bytes(own))
-
-
-def _jsonable(value: Any) -> Any:  # noqa: ANN401
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)

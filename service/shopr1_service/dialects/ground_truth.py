@@ -11,7 +11,7 @@ import json
 import reprlib
 from typing import Any
 
-from shopr1_rewards import GroundTruthError, Recipe, read_ground_truth
+from shopr1_rewards import Action, GroundTruthError, Recipe, read_ground_truth
 from shopr1_rewards.format_error import InvalidFormatError
 from shopr1_rewards.strict_json import load
 from shopr1_service.scoring.label_store import Label
@@ -50,10 +50,33 @@ def parse_label(label: object, recipes: RecipeBook) -> Label:
     if not isinstance(truth, str | dict):
         raise LabelError("must be an object or a JSON string", path)
     try:
-        return Label.of(read_ground_truth(truth, recipe.action_space), recipe.name)
+        action = read_ground_truth(truth, recipe)
     except GroundTruthError as error:
         is_object = isinstance(label, dict) and isinstance(truth, dict)
         raise LabelError(str(error), f"{path}.{error.field}" if error.field and is_object else path) from None
+    _refuse_contradiction(label, action, recipe)
+    return Label.of(action, recipe.name)
+
+
+def is_contradiction(label: object, other: object, recipes: RecipeBook) -> bool:
+    """Whether both hold a ground truth, and not the same."""
+    try:
+        return parse_label(label, recipes) != parse_label(other, recipes)
+    except LabelError:
+        return False
+
+
+def _refuse_contradiction(label: object, action: Action, recipe: Recipe) -> None:
+    """Refuse an action around another one: `{"type": …, "ground_truth": {"type": …}}`."""
+    around = _from_json(label) if isinstance(label, str) else label
+    if not isinstance(around, dict) or _TRUTH not in around:
+        return
+    try:
+        other = read_ground_truth(around, recipe)
+    except GroundTruthError:
+        return
+    if other != action:
+        raise LabelError(f"holds two actions: {other.to_dict()} and, in {_TRUTH!r}, {action.to_dict()}")
 
 
 def _unwrap(label: object) -> tuple[Any, object, str]:

@@ -1,25 +1,28 @@
 """Routes of the label store, for trainers that send no label with a rollout."""
 
+import logging
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Body
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.errors import FieldError, InternalError
+from shopr1_client.errors import FieldError, InternalError, InvalidRequestError
 from shopr1_client.wire import GroundTruth
 from shopr1_client.wire_base import RequestModel
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.requests import Prompt, TextOrMessages
 from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
-from shopr1_service.field_errors import raise_if_any
+from shopr1_service.field_errors import raise_if_any, summary
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState
-from shopr1_service.scoring.label_store import Label
+from shopr1_service.scoring.label_store import ContradictionError, Label
 from shopr1_service.scoring.recipe_book import RecipeBook
 
 router = APIRouter(tags=[TAG])
+logger = logging.getLogger(__name__)
 
 
 def _check_not_empty(prompt: Prompt) -> Prompt:
@@ -62,10 +65,16 @@ async def put_labels(
 ) -> LabelCount:
     """Adds ground truths; one for a prompt that is registered already replaces the old one.
 
-    Each ground truth is checked against its recipe, and all are registered or none. They are kept in memory:
-    register them again after a restart.
+    Each ground truth is checked against its recipe, and all are registered or none. Two different ones for a
+    prompt in one request are refused. They are kept in memory: register them again after a restart.
     """
-    state.labels.put(_checked(body, state.recipes))
+    labels = _checked(body, state.recipes)
+    try:
+        num_changed = state.labels.put(labels)
+    except ContradictionError as error:
+        raise InvalidRequestError(summary(errors := _contradiction(labels, error)), errors=errors) from None
+    if num_changed:
+        logger.warning("%d prompts that had a label before now have a different one", num_changed)
     return LabelCount(num_labels=len(state.labels))
 
 
@@ -102,3 +111,13 @@ def _checked(body: Labels, recipes: RecipeBook) -> list[tuple[Prompt, Label]]:
             errors.append({"location": f"labels[{i}].ground_truth{error.path}", "message": str(error)})
     raise_if_any(errors)
     return labels
+
+
+def _contradiction(labels: Sequence[tuple[Prompt, Label]], error: ContradictionError) -> list[FieldError]:
+    return [
+        {
+            "location": f"labels[{i}].ground_truth",
+            "message": f"{labels[i][1]} contradicts labels[{j}], which has the same prompt",
+        }
+        for i, j in ((error.first, error.second), (error.second, error.first))
+    ]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shopr1_client.errors import InternalError, MalformedBodyError
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.ground_truth import is_missing
+from shopr1_service.dialects.ground_truth import is_contradiction, is_missing
 from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.responses_api import CreateParams, PolicyResponse
 from shopr1_service.dialects.results import (
@@ -172,14 +172,31 @@ def _refuse_unless_writable(echo: object) -> None:
 
 def _rollouts(body: VerifyRequest, state: State) -> list[Rollout]:
     reader = RolloutReader(state)
-    name = next((name for name in _LABEL_FIELDS if not is_missing(getattr(body, name))), _LABEL_FIELDS[0])
-    reader.add(
-        body.responses_create_params.messages(),
-        body.response.text,
-        getattr(body, name),
-        Paths("responses_create_params.input", "response.output", name),
-    )
+    name, *others = [name for name in _LABEL_FIELDS if not is_missing(getattr(body, name))] or _LABEL_FIELDS
+    for other in others:
+        if is_contradiction(getattr(body, name), getattr(body, other), state.recipes):
+            reader.add_error(other, f"contradicts {name}: it holds another ground truth")
+    params, found = body.responses_create_params, body.response.ids
+    if found is None:
+        _refuse_hidden_tokens(body, reader)
+        ids, paths = None, Paths("responses_create_params.input", "response.output", name)
+    else:
+        item, ids = found
+        at = f"response.output[{item}]"
+        paths = Paths(f"{at}.prompt_token_ids", f"{at}.generation_token_ids", name)
+    label = getattr(body, name)
+    reader.add(params.messages(), body.response.text, label, paths, ids=ids, options=params.options())
     return reader.finish()
+
+
+def _refuse_hidden_tokens(body: VerifyRequest, reader: RolloutReader) -> None:
+    """Refuse texts that are not all that the policy saw and sampled."""
+    if body.responses_create_params.tools:
+        message = "not supported without token ids: the prompt would not be the one the policy saw"
+        reader.add_error("responses_create_params.tools", message)
+    if body.response.reasoning is not None:
+        message = "not supported without token ids: the text is not all that the policy sampled"
+        reader.add_error(f"response.output[{body.response.reasoning}].type", message)
 
 
 def _verdict(result: TrainerResult, echo: dict[str, Any]) -> dict[str, Any]:

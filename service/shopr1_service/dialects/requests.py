@@ -6,8 +6,10 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from shopr1_client.errors import FieldError
-from shopr1_client.wire import Message
+from shopr1_client.wire import Completion, Message, TokenIds
+from shopr1_client.wire import Prompt as AnyPrompt
 from shopr1_client.wire_base import UnicodeText
+from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.state import State
@@ -36,6 +38,9 @@ def string_or_list(value: object) -> str | None:
             return None
 
 
+AS_TEMPLATED = PromptOptions(add_special_tokens=False)
+"""For trainers that tokenise their templated prompts without special tokens, as all of these do."""
+
 TextOrMessages = Annotated[
     Annotated[UnicodeText, Tag(STRING)] | Annotated[list[Message], Tag(LIST)],
     Discriminator(
@@ -59,10 +64,11 @@ class Paths(NamedTuple):
 class Rollout:
     """A completion and what is needed to score it."""
 
-    prompt: Prompt
-    completion: str
+    prompt: AnyPrompt
+    completion: Completion
     label: Label
     paths: Paths
+    options: PromptOptions = AS_TEMPLATED
 
     @property
     def ground_truth(self) -> str:
@@ -81,11 +87,25 @@ class RolloutReader:
         """Add an error, for which the request will be refused."""
         self.errors.append({"location": location, "message": message})
 
-    def add(self, prompt: Prompt, completion: str, label: object, paths: Paths) -> None:
-        """Add a rollout with the label that the trainer sent, or else the registered one."""
+    def add(
+        self,
+        prompt: Prompt,
+        completion: str,
+        label: object,
+        paths: Paths,
+        *,
+        ids: tuple[TokenIds, TokenIds] | None = None,
+        options: PromptOptions = AS_TEMPLATED,
+    ) -> None:
+        """Add a rollout with the label that the trainer sent, or else the registered one.
+
+        Args:
+            ids: of prompt and completion, as the policy saw and sampled them, if the trainer sends them.
+        """
         found = self._label(label, prompt, paths.label)
         if found is not None:
-            self.rollouts.append(Rollout(prompt, completion, found, paths))
+            sent = ids or (prompt, completion)
+            self.rollouts.append(Rollout(sent[0], sent[1], found, paths, options))
 
     def _label(self, label: object, prompt: Prompt, path: str) -> Label | None:
         if is_missing(label):

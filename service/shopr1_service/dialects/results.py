@@ -22,7 +22,7 @@ BODY_PROBLEMS = problem_responses(*BODY)
 PROBLEMS = problem_responses(*SCORING, UnscorableError)
 """Problems of a route that scores."""
 
-_PROMPT_PATH = re.compile(r"groups\[(\d+)\]\.prompt(.*)")
+_PATH = re.compile(r"groups\[(\d+)\]\.(?:prompt|completions\[(\d+)\])(.*)")
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,21 @@ async def _rewards(
 def _in_trainer_paths(
     error: InvalidRequestError, groups: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
 ) -> list[FieldError]:
-    """Errors at the trainer's own paths: it sends a prompt per rollout. Scoring can refuse only prompts."""
+    """Errors at the trainer's own paths: it sends a prompt per rollout."""
     return [
-        {"location": rollouts[i].paths.prompt + match[2], "message": each["message"]}
+        {"location": location, "message": each["message"]}
         for each in error.errors
-        if (match := _PROMPT_PATH.fullmatch(each["location"]))
-        for i in groups[int(match[1])]
+        if (match := _PATH.fullmatch(each["location"]))
+        for location in _locations(match, groups[int(match[1])], rollouts)
     ]
+
+
+def _locations(match: "re.Match[str]", group: Sequence[int], rollouts: Sequence[Rollout]) -> Sequence[str]:
+    """The trainer's paths of a prompt, one for each rollout of its group, or of a completion."""
+    inside = match[3].removeprefix(".token_ids")  # trainers' ids are plain lists
+    if match[2] is None:
+        return [rollouts[i].paths.prompt + inside for i in group]
+    return [rollouts[group[int(match[2])]].paths.completion + inside]
 
 
 def _raise_if_unscorable(rewards: Sequence[Reward], rollouts: Sequence[Rollout]) -> None:

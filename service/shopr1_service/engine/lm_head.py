@@ -1,8 +1,8 @@
 """The policy's head: logits from hidden states, without a [T, V] tensor.
 
 `LinearHead` multiplies by a chunk of the weight's rows at a time and applies the model's scale and softcap.
-Architectures differ here, so its logits are compared with the model's own at load. If they differ,
-`ModuleHead` runs the model's own head on a few tokens at a time.
+Architectures differ here, so its logits are compared with the model's own at load. If they differ, or cannot
+be computed, `ModuleHead` runs the model's own head on a few tokens at a time.
 
 Dimensions: T tokens, H hidden size, V vocabulary rows, C rows of a chunk.
 """
@@ -109,13 +109,17 @@ class ModuleHead:
 
     The model runs on dummy tokens while a hook replaces the output of its trunk by the given hidden states.
     Everything after the trunk is the model's own code.
+
+    Args:
+        reason: why no faster head was taken.
     """
 
     max_tokens = MODULE_MAX_TOKENS
 
-    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int, reason: str = "") -> None:
         self._model = model
         self.num_rows = num_rows
+        self.reason = reason
 
     def mean_logits(self, hidden_T_H: Tensor, num_rows: int) -> Tensor | None:
         return None  # the model's head may not be linear
@@ -156,51 +160,73 @@ def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
     """
     expected_T_V = model(input_ids=input_ids, use_cache=False).logits[0]
     hidden_T_H = trunk_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-    heads: list[Head] = [ModuleHead(model, expected_T_V.shape[1])]
-    if (linear := _linear_head(model)) is not None:
-        heads.insert(0, linear)
-    for head in heads:
-        if _agrees(head, hidden_T_H, expected_T_V):
-            return head
-        logger.warning("%s does not give the logits of %s", type(head).__name__, type(model).__name__)
-    raise UnsupportedModelError(f"the logits of {type(model).__name__} cannot be made from its hidden states")
+    tolerance = _TOLERANCE[expected_T_V.dtype]
+    reason = "its output embedding is no plain linear layer"
+    errors = [(_error(head, hidden_T_H, expected_T_V), head) for head in _linear_heads(model)]
+    if errors:
+        error, linear = min(errors, key=lambda pair: pair[0].relative)
+        if error.relative <= tolerance:
+            return linear
+        reason = error.cause
+    logger.warning("%s needs its own head, which is slower: %s", type(model).__name__, reason)
+    head = ModuleHead(model, expected_T_V.shape[1], reason)
+    if (error := _error(head, hidden_T_H, expected_T_V)).relative <= tolerance:
+        return head
+    raise UnsupportedModelError(
+        f"the logits of {type(model).__name__} cannot be made from its hidden states: {error.cause}"
+    )
 
 
-def _agrees(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> bool:
+@dataclass(frozen=True)
+class _Error:
+    """Largest difference of logits, relative to the largest logit; infinite if they cannot be compared."""
+
+    relative: float
+    cause: str
+
+
+def _error(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> _Error:
+    try:
+        relative = _relative_error(head, hidden_T_H, expected_T_V)
+    except Exception as error:  # weights of another shape, or whatever an architecture raises
+        return _Error(math.inf, f"{type(head).__name__} fails: {error!r}")
+    return _Error(relative, f"{type(head).__name__} gives other logits, by {relative:.2g} of the largest")
+
+
+def _relative_error(head: Head, hidden_T_H: Tensor, expected_T_V: Tensor) -> float:
     if head.num_rows != expected_T_V.shape[1]:
-        return False
+        return math.inf
     blocks = torch.split(hidden_T_H, head.max_tokens)
     logits_T_V = torch.cat([torch.cat(list(head.logit_chunks(b, head.num_rows)), dim=1) for b in blocks])
     # A model may mask rows with −∞; these must be at the same places. All other logits must be finite.
     finite_T_V = expected_T_V.isfinite()
     is_sound = bool((finite_T_V | (expected_T_V == -math.inf)).all()) and bool(finite_T_V.any())
     if not is_sound or not torch.equal(logits_T_V.isfinite(), finite_T_V):
-        return False
+        return math.inf
     logits, expected = logits_T_V[finite_T_V], expected_T_V[finite_T_V]
-    tolerance = _TOLERANCE[expected.dtype] * max(1.0, float(expected.abs().max()))
+    error = float((logits - expected).abs().max())
     mean_T = head.mean_logits(hidden_T_H, head.num_rows)
-    if mean_T is not None and (mean_T - expected_T_V.double().mean(dim=1)).abs().max() > tolerance:
-        return False
-    return bool((logits - expected).abs().max() <= tolerance)
+    if mean_T is not None:
+        error = max(error, float((mean_T - expected_T_V.double().mean(dim=1)).abs().max()))
+    return error / max(1.0, float(expected.abs().max()))
 
 
-def _linear_head(model: PreTrainedModel) -> LinearHead | None:
+def _linear_heads(model: PreTrainedModel) -> list[LinearHead]:
+    """A linear head for each factor of the logits that the config may mean, the likeliest first."""
     module = _output_embeddings(model)
     if type(module) is not nn.Linear:  # a quantised or adapted layer is more than its weight
-        return None
+        return []
     config = model.config.get_text_config()
-    return LinearHead(
-        weight_V_H=module.weight,
-        bias_V=module.bias,
-        scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return [LinearHead(module.weight, module.bias, scale, softcap) for scale in _logit_scales(config)]
 
 
-def _logit_scale(config: Any) -> float:  # noqa: ANN401  # every architecture has its own
-    scale = getattr(config, "logit_scale", None) or 1.0  # cohere
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # falcon_h1
-    return float(scale) / (getattr(config, "logits_scaling", None) or 1.0)  # granite
+def _logit_scales(config: Any) -> list[float]:  # noqa: ANN401  # every architecture has its own
+    factor = getattr(config, "logit_scale", None) or 1.0  # cohere
+    factor *= getattr(config, "lm_head_multiplier", None) or 1.0  # falcon_h1
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # granite divides by it, hyperclovax multiplies.
+    return list(dict.fromkeys(float(scale) for scale in (factor / scaling, factor * scaling)))
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module:

@@ -42,7 +42,7 @@ class LengthDependentRope:
         Raises:
             UnsupportedModelError: its frequencies cannot be controlled.
         """
-        modules = [module for module in trunk_of(model).modules() if _depends_on_length(module)]
+        modules = _length_dependent(model)
         if not modules:
             return None
         rope = cls(modules)
@@ -134,11 +134,25 @@ class _ScaledRope:
             setattr(self._module, name, buffer.copy_(values))
 
 
-def _depends_on_length(module: nn.Module) -> bool:
-    """Whether transformers updates the module's frequencies in each pass (`dynamic_rope_update`)."""
+def has_length_dependent_rope(model: PreTrainedModel) -> bool:
+    """Whether longer sequences are rotated by other frequencies."""
+    return bool(_length_dependent(model))
+
+
+def _length_dependent(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose frequencies transformers updates in each pass (`dynamic_rope_update`)."""
+    return [
+        module
+        for module in trunk_of(model).modules()
+        if any("dynamic" in kind or kind == "longrope" for kind in _kinds(module))
+    ]
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """The module's kinds of RoPE: one, or one for each kind of layers. HunYuan's differ from its config's."""
     kinds = getattr(module, "rope_type", None)
     names = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any("dynamic" in name or name == "longrope" for name in names if isinstance(name, str))
+    return [name for name in names if isinstance(name, str)]
 
 
 def _parts(output: Any) -> tuple[Tensor, ...]:  # noqa: ANN401

@@ -118,6 +118,7 @@ SCORE_RESPONSE: dict[str, Any] = {
                         "unknown_action_type": False,
                         "missing_attributes": [],
                         "extra_keys": [],
+                        "converted": [],
                         "similarity": {"name": 0.0, "text": None},
                         "type_match": True,
                         "exact_match": False,
@@ -128,6 +129,7 @@ SCORE_RESPONSE: dict[str, Any] = {
                     },
                 }
             ],
+            "warnings": [],
             "prompt_token_ids": None,
         }
     ],

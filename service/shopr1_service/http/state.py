@@ -11,6 +11,7 @@ from prometheus_client import Metric
 from shopr1_client.errors import NotReadyError
 from shopr1_client.wire_policy import PolicyState
 from shopr1_service.errors import RETRY_AFTER_S
+from shopr1_service.monitoring.end_token_watch import EndTokenWatch
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_log import open_rollout_log
 from shopr1_service.policy.load_progress import LoadProgress
@@ -112,7 +113,9 @@ class State:
             on_fatal(error)
 
         engine = await open_engine(self.settings, self.metrics, stop)
-        observers = [self.metrics.observe, *([self._rollout_log.observe] if self._rollout_log else [])]
+        watch = EndTokenWatch(self.settings.max_runs)
+        logs = [self._rollout_log.observe] if self._rollout_log else []
+        observers = [self.metrics.observe, watch.observe, *logs]
         self._scorer = Scorer(engine, self.recipes, self.settings, self.metrics, observers)
 
     async def watch(self, on_fatal: OnFatal) -> None:

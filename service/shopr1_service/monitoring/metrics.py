@@ -49,6 +49,8 @@ ENGINE_FAMILIES = frozenset(
         "prefix_cache_bytes",
         "prefix_cache_evicted_chunks",
         "policy_info",
+        "policy_rejected_path",
+        "policy_remarks",
         "policy_number",
         "policy_loaded_timestamp_seconds",
         "loaded_adapters",
@@ -96,6 +98,10 @@ class PolicyMetrics:
         self._info = make.gauge(
             "policy_info", "The loaded policy; always 1.", "model", "version", "dtype", "head", "forward"
         )
+        self._rejected = make.gauge(
+            "policy_rejected_path", "A faster path that was not taken; always 1.", "path", "reason"
+        )
+        self._remarks = make.gauge("policy_remarks", "Remarks of the check at load; GET /info has the texts.")
         self._loaded = TimestampGauge(
             "shopr1_policy_loaded_timestamp_seconds",
             "Time at which the policy was loaded.",
@@ -126,6 +132,10 @@ class PolicyMetrics:
         self._loaded.set_now()
         self._info.clear()
         self._info.labels(info.model, info.version, info.dtype, info.head, info.forward).set(1)
+        self._rejected.clear()
+        for rejected in info.rejected_paths:
+            self._rejected.labels(rejected.path, rejected.reason).set(1)
+        self._remarks.set(len(info.remarks))
         self._number.set(info.number)
         self._adapters.set(num_adapters)
 

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from shopr1_client.reward_logs import terms
 from shopr1_client.wire import Reason, Reward, Status
+from shopr1_client.wire_prompt import WarningCode
 from shopr1_rewards import Judgement, Recipe, needs_policy
 from shopr1_service.core import PreparedRollout, ScoredGroup
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
@@ -71,6 +72,11 @@ class _Families:
             "exact_matches", "Predicted actions whose type and attributes equal the human's.", "action_type"
         )
         self.format_errors = counter("format_errors", "Completions in invalid format, by error.", "error")
+        self.unknown_ends = counter(
+            "unknown_end_tokens",
+            "Completions that are invalid only because of a special token at their end.",
+        )
+        self.warnings = counter("warnings", "Groups with a warning, by its code.", "code")
         self.certainties = histogram(
             "self_certainty_nats", "Mean self-certainty of a rationale.", _NATS_BUCKETS, "action_type"
         )
@@ -113,8 +119,14 @@ class _RecipeSeries:
             self._of(families.actions, *pair)
         for name in types:
             self._of(families.exact_matches, name)
+        for code in WarningCode:
+            self._of(families.warnings, code.value)
+        self._of(families.unknown_ends)
         self._of(families.lengths)
         self._of(families.repetitions)
+
+    def record_warning(self, code: WarningCode) -> None:
+        self._of(self._families.warnings, code.value).inc()
 
     def record(self, true_type: str, rollout: PreparedRollout, reward: Reward) -> None:
         self._of(
@@ -126,6 +138,7 @@ class _RecipeSeries:
         self._record_action(true_type, rollout.judgement)
         if rollout.judgement.failure is not None:
             self._of(self._families.format_errors, rollout.judgement.failure.error.value).inc()
+            self._of(self._families.unknown_ends).inc(rollout.unknown_end is not None)
         elif self._has_rationales:
             self._record_rationale(rollout)
 
@@ -187,6 +200,8 @@ class TrainingMetrics:
         """Count a scored group (an `Observer`)."""
         series = self._series(scored.origin.run, scored.recipe)
         self._last_scored.set_now(scored.origin.run)
+        for warning in scored.score.warnings:
+            series.record_warning(warning.code)
         for rollout, reward in zip(scored.prepared.rollouts, scored.score.rewards, strict=True):
             series.record(scored.prepared.truth.type, rollout, reward)
             if reward.details.self_certainty_nats is not None:

@@ -1,7 +1,7 @@
 """Build a policy from a model in memory.
 
-1. Check: random tokens go through the model itself. The first head and the first forward strategy whose
-   numbers agree with it are chosen.
+1. Check: random tokens go through the model itself. It must be causal. The first head and the first forward
+   strategy whose numbers agree with it are chosen.
 2. Warm up (CUDA): passes of the sizes that requests will have. The device chooses its kernels, and the peak
    of allocated memory is known afterwards.
 3. Size the prefix cache: `memory_share · device memory − peak`.
@@ -11,29 +11,55 @@ Knows no files: `policy/loading.py` reads the model and the tokenizer.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shopr1_client.wire import PolicyInfo
+from shopr1_client.wire import PolicyInfo, RejectedPath
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.core import EngineStats, MeasuredCompletion, PromptKey, PromptScope, TokenGroup, Version
+from shopr1_service.core import (
+    CodecError,
+    EngineStats,
+    MeasuredCompletion,
+    PromptKey,
+    PromptScope,
+    TokenGroup,
+    Version,
+)
 from shopr1_service.engine.engine import Engine
-from shopr1_service.engine.forward.base import Forward, choose_forward
+from shopr1_service.engine.forward.base import Forward
 from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.forward.reach import Reach
+from shopr1_service.engine.forward.self_check import (
+    MAX_SHORT_TOKENS,
+    Cause,
+    Rejection,
+    Verdict,
+    choose_forward,
+)
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.heartbeat import Heartbeat
-from shopr1_service.engine.lm_head import LinearHead, UnsupportedModelError, choose_head, trunk_of
+from shopr1_service.engine.lm_head import (
+    LinearHead,
+    ModuleHead,
+    UnsupportedModelError,
+    choose_head,
+    trunk_of,
+)
 from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.chat import ChatRenderer, read_templates
+from shopr1_service.policy.end_tokens import end_ids, template_ends
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.verdict_cache import KnownVerdict, VerdictCache, verdict_key
 from shopr1_service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -49,8 +75,6 @@ _CHECK_SEED = 0
 _NUM_PROBE_TOKENS = 4
 """A single token already passes through every weight; more tokens would only make updates slower."""
 _PROBE_RULES = SelfCertaintyRecipe(alpha=0.005)
-# Config attributes that limit how far a layer sees, or how many tokens it takes at a time.
-_REACHES = ("sliding_window", "attention_chunk_size", "window_size", "chunk_size", "mamba_chunk_size")
 
 
 def build_policy(
@@ -78,10 +102,10 @@ def build_policy(
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
-    random_ids, cache = check_ids(model, num_ids, longest), PrefixCache(UNLIMITED)
-    rope, head, forward = _checked(model, random_ids, cache)
+    random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
+    rope, head, verdict = _checked(model, random_ids, cache, settings, startup)
     engine = Engine(
-        forward,
+        verdict.forward,
         head,
         max_sequence_tokens=max_sequence_tokens,
         num_tokenizer_tokens=len(tokenizer),
@@ -92,11 +116,11 @@ def build_policy(
     cache.max_bytes = _prefix_cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
     cache.reset()
     engine.stats = EngineStats(cache.stats)
-    info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, forward)
+    info = _info(model, tokenizer, settings, name, max_sequence_tokens, head, verdict)
     logger.info("%s is ready: %s", name, info.model_dump_json())
     return LoadedPolicy(
         info,
-        PolicyTokenizer(tokenizer, num_ids, end_ids(model, tokenizer)),
+        _codec(model, tokenizer, num_ids, settings),
         engine,
         _heartbeat_of(model),
         model,
@@ -107,24 +131,89 @@ def build_policy(
     )
 
 
+def _codec(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_ids: int, settings: Settings
+) -> PolicyTokenizer:
+    """The tokenizer with its chat templates and end tokens."""
+    try:
+        chat = ChatRenderer(tokenizer, read_templates(settings.chat_templates), settings.prompt_options)
+    except CodecError as error:
+        raise PolicyError(str(error)) from error
+    _warn_of_ids_beyond(tokenizer, num_ids)
+    if tokenizer.chat_template is not None or settings.chat_template is not None:
+        chat.check()
+    ends = (*template_ends(chat, tokenizer), *settings.end_tokens)
+    codec = PolicyTokenizer(tokenizer, num_ids, end_ids(model, tokenizer), end_texts=ends, chat=chat)
+    logger.info("end tokens after an answer: %s", ", ".join(map(repr, codec.end_tokens)) or "none")
+    return codec
+
+
+def _warn_of_ids_beyond(tokenizer: PreTrainedTokenizerBase, num_ids: int) -> None:
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= num_ids)
+    if beyond:
+        logger.warning(
+            "the tokenizer has %d tokens that the policy has no embedding for, from %r on (id %d of %d): "
+            "requests that contain one are refused",
+            *(len(beyond), beyond[0][1], beyond[0][0], num_ids),
+        )
+
+
 def _checked(
-    model: PreTrainedModel, random_ids: Sequence[int], cache: PrefixCache
-) -> tuple[LengthDependentRope | None, Head, Forward]:
+    model: PreTrainedModel,
+    random_ids: Sequence[int],
+    cache: PrefixCache,
+    settings: Settings,
+    startup: LoadProgress,
+) -> tuple[LengthDependentRope | None, Head, Verdict]:
     """The fastest head and forward strategy that agree with the model."""
     try:
         rope = LengthDependentRope.of(model)
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        forward = choose_forward(model, random_ids, _candidates(model, cache, rope))
-        return rope, head, _by_length(forward, rope)
+        verdict = _verdict(model, random_ids, _candidates(model, cache, rope), settings, startup)
+        return rope, head, replace(verdict, forward=_by_length(verdict.forward, rope))
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
+
+
+def _verdict(
+    model: PreTrainedModel,
+    random_ids: Sequence[int],
+    candidates: Sequence[Forward],
+    settings: Settings,
+    startup: LoadProgress,
+) -> Verdict:
+    """The outcome of the check that the settings ask for, or of the same one at an earlier start."""
+    short_ids = random_ids[:MAX_SHORT_TOKENS]
+    if len(random_ids) == len(short_ids):
+        return choose_forward(model, random_ids, candidates)
+    if settings.self_check == "short":
+        remark = f"checked up to {len(short_ids)} tokens of {len(random_ids)}: self_check is short"
+        verdict = choose_forward(model, short_ids, candidates)
+        return replace(verdict, remarks=(*verdict.remarks, remark))
+    if settings.self_check_cache is None:
+        return choose_forward(model, random_ids, candidates, startup.note)
+    outcomes, key = VerdictCache(settings.self_check_cache), verdict_key(model, len(random_ids))
+    if (known := outcomes.get(key)) is not None:
+        verdict = choose_forward(
+            model, short_ids, [each for each in candidates if each.name == known.forward]
+        )
+        if verdict.forward.name == known.forward:
+            logger.info("the long check is skipped: its outcome is known")
+            return replace(verdict, rejected=known.rejections(), remarks=known.remarks)
+    verdict = choose_forward(model, random_ids, candidates, startup.note)
+    outcomes.put(key, KnownVerdict.of(verdict))
+    return verdict
 
 
 def _candidates(
     model: PreTrainedModel, cache: PrefixCache, rope: LengthDependentRope | None
 ) -> list[Forward]:
     """The strategies that share a prompt, fastest first."""
-    strategies: list[Forward] = [SharedPrefixForward(model, cache), PackedForward(model), ExpandedForward(model)]
+    strategies: list[Forward] = [
+        SharedPrefixForward(model, cache),
+        PackedForward(model),
+        ExpandedForward(model),
+    ]
     return [_by_length(forward, rope) for forward in strategies]
 
 
@@ -165,8 +254,9 @@ def _info(
     name: str,
     max_sequence_tokens: int,
     head: Head,
-    forward: Forward,
+    verdict: Verdict,
 ) -> PolicyInfo:
+    rejected = [*_rejected_heads(head), *verdict.rejected]
     return PolicyInfo(
         model=name,
         version=settings.policy_version,
@@ -178,8 +268,16 @@ def _info(
         num_tokenizer_tokens=len(tokenizer),
         max_sequence_tokens=max_sequence_tokens,
         head="linear" if isinstance(head, LinearHead) else "module",
-        forward=forward.name,
+        forward=verdict.forward.name,
+        rejected_paths=tuple(
+            RejectedPath(path=each.path, reason=each.cause, detail=each.detail) for each in rejected
+        ),
+        remarks=verdict.remarks,
     )
+
+
+def _rejected_heads(head: Head) -> list[Rejection]:
+    return [Rejection("linear", Cause.DIFFERS, head.reason)] if isinstance(head, ModuleHead) else []
 
 
 # --- properties of the model and its tokenizer ------------------------------------------------------
@@ -192,25 +290,23 @@ def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return int(limit) if limit < UNLIMITED else None
 
 
-def check_ids(model: PreTrainedModel, num_ids: int, longest: int | None) -> list[int]:
-    """Random token ids for the checks: more than any layer sees at once, as far as the policy allows.
+def check_ids(
+    model: PreTrainedModel, num_ids: int, longest: int | None, max_sequence_tokens: int
+) -> list[int]:
+    """Random token ids for the checks: more than any layer sees at once, as far as the policy is used.
 
     The last of them are the completions in the check: they see only a part of the others, which are the
     prompt.
+
+    Args:
+        longest: the longest sequence that the model allows.
+        max_sequence_tokens: the longest that is ever scored: what shows in longer ones only does not matter.
     """
-    config = model.config.get_text_config()
-    reach = max(getattr(config, name, None) or 0 for name in _REACHES)
-    num_tokens = min(reach + NUM_CHECK_TOKENS, longest or UNLIMITED)
+    num_tokens = min(Reach.of(model, max_sequence_tokens).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
+    num_tokens = max(num_tokens, min(NUM_CHECK_TOKENS, longest or NUM_CHECK_TOKENS))
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
     return ids
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that may follow an answer without belonging to it: end of turn, end of sequence, padding."""
-    eos = model.generation_config.eos_token_id
-    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return sorted({token_id for token_id in ids if token_id is not None})
 
 
 # --- memory -----------------------------------------------------------------------------------------

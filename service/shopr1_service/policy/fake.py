@@ -4,9 +4,11 @@ Every character is a token, its id the code point. The self-certainty of token n
 `base_nats + i · step_nats`.
 """
 
+import json
 from collections.abc import Callable, Sequence
 
 from shopr1_client.wire import Message, PolicyInfo, Reason
+from shopr1_client.wire_prompt import PromptOptions
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import (
     Certainty,
@@ -18,13 +20,15 @@ from shopr1_service.core import (
     Version,
 )
 from shopr1_service.engine.heartbeat import Heartbeat
+from shopr1_service.policy.chat import DEFAULTS, Warn, continues_answer, ignore
 from shopr1_service.policy.versions import VersionTable
 
 _NUM_CODE_POINTS = 0x110000
+_UNKNOWN_END = "<special>"
 
 
 class CharacterCodec:
-    """A character is a token."""
+    """A character is a token. The chat template writes its arguments, as JSON, before the messages."""
 
     num_ids = _NUM_CODE_POINTS
     end_tokens = ("<end>",)
@@ -35,8 +39,21 @@ class CharacterCodec:
     def encode_ids(self, text: str) -> Sequence[int]:
         return self.encode_text(text).ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return list(self.encode_text("".join(f"{m.role}: {m.content}\n" for m in messages)).ids)
+    def encode_prompt(
+        self, text: str, options: PromptOptions = DEFAULTS, warn: Warn = ignore
+    ) -> Sequence[int]:
+        return self.encode_ids(text)
+
+    def encode_chat(
+        self, messages: Sequence[Message], options: PromptOptions = DEFAULTS, warn: Warn = ignore
+    ) -> list[int]:
+        text = "".join(f"{m.role}: {m.content}\n" for m in messages)
+        text = text.removesuffix("\n") if continues_answer(messages, options) else text
+        arguments = options.chat_template_kwargs
+        return list(self.encode_ids(f"{json.dumps(arguments)}\n{text}" if arguments else text))
+
+    def unknown_end(self, text: str) -> str | None:
+        return _UNKNOWN_END if text.endswith(_UNKNOWN_END) else None
 
     def decode(self, ids: Sequence[int]) -> Tokens:
         return self.encode_text("".join(map(chr, ids)))

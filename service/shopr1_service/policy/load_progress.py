@@ -21,12 +21,18 @@ class LoadProgress:
 
     def __init__(self) -> None:
         self._step = Step.BEGINNING
+        self._detail = ""
         self._started_s = time.monotonic()
 
     def enter(self, step: Step) -> None:
         """Begin a step."""
-        self._step = step
+        self._step, self._detail = step, ""
         logger.info("start, step %d of %d: %s", self._number, len(Step), step)
+
+    def note(self, detail: str) -> None:
+        """Say what the step does now."""
+        self._detail = f": {detail}"
+        logger.info("start, step %d of %d: %s%s", self._number, len(Step), self._step, self._detail)
 
     @property
     def _number(self) -> int:
@@ -34,4 +40,5 @@ class LoadProgress:
 
     def __str__(self) -> str:
         elapsed_s = time.monotonic() - self._started_s
-        return f"{self._step} (step {self._number} of {len(Step)}, {elapsed_s:.0f} s since the start)"
+        where = f"step {self._number} of {len(Step)}, {elapsed_s:.0f} s since the start"
+        return f"{self._step}{self._detail} ({where})"

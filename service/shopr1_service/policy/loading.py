@@ -25,6 +25,7 @@ from shopr1_service.policy.factory import build_policy
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import DType, Settings
+from shopr1_service.weights.conversion import KEY_MAPPING
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _read_model(source: Source, dtype: torch.dtype, options: dict[str, Any]) -> 
     if source.gguf_file is not None:
         options = {**options, "quantization_config": GgufConfig(dequantize=True)}
     else:
-        options = {**options, "use_safetensors": True}
+        options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **options
     )

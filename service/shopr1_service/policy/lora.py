@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.policy.lora_config import AdapterError, LoraConfig, parse_config
+from shopr1_service.weights.conversion import NameConverter
 
 __all__ = [
     "Adapter",
@@ -101,28 +102,35 @@ def build_adapter(model: PreTrainedModel, config: LoraConfig, tensors: Mapping[s
     Args:
         tensors: as in PEFT's `adapter_model.safetensors`, on the CPU: [R, I] each
             `[base_model.model.]<module>.lora_A[.<adapter>].weight`, and [O, R] the same with `lora_B`. They
-            are copied.
+            are copied. The module's name is the model's, or one that transformers converts to it.
 
     Raises:
         AdapterError: not an adapter of this model, or it does not fit the config.
     """
     modules = dict(model.named_modules())
     in_trunk = set(trunk_of(model).modules())
-    layers = {}
-    for name, sides in _by_module(tensors).items():
+    layers: dict[str, LoraLayer] = {}
+    converter = NameConverter(model)
+    for given, sides in _by_module(tensors).items():
         first = next(iter(sides.values()))
-        module = modules.get(name)
-        if module is None:
-            raise AdapterError(first, f"the policy has no module {name!r}")
+        name = given if given in modules else _found(converter, given, first)
+        if name is None:  # of images, and the policy has the text part only
+            continue
+        if name in layers:
+            raise AdapterError(first, f"it is an adapter of {name!r}, and so is another tensor")
+        module = modules[name]
         weight_O_I = _weight(first, module, is_in_trunk=module in in_trunk)
         if len(sides) < 2:
             raise AdapterError(first, f"the other half is missing: {name!r} needs lora_A and lora_B")
-        (num_outputs, num_inputs), r = weight_O_I.shape, config.rank(name)
+        # Patterns match the names of the sender.
+        (num_outputs, num_inputs), r = weight_O_I.shape, config.rank(given)
         layers[name] = LoraLayer(
             a_R_I=_matrix(sides["A"], tensors, (r, num_inputs), weight_O_I),
             b_O_R=_matrix(sides["B"], tensors, (num_outputs, r), weight_O_I),
-            scale=config.scale(name),
+            scale=config.scale(given),
         )
+    if not layers:
+        raise AdapterError("tensors", "the policy has none of the adapted modules")
     return Adapter(layers)
 
 
@@ -130,8 +138,11 @@ def unused_layers(adapter: Adapter, model: PreTrainedModel, run: Callable[[], ob
     """Layers of the adapter without effect, because `run` does not call their modules.
 
     Some architectures hand a module's weight to a kernel. An expert that gets no token looks the same. `run`
-    is called once, with the adapter applied.
+    is called once, with the adapter applied. The parts of a multimodal model that never see text are left
+    out: there an adapter has no effect in the trainer either.
     """
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    text_part = set(decoder.modules())
     used: set[nn.Module] = set()
     modules = {name: model.get_submodule(name) for name in adapter.layers}
 
@@ -143,12 +154,19 @@ def unused_layers(adapter: Adapter, model: PreTrainedModel, run: Callable[[], ob
             stack.callback(module.register_forward_pre_hook(record).remove)
         stack.enter_context(adapter.applied(model))
         run()
-    return [name for name, module in modules.items() if module not in used]
+    return [name for name, module in modules.items() if module not in used and module in text_part]
 
 
 # --- checks -----------------------------------------------------------------------------------------
 
 _FULL_WEIGHTS = "push full weights instead"
+
+
+def _found(converter: NameConverter, module: str, tensor: str) -> str | None:
+    try:
+        return converter.find_module(module)
+    except KeyError as error:
+        raise AdapterError(tensor, error.args[0]) from None
 
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

@@ -24,7 +24,11 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from shopr1_client.wire import Message
+from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
+from shopr1_rewards.completion import strip_end
 from shopr1_service.core import CodecError, Tokens
+from shopr1_service.policy.chat import DEFAULTS, ChatRenderer, Warn, ignore
+from shopr1_service.policy.end_tokens import special_texts
 
 _REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to it
 _MAX_WINDOW = 8
@@ -52,12 +56,25 @@ class Codec(Protocol):
         """The ids of `encode_text`, without offsets."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(
+        self, text: str, options: PromptOptions = DEFAULTS, warn: Warn = ignore
+    ) -> Sequence[int]:
+        """The ids of a prompt that is a text, with the special tokens that the options ask for."""
+        ...
+
+    def encode_chat(
+        self, messages: Sequence[Message], options: PromptOptions = DEFAULTS, warn: Warn = ignore
+    ) -> list[int]:
         """The ids of a chat in the policy's template, with the generation prompt.
 
         Raises:
-            CodecError: there is no template, or it refuses the messages.
+            CodecError: there is no template, or it refuses the messages; or they end with the assistant's,
+                and the options do not say whether to continue it.
         """
+        ...
+
+    def unknown_end(self, text: str) -> str | None:
+        """The special token at the end of a text, if it is not an end token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> Tokens:
@@ -66,9 +83,23 @@ class Codec(Protocol):
 
 
 class PolicyTokenizer:
-    """A `Codec` on a fast tokenizer of transformers."""
+    """A `Codec` on a fast tokenizer of transformers.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_ids: int, end_ids: Sequence[int]) -> None:
+    Args:
+        num_ids: rows of the model's embedding.
+        end_ids, end_texts: tokens that are ignored after an answer.
+        chat: default: the tokenizer's own templates.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_ids: int,
+        end_ids: Sequence[int],
+        *,
+        end_texts: Sequence[str] = (),
+        chat: ChatRenderer | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise CodecError(f"{type(tokenizer).__name__} has no offsets; a tokenizer.json is needed")
         self.tokenizer = tokenizer
@@ -80,7 +111,11 @@ class PolicyTokenizer:
         self._context_text = self._decode(self._context)
         self._texts_inside: dict[int, str | None] = {}
         self.num_ids = num_ids
-        self.end_tokens = tuple(dict.fromkeys(self._decode([token_id]) for token_id in end_ids))
+        ends = (*(self._decode([token_id]) for token_id in end_ids), *end_texts)
+        self.end_tokens = tuple(dict.fromkeys(ends))
+        self._other_specials = [text for text in special_texts(tokenizer) if text not in self.end_tokens]
+        self._chat = chat or ChatRenderer(tokenizer)
+        self._bos = self._bos_of(tokenizer.bos_token_id)
 
     def encode_text(self, text: str) -> Tokens:
         decoded = self.decode(self.encode_ids(text))
@@ -96,13 +131,26 @@ class PolicyTokenizer:
         ids: Sequence[int] = encoding.ids
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        chat = [message.model_dump() for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs, and can raise anything
-            raise CodecError(f"the policy's chat template refuses the messages: {error}") from error
-        return list(self.encode_ids(str(text)))
+    def encode_prompt(
+        self, text: str, options: PromptOptions = DEFAULTS, warn: Warn = ignore
+    ) -> Sequence[int]:
+        ids = self.encode_ids(text)
+        has_bos = self._bos is None or list(ids[:1]) == [self._bos]
+        if options.add_special_tokens:
+            with_special: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+            return with_special[1:] if has_bos and with_special[:2] == [self._bos] * 2 else with_special
+        if options.add_special_tokens is None and not has_bos:
+            warn(_no_bos(self._decode([self._bos or 0])))
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Message], options: PromptOptions = DEFAULTS, warn: Warn = ignore
+    ) -> list[int]:
+        return list(self.encode_ids(self._chat.render(messages, options, warn)))
+
+    def unknown_end(self, text: str) -> str | None:
+        text = strip_end(text, self.end_tokens)
+        return next((special for special in self._other_specials if text.endswith(special)), None)
 
     def decode(self, ids: Sequence[int]) -> Tokens:
         ids = list(ids)
@@ -112,6 +160,11 @@ class PolicyTokenizer:
             if tokens is not None and tokens.text == text:
                 return tokens
         return self._offsets_by_prefixes(ids, text)
+
+    def _bos_of(self, bos_id: int | None) -> int | None:
+        """The BOS if the tokenizer adds it to texts."""
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        return bos_id if bos_id is not None and ids[:1] == [bos_id] else None
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=False))
@@ -165,6 +218,14 @@ class PolicyTokenizer:
 
     def _texts_alone(self, ids: list[int]) -> list[str]:
         return [self._decode([token_id]) for token_id in ids]
+
+
+def _no_bos(token: str) -> ScoreWarning:
+    return ScoreWarning(
+        code=WarningCode.NO_BOS,
+        message=f"the prompt does not begin with {token!r}, which the tokenizer adds; set "
+        "add_special_tokens, false if the policy did not see it either",
+    )
 
 
 def _place(text: str, before: str, prefixes: Sequence[str], alone: Sequence[str]) -> list[tuple[int, int]]:

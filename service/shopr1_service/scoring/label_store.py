@@ -32,6 +32,21 @@ class Label(NamedTuple):
         truth = json.dumps(action.to_dict(), ensure_ascii=False)
         return cls(truth, sys.intern(recipe))
 
+    def __str__(self) -> str:
+        return f"{self.truth:.200} (recipe {self.recipe!r})"
+
+
+class ContradictionError(ValueError):
+    """Two different labels of one prompt in one call.
+
+    Attributes:
+        first, second: their positions in the call.
+    """
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"labels {first} and {second} of one prompt differ")
+        self.first, self.second = first, second
+
 
 def prompt_digest(prompt: TextPrompt) -> bytes:
     """Key of a prompt; a text and messages never have the same one."""
@@ -63,23 +78,33 @@ class LabelStore:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def put(self, labels: Iterable[tuple[TextPrompt, Label]]) -> None:
-        """Add labels, replacing those of the same prompts.
+    def put(self, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
+        """Add labels, replacing those of the same prompts from earlier calls. If it fails, none is added.
+
+        Returns:
+            How many labels from earlier calls were replaced by different ones.
 
         Raises:
-            TooLargeError: too many labels; none is added.
+            ContradictionError: two labels of one prompt differ.
+            TooLargeError: too many labels.
         """
         new: dict[bytes, Label] = {}
+        positions: dict[bytes, int] = {}
         lengths = set(self._lengths)
-        for prompt, label in labels:
-            new[prompt_digest(prompt)] = label
+        for i, (prompt, label) in enumerate(labels):
+            digest = prompt_digest(prompt)
+            first = positions.setdefault(digest, i)
+            if new.setdefault(digest, label) != label:
+                raise ContradictionError(first, i)
             if isinstance(prompt, str):
                 lengths.add(len(prompt.encode()))
         num_labels = len(self) + sum(digest not in self._labels for digest in new)
         if num_labels > self._max_labels:
             raise TooLargeError(f"{num_labels} labels, max_labels = {self._max_labels}")
+        num_changed = sum(self._labels.get(digest, label) != label for digest, label in new.items())
         self._labels |= new
         self._lengths = sorted(lengths)
+        return num_changed
 
     def get(self, prompt: TextPrompt) -> Label | None:
         """The label of exactly this prompt."""

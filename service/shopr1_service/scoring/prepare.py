@@ -3,13 +3,16 @@
 All bad fields of a request are collected before it is refused; a refused request is not scored at all.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from shopr1_client.errors import FieldError, TooLargeError
-from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds
+from shopr1_client.wire import Completion, Group, Limits, ScoreRequest, Text, TokenIds
 from shopr1_client.wire_base import is_unicode
-from shopr1_rewards import Action, GroundTruthError, Recipe, judge, read_ground_truth
+from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
+from shopr1_rewards import Action, GroundTruthError, Judgement, Recipe, judge, read_ground_truth
+from shopr1_rewards.format_error import FormatError, FormatFailure
 from shopr1_service.core import (
     CodecError,
     PreparedGroup,
@@ -26,6 +29,7 @@ _NO_TOKENS = Tokens("", (), ())
 class _Preparation:
     codec: Codec
     recipe: Recipe
+    defaults: PromptOptions
     wants_ids: bool
     max_request_tokens: int
     groups: list[PreparedGroup] = field(default_factory=list)
@@ -36,45 +40,70 @@ class _Preparation:
         """Prepare a group, or collect its errors."""
         truth = self._truth(group, path)
         given = [self._given(c, f"{path}.completions[{j}]") for j, c in enumerate(group.completions)]
-        rollouts = [self._rollout(tokens, truth) for tokens in given] if truth else []
+        rollouts = [
+            self._rollout(tokens, truth, f"{path}.completions[{j}]")
+            for j, tokens in enumerate(given)
+            if truth is not None
+        ]
         is_needed = self.wants_ids or any(rollout.measured for rollout in rollouts)
-        prompt_ids = self._prompt(group.prompt, f"{path}.prompt", is_needed=is_needed)
+        warnings = list(_end_warnings(rollouts))
+        prompt_ids = self._prompt(group, f"{path}.prompt", warnings, is_needed=is_needed)
         self._count(prompt_ids)
         if truth is not None:
-            self.groups.append(PreparedGroup(group.id, truth, prompt_ids, rollouts))
+            self.groups.append(PreparedGroup(group.id, truth, prompt_ids, rollouts, warnings))
 
     def _truth(self, group: Group, path: str) -> Action | None:
         try:
-            return read_ground_truth(group.ground_truth, self.recipe.action_space)
+            return read_ground_truth(group.ground_truth, self.recipe)
         except GroundTruthError as error:
             key = f".{error.field}" if error.field and not isinstance(group.ground_truth, str) else ""
             self._refuse(f"{path}.ground_truth{key}", str(error))
             return None
 
-    def _prompt(self, prompt: Prompt, path: str, *, is_needed: bool) -> Sequence[int]:
+    def _prompt(
+        self, group: Group, path: str, warnings: list[ScoreWarning], *, is_needed: bool
+    ) -> Sequence[int]:
         """The prompt's ids. Bad prompts are refused even if no completion uses them."""
+        prompt, options = group.prompt, group.over(self.defaults)
         if isinstance(prompt, TokenIds):
             return self._checked(prompt, path)
-        if isinstance(prompt, str):
-            return self.codec.encode_ids(prompt) if is_needed else ()
+        if isinstance(prompt, str) and not is_needed:
+            return ()
         try:
-            return self.codec.encode_chat(prompt)
+            if isinstance(prompt, str):
+                ids = self.codec.encode_prompt(prompt, options, warnings.append)
+            else:
+                ids = self.codec.encode_chat(prompt, options, warnings.append)
         except CodecError as error:
             self._refuse(path, str(error))
             return ()
+        return self._within_embedding(ids, path)
 
     def _given(self, completion: Completion, path: str) -> Tokens | str:
         if isinstance(completion, TokenIds):
             return self.codec.decode(self._checked(completion, path))
         return completion.text if isinstance(completion, Text) else completion
 
-    def _rollout(self, given: Tokens | str, truth: Action) -> PreparedRollout:
+    def _rollout(self, given: Tokens | str, truth: Action, path: str) -> PreparedRollout:
         text = given if isinstance(given, str) else given.text
         judgement = judge(text, truth, self.recipe, self.codec.end_tokens)
         span = judgement.certainty_span
         tokens = self._tokens(given, is_needed=span is not None)
+        self._within_embedding(tokens.ids, path)
         self._count(tokens.ids)
-        return PreparedRollout(judgement, tokens, tokens.overlapping(span) if span else ())
+        unknown_end = self._unknown_end(text, truth, judgement)
+        if unknown_end is not None:
+            judgement = replace(judgement, failure=_unknown_end_failure(unknown_end))
+        return PreparedRollout(judgement, tokens, tokens.overlapping(span) if span else (), unknown_end)
+
+    def _unknown_end(self, text: str, truth: Action, judgement: Judgement) -> str | None:
+        """The special token at the end without which the format would be valid."""
+        if judgement.failure is None or judgement.failure.error is not FormatError.EXTRA_TEXT:
+            return None
+        token = self.codec.unknown_end(text)
+        if token is None or judge(text, truth, self.recipe, (*self.codec.end_tokens, token)).failure:
+            return None
+        return token
 
     def _tokens(self, given: Tokens | str, *, is_needed: bool) -> Tokens:
         if isinstance(given, Tokens):
@@ -90,6 +119,16 @@ class _Preparation:
                 self._refuse(f"{path}.token_ids[{k}]", message)
                 return ()
         return given.token_ids
+
+    def _within_embedding(self, ids: Sequence[int], path: str) -> Sequence[int]:
+        """Ids of a text, refused if the tokenizer has more tokens than the policy."""
+        largest = max(ids, default=0)
+        if largest < self.codec.num_ids:
+            return ids
+        text = self.codec.decode([largest]).text
+        message = f"contains {text!r}, token id {largest}, which is not below {self.codec.num_ids}"
+        self._refuse(path, f"{message}: the tokenizer has more tokens than the policy")
+        return ()
 
     def _refuse(self, location: str, message: str) -> None:
         self.errors.append({"location": location, "message": message})
@@ -113,11 +152,23 @@ def prepare(
         InvalidRequestError: names every bad field.
     """
     _check_counts(request, limits)
-    preparation = _Preparation(codec, recipe, wants_ids, limits.max_request_tokens)
+    preparation = _Preparation(codec, recipe, request, wants_ids, limits.max_request_tokens)
     for i, group in enumerate(request.groups):
         preparation.add(group, f"groups[{i}]")
     raise_if_any(preparation.errors)
     return preparation.groups
+
+
+def _unknown_end_failure(token: str) -> FormatFailure:
+    message = f"{token!r} after the object, which is not an end token of the policy (setting end_tokens)"
+    return FormatFailure(FormatError.EXTRA_TEXT, message)
+
+
+def _end_warnings(rollouts: Sequence[PreparedRollout]) -> Iterator[ScoreWarning]:
+    counts = Counter(rollout.unknown_end for rollout in rollouts if rollout.unknown_end is not None)
+    for token, count in counts.items():
+        message = f"{count} of {len(rollouts)} completions are invalid only because they end with {token!r}"
+        yield ScoreWarning(code=WarningCode.UNKNOWN_END_TOKEN, message=message)
 
 
 def _check_counts(request: ScoreRequest, limits: Limits) -> None:

@@ -158,6 +158,7 @@ def _group_score(
         policy_number=measured.version.number,
         adapter=measured.version.adapter,
         rewards=rewards,
+        warnings=list(group.warnings),
         prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
     )
 
@@ -201,6 +202,7 @@ def _details(
         unknown_action_type=prediction is not None and not prediction.is_known_type,
         missing_attributes=list(prediction.missing_attributes) if prediction else [],
         extra_keys=list(prediction.extra_keys) if prediction else [],
+        converted=list(prediction.converted) if prediction else [],
         similarity={name: judgement.similarity.get(name) for name in recipe.action_space.attribute_names},
         type_match=judgement.is_type_match,
         exact_match=judgement.is_exact_match,

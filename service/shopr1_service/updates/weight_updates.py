@@ -110,7 +110,7 @@ class WeightUpdates:
 
         async def open_files(staged: StagedWeights) -> None:
             await read_foreign(lambda: self._open(request.path, staged), self._read_timeout_s)
-            if files is not None and files != UpdateContents.of(staged.locations).files:
+            if files is not None and files != staged.contents.files:
                 raise InvalidWeightsError("the checkpoint was written to since another engine loaded it")
 
         return await self._update("checkpoint", request.version, open_files, is_partial=request.partial)
@@ -146,7 +146,7 @@ class WeightUpdates:
             running.stage = Stage.SWAPPING
             former, pause_s = await self._scheduler.between_batches(lambda: self._swap(locations, version))
             running.is_done = True
-            self.contents = UpdateContents.of(locations)
+            self.contents = running.staged.contents
             self._announce(source, pause_s)
             update = PolicyUpdate(
                 current=self._policy.versions.base.info,

@@ -80,6 +80,7 @@ class AnonymousTempFile(OpenFile):
             Path(path).unlink()
         super().__init__(fd)
         self.num_bytes = 0
+        self._closing = threading.Lock()
 
     def reserve(self, num_bytes: int) -> None:
         """Make sure that there is room; writing is faster, too."""
@@ -93,7 +94,9 @@ class AnonymousTempFile(OpenFile):
     def append(self, block: memoryview) -> int:
         """Write a block at the end; returns where it begins. From one thread at a time."""
         start = self.num_bytes
-        with self._storage_errors():
+        with self._storage_errors(), self._closing:
+            if not self._finalizer.alive:  # another file may have its descriptor now
+                raise OSError(None, "the update was given up")
             while block:
                 num_written = os.pwrite(self._fd, block, self.num_bytes)
                 self.num_bytes += num_written
@@ -102,8 +105,9 @@ class AnonymousTempFile(OpenFile):
 
     def discard(self) -> None:
         """Free its space now instead of with its last holder. It cannot be used afterwards."""
-        if self._finalizer.detach():
-            os.close(self._fd)
+        with self._closing:
+            if self._finalizer.detach():
+                os.close(self._fd)
 
     @staticmethod
     def _close(fd: int) -> None:

@@ -21,11 +21,18 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-DtypeName = Literal["F64", "F32", "BF16", "F16"]
+DtypeName = Literal["F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
 DTYPES: Mapping[str, torch.dtype] = dict(
-    zip(get_args(DtypeName), (torch.float64, torch.float32, torch.bfloat16, torch.float16), strict=True)
+    zip(
+        get_args(DtypeName),
+        (
+            *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+            *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        ),
+        strict=True,
+    )
 )
-"""Accepted dtypes, as safetensors spells them."""
+"""Accepted dtypes, as safetensors spells them. Weights have fractions; old checkpoints have masks, too."""
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 * 2**20

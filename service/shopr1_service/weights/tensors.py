@@ -46,21 +46,18 @@ class UpdateContents:
     names: frozenset[str]
     files: frozenset[Signature]
 
-    @classmethod
-    def of(cls, locations: Mapping[str, TensorLocation]) -> "UpdateContents":
-        signatures = {location.file.signature for location in locations.values()}
-        return cls(frozenset(locations), frozenset(each for each in signatures if each is not None))
-
 
 class Weights:
     """The floating-point tensors of a model; others are not trained.
 
     Attributes:
+        model: its owner.
         tensors: by name, one for each storage.
         aliases: further names of tied tensors, as `lm_head.weight` of the input embedding.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -84,7 +81,7 @@ class Weights:
             StorageError: the disk is full or fails.
         """
         file.reserve(sum(self.tensors[name].nbytes for name in names))
-        return {name: self._store(self.tensors[name], file) for name in names}
+        return {name: store(self.tensors[name], file) for name in names}
 
     def load(self, locations: Mapping[str, TensorLocation], on_piece: Callable[[], None]) -> None:
         """Replace tensors. If this fails, some have been replaced.
@@ -104,11 +101,17 @@ class Weights:
 
         run_in_threads(load, jobs)
 
-    def _store(self, tensor: Tensor, file: AnonymousTempFile) -> TensorLocation:
-        start = file.num_bytes
-        for piece in pieces(tensor, tensor.element_size()):
-            file.append(bytes_of(piece.cpu()))
-        return TensorLocation(file, start, tensor.dtype)
+
+def store(tensor: Tensor, file: AnonymousTempFile) -> TensorLocation:
+    """Append a tensor to a file.
+
+    Raises:
+        StorageError: the disk is full or fails.
+    """
+    start = file.num_bytes
+    for piece in pieces(tensor, tensor.element_size()):
+        file.append(bytes_of(piece.cpu()))
+    return TensorLocation(file, start, tensor.dtype)
 
 
 class Buffers(threading.local):

@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import socket
 import statistics
 import struct
@@ -31,6 +32,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -46,8 +48,8 @@ from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError
 from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.callback import PolicyPush
-from shopr1_client.trainers.trl import shop_r1_reward, shop_r1_reward_sync
-from shopr1_client.wire import Reward, ScoreResponse
+from shopr1_client.trainers.trl import _rollouts, shop_r1_reward, shop_r1_reward_sync
+from shopr1_client.wire import Reward, ScoreResponse, TokenIds
 from shopr1_client.wire_policy import PolicyState
 from tests.integration.trainers.live import (
     API_KEY,
@@ -67,6 +69,8 @@ from tests.integration.trainers.tokenizer import save_tokenizer
 GROUP = 7
 """Maximum number of completions of a session: a group contains all of them."""
 NUM_LESSONS = 120
+_BOS = 0
+"""A special token of the service's tokenizer."""
 PROMPT_IDS = 48
 """Length of the prompt for the tiny policy. The service gets the whole prompt."""
 FLOAT32 = 1e-6
@@ -302,6 +306,57 @@ def test_sampled(policy: str, live: Live, tmp_path: Path) -> None:
     assert [row["shop_r1_reward"] for row in run.generations[0]] == _approx(rewards)
     assert len(set(rewards)) > 3  # otherwise the test is weak
     assert run.change > 0
+
+
+@pytest.mark.usefixtures("environment", "live")
+@pytest.mark.parametrize("is_text", [False, True])
+def test_prompts_are_the_ids_from_which_the_policy_sampled(
+    is_text: bool, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With arguments of the chat template, and a tokenizer that adds a BOS to texts."""
+    saw: list[list[int]] = []
+    sent: list[list[int]] = []
+    generate = GRPOTrainer._generate_single_turn
+
+    def watched(trainer: Any, prompt_ids: list[list[int]], *others: Any) -> Any:
+        saw.extend(list(ids) for ids in prompt_ids)
+        return generate(trainer, prompt_ids, *others)
+
+    @functools.wraps(shop_r1_reward)
+    async def recorded(**columns: Any) -> list[float | None]:
+        names = ("prompts", "completions", "ground_truth", "completion_ids", "log_metric")
+        prompts, completions, truths, ids, log_metric = (columns[name] for name in names)
+        own = [rollout.prompt for rollout in _rollouts(prompts, completions, truths, ids, log_metric, {})]
+        sent.extend(prompt.token_ids for prompt in own if isinstance(prompt, TokenIds))
+        return await shop_r1_reward(**columns)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", watched)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    template = (
+        tokenizer.chat_template + "{% if thoughts is defined %}<think>{{ thoughts }}</think>{% endif %}"
+    )
+    directory = _copy_of(policy, tmp_path / "policy", template)
+    own = [Rollout("tea", r.completion, r.ground_truth) for r in rollouts()[:1]] if is_text else rollouts()
+    train(directory, tmp_path, own, recorded, samples=True, chat_template_kwargs={"thoughts": "none"})
+    assert sent == saw
+    texts = {str(tokenizer.decode(ids)) for ids in sent}
+    if is_text:
+        assert texts == {f"{tokenizer.decode([_BOS])}tea"}
+    else:
+        assert all(text.endswith("<think>none</think>") for text in texts)
+
+
+def _copy_of(policy: str, directory: Path, template: str) -> str:
+    """The policy with another chat template, and a tokenizer that adds a BOS to texts."""
+    shutil.copytree(policy, directory)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = template
+    bos = tokenizer.convert_ids_to_tokens(_BOS)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, _BOS)]
+    )
+    tokenizer.save_pretrained(directory)
+    return str(directory)
 
 
 @pytest.mark.usefixtures("environment")

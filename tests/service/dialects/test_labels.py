@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from tests.support.http import (
     client_of,
     problem,
     running,
+    write_recipe,
 )
 from tests.support.labels import FORMS, WRONG
 from tests.support.trainer_requests import SLIME, register, send, send_ok, slime
@@ -61,7 +63,7 @@ async def test_put_get_delete() -> None:
     chat = [{"role": "user", "content": "page"}]
     async with running() as client:
         assert (await client.get("/labels")).json() == {"num_labels": 0}
-        assert await register(client, ("page", CLICK), (chat, CLICK), ("page", SEARCH)) == 2
+        assert await register(client, ("page", CLICK), (chat, CLICK), ("page", CLICK)) == 2
         assert await register(client, ("page", TERMINATE), ("other", TERMINATE)) == 3
         assert await register(client) == 3
         assert (await client.get("/labels")).json() == {"num_labels": 3}
@@ -71,9 +73,70 @@ async def test_put_get_delete() -> None:
     assert [error["location"] for error in refused["errors"]] == ["label"]
 
 
-async def test_the_last_of_a_request_counts(service: httpx.AsyncClient) -> None:
-    await register(service, ("twice", CLICK), ("twice", TERMINATE))
+CHAT = [{"role": "user", "content": "twice"}]
+
+
+@pytest.mark.parametrize("prompt", ["twice", CHAT])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (CLICK, TERMINATE),
+        (CLICK, CLICK | {"name": "add_to_cart.buy_later"}),
+        (json.dumps(CLICK), {"ground_truth": SEARCH}),
+    ],
+)
+async def test_two_truths_of_one_prompt_are_refused(
+    service: httpx.AsyncClient, prompt: Any, first: Any, second: Any
+) -> None:
+    await service.delete("/labels")
+    labels = [("other", CLICK), (prompt, first), ("one more", CLICK), (prompt, second)]
+    sent = {"labels": [{"prompt": prompt, "ground_truth": truth} for prompt, truth in labels]}
+    refused = problem(await service.put("/labels", json=sent), 422, "invalid_request")
+    assert [error["location"] for error in refused["errors"]] == [
+        "labels[1].ground_truth",
+        "labels[3].ground_truth",
+    ]
+    messages = [error["message"] for error in refused["errors"]]
+    assert "contradicts labels[3], which has the same prompt" in messages[0]
+    assert "contradicts labels[1], which has the same prompt" in messages[1]
+    assert '"click"' in messages[0]
+    assert messages[0] != messages[1]
+    assert (await service.get("/labels")).json() == {"num_labels": 0}
+
+
+async def test_two_recipes_for_one_prompt_are_refused(tmp_path: Path) -> None:
+    async with running(FakePolicy(26.0), recipe=write_recipe(tmp_path)) as client:
+        named = {"ground_truth": CLICK, "recipe": "shop_r1"}
+        entries = [{"prompt": "page", "ground_truth": truth} for truth in (named, CLICK)]
+        refused = problem(await client.put("/labels", json={"labels": entries}), 422, "invalid_request")
+    assert "(recipe 'shop_r1') contradicts labels[1]" in refused["errors"][0]["message"]
+    assert "(recipe 'mine') contradicts labels[0]" in refused["errors"][1]["message"]
+
+
+async def test_the_same_truth_twice_is_no_contradiction(service: httpx.AsyncClient) -> None:
+    await register(service, ("twice", CLICK), ("twice", json.dumps(CLICK)), ("twice", {**CLICK, "url": "x"}))
+    assert await send_ok(service, SLIME, slime("twice", answer(CLICK), label=None)) == 1001.13
+
+
+async def test_a_later_request_replaces_a_label_with_a_warning(
+    service: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    await service.delete("/labels")
+    await register(service, ("twice", CLICK), ("same", CLICK))
+    assert not caplog.records
+    await register(service, ("twice", TERMINATE), ("same", CLICK), ("new", CLICK))
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 prompts that had a label before now have a different one"
+    ]
     assert await send_ok(service, SLIME, slime("twice", label=None)) == 0.93
+
+
+async def test_a_label_that_could_not_be_earned_is_refused(service: httpx.AsyncClient) -> None:
+    sent = {"labels": [{"prompt": "page", "ground_truth": {"type": "click", "name": ""}}]}
+    refused = problem(await service.put("/labels", json=sent), 422, "invalid_request")
+    [error] = refused["errors"]
+    assert error["location"] == "labels[0].ground_truth.name"
+    assert "'name' of a 'click' action is empty" in error["message"]
 
 
 async def test_the_table_is_bounded_and_takes_all_or_none() -> None:

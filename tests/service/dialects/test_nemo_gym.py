@@ -175,7 +175,10 @@ async def test_the_ground_truth_is_a_field_of_the_row(
 
 
 async def test_the_first_of_several_fields_counts(service: httpx.AsyncClient) -> None:
-    sent = verify(ground_truth=None, expected_answer=TERMINATE, label=CLICK)
+    # Only the first is a ground truth here; two that differ are refused, below.
+    sent = verify(ground_truth=None, expected_answer=TERMINATE, label="ring")
+    assert (await send_ok(service, VERIFY, sent))["reward"] == 0.93
+    sent = verify(ground_truth=TERMINATE, expected_answer=json.dumps(TERMINATE), label={"row": 7})
     assert (await send_ok(service, VERIFY, sent))["reward"] == 0.93
 
 
@@ -218,6 +221,11 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"ground_truth": 7}, ["ground_truth"]),
     ({"ground_truth": {"type": "click"}}, ["ground_truth.name"]),
     ({"ground_truth": None, "label": "click"}, ["label"]),
+    ({"ground_truth": TERMINATE, "label": CLICK}, ["label"]),
+    (
+        {"ground_truth": TERMINATE, "expected_answer": json.dumps(CLICK), "label": CLICK},
+        ["expected_answer", "label"],
+    ),
 ]
 
 
@@ -235,6 +243,67 @@ async def test_messages_that_the_template_refuses(monkeypatch: pytest.MonkeyPatc
     async with running() as client:
         refused = problem(await send(client, VERIFY, verify()), 422, "invalid_request")
     assert refused["errors"] == [{"location": INPUT, "message": "no system role"}]
+
+
+# --- the policy's own prompt --------------------------------------------------------------------------
+
+
+def ids(text: str) -> list[int]:
+    return list(map(ord, text))
+
+
+async def num_tokens(sent: Any) -> float:
+    async with running() as client:
+        await send_ok(client, VERIFY, sent)
+        return await metric(client, "shopr1_engine_tokens_total")
+
+
+async def test_arguments_of_the_template_are_the_rows() -> None:
+    params = {"input": "page", "metadata": {"chat_template_kwargs": '{"enable_thinking": false}'}}
+    expected = '{"enable_thinking": false}\nuser: page\n'
+    assert await num_tokens(verify(responses_create_params=params)) == len(expected) + len(answer())
+
+
+async def test_token_ids_are_used_instead_of_text() -> None:
+    sampled = answer(rationale="abc")
+    own = {"prompt_token_ids": ids("the policy's own"), "generation_token_ids": ids(sampled)}
+    sent = verify(response=response("something else", **own))
+    assert await num_tokens(sent) == len("the policy's own") + len(sampled)
+    sent["responses_create_params"]["tools"] = [{"type": "function", "name": "f"}]
+    sent["response"]["output"].insert(0, {"id": "rs_1", "type": "reasoning", "summary": []})
+    assert await num_tokens(sent) == len("the policy's own") + len(sampled)
+
+
+async def test_the_label_of_a_prompt_with_ids_is_registered_by_its_messages(
+    service: httpx.AsyncClient,
+) -> None:
+    own = {"prompt_token_ids": ids("x"), "generation_token_ids": ids(answer(CLICK))}
+    await register(service, ([{"role": "user", "content": "page"}], CLICK))
+    answered = await send_ok(service, VERIFY, verify(response=response("", **own), ground_truth=None))
+    assert answered["reward"] == 1001.13
+
+
+async def test_bad_token_ids_are_named(service: httpx.AsyncClient) -> None:
+    for own, location in (
+        ({"prompt_token_ids": [1, 0x110000], "generation_token_ids": [1]}, "prompt_token_ids[1]"),
+        ({"prompt_token_ids": [1], "generation_token_ids": [1, 2, 0x110000]}, "generation_token_ids[2]"),
+        ({"prompt_token_ids": [-1], "generation_token_ids": [1]}, "prompt_token_ids[0]"),
+    ):
+        refused = problem(
+            await send(service, VERIFY, verify(response=response("", **own))), 422, "invalid_request"
+        )
+        assert [error["location"] for error in refused["errors"]] == [f"response.output[0].{location}"]
+
+
+async def test_a_chat_that_ends_with_the_assistants_message_is_refused(service: httpx.AsyncClient) -> None:
+    chat = [{"role": "user", "content": "page"}, {"role": "assistant", "content": "Sure"}]
+    refused = problem(
+        await send(service, VERIFY, verify(responses_create_params={"input": chat})), 422, "invalid_request"
+    )
+    assert [error["location"] for error in refused["errors"]] == [INPUT]
+    metadata = {"extra_body": '{"continue_final_message": true}'}
+    sent = verify(responses_create_params={"input": chat, "metadata": metadata})
+    assert await num_tokens(sent) == len("user: page\nassistant: Sure") + len(answer())
 
 
 # --- unscorable rollouts ----------------------------------------------------------------------------

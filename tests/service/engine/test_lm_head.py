@@ -89,6 +89,17 @@ def test_linear_head_gives_the_models_logits(family: str, differs: set[str]) -> 
     assert torch.allclose(plain_T_V, expected_T_V, rtol=0, atol=1e-2) == (not differs)
 
 
+@pytest.mark.parametrize("logits_scaling", [0.25, 1.0, 1.004, 3.0])
+@pytest.mark.parametrize(("kind", "sign"), [("granite", -1), ("hyperclovax", 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_scaling_is_a_factor_or_a_divisor(
+    kind: str, sign: int, logits_scaling: float, dtype: torch.dtype
+) -> None:
+    head = choose_head(tiny_model(kind, dtype, logits_scaling=logits_scaling), IDS)
+    assert isinstance(head, LinearHead)
+    assert head.scale == pytest.approx(logits_scaling**sign)
+
+
 def test_order_is_bias_scale_softcap() -> None:
     head = LinearHead(torch.tensor([[2.0]]), bias_V=torch.tensor([1.0]), scale=0.5, softcap=4.0)
     # softcap(0.5 · (3 · 2 + 1)) = 4 tanh(3.5 / 4)
@@ -171,6 +182,26 @@ def test_an_unknown_change_of_logits_needs_the_module_head(monkeypatch: pytest.M
     assert head.num_rows == NUM_ROWS
     assert torch.equal(logits_of(head, hidden_T_H), expected_T_V)
     assert torch.equal(logits_of(head, hidden_T_H, 17), expected_T_V[:, :17])
+
+
+SMALLER = {"is_decoder": True, "type_vocab_size": 2}
+NARROW_HEADS: dict[str, dict[str, Any]] = {
+    "rembert": {"output_embedding_size": 16, "input_embedding_size": 24, **SMALLER},
+    "electra": {"embedding_size": 16, **SMALLER},
+}
+
+
+@pytest.mark.parametrize("kind", NARROW_HEADS)
+def test_a_head_narrower_than_the_hidden_states_needs_the_module_head(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(kind, **NARROW_HEADS[kind])
+    hidden_T_H, expected_T_V = trunk_and_logits(model)
+    head = choose_head(model, IDS)
+    assert isinstance(head, ModuleHead)
+    assert "LinearHead fails: RuntimeError" in head.reason
+    assert head.reason in caplog.text
+    assert_close(logits_of(head, hidden_T_H), expected_T_V, rtol=0, atol=1e-5)
 
 
 class DoubledLinear(nn.Linear):

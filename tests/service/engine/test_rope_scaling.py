@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from shopr1_service.engine.lm_head import UnsupportedModelError, trunk_of
-from shopr1_service.engine.rope_scaling import LengthDependentRope
+from shopr1_service.engine.rope_scaling import LengthDependentRope, has_length_dependent_rope
 from tests.support.models import llama4, random_ids, shared_model, tiny_model
 
 LIMIT = 32
@@ -143,6 +143,7 @@ def test_complex_rotations() -> None:
 )
 def test_static_frequencies_need_no_control(model: Any) -> None:
     assert LengthDependentRope.of(model()) is None
+    assert not has_length_dependent_rope(model())
 
 
 def test_modules_that_cannot_be_controlled_are_refused() -> None:
@@ -153,7 +154,7 @@ def test_modules_that_cannot_be_controlled_are_refused() -> None:
         LengthDependentRope.of(model)
 
 
-def test_a_copy_of_the_model_is_controlled_by_itself() -> None:
+def test_a_copy_of_the_model_is_controlled_alone() -> None:
     model = model_with(DYNAMIC)
     rope = controlled(model)
     duplicate = copy.deepcopy(model).double()

@@ -166,6 +166,15 @@ async def test_counters_of_ratios_are_zero_from_a_runs_first_group_on() -> None:
     assert ("shopr1_rejected_requests", "queue_full") in zeros
 
 
+async def test_unknown_ends_and_warnings() -> None:
+    async with running() as client:
+        await score_in(client, "r", group(answer() + "<special>", answer(), answer() + "x"), group(answer()))
+        assert await metric(client, "shopr1_unknown_end_tokens_total", run="r") == 1
+        assert await metric(client, "shopr1_warnings_total", run="r", code="unknown_end_token") == 1
+        assert await metric(client, "shopr1_warnings_total", run="r") == 1
+        assert await metric(client, "shopr1_format_errors_total", run="r", error="extra_text") == 2
+
+
 async def test_exact_matches() -> None:
     async with running() as client:
         await score(client, group(answer(CLICK), answer(OTHER_CLICK), truth=CLICK), group(answer(), answer()))
@@ -278,7 +287,7 @@ async def test_the_run_that_was_silent_longest_makes_room_in_every_metric() -> N
         assert await metric(client, "shopr1_rollouts_total", run="one") == 6
         await score_in(client, "two", group(answer(), prompt="later"))
         assert await metric(client, "shopr1_rollouts_total", run="two") == 1  # restarts at 0
-    assert len(found) == 10
+    assert len(found) == 12
     assert all(names == {"one", "three"} for names in found.values()), found
 
 

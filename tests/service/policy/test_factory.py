@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from shopr1_client.wire import Message
 from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
-from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup, choose_forward
+from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup
 from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.forward.self_check import Verdict, choose_forward
 from shopr1_service.engine.lm_head import LinearHead, trunk_of
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy import factory
@@ -24,9 +27,12 @@ from shopr1_service.policy.factory import (
     prefix_cache_bytes,
     warm_up,
 )
+from shopr1_service.policy.load_progress import LoadProgress
+from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings
 from tests.support.models import (
     FAMILIES,
+    NUM_ROWS,
     NUM_TOKENS,
     Reference,
     byte_level,
@@ -140,6 +146,12 @@ def test_prompts_are_shared_where_rope_depends_on_the_length(
         assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)
 
 
+def test_the_check_is_short_where_no_sequence_changes_rope(checks: list[list[int]]) -> None:
+    policy_of(tiny_model(rope_parameters=_DYNAMIC, max_position_embeddings=200), max_sequence_tokens=None)
+    policy_of(tiny_model(rope_parameters=_DYNAMIC, max_position_embeddings=200), max_sequence_tokens=400)
+    assert [len(ids) for ids in checks] == [24, 224]
+
+
 def test_rope_that_cannot_be_controlled_is_a_policy_error() -> None:
     model = tiny_model(rope_parameters=_DYNAMIC)
     cast("Any", trunk_of(model)).rotary_emb.forward = lambda _x, _positions, _frames: None
@@ -154,9 +166,11 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids of each check from now on."""
     seen: list[list[int]] = []
 
-    def spy(model: PreTrainedModel, random_ids: list[int], candidates: list[Forward]) -> Forward:
+    def spy(
+        model: PreTrainedModel, random_ids: list[int], candidates: list[Forward], *report: Any
+    ) -> Verdict:
         seen.append(random_ids)
-        return choose_forward(model, random_ids, candidates)
+        return choose_forward(model, random_ids, candidates, *report)
 
     monkeypatch.setattr(factory, "choose_forward", spy)
     return seen
@@ -164,9 +178,15 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 def test_check_is_longer_than_the_window(checks: list[list[int]]) -> None:
     policy_of(tiny_model("mistral", sliding_window=40))
-    policy_of(tiny_model("mistral", sliding_window=40), max_sequence_tokens=50)
     policy_of(tiny_model("llama"))
-    assert [len(ids) for ids in checks] == [64, 64, 24]  # a set limit shortens requests, not the check
+    assert [len(ids) for ids in checks] == [64, 24]
+
+
+def test_check_is_no_longer_than_what_is_scored(checks: list[list[int]]) -> None:
+    # A window that no sequence fills cannot show. The shortest check does not depend on the setting.
+    for limit in (3000, 1010, 990, 50, 10):
+        policy_of(tiny_model("mistral", sliding_window=1000), max_sequence_tokens=limit)
+    assert [len(ids) for ids in checks] == [1024, 1010, 990, 50, 24]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +201,7 @@ def test_check_is_longer_than_the_reach_of_other_architectures(
     assert [len(ids) for ids in checks] == [64]
 
 
-@pytest.mark.parametrize("size", [8, 18, 40])
+@pytest.mark.parametrize("size", [8, 18, 40, 100])
 @pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
 def test_check_notices_that_a_window_is_ignored(
     monkeypatch: pytest.MonkeyPatch, checks: list[list[int]], kind: str, size: int
@@ -203,9 +223,69 @@ def test_check_notices_that_a_window_is_ignored(
             options["attention_mask"] = dict.fromkeys(masks, masks["full_attention"])
         return forward(**options)
 
-    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "packed"
+    assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "packed"
     monkeypatch.setattr(trunk, "forward", ignore_the_window)
-    assert choose_forward(model, checks[0], [PackedForward(model)]).name == "independent"
+    assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "independent"
+
+
+def test_an_encoder_is_a_policy_error() -> None:
+    with pytest.raises(PolicyError, match="BertLMHeadModel is not causal"):
+        policy_of(tiny_model("bert", is_decoder=False))
+
+
+def test_info_says_why_slower_paths_were_taken() -> None:
+    info = policy_of(tiny_model("mistral", sliding_window=8)).info
+    [rejected] = info.rejected_paths
+    assert (info.forward, rejected.path, rejected.reason) == ("packed", "shared_prefix", "unsupported")
+    assert "sliding_window" in rejected.detail
+    assert policy_of(tiny_model("llama")).info.rejected_paths == ()
+    info = policy_of(tiny_model("electra", is_decoder=True, embedding_size=16)).info
+    assert (info.head, info.rejected_paths[0].path) == ("module", "linear")
+    assert "LinearHead fails" in info.rejected_paths[0].detail
+
+
+# --- the long check ---------------------------------------------------------------------------------
+
+
+def wide(**settings: Any) -> LoadedPolicy:
+    return policy_of(tiny_model("mistral", sliding_window=200), **settings)
+
+
+def test_a_short_check_is_a_remark(checks: list[list[int]]) -> None:
+    assert wide(self_check="short").info.remarks == ("checked up to 64 tokens of 224: self_check is short",)
+    assert wide().info.remarks == ()
+    assert [len(ids) for ids in checks] == [64, 224]
+
+
+def test_a_known_outcome_needs_no_long_check(checks: list[list[int]], tmp_path: Path) -> None:
+    file = tmp_path / "outcomes.json"
+    first, second = (wide(self_check_cache=file).info for _ in range(2))
+    assert first == second
+    assert first.forward == "packed"
+    assert [len(ids) for ids in checks] == [224, 64]
+
+
+def test_a_known_outcome_that_the_short_check_contradicts_is_checked_again(
+    checks: list[list[int]], tmp_path: Path
+) -> None:
+    file = tmp_path / "outcomes.json"
+    expected = wide(self_check_cache=file).info
+    file.write_text(file.read_text().replace("packed", "shared_prefix"))
+    assert wide(self_check_cache=file).info == expected
+    assert [len(ids) for ids in checks] == [224, 64, 224]
+    assert "packed" in file.read_text()
+
+
+def test_progress_of_the_long_check_is_shown() -> None:
+    notes: list[str] = []
+
+    class Progress(LoadProgress):
+        def note(self, detail: str) -> None:
+            notes.append(detail)
+
+    model = tiny_model("mistral", sliding_window=200)
+    build_policy(model, byte_level(), Settings(), name="tiny", startup=Progress())
+    assert notes == ["independent, 219 tokens", "independent, 224 tokens", "packed, 213 tokens"]
 
 
 def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
@@ -214,6 +294,33 @@ def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
     assert set(policy_of(model).codec.end_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
     model.generation_config.eos_token_id = None
     assert set(policy_of(model).codec.end_tokens) == {"<|im_end|>", "<|endoftext|>"}
+
+
+def test_tokens_beyond_the_embedding_are_named_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    policy_of(tiny_model())
+    assert "no embedding" not in caplog.text
+    tokenizer = byte_level()
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(NUM_ROWS - len(tokenizer) + 2)])
+    policy = build_policy(tiny_model(), tokenizer, Settings(), name="tiny")
+    assert (
+        f"has 2 tokens that the policy has no embedding for, from '<extra_{NUM_ROWS - 371}>'" in caplog.text
+    )
+    assert max(policy.codec.encode_ids("<extra_18>")) == NUM_ROWS
+
+
+def test_templates_of_the_settings_are_used(tmp_path: Path) -> None:
+    (tmp_path / "plain.jinja").write_text("{{ messages[0].content }}{{ suffix }}", "utf-8")
+    settings: dict[str, Any] = {
+        "chat_templates": (tmp_path / "plain.jinja",),
+        "chat_template_kwargs": {"suffix": "!"},
+    }
+    policy = build_policy(
+        tiny_model(), byte_level(), Settings(**settings, chat_template="plain"), name="tiny"
+    )
+    message = Message(role="user", content="hi")
+    assert policy.codec.encode_chat([message]) == policy.codec.encode_ids("hi!")
+    with pytest.raises(PolicyError, match="no chat template 'other'"):
+        build_policy(tiny_model(), byte_level(), Settings(**settings, chat_template="other"), name="tiny")
 
 
 def test_dropout_is_off() -> None:

@@ -20,3 +20,18 @@ def test_each_step_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "shopr1_service.policy.load_progress"):
         LoadProgress().enter(Step.READING_WEIGHTS)
     assert caplog.messages == ["start, step 2 of 4: reading the policy's weights"]
+
+
+def test_a_note_is_shown_until_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    progress = LoadProgress()
+    progress.enter(Step.CHECKING)
+    with caplog.at_level(logging.INFO, "shopr1_service.policy.load_progress"):
+        progress.note("packed, 4109 tokens")
+    what = "comparing forward strategies with the model: packed, 4109 tokens"
+    assert str(progress) == f"{what} (step 3 of 4, 0 s since the start)"
+    assert caplog.messages == [f"start, step 3 of 4: {what}"]
+    progress.enter(Step.WARMING_UP)
+    assert str(progress) == "running warm-up passes (step 4 of 4, 0 s since the start)"

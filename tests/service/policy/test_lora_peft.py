@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
+from shopr1_service.core import Version
 from shopr1_service.policy.lora import AdapterError, build_adapter, parse_config
-from tests.support.models import one_thread, random_ids, tiny_model
+from tests.support.models import MIXTURES, MULTIMODAL, one_thread, policy_of, random_ids, tiny_model
 
 PREFIX = "base_model.model."
 IDS = random_ids(21, seed=1)
@@ -78,6 +80,63 @@ def test_peft_gives_the_same(tmp_path: Path, kind: str, options: dict[str, Any],
         for name, module in theirs.named_modules()
         if hasattr(module, "lora_A")
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("modules", ["all-linear", r".*layers\.\d+\..*(q_proj|in_proj_qkv|down_proj)"])
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_adapters_of_a_multimodal_model(name: str, modules: str, tmp_path: Path) -> None:
+    """The policy has the whole model, or its text part only; the vision tower's adapters do not matter."""
+    peft = pytest.importorskip("peft")
+    whole = MULTIMODAL[name]()
+    whole.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=modules, rank_pattern={"language_model.*down_proj": 3})
+    theirs = peft.get_peft_model(whole, config)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    policy = policy_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    adapter = build_adapter(
+        policy.model,
+        parse_config((tmp_path / "adapter" / "adapter_config.json").read_bytes()),
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
+    )
+    assert {layer.a_R_I.shape[0] for layer in adapter.layers.values()} == {3, 4}
+    policy.add_adapter(adapter, Version("1", 1, "mine"), max_kept=1, is_default=False)
+    ids = torch.tensor([IDS])
+    with torch.inference_mode():
+        with adapter.applied(policy.model):
+            actual = policy.model(input_ids=ids).logits
+        assert_close(actual, theirs.eval()(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_model_without_its_head(tmp_path: Path) -> None:
+    """Its modules have no `model.`, which transformers adds to names of weights."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = tiny_model()
+    theirs.model = peft.get_peft_model(theirs.model, config)
+    theirs.model.save_pretrained(tmp_path)
+    model = tiny_model()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert f"{PREFIX}layers.0.self_attn.q_proj.lora_A.weight" in tensors
+    adapter = build_adapter(model, parse_config((tmp_path / "adapter_config.json").read_bytes()), tensors)
+    ids = torch.tensor([IDS])
+    with torch.inference_mode(), adapter.applied(model):
+        assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_stacked_expert() -> None:
+    family = MIXTURES["mixtral"]
+    name = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(48, 2)}
+    config = parse_config('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(AdapterError, match=r"it is a part of model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        build_adapter(tiny_model(family.kind, **family.options), config, tensors)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -43,7 +43,7 @@ def pair(module: str, num_outputs: int = 32, num_inputs: int = 32, r: int = 3) -
         ("model.norm", "this is LlamaRMSNorm"),
         ("model.layers.0", "this is LlamaDecoderLayer"),
         ("model.layers.2.self_attn.q_proj", "no module 'model.layers.2.self_attn.q_proj'"),
-        ("layers.0.self_attn.q_proj", "no module 'layers.0.self_attn.q_proj'"),
+        ("blocks.0.self_attn.q_proj", "no module 'blocks.0.self_attn.q_proj'"),
         (f"{Q_PROJ}.base_layer", "no module"),
     ],
 )

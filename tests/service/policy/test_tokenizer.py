@@ -4,11 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from shopr1_client.wire import Message
+from shopr1_client.wire_prompt import PromptOptions, ScoreWarning
 from shopr1_rewards import Span
 from shopr1_service.core import CodecError, Tokens
 from shopr1_service.policy.tokenizer import PolicyTokenizer
@@ -407,3 +408,53 @@ def test_template_that_fails_refuses_the_messages(template: str | None, message:
     with pytest.raises(CodecError, match="the policy's chat template refuses the messages: ") as info:
         codec.encode_chat([Message(role="user", content="hi")])
     assert message in str(info.value)
+
+
+# --- special tokens of text prompts -------------------------------------------------------------------
+
+
+def with_bos(*, eos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that adds a BOS to texts, like Llama 3's; with `eos` also an end, like T5's."""
+    backend = Tokenizer.from_str(byte_level_json())
+    ids = {name: backend.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")}
+    end = " <|im_end|>" if eos else ""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"<|endoftext|> $A{end}", special_tokens=list(ids.items())
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool | None
+) -> tuple[list[int], list[str]]:
+    warnings: list[ScoreWarning] = []
+    options = PromptOptions(add_special_tokens=add_special_tokens)
+    ids = PolicyTokenizer(tokenizer, NUM_ROWS, []).encode_prompt(text, options, warnings.append)
+    return list(ids), [warning.code.value for warning in warnings]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("text", ["green tea", "茶", ""])
+def test_special_tokens_are_those_of_the_tokenizer(text: str, eos: bool) -> None:
+    tokenizer = with_bos(eos=eos)
+    bos = ids_of(tokenizer, "<|endoftext|>")
+    assert encoded(tokenizer, text, True) == (list(tokenizer(text)["input_ids"]), [])
+    assert encoded(tokenizer, text, True)[0][:1] == bos
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert encoded(tokenizer, text, False) == (plain, [])
+    assert encoded(tokenizer, text, None) == (plain, ["no_bos"])
+
+
+@pytest.mark.parametrize("add", [None, False, True])
+def test_there_are_never_two_bos(add: bool | None) -> None:
+    tokenizer = with_bos()
+    text = "<|endoftext|>green tea"
+    assert encoded(tokenizer, text, add) == (ids_of(tokenizer, text), [])
+    assert list(tokenizer(text)["input_ids"])[:2] == ids_of(tokenizer, "<|endoftext|>") * 2  # the library's
+
+
+@pytest.mark.parametrize("add", [None, False, True])
+def test_a_tokenizer_without_bos_adds_none(add: bool | None) -> None:
+    assert encoded(byte_level(), "green tea", add) == (ids_of(byte_level(), "green tea"), [])

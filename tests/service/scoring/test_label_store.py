@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
-from shopr1_service.scoring.label_store import Label, LabelStore, TextPrompt, prompt_digest
+from shopr1_service.scoring.label_store import (
+    ContradictionError,
+    Label,
+    LabelStore,
+    TextPrompt,
+    prompt_digest,
+)
 
 # Characters of one to four bytes, two of which begin with the same byte, and half a surrogate pair.
 ALPHABET = "abéê漢😀"
@@ -83,10 +89,20 @@ def test_messages_are_no_beginning_of_a_text() -> None:
 
 def test_a_newer_label_takes_the_place_of_the_old() -> None:
     of_a = table("a", "b")
-    of_a.put([("a", label("old")), ("a", label("new"))])
+    of_a.put([("a", label("new"))])
     assert len(of_a) == 2
     assert of_a.get("a") == label("new")
     assert of_a.split("ab") == ("a", "b", label("new"))
+
+
+def test_two_labels_of_one_prompt_are_refused_as_a_whole() -> None:
+    of_a = table("a", "b")
+    with pytest.raises(ContradictionError) as caught:
+        of_a.put([("c", label("c")), ("a", label("old")), ("a", label("new"))])
+    assert (caught.value.first, caught.value.second) == (1, 2)
+    assert (len(of_a), of_a.get("a"), of_a.get("c")) == (2, label("a"), None)
+    of_a.put([("a", label("new")), ("a", label("new"))])
+    assert of_a.get("a") == label("new")
 
 
 def test_too_many_labels_are_refused_as_a_whole() -> None:

@@ -62,3 +62,102 @@ def test_limits(limit: str, message: str) -> None:
     only: dict[str, Any] = {limit: 1}
     with pytest.raises(TooLargeError, match=message):
         prepared(group(answer(), answer()), group(answer()), **only)
+
+
+# --- options of prompts, and warnings -----------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "hi"}]
+PREFILLED = [*CHAT, {"role": "assistant", "content": "Sure"}]
+
+
+def prompt_of(prompted: PreparedGroup) -> str:
+    return "".join(map(chr, prompted.prompt_ids))
+
+
+def test_a_groups_options_replace_its_requests() -> None:
+    arguments = {"a": 1, "b": 1}
+    request = ScoreRequest.model_validate(
+        {
+            "groups": [
+                group(answer(), prompt=CHAT, chat_template_kwargs={"b": 2}),
+                group(answer(), prompt=CHAT),
+                group(answer(), prompt="page", chat_template_kwargs={"b": 2}),
+            ],
+            "chat_template_kwargs": arguments,
+        }
+    )
+    groups = prepare(request, RECIPE, CharacterCodec(), Settings().limits, wants_ids=False)
+    assert [prompt_of(each) for each in groups] == [
+        '{"a": 1, "b": 2}\nuser: hi\n',
+        '{"a": 1, "b": 1}\nuser: hi\n',
+        "page",
+    ]
+
+
+def test_an_assistants_last_message_needs_an_option() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        prepared(group(answer(), prompt=CHAT), group("not JSON", prompt=PREFILLED))
+    [error] = caught.value.errors
+    assert error["location"] == "groups[1].prompt"
+    assert error["message"].startswith(
+        "messages[1], the last one, is the assistant's: set continue_final_message"
+    )
+    [continued] = prepared(group(answer(), prompt=PREFILLED, continue_final_message=True))
+    [closed] = prepared(group(answer(), prompt=PREFILLED, continue_final_message=False))
+    assert prompt_of(continued) == "user: hi\nassistant: Sure"
+    assert prompt_of(closed) == "user: hi\nassistant: Sure\n"
+
+
+def test_only_a_special_token_at_the_end_makes_it_invalid() -> None:
+    [only] = prepared(
+        group(answer(), answer() + "<special>", answer() + "<special> <end>", answer() + "x", "x<special>")
+    )
+    ends = [rollout.unknown_end for rollout in only.rollouts]
+    assert ends == [None, "<special>", None, None, None]
+    failures = [rollout.judgement.failure for rollout in only.rollouts]
+    assert failures[0] is None
+    assert failures[1] is not None
+    assert failures[1].error.value == "extra_text"
+    assert failures[1].message == (
+        "'<special>' after the object, which is not an end token of the policy (setting end_tokens)"
+    )
+    assert [(warning.code.value, warning.message) for warning in only.warnings] == [
+        ("unknown_end_token", "1 of 5 completions are invalid only because they end with '<special>'")
+    ]
+
+
+# --- ids beyond the embedding -------------------------------------------------------------------------
+
+
+class SmallCodec(CharacterCodec):
+    """The policy has embeddings for ASCII only."""
+
+    num_ids = 128
+
+
+@pytest.mark.parametrize(
+    ("bad", "location"),
+    [
+        (group(answer(rationale="é")), "groups[1].completions[0]"),
+        (group("x", answer(rationale="é")), "groups[1].completions[1]"),
+        (group(answer(), prompt="é"), "groups[1].prompt"),
+        (group("x", prompt=[{"role": "user", "content": "é"}]), "groups[1].prompt"),
+    ],
+)
+def test_texts_with_ids_beyond_the_embedding_are_refused(bad: Any, location: str) -> None:
+    request = ScoreRequest.model_validate({"groups": [group(answer()), bad]})
+    with pytest.raises(InvalidRequestError) as caught:
+        prepare(request, RECIPE, SmallCodec(), Settings().limits, wants_ids=False)
+    assert caught.value.errors == [
+        {
+            "location": location,
+            "message": "contains 'é', token id 233, which is not below 128: "
+            "the tokenizer has more tokens than the policy",
+        }
+    ]
+
+
+def test_text_that_is_not_tokenised_is_not_refused() -> None:
+    request = ScoreRequest.model_validate({"groups": [group("é", prompt="é")]})
+    [only] = prepare(request, RECIPE, SmallCodec(), Settings().limits, wants_ids=False)
+    assert only.prompt_ids == ()

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shopr1_client import Client
 from shopr1_service.core import FatalEngineError
 from shopr1_service.weights.files import AnonymousTempFile
-from tests.support.http import WAIT_S, metric, problem
-from tests.support.models import one_thread, tiny_model
+from tests.support.http import WAIT_S, metric, problem, served
+from tests.support.models import MIXTURES, MULTIMODAL, one_thread, policy_of, tiny_model
+from tests.support.staging import check_equal
 from tests.support.updating import (
     HEAD,
     HUGE,
@@ -22,11 +26,13 @@ from tests.support.updating import (
     PART,
     Service,
     Unchanged,
+    changed,
     changed_model,
     done,
     file_of,
     flaws,
     numbers_of,
+    saved,
     staged_files,
     updatable,
     weights_of,
@@ -241,3 +247,62 @@ async def test_many_failures_leave_no_open_files(service: Service) -> None:
         assert flaws(await service.upload(file_of({"x": torch.zeros(1)}), partial=True)).keys() == {"x"}
         done(await service.upload(NEW))
         assert len(staged_files() - before) == 1  # the backup: the last one that succeeded
+
+
+# --- names of checkpoints ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ["update", "sglang", "upload"])
+async def test_a_tensor_for_each_expert_by_every_way(route: str, tmp_path: Path) -> None:
+    """`save_pretrained` of a mixture, whose experts the model stacks."""
+    options: dict[str, Any] = {"kind": "mixtral", **MIXTURES["mixtral"].options}
+    sent = changed_model(**options)
+    saved(tmp_path / "new", sent)
+    tensors = safetensors.torch.load_file(tmp_path / "new" / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in tensors
+    async with updatable(tiny_model(**options), policy_roots=(tmp_path,)) as service:
+        await send(service, route, tmp_path / "new")
+        assert await service.numbers() == await numbers_of(sent)
+        async with Unchanged(service):  # the stacked tensors are their own backup
+            infinite = {**tensors, HEAD: torch.full((389, 32), HUGE)}
+            problem(await service.upload(file_of(infinite)), 422, "invalid_weights")
+        done(await service.upload(file_of(tiny_model(**options)), "2"))  # a state dict
+        service.forget_prompts()
+        assert await service.numbers() == await numbers_of(tiny_model(**options))
+
+
+async def send(service: Service, route: str, path: Path) -> None:
+    match route:
+        case "update":
+            done(await service.update(str(path)))
+        case "sglang":
+            done(await service.http.post("/update_weights_from_disk", json={"model_path": str(path)}))
+        case _:
+            done(await service.upload((path / "model.safetensors").read_bytes()))
+
+
+@pytest.mark.parametrize("transport", ["http", "gloo"])
+def test_a_tensor_for_each_expert_from_a_client(transport: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"kind": "olmoe", **MIXTURES["olmoe"].options}
+    sent, policy = changed_model(**options), policy_of(tiny_model(**options))
+    sent.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in tensors
+    with served(policy) as url, Client(url, timeout_s=WAIT_S) as client:
+        client.update_policy(tensors, "1", transport=transport, host="127.0.0.1")
+        assert client.policy().base.version == "1"
+    check_equal(policy.model, sent)
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+async def test_a_multimodal_directory(name: str, tmp_path: Path) -> None:
+    whole = MULTIMODAL[name]()
+    old = saved(tmp_path / "old", whole)
+    new = saved(tmp_path / "new", changed(whole))
+    tokenizer: Any = AutoTokenizer.from_pretrained(old)  # transformers has one of its own for some models
+    async with updatable(AutoModelForCausalLM.from_pretrained(new), tokenizer) as started:
+        expected = await started.numbers()
+    policy = AutoModelForCausalLM.from_pretrained(old)
+    async with updatable(policy, tokenizer, policy_roots=(tmp_path,)) as service:
+        done(await service.update("new"))
+        assert await service.numbers() == expected

@@ -234,7 +234,7 @@ def test_gaps_overlaps_and_wrong_sizes(offsets: list[tuple[int, int]], name: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "I8"}, "dtype: Input should be 'F64', 'F32', 'BF16' or 'F16'"),
+        ({"dtype": "F8_E4M3"}, "dtype: Input should be 'F64', 'F32', 'BF16', 'F16', 'I64'"),
         ({"dtype": "f32"}, "dtype: Input should be 'F64'"),
         ({"dtype": None}, "dtype: Input should be 'F64'"),
         ({"dtype": ["F32"]}, "dtype: Input should be 'F64'"),

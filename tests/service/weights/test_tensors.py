@@ -61,7 +61,8 @@ def test_tensors_of_any_shape_and_layout() -> None:
     assert model.scalar.item() == 2.5
     kept.load(former, lambda: None)
     assert (model.transposed.tolist(), model.scalar.item()) == ([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]], 1.0)
-    assert "no such tensor" in flaws(model, ("counts", torch.zeros(3)))["counts"]
+    assert "differs from the policy's" in flaws(model, ("counts", model.counts + 1))["counts"]
+    loaded(model, *given_weights, ("counts", model.counts.clone()), is_partial=False)
 
 
 def test_each_piece_is_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:

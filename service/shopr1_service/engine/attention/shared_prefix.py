@@ -4,8 +4,8 @@ Several segments follow each other in one row of tokens. A token attends to the 
 without a mask, and causally to its own segment. The device decides between two implementations: `fused.py`
 and `matmul.py`.
 
-Attention beyond plain scaled dot products (sliding window, softcap, sinks, bias) is refused; the self-check
-then chooses another forward strategy.
+Attention beyond plain scaled dot products (sliding window, softcap, sinks, bias, chosen keys) is refused, and
+so is every option that is not known here; the self-check then chooses another forward strategy.
 
 Dimensions: A query heads, K key-value heads, T tokens of the row, D head size.
 """
@@ -33,6 +33,15 @@ MIN_MATMUL_TOKENS = 64
 
 Kernel = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]
 """Layer, queries [1, A, T, D], keys and values [1, K, T, D], scale → [1, T, A, D]."""
+
+
+_HARMLESS_OPTIONS = frozenset(
+    {
+        *("position_ids", "cache_position", "use_cache", "return_dict"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
+    }
+)
+"""Options that change no number of a row without a cache. Models hand down what their forward received."""
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -108,7 +117,7 @@ class SharedPrefixAttention:
         layout = self._layout
         if layout is None or attention_mask is not None or query.shape[0] != 1:
             raise UnsupportedAttentionError("not a packed row")
-        _refuse_extras(options)
+        _refuse_extras(module, options)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layout.records:
             # Copies: the model's tensors may be views of larger ones.
@@ -116,9 +125,15 @@ class SharedPrefixAttention:
         return layout.kernel(layer, query, key, value, scaling), None
 
 
-def _refuse_extras(options: dict[str, Any]) -> None:
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
+def _refuse_extras(module: nn.Module, options: dict[str, Any]) -> None:
+    """Refuse what plain causal attention does not have.
+
+    An option that is ignored makes another model of it: without its `indices`, sparse attention is dense.
+    """
+    if not (options.pop("is_causal", True) in (True, None) and getattr(module, "is_causal", True)):
+        raise UnsupportedAttentionError("attention that is not causal")
+    for name, value in options.items():
+        if value is not None and name not in _HARMLESS_OPTIONS:
             raise UnsupportedAttentionError(f"attention with {name}")
 
 

@@ -1,20 +1,15 @@
 """Forward strategies compute the hidden states of a group: one prompt and several completions.
 
-There are four. A self-check at load chooses the first whose numbers are right:
+There are four. A check at load (`self_check.py`) chooses the first whose numbers are right:
 
     SharedPrefixForward   the prompt once, kept across requests, read in place (`shared_prefix.py`)
     PackedForward         the prompt once; all completions in one row on its cache (`packed.py`)
     ExpandedForward       the prompt once; completions in a batch on copies of its cache (`expanded.py`)
     IndependentForward    each completion with the whole prompt: slow, right for every architecture
 
-Some architectures silently ignore a cache, a mask or positions. The self-check therefore compares hidden
-states of random tokens, more than any window or chunk of the model holds, with those of independent
-forwards.
-
 Dimensions: S requested positions, H hidden size.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,14 +22,8 @@ from transformers import PreTrainedModel
 from shopr1_service.core import TEXT_SCOPE, PromptScope
 from shopr1_service.engine.lm_head import trunk_of
 
-logger = logging.getLogger(__name__)
-
 MAX_PASS_TOKENS = 8192
 """Tokens of one pass. Enough to saturate any device, and a bound on the memory of activations."""
-
-# Relative error of hidden states that rounding explains; a lost prompt gives errors around 1.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_NUM_SUFFIX_TOKENS = 6
 
 _Item = TypeVar("_Item")
 
@@ -143,52 +132,3 @@ def batches(items: Sequence[_Item], fits: Callable[[Sequence[_Item]], bool]) -> 
         batch.append(item)
     if batch:
         yield batch
-
-
-# --- the self-check ---------------------------------------------------------------------------------
-
-
-def choose_forward(
-    model: PreTrainedModel, random_ids: Sequence[int], candidates: Sequence[Forward]
-) -> Forward:
-    """The first candidate that agrees with independent forwards on these tokens, else these."""
-    reference = IndependentForward(model)
-    if len(random_ids) <= _NUM_SUFFIX_TOKENS:
-        return reference
-    groups, expected = _check_groups(random_ids), None
-    for candidate in candidates:
-        try:
-            expected = expected or reference.batch(groups)
-            if _agrees(candidate, groups, expected):
-                return candidate
-            logger.info("%s gives other numbers with %s", type(model).__name__, candidate.name)
-        except Exception as error:  # an architecture may raise anything
-            logger.info("%s does not support %s: %r", type(model).__name__, candidate.name, error)
-    logger.warning("%s cannot share a prompt: each completion is run with all of it", type(model).__name__)
-    return reference
-
-
-def _check_groups(random_ids: Sequence[int]) -> list[PromptGroup]:
-    prompt_ids, rest = random_ids[:-_NUM_SUFFIX_TOKENS], random_ids[-_NUM_SUFFIX_TOKENS:]
-    apart = [Suffix(rest, [-1, 0, 5]), Suffix([], [-1]), Suffix(rest[:1], [0]), Suffix(rest[4:], [0, 1])]
-    alike = [Suffix([*rest[:3], token_id], [2, 3]) for token_id in rest]
-    # The second prompt may be cached already; the third begins with it.
-    prompts = [(prompt_ids, apart), (prompt_ids, alike), ([*prompt_ids, *rest[:2]], alike)]
-    return [PromptGroup(*group) for group in prompts]
-
-
-def _agrees(candidate: Forward, groups: Sequence[PromptGroup], expected: Sequence[Sequence[Tensor]]) -> bool:
-    """Compare groups run one by one, when prompts may be cached, and together, when they share passes."""
-    alone = [states for group in groups for states in candidate.batch([group])]
-    return all(
-        _is_close(*states)
-        for actual in (alone, candidate.batch(groups))
-        for pair in zip(actual, expected, strict=True)
-        for states in zip(*pair, strict=True)
-    )
-
-
-def _is_close(actual: Tensor, expected: Tensor) -> bool:
-    scale = expected.double().norm()
-    error = (actual.double() - expected.double()).norm()
-    return bool(error <= _TOLERANCE[expected.dtype] * scale)

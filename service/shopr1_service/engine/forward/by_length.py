@@ -33,7 +33,8 @@ class ByLengthForward:
         return [[next(states[length][i]) for length in own] for i, own in enumerate(lengths)]
 
     def _length(self, group: PromptGroup, suffix: Suffix) -> int:
-        return suffix.num_rope_tokens or self._rope.representative(len(group.prompt_ids) + len(suffix.ids))
+        num_tokens = suffix.num_rope_tokens or len(group.prompt_ids) + len(suffix.ids)
+        return self._rope.representative(num_tokens)
 
     def _run(
         self, groups: Sequence[PromptGroup], lengths: Sequence[Sequence[int]], length: int

@@ -60,9 +60,8 @@ def check_message(error: LabelError) -> None:
 
 
 def check_truth(truth: str) -> None:
-    space = RECIPES.default.action_space
-    action = read_ground_truth(truth, space)
-    assert read_ground_truth(action.to_dict(), space) == action
+    action = read_ground_truth(truth, RECIPES.default)
+    assert read_ground_truth(action.to_dict(), RECIPES.default) == action
 
 
 def main() -> int:

@@ -195,7 +195,7 @@ def test_any_groups_in_any_order(name: str, batches: list[list[TokenGroup]], max
         scorer.check(*batch)
 
 
-# --- what is shared ---------------------------------------------------------------------------------
+# --- shared prompts ---------------------------------------------------------------------------------
 
 
 class Passes:
@@ -214,7 +214,7 @@ class Passes:
         self._nums.append(kwargs["input_ids"].shape[1])
 
     def of(self, num_prompt_tokens: int, *nums_own_tokens: int) -> list[int]:
-        """Of a group of completions of these lengths."""
+        """The passes of a group of completions of these lengths."""
         suffixes = [Suffix(random_ids(num, seed=num), [0, num - 1]) for num in nums_own_tokens]
         self._forward.hidden_states(random_ids(num_prompt_tokens, seed=5), suffixes)
         nums, self._nums = self._nums, []

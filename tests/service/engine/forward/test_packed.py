@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from transformers import Cache, PreTrainedModel
 
 from shopr1_service.engine.forward import packed as packed_forward
-from shopr1_service.engine.forward.base import IndependentForward, Suffix, choose_forward
+from shopr1_service.engine.forward.base import IndependentForward, Suffix
 from shopr1_service.engine.forward.packed import PackedForward, UnsupportedLayoutError
+from shopr1_service.engine.forward.self_check import choose_forward
 from tests.support.models import (
     FAMILIES,
     embedding_of,
@@ -91,7 +92,7 @@ def test_chunked_attention(num_prompt_tokens: int) -> None:
 def test_bfloat16(family: str) -> None:
     model = tiny_model(FAMILIES[family].kind, torch.bfloat16, **FAMILIES[family].options)
     ids = random_ids(32, seed=1)
-    assert choose_forward(model, ids, [PackedForward(model)]).name == "packed"
+    assert choose_forward(model, ids, [PackedForward(model)]).forward.name == "packed"
 
 
 # --- every token once -------------------------------------------------------------------------------

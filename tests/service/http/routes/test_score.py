@@ -166,7 +166,7 @@ async def test_every_answer_has_the_same_keys() -> None:
         "details": {
             **dict.fromkeys(("format_error", "format_message", "unknown_action_type", "missing_attributes")),
             **dict.fromkeys(("extra_keys", "exact_match", "self_certainty_nats", "num_rationale_tokens")),
-            **dict.fromkeys(("type_match", "tokens", "completion_token_ids")),
+            **dict.fromkeys(("converted", "type_match", "tokens", "completion_token_ids")),
             "similarity": {"name": None, "text": None},
         },
     }
@@ -351,13 +351,43 @@ async def test_the_ground_truth_is_an_object_or_a_string(truth: Any) -> None:
     assert reward["reward"] == 1001.13
 
 
-async def test_an_empty_attribute_of_the_human_is_matched_by_nothing() -> None:
+async def test_a_truth_that_no_answer_could_earn_is_refused() -> None:
+    # An empty name earned 0.8 where any other one earned 1.0.
+    truth = {"type": "click", "name": ""}
     async with running() as client:
-        [reward] = await rewards(
-            client, answer({"type": "click", "name": ""}), truth={"type": "click", "name": ""}
-        )
-    assert terms(reward) == (0.5, 0.3, 0.0, 0.0, 0.13)
-    assert reward["details"]["exact_match"] is True
+        response = await client.post("/score", json={"groups": [group(answer(truth), truth=truth)]})
+    [error] = problem(response, 422, "invalid_request")["errors"]
+    assert error["location"] == "groups[0].ground_truth.name"
+    assert error["message"].startswith("'name' of a 'click' action is empty")
+
+
+async def test_an_exact_answer_of_symbols_earns_the_maximum() -> None:
+    truth = {"type": "type_and_submit", "name": "🎁", "text": "★★★★☆"}
+    async with running() as client:
+        [reward] = await rewards(client, answer(truth), truth=truth)
+    assert terms(reward) == (0.5, 0.3, 0.2, 1000.1, 0.13)
+
+
+async def test_a_lenient_recipe_says_what_it_converted(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        ('attribute_types = "string"', 'attribute_types = "scalar"'),
+        ('action_types = "exact"', 'action_types = "casefold"'),
+    )
+    completion = answer({"type": "Click", "name": 5, "text": None})
+    truth = {"type": "click", "name": "5"}
+    async with running(recipe=recipe) as client:
+        [reward] = await rewards(client, completion, truth=truth)
+        [other] = await rewards(client, answer(CLICK), truth=truth)
+    assert reward["reward"] == 1001.13
+    details = reward["details"]
+    assert details["predicted_action"] == truth
+    assert details["converted"] == ["action.type", "action.name", "action.text"]
+    assert (details["exact_match"], details["extra_keys"]) == (True, [])
+    assert other["details"]["converted"] == []
+    async with running() as client:
+        [strict] = await rewards(client, completion, truth=truth)
+    assert (strict["reward"], strict["details"]["converted"]) == (0.63, [])
 
 
 @pytest.mark.parametrize(
