@@ -3,6 +3,7 @@
 Not tested, because it needs a GPU: vLLM as the engine.
 """
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -152,6 +153,32 @@ def test_configured_reward_of_an_unscorable_rollout(live: Live, monkeypatch: pyt
     own = _with_one_too_long()
     good, _, also_good = live.rewards(own)
     assert _scored(own).tolist() == _approx([good, -1.5, also_good])
+
+
+def test_columns_are_arguments_of_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ms-swift hands them over: its samples keep `chat_template_kwargs`, and tools as JSON."""
+    sent: list[SentRollout] = []
+
+    async def stop(_service: Service, own: Sequence[SentRollout]) -> Any:
+        sent.extend(own)
+        raise InterruptedError
+
+    monkeypatch.setattr(Service, "score", stop)
+    messages = [{"role": "user", "content": "page"}, {"role": "assistant", "content": "x"}]
+    row = {"messages": messages, "ground_truth": "{}"}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [
+        {**row, "chat_template_kwargs": {"enable_thinking": False}, "tools": json.dumps(tools)},
+        {**row, "chat_template_kwargs": None, "tools": []},
+    ]
+    columns = [GRPOSample.from_row(each).to_reward_row() for each in rows]
+    batch = {name: [each.get(name) for each in columns] for name in columns[0]}
+    with pytest.raises(InterruptedError):
+        asyncio.run(ShopR1(None)(["x", "x"], **batch))
+    assert [own.options.given() for own in sent] == [
+        {"chat_template_kwargs": {"enable_thinking": False, "tools": tools}},
+        {},
+    ]
 
 
 def test_none_counts_as_0() -> None:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
+from shopr1_client.trainers.service import Service
 from tests.integration.trainers.live import LOG_KEYS, ROUNDING, TOO_LONG, Live, Rollout, free_port, rollouts
 from tests.integration.trainers.tokenizer import save_tokenizer
 
@@ -123,6 +124,28 @@ def test_environment_without_a_generator(live: Live) -> None:
     assert output["reward"] == _approx(live.rewards([rollout])[0])
     assert (output["done"], output["observations"]) == (True, [])
     assert list(environment.get_metrics()) == list(LOG_KEYS)
+
+
+@pytest.mark.parametrize("config", [{"chat_template_kwargs": {"x": 1, "y": 1}}, {}, None])
+def test_arguments_of_the_chat_template(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SkyRL does not show its own: they are repeated for the environment, or in a column."""
+    sent: list[Any] = []
+
+    def stop(_service: Service, own: Sequence[Any]) -> Any:
+        sent.extend(own)
+        raise InterruptedError
+
+    monkeypatch.setattr(Service, "score_sync", stop)
+    extras = {"reward_spec": {"ground_truth": "{}"}, "chat_template_kwargs": {"y": 2, "z": None}}
+    environment = skyrl_gym.make("shop_r1", env_config=config, extras=extras)
+    environment.init([{"role": "user", "content": "page"}])
+    with pytest.raises(InterruptedError):
+        environment.step("x")
+    expected = {
+        "chat_template_kwargs": {**({"x": 1} if config else {}), "y": 2},
+        "continue_final_message": False,
+    }
+    assert [own.options.given() for own in sent] == [expected]
 
 
 @BATCHED

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import verifiers.v1 as vf
 from transformers import AutoTokenizer
 from verifiers.v1.cli.eval.runner import run_eval
 from verifiers.v1.configs.cli.eval import EvalConfig
+from verifiers.v1.graph import MessageNode
+from verifiers.v1.trace import Branch, ModelCall
+from verifiers.v1.types import SamplingConfig
 
 from shopr1_client.base import BaseClient
 from shopr1_client.reward_logs import log_values
-from shopr1_client.wire import Reward
+from shopr1_client.trainers import verifiers as shim
+from shopr1_client.wire import Message, Reward
 from tests.integration.trainers.live import (
     LOG_KEYS,
     ROOT,
@@ -327,6 +332,20 @@ def test_token_ids(live: Live, tmp_path: Path) -> None:
     as_ids = Rollout({"token_ids": prompt}, {"token_ids": completion}, rollout.ground_truth)
     assert [trace.reward] == _approx(live.rewards([as_ids]))
     assert [trace.reward] != _approx(live.rewards([rollout]))
+
+
+def test_arguments_of_the_chat_template_are_those_of_the_sampling() -> None:
+    """The client for evaluation sends them to the policy beside the messages."""
+    sampling = SamplingConfig.model_validate({"extra_body": {"chat_template_kwargs": {"x": 1, "y": None}}})
+    [user, answer] = vf.UserMessage(content="page"), vf.AssistantMessage(content="x")
+    nodes = [MessageNode(message=message) for message in (user, answer)]
+    branch = Branch(index=0, nodes=nodes, calls=[ModelCall(sampling=sampling)])
+    assert shim._options(branch).given() == {"chat_template_kwargs": {"x": 1}}
+    assert shim._options(Branch(index=0, nodes=nodes)).given() == {}
+    assert shim._texts(branch) == ([Message(role="user", content="page")], "x")
+    nodes[0].tools = [vf.Tool(name="f", description="", parameters={})]
+    with pytest.raises(ValueError, match="the harness offers tools"):
+        shim._texts(branch)
 
 
 def _too_long(rollout: Rollout) -> Rollout:

@@ -26,7 +26,9 @@ from verl.utils.config import validate_config
 from shopr1_client.base import BaseClient
 from shopr1_client.errors import TransportError, UnscorableError
 from shopr1_client.trainers.service import Service
+from shopr1_client.trainers.verl import compute_score
 from shopr1_client.trainers.verl_manager import ShopR1RewardManager
+from shopr1_client.wire import Message, TokenIds
 from tests.integration.trainers.live import (
     API_KEY,
     LOG_KEYS,
@@ -205,6 +207,29 @@ def test_function_needs_the_prompt(policy: str, loop_worker: AgentLoopWorker) ->
     [error] = asyncio.run(_results(_config(policy, *FUNCTION), loop_worker.tokenizer, batch))
     assert isinstance(error, ValueError)
     assert "raw_prompt" in str(error)
+
+
+@pytest.mark.parametrize("given", [{"x": 1}, '{"x": 1}'])
+def test_the_functions_prompt_is_the_policys(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of the chat template are an option; ids of the prompt are used, if the data set has them."""
+    sent: list[Any] = []
+
+    async def stop(_service: Service, own: Sequence[Any]) -> Any:
+        sent.extend(own)
+        raise InterruptedError
+
+    monkeypatch.setattr(Service, "score", stop)
+    messages = np.array([{"role": "user", "content": "page"}], dtype=object)
+    for extra in ({"raw_prompt": messages}, {"raw_prompt": messages, "raw_prompt_ids": np.array([1, 2])}):
+        with pytest.raises(InterruptedError):
+            asyncio.run(compute_score("shop", "x", "{}", extra, chat_template_kwargs=given))
+    assert [own.options.given() for own in sent] == [
+        {"chat_template_kwargs": {"x": 1}, "continue_final_message": False}
+    ] * 2
+    assert [own.prompt for own in sent] == [
+        [Message(role="user", content="page")],
+        TokenIds(token_ids=[1, 2]),
+    ]
 
 
 def test_example_is_a_valid_configuration(tmp_path: Path, policy: str) -> None:

@@ -1,5 +1,6 @@
 """Chats in the policy's template: transformers' own ids, and warnings of what the template does to them."""
 
+import pickle
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -230,6 +231,15 @@ def test_threads_have_their_own_dates() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_engines_in_other_processes_render_the_same() -> None:
+    codec = codec_of(DATED, templates={"think": THINKING}, chat_template_date="2026-02-03")
+    copy: PolicyTokenizer = pickle.loads(pickle.dumps(codec))
+    for options in ({}, {"chat_template": "think"}, {"chat_template_date": "2025-01-01"}):
+        assert encoded(copy, [USER], **options) == encoded(codec, [USER], **options)
+    assert copy.end_tokens == codec.end_tokens
+    assert copy.unknown_end("{}<|im_end|>") == codec.unknown_end("{}<|im_end|>") == "<|im_end|>"
 
 
 def test_other_users_of_the_template_keep_the_systems_clock() -> None:

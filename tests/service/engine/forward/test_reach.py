@@ -32,7 +32,8 @@ DEEPSEEK = FAMILIES["deepseek_v3"].options
         ("mamba2", {**FAMILIES["mamba2"].options, "chunk_size": 40}, Reach(40)),
         ("bamba", {**FAMILIES["bamba"].options, "mamba_chunk_size": 40}, Reach(40)),
         ("qwen3_next", FAMILIES["qwen3_next"].options, Reach(64)),  # chunks of its delta rule
-        ("deepseek_v32", {**DEEPSEEK, "index_topk": 40, "index_head_dim": 16}, Reach(40, num_chosen=40)),
+        ("doge", {"keep_window_size": 40}, Reach(120, num_chosen=40)),
+        ("deepseek_v32", {**DEEPSEEK, "index_topk": 40, "index_head_dim": 16}, Reach(120, num_chosen=40)),
         (
             "minimax_m3_vl_text",
             {
@@ -42,7 +43,7 @@ DEEPSEEK = FAMILIES["deepseek_v3"].options
                 "rotary_dim": 8,
                 "num_local_experts": 4,
             },
-            Reach(40, num_chosen=40),
+            Reach(120, num_chosen=40),
         ),
     ],
 )
@@ -73,10 +74,20 @@ def test_rope_changes_from_a_length_on(rope: dict[str, Any], expected: int | Non
     assert Reach.of(model) == Reach(expected or 0, rope_threshold=expected)
 
 
+def test_rope_that_no_sequence_changes_is_static() -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope)  # up to 512 tokens
+    assert Reach.of(model, 512) == Reach(0)
+    assert Reach.of(model, 513) == Reach(512, rope_threshold=512)
+    # Labelled `dynamic`, but with a fixed base.
+    model = tiny_model("hunyuan_v1_dense", rope_parameters={**rope, "alpha": 1000.0}, head_dim=8)
+    assert Reach.of(model) == Reach(0)
+
+
 def test_compressed_keys_are_chosen_by_rate() -> None:
     model = tiny_model()
     for name, value in {"index_topk": 10, "compress_rates": {"fine": 4, "coarse": 32}}.items():
         setattr(model.config, name, value)
-    assert Reach.of(model) == Reach(40, num_chosen=40)
+    assert Reach.of(model) == Reach(120, num_chosen=40)
     model.config.compress_rates["coarse"] = 128
     assert Reach.of(model) == Reach(128, num_chosen=40)
