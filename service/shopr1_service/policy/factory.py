@@ -31,6 +31,7 @@ from shopr1_service.core import (
 )
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward
+from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
@@ -51,11 +52,13 @@ from shopr1_service.engine.lm_head import (
     trunk_of,
 )
 from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.chat import ChatRenderer, read_templates
 from shopr1_service.policy.end_tokens import end_ids, template_ends
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.positions import UNLIMITED, check_positions, longest_sequence
 from shopr1_service.policy.tokenizer import PolicyTokenizer
 from shopr1_service.policy.verdict_cache import KnownVerdict, VerdictCache, verdict_key
 from shopr1_service.settings import Settings
@@ -63,8 +66,6 @@ from shopr1_service.settings import Settings
 logger = logging.getLogger(__name__)
 
 NUM_CHECK_TOKENS = 24
-UNLIMITED = 10**9
-"""More tokens than any sequence has. Transformers gives tokenizers without a limit 10³⁰."""
 CPU_PREFIX_CACHE_BYTES = 2 * 2**30
 WARM_UP_SHAPES = ((128, 8, 32), (1024, 8, 64), (4096, 16, 128), (16_384, 16, 128))
 """Tokens of the prompt, completions, tokens of each completion."""
@@ -102,14 +103,16 @@ def build_policy(
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
+    check_positions(model, max_sequence_tokens, longest)
     random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
-    head, verdict = _checked(model, random_ids, cache, settings, startup)
+    rope, head, verdict = _checked(model, random_ids, cache, settings, startup)
     engine = Engine(
         verdict.forward,
         head,
         max_sequence_tokens=max_sequence_tokens,
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
+        rope=rope,
     )
     startup.enter(Step.WARMING_UP)
     cache.max_bytes = _prefix_cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
@@ -127,6 +130,7 @@ def build_policy(
         renew=lambda: _renew(head, cache),
         probe=lambda version: engine.certainties([_probe_group(random_ids, version)], _PROBE_RULES),
         staging_dir=settings.staging_dir,
+        ignored_tensors=settings.ignored_tensors,
     )
 
 
@@ -163,11 +167,13 @@ def _checked(
     cache: PrefixCache,
     settings: Settings,
     startup: LoadProgress,
-) -> tuple[Head, Verdict]:
+) -> tuple[LengthDependentRope | None, Head, Verdict]:
     """The fastest head and forward strategy that agree with the model."""
     try:
+        rope = LengthDependentRope.of(model)
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        return head, _verdict(model, random_ids, _candidates(model, cache), settings, startup)
+        verdict = _verdict(model, random_ids, _candidates(model, cache, rope), settings, startup)
+        return rope, head, replace(verdict, forward=_by_length(verdict.forward, rope))
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
 
@@ -202,9 +208,20 @@ def _verdict(
     return verdict
 
 
-def _candidates(model: PreTrainedModel, cache: PrefixCache) -> list[Forward]:
+def _candidates(
+    model: PreTrainedModel, cache: PrefixCache, rope: LengthDependentRope | None
+) -> list[Forward]:
     """The strategies that share a prompt, fastest first."""
-    return [SharedPrefixForward(model, cache), PackedForward(model), ExpandedForward(model)]
+    strategies: list[Forward] = [
+        SharedPrefixForward(model, cache),
+        PackedForward(model),
+        ExpandedForward(model),
+    ]
+    return [_by_length(forward, rope) for forward in strategies]
+
+
+def _by_length(forward: Forward, rope: LengthDependentRope | None) -> Forward:
+    return forward if rope is None or isinstance(forward, ByLengthForward) else ByLengthForward(forward, rope)
 
 
 def _heartbeat_of(model: PreTrainedModel) -> Heartbeat:
@@ -269,13 +286,6 @@ def _rejected_heads(head: Head) -> list[Rejection]:
 # --- properties of the model and its tokenizer ------------------------------------------------------
 
 
-def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The model's limit in tokens, else the tokenizer's; None if neither states one."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or tokenizer.model_max_length
-    return int(limit) if limit < UNLIMITED else None
-
-
 def check_ids(
     model: PreTrainedModel, num_ids: int, longest: int | None, max_sequence_tokens: int
 ) -> list[int]:
@@ -288,7 +298,7 @@ def check_ids(
         longest: the longest sequence that the model allows.
         max_sequence_tokens: the longest that is ever scored: what shows in longer ones only does not matter.
     """
-    num_tokens = min(Reach.of(model).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
+    num_tokens = min(Reach.of(model, max_sequence_tokens).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
     num_tokens = max(num_tokens, min(NUM_CHECK_TOKENS, longest or NUM_CHECK_TOKENS))
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     # Tokens occur several times, as in text: a model that chooses keys by content then has to break ties.
