@@ -62,10 +62,24 @@ SIZES: Mapping[str, Any] = {
 }
 """Small sizes by the names that configs give them."""
 
-_LATENT = {"num_key_value_heads": 4}
+_LATENT: Mapping[str, Any] = {"num_key_value_heads": 4}
+_CONVOLUTION: Mapping[str, Any] = {"layer_types": ["conv", "full_attention"]}
+_HEADS: Mapping[str, Any] = {"head_dim": 16}
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "axk1", "axk2"), _LATENT),
-    **dict.fromkeys(("kimi_k2", "longcat_flash", "minicpm3", "glm4_moe_lite", "youtu", "mistral4"), _LATENT),
+    **dict.fromkeys(
+        (
+            *("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "axk1", "axk2", "kimi_k2", "longcat_flash"),
+            *("minicpm3", "glm4_moe_lite", "youtu", "mistral4", "kimi_linear", "bailing_hybrid"),
+            *("dots3_note", "dots3_note_text"),
+        ),
+        _LATENT,
+    ),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), _HEADS),
+    "lfm2": _CONVOLUTION,
+    "lfm2_moe": _CONVOLUTION,
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "index_n_heads": 2,

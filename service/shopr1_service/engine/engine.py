@@ -33,6 +33,7 @@ class Engine:
         num_tokenizer_tokens: vocabulary size for recipes that count the tokenizer's tokens only.
         release_memory: frees caches; called before a failed batch is retried.
         rope: the policy's RoPE, if its frequencies depend on the sequence's length.
+        feeds_whole: feed completions to their end, where tokens after the last measured one change numbers.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Engine:
         release_memory: Callable[[], None] = lambda: None,
         stats: EngineStats | None = None,
         rope: LengthDependentRope | None = None,
+        feeds_whole: bool = False,
     ) -> None:
         self.stats = stats or EngineStats()
         self._forward = forward
@@ -52,6 +54,7 @@ class Engine:
         self._max_sequence_tokens = max_sequence_tokens
         self._release_memory = release_memory
         self._rope = rope
+        self._feeds_whole = feeds_whole
         self._num_vocab = {
             Vocabulary.HEAD: head.num_rows,
             Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
@@ -91,7 +94,7 @@ class Engine:
     def _suffix(self, group: TokenGroup, completion: MeasuredCompletion, shift: int) -> Suffix:
         """The shortest input from which the distribution at each measured token is known."""
         positions = tuple(index + shift for index in completion.measured)
-        ids = tuple(completion.ids[: positions[-1] + 1])
+        ids = tuple(completion.ids if self._feeds_whole else completion.ids[: positions[-1] + 1])
         if self._rope is None:
             return Suffix(ids, positions)
         num_tokens = len(group.prompt_ids) + len(completion.ids)

@@ -113,6 +113,7 @@ def build_policy(
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
         rope=rope,
+        feeds_whole=verdict.feeds_whole,
     )
     startup.enter(Step.WARMING_UP)
     cache.max_bytes = _prefix_cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
@@ -202,7 +203,7 @@ def _verdict(
         )
         if verdict.forward.name == known.forward:
             logger.info("the long check is skipped: its outcome is known")
-            return replace(verdict, rejected=known.rejections(), remarks=known.remarks)
+            return known.completing(verdict)
     verdict = choose_forward(model, random_ids, candidates, startup.note)
     outcomes.put(key, KnownVerdict.of(verdict))
     return verdict

@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,22 @@ class KnownVerdict(BaseModel):
     forward: str
     rejected: tuple[tuple[str, Cause, str], ...] = ()
     remarks: tuple[str, ...] = ()
+    feeds_whole: bool = False
 
     @classmethod
     def of(cls, verdict: Verdict) -> "KnownVerdict":
         rejected = tuple((each.path, each.cause, each.detail) for each in verdict.rejected)
-        return cls(forward=verdict.forward.name, rejected=rejected, remarks=verdict.remarks)
+        return cls(
+            forward=verdict.forward.name,
+            rejected=rejected,
+            remarks=verdict.remarks,
+            feeds_whole=verdict.feeds_whole,
+        )
 
-    def rejections(self) -> tuple[Rejection, ...]:
-        return tuple(Rejection(*each) for each in self.rejected)
+    def completing(self, verdict: Verdict) -> Verdict:
+        """The outcome of a short check, with what the long one found."""
+        rejected = tuple(Rejection(*each) for each in self.rejected)
+        return replace(verdict, rejected=rejected, remarks=self.remarks, feeds_whole=self.feeds_whole)
 
 
 class VerdictCache:

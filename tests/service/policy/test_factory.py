@@ -228,10 +228,18 @@ def test_check_notices_that_a_window_is_ignored(
     assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "independent"
 
 
-def test_ties_among_equal_tokens_are_a_remark() -> None:
+def test_ties_are_broken_as_in_the_full_forward() -> None:
     # It keeps 24 keys by their values, which in the first layer depend on the token alone.
     model = tiny_model("doge", keep_window_size=24, head_dim=8)
-    info = policy_of(model).info
+    reference, policy = Reference(model), policy_of(model)
+    prompt_ids = random_ids(90, below=20)
+    completions = [MeasuredCompletion(random_ids(60, seed=seed, below=20), range(3, 9)) for seed in (1, 2)]
+    [measured] = policy.certainties([TokenGroup(PromptKey(prompt_ids), completions)], rules())
+    for completion, certainty in zip(completions, measured, strict=True):
+        assert isinstance(certainty, Certainty)
+        expected = reference.values(prompt_ids, completion.ids, completion.measured, rules())
+        assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)
+    info = policy.info
     [remark] = info.remarks
     assert remark.startswith("its choice of 24 keys for each token breaks ties by the sequence's length")
     assert info.forward == "independent"

@@ -32,11 +32,11 @@ def test_another_process_reads_the_outcomes(tmp_path: Path) -> None:
 
 def test_a_verdict_becomes_an_outcome() -> None:
     rejection = Rejection("shared_prefix", Cause.DIFFERS, "by 0.5")
-    verdict = Verdict(IndependentForward(tiny_model()), (rejection,), ("a remark",))
+    verdict = Verdict(IndependentForward(tiny_model()), (rejection,), ("a remark",), feeds_whole=True)
     known = KnownVerdict.of(verdict)
-    assert known.model_copy(update={"forward": "packed"}) == KNOWN
+    assert known.model_copy(update={"forward": "packed", "feeds_whole": False}) == KNOWN
     assert known.forward == "independent"
-    assert known.rejections() == (rejection,)
+    assert known.completing(Verdict(verdict.forward)) == verdict
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"forward": "packed", "more": 1}}', "\0"])

@@ -75,11 +75,16 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The chosen strategy, the faster ones that were rejected, and remarks on the check."""
+    """The chosen strategy, the faster ones that were rejected, and remarks on the check.
+
+    Attributes:
+        feeds_whole: whether a completion must be fed to its end, because later tokens change numbers.
+    """
 
     forward: Forward
     rejected: tuple[Rejection, ...] = ()
     remarks: tuple[str, ...] = ()
+    feeds_whole: bool = False
 
 
 def choose_forward(
@@ -145,6 +150,7 @@ class _SelfCheck:
     ids: Sequence[int]
     report: Report
     remarks: list[str] = field(default_factory=list)
+    has_ties: bool = False
 
     def __post_init__(self) -> None:
         self._reference = IndependentForward(self.model)
@@ -197,9 +203,10 @@ class _SelfCheck:
         num_chosen = self._reach.num_chosen
         if num_chosen is not None and changed[0] >= num_chosen:
             self._remark(
-                f"its choice of {num_chosen} keys for each token breaks ties by the sequence's length: "
-                "later tokens change the numbers of earlier ones"
+                f"its choice of {num_chosen} keys for each token breaks ties by the sequence's length: later "
+                "tokens change the numbers of earlier ones, and each completion is run whole and alone"
             )
+            self.has_ties = True
             return
         raise UnsupportedModelError(
             f"{self._name} is not causal: later tokens change the states of {len(changed)} of {len(error_T)} "
@@ -261,6 +268,9 @@ class _SelfCheck:
     # --- strategies ---
 
     def choose(self, candidates: Sequence[Forward]) -> Verdict:
+        if self.has_ties:  # agreement of other strategies would be luck
+            ties = [Rejection(each.name, Cause.DIFFERS, self.remarks[-1]) for each in candidates]
+            return self._verdict(self._reference, ties)
         groups = _check_groups(self._short)
         expected = self._reference.batch(groups)
         rejected: list[Rejection] = []
@@ -274,7 +284,7 @@ class _SelfCheck:
         return self._verdict(self._reference, rejected)
 
     def _verdict(self, forward: Forward, rejected: Sequence[Rejection] = ()) -> Verdict:
-        return Verdict(forward, tuple(rejected), tuple(self.remarks))
+        return Verdict(forward, tuple(rejected), tuple(self.remarks), self.has_ties)
 
     def _rejection(
         self, candidate: Forward, groups: Sequence[PromptGroup], expected: Sequence[Sequence[Tensor]]

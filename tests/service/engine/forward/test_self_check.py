@@ -247,7 +247,7 @@ def sparse(**options: Any) -> PreTrainedModel:
             **FAMILIES["deepseek_v3"].options,
             "index_topk": 8,
             "index_head_dim": 16,
-            "index_n_heads": 4,
+            "index_n_heads": 32,
             **options,
         },
     )
