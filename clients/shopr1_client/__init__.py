@@ -2,6 +2,20 @@
 
 from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
-from shopr1_client.errors import MixedVersionsError, ProblemError, ShopR1Error, TransportError
+from shopr1_client.errors import (
+    MixedVersionsError,
+    ProblemError,
+    SettingsError,
+    ShopR1Error,
+    TransportError,
+)
 
-__all__ = ["AsyncClient", "Client", "MixedVersionsError", "ProblemError", "ShopR1Error", "TransportError"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "MixedVersionsError",
+    "ProblemError",
+    "SettingsError",
+    "ShopR1Error",
+    "TransportError",
+]

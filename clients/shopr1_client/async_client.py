@@ -68,10 +68,10 @@ class AsyncClient(BaseClient):
             ProblemError, TransportError: the last error, after `timeout_s`.
         """
         async with self._connected() as client:
-            for url in self._urls:
-                async for attempt in self._polls(timeout_s):
+            for url, attempts in self._polls(timeout_s):
+                async for attempt in attempts:
                     with attempt:
-                        await client._send(Health, "GET", f"{url}/health/ready")
+                        await client._send(Health, "GET", url)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -80,14 +80,14 @@ class AsyncClient(BaseClient):
             self._http = None
 
     async def __aenter__(self) -> Self:
-        self._http = httpx.AsyncClient(**self._http_options)
+        self._http = self._open_async()
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
     def _update(self, change: Change) -> Answer:
-        with httpx.Client(**self._http_options) as http:
+        with self._open() as http:
             return Updater(http, self._urls, self._retries).run(change)
 
     @contextlib.asynccontextmanager
@@ -120,6 +120,7 @@ class AsyncClient(BaseClient):
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # they close their connections
         return merge(request, parts, answers)
 
     async def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
@@ -144,6 +145,6 @@ class AsyncClient(BaseClient):
         assert self._http is not None  # see `_connected`
         try:
             response = await self._http.request(method, url, content=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)

@@ -1,7 +1,8 @@
 """The synchronous client."""
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, Self, TypeVar, Unpack
 
@@ -30,7 +31,7 @@ class Client(BaseClient):
 
     def __init__(self, base_url: str | Sequence[str], **options: Any) -> None:  # noqa: ANN401
         super().__init__(base_url, **options)
-        self._http = httpx.Client(**self._http_options)
+        self._http = self._open()
 
     def score(self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None) -> ScoreResponse:
         """Score any number of groups."""
@@ -54,8 +55,8 @@ class Client(BaseClient):
 
         Args:
             source: a model, a mapping of names to tensors, or the path of a checkpoint or an adapter that the
-                servers can read. A model must not change meanwhile. For a model with PEFT's LoRA adapters,
-                only the active one is sent.
+                servers can read. A model must not change meanwhile. Of a model with PEFT's LoRA adapters
+                the active one is sent, or all weights with `merge`.
             version: name of the weights, 1 to 256 characters.
             options: see `UpdateOptions`.
 
@@ -65,6 +66,8 @@ class Client(BaseClient):
 
         Raises:
             ValueError: the model cannot be sent, for example because it is sharded; the message has advice.
+            UnsendableModelError: a model of PEFT's computes with more than its adapter, or without it.
+            VerificationError: a server gives other numbers than the model (`verify`).
             InvalidWeightsError: the weights do not fit the policy.
             MixedVersionsError: only some servers have the new weights.
         """
@@ -76,10 +79,10 @@ class Client(BaseClient):
         Raises:
             ProblemError, TransportError: the last error, after `timeout_s`.
         """
-        for url in self._urls:
-            for attempt in self._polls(timeout_s):
+        for url, attempts in self._polls(timeout_s):
+            for attempt in attempts:
                 with attempt:
-                    self._send(Health, "GET", f"{url}/health/ready")
+                    self._send(Health, "GET", url)
 
     def close(self) -> None:
         """Close the connections."""
@@ -102,29 +105,39 @@ class Client(BaseClient):
     def _score(self, request: ScoreRequest, on_progress: OnProgress) -> ScoreResponse:
         parts = self._split(request)
         if len(parts) == 1:
-            answers = [self._score_part(parts[0], on_progress)]
-        else:
-            with ThreadPoolExecutor(self._max_concurrency) as pool:
-                futures = [pool.submit(self._score_part, part, on_progress) for part in parts]
-                wait(futures, return_when=FIRST_EXCEPTION)
-                pool.shutdown(wait=False, cancel_futures=True)
-                failed = [f for f in futures if f.done() and not f.cancelled() and f.exception()]
-                answers = [future.result() for future in failed or futures]
-        return merge(request, parts, answers)
-
-    def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
+            return merge(request, parts, [self._score_part(parts[0], on_progress)])
+        pool, is_over = ThreadPoolExecutor(self._max_concurrency), threading.Event()
         try:
-            answer = self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
+            futures = [pool.submit(self._score_part, part, on_progress, is_over.is_set) for part in parts]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [f for f in futures if f.done() and f.exception()]
+            return merge(request, parts, [future.result() for future in failed or futures])
+        finally:  # without waiting for the other parts, which may take minutes
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _score_part(
+        self, part: Part, on_progress: OnProgress, is_over: Callable[[], bool] = lambda: False
+    ) -> ScoreResponse:
+        try:
+            answer = self._try(ScoreResponse, "POST", "/score", part.urls, part.body, is_over)
         except ProblemError as error:
             raise relocated(error, part) from None
         check(part, answer)
-        on_progress(part.num_rollouts)
+        if not is_over():
+            on_progress(part.num_rollouts)
         return answer
 
     def _try(
-        self, model: type[_Model], method: str, path: str, urls: Sequence[str], body: bytes | None = None
+        self,
+        model: type[_Model],
+        method: str,
+        path: str,
+        urls: Sequence[str],
+        body: bytes | None = None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> _Model:
-        retries, servers = self._tries(urls)
+        retries, servers = self._tries(urls, is_over)
         for attempt in retries:
             with attempt:
                 return self._send(model, method, next(servers) + path, body)
@@ -133,6 +146,6 @@ class Client(BaseClient):
     def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
         try:
             response = self._http.request(method, url, content=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)

@@ -1,6 +1,7 @@
 """Errors of the service, shared by server, client and OpenAPI document.
 
     ShopR1Error
+    ├── SettingsError         a setting of the client is invalid, such as a URL
     ├── TransportError        no answer of the service
     ├── MixedVersionsError    only some of several servers accepted a new policy version
     ├── UnsendableModelError  a model that computes with more than can be sent
@@ -14,10 +15,11 @@ A rollout that cannot be scored is no error: its result has `reward: null` and a
 trainers that know nothing but numbers report it as an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+_MAX_SHOWN = 3
 
 
 class FieldError(TypedDict):
@@ -28,8 +30,19 @@ class FieldError(TypedDict):
     message: str
 
 
+def summary(errors: Sequence[FieldError]) -> str:
+    """The first few fields with their messages, and how many more there are."""
+    shown = "; ".join(f"{error['location']}: {error['message']}" for error in errors[:_MAX_SHOWN])
+    more = f"; and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
+    return shown + more
+
+
 class ShopR1Error(Exception):
     """Base of every error of the service and its client."""
+
+
+class SettingsError(ShopR1Error, ValueError):
+    """A setting of the client is invalid; the message names it and its value."""
 
 
 class TransportError(ShopR1Error):
@@ -121,6 +134,12 @@ class ProblemError(ShopR1Error):
     def __reduce__(self) -> tuple[Any, ...]:
         # Trainers raise these in worker processes; the default would lose the keyword arguments.
         return type(self), (self.detail,), self.__dict__
+
+    def relocate(self, rename: Callable[[str], str]) -> None:
+        """Rename the fields' locations, also in the description."""
+        self.detail = rename(self.detail)
+        self.args = (self.detail,)
+        self.errors = [{**error, "location": rename(error["location"])} for error in self.errors]
 
     def to_problem(self, request_id: str | None = None) -> dict[str, Any]:
         """The body of the answer."""

@@ -176,8 +176,7 @@ def _joined(scores: list[tuple[int, GroupScore]]) -> GroupScore:
 
 def relocated(error: ProblemError, part: Part) -> ProblemError:
     """The same error, with the fields' locations in the whole request."""
-    for field in error.errors:
-        field["location"] = _LOCATION.sub(lambda match: _location(match, part), field["location"], count=1)
+    error.relocate(lambda text: _LOCATION.sub(lambda match: _location(match, part), text))
     return error
 
 

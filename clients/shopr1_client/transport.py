@@ -1,5 +1,6 @@
 """HTTP details that both clients share: headers, timeouts, parsing of answers, errors, retries."""
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,19 +11,22 @@ from shopr1_client.errors import (
     DeadlineExceededError,
     PolicyVersionError,
     ProblemError,
+    SettingsError,
     TransportError,
     from_problem,
 )
+from shopr1_client.proxies import NOTE
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _CONNECT_TIMEOUT_S = 10.0
+_HEADER_VALUE = re.compile(r"[!-~]([ -~]*[!-~])?")
 _TRANSIENT_STATUSES = frozenset({408, 429, 502, 503, 504})
 """Statuses of the service, and of gateways that cannot reach it."""
 
 
 class WrongUrlError(TransportError):
-    """The URL is not one of this service: its scheme is not HTTP, or another server answered."""
+    """The URL is not one of this service: another server answered."""
 
 
 def timeout(timeout_s: float) -> httpx.Timeout:
@@ -31,7 +35,14 @@ def timeout(timeout_s: float) -> httpx.Timeout:
 
 
 def headers(api_key: str | None, timeout_s: float, run: str | None = None) -> dict[str, str]:
-    """Headers of every request. The timeout lets the service drop work that the client gave up on."""
+    """Headers of every request. The timeout lets the service drop work that the client gave up on.
+
+    Raises:
+        SettingsError: the key or the run has a character that no header can hold.
+    """
+    for value in (api_key, run):
+        if value is not None:
+            check_header_value(value)
     values = {
         "X-Request-Timeout": f"{timeout_s:g}",
         "Content-Type": "application/json",
@@ -41,10 +52,22 @@ def headers(api_key: str | None, timeout_s: float, run: str | None = None) -> di
     return {name: value for name, value in values.items() if value is not None}
 
 
-def failure(what: str, error: httpx.TransportError) -> TransportError:
-    """The error of a request without an answer."""
-    error_class = WrongUrlError if isinstance(error, httpx.UnsupportedProtocol) else TransportError
-    return error_class(f"{what}: {error!r}")
+def check_header_value(value: str) -> str:
+    """The value of a header, such as an API key, if it is one.
+
+    Raises:
+        SettingsError: without the value, which may be secret.
+    """
+    if not _HEADER_VALUE.fullmatch(value):
+        raise SettingsError(
+            "an API key or a run is empty, has blanks at its ends, or characters that are not printable ASCII"
+        )
+    return value
+
+
+def failure(what: str, error: httpx.RequestError) -> TransportError:
+    """The error of a request without an answer that can be read."""
+    return TransportError(f"{what}: {error!r}")
 
 
 def parse(model: type[_Model], response: httpx.Response) -> _Model:
@@ -59,7 +82,9 @@ def parse(model: type[_Model], response: httpx.Response) -> _Model:
     try:
         return model.model_validate_json(response.content)
     except ValidationError as error:
-        raise WrongUrlError(f"{response.url}: not an answer of this service: {error}") from error
+        raise WrongUrlError(
+            f"{response.url}: not an answer of this service{_note(response)}: {error}"
+        ) from error
 
 
 def backoff(error: Exception) -> bool | float:
@@ -85,7 +110,15 @@ def _problem(response: httpx.Response) -> ProblemError:
         body = None
     if not isinstance(body, dict):
         body = {"detail": f"HTTP {response.status_code}: {response.text[:200]}"}
+    if "code" not in body:  # the answer of another server, such as a proxy
+        body["detail"] = f"{body.get('detail', body)}{_note(response)}"
     return from_problem(body, response.status_code, retry_after_s)
+
+
+def _note(response: httpx.Response) -> str:
+    """The proxy that a response came through, or that sent it."""
+    note = response.extensions.get(NOTE)
+    return f" ({note})" if note else ""
 
 
 def _seconds(headers: Mapping[str, str]) -> float | None:

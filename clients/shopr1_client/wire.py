@@ -7,8 +7,9 @@ tokenised and computed once. A single rollout is a group of one. Weights and ver
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, Tag
+from pydantic import BeforeValidator, Field, StrictInt, Tag
 
+from shopr1_client.data_set_values import to_json_types
 from shopr1_client.wire_base import (
     MESSAGES,
     OBJECT,
@@ -67,6 +68,7 @@ Completion = Annotated[
 GroundTruth = Annotated[
     Annotated[dict[str, Any], Tag(OBJECT)] | Annotated[str, Tag(STRING)],
     by_type({STRING: str, OBJECT: dict}, "ground_truth_kind", "must be an object or a JSON string"),
+    BeforeValidator(to_json_types),
 ]
 Demand = Annotated[
     Annotated[str, Tag(STRING)] | Annotated[VersionDemand, Tag(OBJECT)],

@@ -12,6 +12,8 @@ BASE = "base"
 """As an adapter's name: the policy's own weights and no adapter."""
 ADAPTER_CONFIG_KEY = "adapter_config"
 """In the `__metadata__` of an uploaded adapter: PEFT's `adapter_config.json`, as text."""
+BASE_SAMPLE_KEY = "base_sample"
+"""In the same place, optional: JSON of `TensorSample` by the name of the sender's base weights."""
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 VersionName = Annotated[UnicodeText, Field(min_length=1, max_length=256)]
@@ -120,6 +122,15 @@ class TensorSpec(RequestModel):
     name: Annotated[str, Field(min_length=1, max_length=1024)]
     dtype: Annotated[Literal["F64", "F32", "BF16", "F16"], Field(description="As safetensors spells it.")]
     shape: list[Annotated[StrictInt, Field(ge=0)]]
+
+
+class TensorSample(RequestModel):
+    """Some numbers of a tensor: every `step`-th in row-major order, from the first on."""
+
+    dtype: Literal["F64", "F32", "BF16", "F16"]
+    shape: list[Annotated[StrictInt, Field(ge=0)]]
+    step: Annotated[StrictInt, Field(ge=1)]
+    values: Annotated[list[float], Field(max_length=1024)]
 
 
 class TransferRequest(RequestModel):

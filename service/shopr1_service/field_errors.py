@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from shopr1_client.errors import FieldError, InvalidRequestError, ProblemError
-
-_MAX_SHOWN = 3
+from shopr1_client.errors import FieldError, InvalidRequestError, ProblemError, summary
 
 
 def raise_if_any(errors: Sequence[FieldError], problem: type[ProblemError] = InvalidRequestError) -> None:
@@ -17,10 +15,3 @@ def field_problem(problem: type[ProblemError], location: str | None, message: st
     """The problem for one bad field; `location` is None where no field is at fault."""
     errors: list[FieldError] = [] if location is None else [{"location": location, "message": message}]
     return problem(message, errors=errors)
-
-
-def summary(errors: Sequence[FieldError]) -> str:
-    """The first few fields with their messages, and how many more there are."""
-    shown = "; ".join(f"{error['location']}: {error['message']}" for error in errors[:_MAX_SHOWN])
-    more = f"; and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
-    return shown + more

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shopr1_client import Client
+from shopr1_client import AsyncClient, Client, SettingsError
 from shopr1_client.base import BaseClient
 from shopr1_client.request_splitting import DEFAULT_LIMITS
 from shopr1_client.wire import Info, Limits
@@ -17,6 +17,30 @@ def info(**limits: int) -> Info:
 def test_a_client_needs_a_server() -> None:
     with pytest.raises(ValueError, match="no server"):
         Client([])
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    "url",
+    ["", " ", "no-scheme", "ftp://127.0.0.1", "http://", "http://a:port", "http://a:70000", "http://a b"],
+)
+def test_a_malformed_url_is_named(client: type[BaseClient], url: str) -> None:
+    """Also as one of several: only the prompts that it caches would find out."""
+    for given in (url, ["http://a", url]):
+        with pytest.raises(SettingsError, match="is not the URL of a server") as caught:
+            client(given)
+        assert repr(url) in str(caught.value)
+
+
+def test_blanks_around_a_url() -> None:
+    assert BaseClient([" http://a/ ", "http://b\n"])._urls == ["http://a", "http://b"]
+
+
+@pytest.mark.parametrize("option", ["api_key", "run"])
+@pytest.mark.parametrize("value", ["", "a\n", "a\r\nX: b", "ключ"])
+def test_malformed_header_values_are_refused(option: str, value: str) -> None:
+    with pytest.raises(SettingsError):
+        Client("http://a", **{option: value})
 
 
 def test_the_tightest_limit_of_each_kind_is_adopted() -> None:

@@ -82,6 +82,27 @@ def test_errors_of_a_large_request_name_their_place(score: Score) -> None:
     with served() as url, pytest.raises(InvalidRequestError) as caught:
         score(url, request)
     assert caught.value.errors[0]["location"] == "groups[77].ground_truth.name"
+    assert str(caught.value).startswith("groups[77].ground_truth.name: ")
+
+
+@both
+def test_an_error_does_not_wait_for_the_other_parts(score: Score) -> None:
+    may_go_on, waited_too_long = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        if not may_go_on.wait(WAIT_S):
+            waited_too_long.set()
+
+    request = request_of(*(f"prompt {i}" for i in range(40)))
+    bad = request.groups[-1].model_copy(update={"ground_truth": {"type": "click"}})
+    request = request.model_copy(update={"groups": [*request.groups[:-1], bad]})
+    with served(FakePolicy(before_scoring=hold)) as url:
+        try:
+            with pytest.raises(InvalidRequestError):
+                score(url, request)
+            assert not waited_too_long.is_set()
+        finally:
+            may_go_on.set()
 
 
 def test_progress() -> None:
@@ -173,12 +194,15 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(score: Score) -
 
 
 @both
-def test_a_failed_server_is_replaced_by_another(score: Score) -> None:
+def test_a_failed_server_is_replaced_by_another(score: Score, caplog: pytest.LogCaptureFixture) -> None:
     request = request_of(*(f"prompt {i}" for i in range(40)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gone = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with served() as url:
         assert rewards(score([gone, url], request, retry_for_s=WAIT_S)) == [[0.93]] * 40
+        reasons = [each.getMessage() for each in caplog.records if each.name == "shopr1_client.base"]
+        assert all(f"POST {gone}/score: ConnectError" in reason for reason in reasons)
+        assert reasons
         with pytest.raises(TransportError):
             score([gone, url], request, retry_for_s=0)
 

@@ -16,11 +16,13 @@ from shopr1_client.errors import (
     MixedVersionsError,
     NotReadyError,
     ProblemError,
+    SettingsError,
     ShopR1Error,
     TransportError,
     UnsendableModelError,
     VerificationError,
     from_problem,
+    summary,
 )
 from shopr1_client.wire import Problem
 
@@ -69,7 +71,8 @@ def test_codes_and_statuses() -> None:
 def test_the_tree() -> None:
     assert set(ProblemError.__subclasses__()) == set(PROBLEMS)
     assert set(ShopR1Error.__subclasses__()) == {
-        *(ProblemError, TransportError, MixedVersionsError, UnsendableModelError, VerificationError)
+        *(ProblemError, SettingsError, TransportError, MixedVersionsError),
+        *(UnsendableModelError, VerificationError),
     }
     assert issubclass(ShopR1Error, Exception)
 
@@ -162,3 +165,26 @@ def test_errors_are_copied() -> None:
 
 def test_not_ready_says_when_to_try_again() -> None:
     assert NotReadyError("loading", retry_after_s=5.0).retry_after_s == 5.0
+
+
+@pytest.mark.parametrize(
+    ("num_errors", "expected"),
+    [
+        (1, "groups[0]: bad 0"),
+        (3, "groups[0]: bad 0; groups[1]: bad 1; groups[2]: bad 2"),
+        (4, "groups[0]: bad 0; groups[1]: bad 1; groups[2]: bad 2; and 1 more"),
+        (5, "groups[0]: bad 0; groups[1]: bad 1; groups[2]: bad 2; and 2 more"),
+    ],
+)
+def test_the_summary_shows_three_fields(num_errors: int, expected: str) -> None:
+    errors: list[FieldError] = [{"location": f"groups[{i}]", "message": f"bad {i}"} for i in range(5)]
+    assert summary(errors[:num_errors]) == expected
+
+
+def test_fields_are_renamed_in_the_description_too() -> None:
+    error = InvalidRequestError(summary(BAD_FIELDS), errors=BAD_FIELDS, request_id="7")
+    error.relocate(lambda text: text.replace("groups[1]", "groups[9]"))
+    assert str(error) == error.detail == "groups[9].prompt: must be a string"
+    assert error.errors == [{"location": "groups[9].prompt", "message": "must be a string"}]
+    assert BAD_FIELDS[0]["location"] == "groups[1].prompt"
+    assert error.request_id == "7"

@@ -1,9 +1,11 @@
 """Groups of single rollouts, and their rewards in the rollouts' order."""
 
+import datetime
 from typing import Any
 
 import pytest
 
+from shopr1_client.errors import InvalidRequestError
 from shopr1_client.grouping import Grouping, Rollout
 from shopr1_client.wire import GroupScore, Message, Reward, ScoreResponse, TokenIds
 from shopr1_client.wire_prompt import PromptOptions
@@ -64,3 +66,31 @@ def test_rewards_are_in_the_order_of_the_rollouts() -> None:
     a1, a2, b1 = (Reward.model_construct(message=name) for name in ("a1", "a2", "b1"))
     groups = [GroupScore.model_construct(rewards=rewards) for rewards in ([a1, a2], [b1])]
     assert grouping.in_order(ScoreResponse.model_construct(groups=groups)) == [a1, b1, a2]
+
+
+@pytest.mark.parametrize("truth", [None, float("nan"), datetime.date(2026, 5, 1), [TRUTH], b"{}", 1])
+def test_a_malformed_ground_truth_is_named_by_its_rollout(truth: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Grouping([rollout("a"), rollout("b", truth=truth), rollout("c"), rollout("a", truth=truth)])
+    assert [error["location"] for error in caught.value.errors] == [
+        "rollouts[1].ground_truth",
+        "rollouts[3].ground_truth",
+    ]
+    assert str(caught.value).startswith("rollouts[1].ground_truth: must be an object or a JSON string, not ")
+
+
+def test_errors_name_rollouts() -> None:
+    grouping = Grouping([rollout(prompt) for prompt in "abab"])
+    locations = ["groups[1].ground_truth.name", "groups[0].completions[1].token_ids[3]", "recipe"]
+    error = InvalidRequestError(
+        "groups[1].ground_truth.name: bad",
+        errors=[{"location": location, "message": "bad"} for location in locations],
+    )
+    expected = r"^rollouts\[1\]\.ground_truth\.name: bad$"
+    with pytest.raises(InvalidRequestError, match=expected) as caught, grouping.naming_rollouts():
+        raise error
+    assert [each["location"] for each in caught.value.errors] == [
+        "rollouts[1].ground_truth.name",
+        "rollouts[2].completion.token_ids[3]",
+        "recipe",
+    ]

@@ -3,22 +3,9 @@
 import pytest
 
 from shopr1_client.errors import FieldError, InvalidRequestError, NotFoundError
-from shopr1_service.field_errors import field_problem, raise_if_any, summary
+from shopr1_service.field_errors import field_problem, raise_if_any
 
 ERRORS: list[FieldError] = [{"location": f"groups[{i}]", "message": f"bad {i}"} for i in range(5)]
-
-
-@pytest.mark.parametrize(
-    ("num_errors", "expected"),
-    [
-        (1, "groups[0]: bad 0"),
-        (3, "groups[0]: bad 0; groups[1]: bad 1; groups[2]: bad 2"),
-        (4, "groups[0]: bad 0; groups[1]: bad 1; groups[2]: bad 2; and 1 more"),
-        (5, "groups[0]: bad 0; groups[1]: bad 1; groups[2]: bad 2; and 2 more"),
-    ],
-)
-def test_the_summary_shows_three_fields(num_errors: int, expected: str) -> None:
-    assert summary(ERRORS[:num_errors]) == expected
 
 
 def test_a_problem_has_all_errors() -> None:

@@ -13,6 +13,7 @@ from unittest import mock
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, TokenGroup, Unmeasurable, Version
 from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server import uvicorn_server as server
 from shopr1_service.settings import load_settings
 
@@ -48,7 +49,10 @@ def say(line: str) -> None:
 def main() -> int:
     gc.collect()
     gc.freeze()  # excludes objects of the imports from every count
-    with mock.patch.object(server, "load_policy", return_value=Reporting()):
+    with (
+        mock.patch.object(server, "UpdatableEngine", LocalEngine),
+        mock.patch.object(server, "load_policy", return_value=Reporting()),
+    ):
         return server.serve(load_settings())
 
 

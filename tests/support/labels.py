@@ -22,6 +22,9 @@ FORMS: dict[str, Any] = {
     "with the same around it": {**NESTED, **CLICK},
     "with another type around it": {**NESTED, "type": "shopping", "name": "row 7"},
     "with more in it": {**CLICK, "url": "https://shop.example"},
+    "with the keys of other actions": {**CLICK, "text": None},
+    "with the keys of nested labels": {**CLICK, "ground_truth": None, "recipe": None},
+    "nested, with the keys of an action": {**NESTED, "type": None, "name": None},
 }
 
 

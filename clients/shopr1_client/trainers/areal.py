@@ -9,7 +9,6 @@ from typing import Any
 
 from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
-from shopr1_client.trainers.verl import plain
 from shopr1_client.wire import TokenIds
 
 
@@ -39,5 +38,5 @@ def sampled(prompt_ids: Sequence[int], completion_ids: Sequence[int], ground_tru
     return Rollout(
         prompt=TokenIds(token_ids=list(prompt_ids)),
         completion=TokenIds(token_ids=list(completion_ids)),
-        ground_truth=plain(ground_truth),
+        ground_truth=ground_truth,
     )

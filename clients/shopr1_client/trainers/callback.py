@@ -50,7 +50,7 @@ class PolicyPush(TrainerCallback):
 
     The main process sends. The others continue, and wait in their next collective operation: TRL has one
     before it requests rewards. For a model with PEFT's adapters only the active adapter is sent, as the
-    default adapter.
+    default adapter, or all weights with `merge`.
 
     Args:
         client: a client, or the URLs of one or more servers, with defaults from the environment (see
@@ -62,6 +62,7 @@ class PolicyPush(TrainerCallback):
 
     Raises (in every process, when training begins):
         ValueError: this process does not have the whole model, as with FSDP and DeepSpeed ZeRO-3.
+        SettingsError: a setting of the client is invalid.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class PolicyPush(TrainerCallback):
         """Send the weights that sample the first rollouts."""
         # On every rank: if only one found that the model cannot be sent, the others would wait for it.
         plan(model, self._version(state), self._options)
+        self._service()
         self._push(model, state)
 
     def on_step_end(
@@ -124,7 +126,9 @@ class PolicyPush(TrainerCallback):
         if isinstance(self._client, Client):
             self._client.update_policy(model, version, **self._options)
             return
-        urls = self._client
-        url = urls if urls is None or isinstance(urls, str) else ",".join(urls)
-        with Service.find(url).client() as client:
+        with self._service().client() as client:
             client.update_policy(model, version, **self._options)
+
+    def _service(self) -> Service:
+        urls = None if isinstance(self._client, Client) else self._client
+        return Service.find(urls if urls is None or isinstance(urls, str) else ",".join(urls))

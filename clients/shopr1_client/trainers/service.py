@@ -1,51 +1,29 @@
 """Common part of the shims: from a trainer's rollouts to rewards."""
 
 import json
-import os
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
 from shopr1_client.grouping import Grouping, Rollout
-from shopr1_client.wire import Message, Reward, ScoreRequest, TokenIds
+from shopr1_client.trainers.settings import ClientSettings
+from shopr1_client.wire import Message, Reward, ScoreRequest, ScoreResponse, TokenIds
 from shopr1_client.wire_policy import VersionDemand
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-DEFAULT_DEMAND_WAIT_S = 60.0
+from shopr1_client.wire_prompt import WarningCode
 
 _PUSHED_VERSION = "shopr1_version"
 """An attribute of the trainer's state, which both callbacks and reward functions receive."""
 
 
-@dataclass(frozen=True)
-class Service:
-    """A service with the options of its requests.
+_logger = logging.getLogger(__name__)
+_logged: set[WarningCode] = set()
 
-    Attributes:
-        urls: a server, or several that serve the same policy (`SHOPR1_CLIENT_URL`).
-        api_key: sent as a bearer token (`SHOPR1_CLIENT_API_KEY`).
-        recipe: None: the service's default (`SHOPR1_CLIENT_RECIPE`).
-        unscorable: reward of unscorable rollouts for trainers that require a number; None: an error
-            (`SHOPR1_CLIENT_UNSCORABLE`).
-        run: the training run in the service's metrics (`SHOPR1_CLIENT_RUN`).
-        demand: `exact`: the version that the trainer sent last scores, if the shim knows it; `at_least`: that
-            one or a later one; None: any (`SHOPR1_CLIENT_DEMAND`).
-        demand_wait_s: how long the service waits for that version (`SHOPR1_CLIENT_DEMAND_WAIT_S`).
-        chat_template_kwargs: arguments of the chat template, in addition to those that the shim knows from
-            the trainer (`SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS`, a JSON object).
-    """
 
-    urls: tuple[str, ...]
-    api_key: str | None = None
-    recipe: str | None = None
-    unscorable: float | None = None
-    run: str | None = None
-    demand: str | None = None
-    demand_wait_s: float = DEFAULT_DEMAND_WAIT_S
-    chat_template_kwargs: dict[str, Any] | None = None
+class Service(ClientSettings):
+    """A service with the options of its requests."""
 
     @classmethod
     def find(
@@ -56,38 +34,42 @@ class Service:
         unscorable: float | None = None,
         run: str | None = None,
     ) -> "Service":
-        """The service of the arguments, with defaults from the environment."""
-        number = os.environ.get("SHOPR1_CLIENT_UNSCORABLE")
-        return cls(
-            urls=tuple((url or os.environ.get("SHOPR1_CLIENT_URL") or DEFAULT_URL).split(",")),
-            api_key=api_key or os.environ.get("SHOPR1_CLIENT_API_KEY"),
-            recipe=recipe or os.environ.get("SHOPR1_CLIENT_RECIPE"),
-            unscorable=float(number) if unscorable is None and number else unscorable,
-            run=run or os.environ.get("SHOPR1_CLIENT_RUN"),
-            demand=_demand(os.environ.get("SHOPR1_CLIENT_DEMAND") or None),
-            demand_wait_s=float(os.environ.get("SHOPR1_CLIENT_DEMAND_WAIT_S") or DEFAULT_DEMAND_WAIT_S),
-            chat_template_kwargs=_object(os.environ.get("SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS") or None),
+        """The service of the arguments, with defaults from the environment.
+
+        Raises:
+            SettingsError: names each invalid argument or variable, and its value.
+        """
+        return cls.read(
+            {"urls": url, "api_key": api_key, "recipe": recipe, "unscorable": unscorable, "run": run}
         )
 
     def client(self) -> Client:
         """A client of this service."""
-        return Client(self.urls, api_key=self.api_key, run=self.run)
+        return Client(self.urls, **self._options())
 
     async def score(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
         """Rewards in the order of the rollouts. Keeps nothing between calls, for any event loop.
 
         Args:
             version: the version that sampled them, if known.
+
+        Raises:
+            InvalidRequestError: names rollouts and fields, such as `rollouts[3].ground_truth.name`.
         """
         grouping = Grouping(rollouts)
-        client = AsyncClient(self.urls, api_key=self.api_key, run=self.run)
-        return grouping.in_order(await client.score(self._request(grouping, version)))
+        client = AsyncClient(self.urls, **self._options())
+        with grouping.naming_rollouts():
+            answer = await client.score(self._request(grouping, version))
+        _log_warnings(answer)
+        return grouping.in_order(answer)
 
     def score_sync(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
         """`score` without an event loop."""
         grouping = Grouping(rollouts)
-        with self.client() as client:
-            return grouping.in_order(client.score(self._request(grouping, version)))
+        with self.client() as client, grouping.naming_rollouts():
+            answer = client.score(self._request(grouping, version))
+        _log_warnings(answer)
+        return grouping.in_order(answer)
 
     def numbers(self, rewards: Sequence[Reward]) -> list[float]:
         """Rewards for trainers that require a number for every rollout.
@@ -106,6 +88,9 @@ class Service:
         number = self.unscorable or 0.0
         return [number if reward.reward is None else reward.reward for reward in rewards]
 
+    def _options(self) -> dict[str, Any]:
+        return {"api_key": self.api_key, "run": self.run, "proxy": self.proxy}
+
     def _request(self, grouping: Grouping, version: str | None) -> ScoreRequest:
         return ScoreRequest(
             recipe=self.recipe,
@@ -120,20 +105,12 @@ class Service:
         return VersionDemand.model_validate({self.demand: version, "wait_s": self.demand_wait_s})
 
 
-def _demand(given: str | None) -> str | None:
-    if given not in (None, "exact", "at_least"):
-        raise ValueError(f"SHOPR1_CLIENT_DEMAND is {given!r}, and must be exact or at_least")
-    return given
-
-
-def _object(given: str | None) -> dict[str, Any] | None:
-    try:
-        found = None if given is None else json.loads(given)
-    except ValueError:
-        found = ()
-    if found is None or isinstance(found, dict):
-        return found
-    raise ValueError(f"SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS is {given!r}, and must be a JSON object")
+def _log_warnings(answer: ScoreResponse) -> None:
+    """Log the first warning of each code in this process: trainers show none, and most rollouts have it."""
+    for warning in (warning for group in answer.groups for warning in group.warnings):
+        if warning.code not in _logged:
+            _logged.add(warning.code)
+            _logger.warning("the service doubts a prompt or an end of turn: %s", warning.message)
 
 
 def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer's state

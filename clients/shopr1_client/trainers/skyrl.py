@@ -16,7 +16,6 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 from shopr1_client.grouping import Rollout
 from shopr1_client.reward_logs import log_values
 from shopr1_client.trainers.service import Service, arguments, chat
-from shopr1_client.trainers.verl import plain
 from shopr1_client.wire import Message, Text
 from shopr1_client.wire_prompt import PromptOptions
 
@@ -26,7 +25,7 @@ class ShopR1Env(BaseTextEnv):  # type: ignore[misc]  # checked where there is no
 
     def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:  # noqa: ANN401
         super().__init__()
-        self._truth = plain((extras or {})["reward_spec"]["ground_truth"])
+        self._truth = (extras or {})["reward_spec"]["ground_truth"]
         # SkyRL adds a generation prompt to all messages.
         self._options = PromptOptions(
             chat_template_kwargs=_template_arguments(env_config, extras) or None, continue_final_message=False

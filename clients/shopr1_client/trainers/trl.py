@@ -69,7 +69,7 @@ def _rollouts(
             prompt=listed_ids(prompt_ids[i] if prompt_ids else None) or _given(prompt),
             # Sampled ids rather than text, because re-tokenising can give other ids.
             completion=_text(completions[i]) if ids is None else TokenIds(token_ids=list(ids[i])),
-            ground_truth=_truth(truths[i]),
+            ground_truth=truths[i],
             options=_options(trainer, template_arguments[i]),
         )
         for i, prompt in enumerate(prompts)
@@ -110,11 +110,6 @@ def _options(trainer: Any, row: Any) -> PromptOptions:  # noqa: ANN401
 
 def _text(completion: Any) -> str:  # noqa: ANN401  # a string, or the one message of a conversation
     return completion if isinstance(completion, str) else chat(completion)[-1].content
-
-
-def _truth(truth: Any) -> Any:  # noqa: ANN401
-    # A column of objects has the keys of all rows, with None in rows without the key.
-    return {k: v for k, v in truth.items() if v is not None} if isinstance(truth, Mapping) else truth
 
 
 def _rewards(service: Service, rewards: Sequence[Reward], log_metric: LogMetric | None) -> list[float | None]:

@@ -45,7 +45,7 @@ async def compute_score(
     rollout = Rollout(
         prompt=_prompt(extra_info or {}),
         completion=solution_str,
-        ground_truth=plain(ground_truth),
+        ground_truth=ground_truth,
         options=prompt_options,
     )
     return score_and_logs(service, (await service.score([rollout]))[0])
@@ -54,14 +54,6 @@ async def compute_score(
 def score_and_logs(service: Service, reward: Reward) -> ScoreAndLogs:
     """The result of a rollout for verl."""
     return {"score": service.numbers([reward])[0], **log_values(reward)}
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401
-    """A value from a numpy array or a parquet file as plain JSON types."""
-    if isinstance(value, dict):
-        # A column of objects has the keys of all rows, with None in rows without the key.
-        return {key: plain(item) for key, item in value.items() if item is not None}
-    return value.item() if hasattr(value, "item") else value
 
 
 def _prompt(extra_info: dict[str, Any]) -> list[Message] | TokenIds:

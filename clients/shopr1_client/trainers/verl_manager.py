@@ -7,7 +7,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
-from shopr1_client.trainers.verl import ScoreAndLogs, plain, score_and_logs
+from shopr1_client.trainers.verl import ScoreAndLogs, score_and_logs
 from shopr1_client.wire import Reward, TokenIds
 
 WINDOW_S = 0.01
@@ -69,5 +69,5 @@ def _rollout(item: Any) -> Rollout:  # noqa: ANN401  # a DataProtoItem
     return Rollout(
         prompt=TokenIds(token_ids=prompt.tolist()),
         completion=TokenIds(token_ids=response.tolist()),
-        ground_truth=plain(columns["reward_model"]["ground_truth"]),
+        ground_truth=columns["reward_model"]["ground_truth"],
     )

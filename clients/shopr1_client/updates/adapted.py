@@ -16,21 +16,25 @@ from typing import Any
 
 from shopr1_client.errors import UnsendableModelError
 from shopr1_client.updates.weights import (
+    DTYPES,
     Module,
     Tensor,
     Weights,
+    dtype_name,
     of_tensors,
     plain_name,
     storage_place,
     unwrapped,
 )
-from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
+from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE_SAMPLE_KEY, TensorSample
 
 _MERGE = "send merged weights, with merge=True"
 _MAX_SCALE_ERROR = 1e-6
 """Relative difference of a factor between layer and config: rounding."""
 _MAX_TIE_ERROR = 8
 """Difference of tied tensors, in units of the last place of the largest number."""
+_NUM_SAMPLED = 16
+"""Numbers of each base weight that are compared: training changes nearly all of them."""
 _UNMERGEABLE = ("XLORA", "POLY", "CPT")
 """Kinds whose adapters depend on the input."""
 
@@ -62,7 +66,7 @@ def active_adapter(module: Module) -> str:
 
 
 def of_adapter(module: Module) -> Weights:
-    """The active LoRA adapter under PEFT's names, with its config in the metadata.
+    """The active LoRA adapter under PEFT's names, with its config and a sample of the base in the metadata.
 
     Raises:
         UnsendableModelError: the model computes with something else, too; the message names it.
@@ -78,7 +82,8 @@ def of_adapter(module: Module) -> Weights:
     peft = importlib.import_module("peft")  # installed, as the module is PEFT's
     # Without embeddings: PEFT would look for the base model's on its hub.
     tensors = peft.get_peft_model_state_dict(inner, adapter_name=name, save_embedding_layers=False)
-    return of_tensors(tensors, {ADAPTER_CONFIG_KEY: json.dumps(config.to_dict(), default=_jsonable)})
+    text = json.dumps(config.to_dict(), default=_jsonable)
+    return of_tensors(tensors, {ADAPTER_CONFIG_KEY: text, BASE_SAMPLE_KEY: json.dumps(_base_sample(inner))})
 
 
 def of_merged(module: Module) -> Weights:
@@ -99,6 +104,20 @@ def of_merged(module: Module) -> Weights:
         if compute is not None:
             computed[name] = compute
     return _weights(tensors, computed)
+
+
+def _base_sample(inner: Module) -> dict[str, Any]:
+    """Some numbers of every base weight: the service refuses the adapter if it has others."""
+    samples = {}
+    for name, tensor, _ in _effective(_base_model(inner), ""):
+        if storage_place(tensor) and str(tensor.dtype) in DTYPES:  # the others are quantised
+            step = max(1, tensor.numel() // _NUM_SAMPLED)
+            values = tensor.detach().reshape(-1)[::step][:_NUM_SAMPLED].tolist()
+            sample = TensorSample(
+                dtype=dtype_name(tensor), shape=list(tensor.shape), step=step, values=values
+            )
+            samples[plain_name(name)] = sample.model_dump()
+    return samples
 
 
 # --- checks -----------------------------------------------------------------------------------------

@@ -70,13 +70,13 @@ class Updater:
     def _state(self, url: str) -> PolicyState:
         try:
             response = self._http.get(f"{url}/policy")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise exchange.failure(f"GET {url}/policy", error) from error
         return exchange.parse(PolicyState, response)
 
     def _send(self, change: Change, url: str) -> Answer:
         try:
             response = change.send(self._http, url)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise exchange.failure(f"version {change.version} for {url}", error) from error
         return exchange.parse(change.answer, response)

@@ -111,6 +111,6 @@ def _evaluating(model: Module) -> Iterator[None]:
 def _parsed(model: Any, http: httpx.Client, method: str, url: str, **options: Any) -> Any:  # noqa: ANN401
     try:
         response = http.request(method, url, **options)
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise exchange.failure(f"{method} {url}", error) from error
     return exchange.parse(model, response)

@@ -67,7 +67,7 @@ class Weights:
     def specs(self) -> list[TensorSpec]:
         """Description of the tensors, in the order in which they are sent."""
         return [
-            TensorSpec(name=name, dtype=_dtype(tensor), shape=list(tensor.shape))
+            TensorSpec(name=name, dtype=dtype_name(tensor), shape=list(tensor.shape))
             for name, tensor in self.tensors.items()
         ]
 
@@ -194,7 +194,8 @@ def _is_plain(tensor: Tensor) -> bool:
     return is_own and is_dense and tensor.device.type != "meta" and tensor.numel() > 0
 
 
-def _dtype(tensor: Tensor) -> Any:  # noqa: ANN401  # one of the literals of `TensorSpec.dtype`
+def dtype_name(tensor: Tensor) -> Any:  # noqa: ANN401  # one of the literals of `TensorSpec.dtype`
+    """A tensor's dtype as safetensors spells it."""
     return DTYPES[str(tensor.dtype)]
 
 

@@ -6,7 +6,8 @@
     vLLM 0.33    POST /v1/load_lora_adapter       POST /v1/unload_lora_adapter
 
 Trainers pause an engine and flush its cache around an update. Here an update is atomic and clears the cache
-itself: those routes exist and do nothing. A failure is a problem of this service, with its status.
+itself: those routes exist and do nothing. Successes are answered as the engines answer them. A failure is a
+problem of this service with its status, and has the members that the engines' clients read.
 """
 
 from collections.abc import Container
@@ -16,21 +17,47 @@ from fastapi import APIRouter, Body, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from shopr1_client.errors import InternalError, InvalidRequestError, NotFoundError, NotReadyError
+from shopr1_client.errors import (
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    NotReadyError,
+    ProblemError,
+)
 from shopr1_client.wire_base import AnswerModel
 from shopr1_client.wire_policy import AdapterName, AdapterRequest, UpdateRequest, VersionName
 from shopr1_service.dialects.requests import TrainerRequest
 from shopr1_service.http import examples
 from shopr1_service.http.problem_responses import BODY, CHANGE_PROBLEMS, problem_responses
-from shopr1_service.http.state import AppState
+from shopr1_service.http.problems import extending_problems
+from shopr1_service.http.state import AppState, State
 
 TAG = "engines"
 router = APIRouter(tags=[TAG])
 
 _UNLOAD_PROBLEMS = problem_responses(*BODY, NotFoundError, NotReadyError)
-_NOTHING_TO_DO = "Nothing to do: updates are atomic.\n"
-_LOADED = "Success: LoRA adapter '{name}' is loaded."
-_UNLOADED = "Success: LoRA adapter '{name}' is unloaded."
+_FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
+_ADDED = "Success: LoRA adapter '{name}' added successfully."
+_REMOVED = "Success: LoRA adapter '{name}' removed successfully."
+_NO_PATH = "__tensor__"
+"""SGLang's path of an adapter that was not loaded from a directory."""
+
+
+def _sglang_members(problem: ProblemError) -> dict[str, Any]:
+    return {"success": False, "message": problem.detail, "error_message": problem.detail}
+
+
+def _vllm_members(problem: ProblemError) -> dict[str, Any]:
+    location = problem.errors[0]["location"] if problem.errors else None
+    fields = {"message": problem.detail, "type": problem.code, "param": location, "code": problem.status}
+    return {"error": fields}
+
+
+_for_sglang = extending_problems(_sglang_members)
+_for_vllm = extending_problems(_vllm_members)
 
 
 class UpdateFromDisk(TrainerRequest):
@@ -56,6 +83,23 @@ class ModelInfo(AnswerModel):
     is_generation: bool
 
 
+class GenerationAnswer(AnswerModel):
+    """SGLang's response to pausing and continuing."""
+
+    message: str
+    status: str
+
+
+class LoraAnswer(AnswerModel):
+    """SGLang's response to loading and unloading."""
+
+    success: bool = True
+    error_message: str = ""
+    loaded_adapters: Annotated[
+        dict[str, str], Field(description="Paths by name; `__tensor__` for an adapter that was uploaded.")
+    ]
+
+
 class LoadLora(TrainerRequest):
     """The fields of both engines' requests that have a meaning here."""
 
@@ -78,6 +122,7 @@ class UnloadLora(TrainerRequest):
     summary="SGLang: take the weights of a checkpoint",
     responses=CHANGE_PROBLEMS,
 )
+@_for_sglang
 async def update_weights_from_disk(
     body: Annotated[UpdateFromDisk, Body(openapi_examples=examples.SGLANG_UPDATES)], state: AppState
 ) -> UpdateFromDiskAnswer:
@@ -94,6 +139,7 @@ async def update_weights_from_disk(
     summary="SGLang: the loaded version",
     responses=problem_responses(InternalError, NotReadyError),
 )
+@_for_sglang
 async def model_info(state: AppState) -> ModelInfo:
     """The version that scores requests that name none."""
     info = state.engine.info
@@ -105,62 +151,125 @@ def _text(example: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"text/plain": {"example": example}}}}
 
 
-def _add_no_op(path: str, method: str, name: str, summary: str) -> None:
+# --- routes that do nothing -------------------------------------------------------------------------
+
+_NO_OP_PROBLEMS = problem_responses(InternalError, NotReadyError)
+
+
+def _add_generation_route(action: str, message: str) -> None:
+    @router.post(
+        f"/{action}_generation",
+        operation_id=f"sglang{action.capitalize()}",
+        summary=f"SGLang: {action} around an update",
+        responses=_NO_OP_PROBLEMS,
+    )
+    @_for_sglang
+    async def route(state: AppState) -> GenerationAnswer:
+        """Does nothing: an update is atomic."""
+        state.scorer  # noqa: B018  # raises unless the policy is loaded
+        return GenerationAnswer(message=message, status="ok")
+
+
+_add_generation_route("pause", "Generation paused successfully.")
+_add_generation_route("continue", "Generation continued successfully.")
+
+
+def _add_flush_route(method: str, name: str) -> None:
     @router.api_route(
-        path,
+        "/flush_cache",
         methods=[method],
         operation_id=name,
-        summary=f"SGLang: {summary}",
+        summary="SGLang: flush the cache",
         response_class=PlainTextResponse,
-        responses=_text(_NOTHING_TO_DO) | problem_responses(InternalError, NotReadyError),
+        responses=_text(_FLUSHED) | _NO_OP_PROBLEMS,
     )
+    @_for_sglang
     async def route(state: AppState) -> Response:
-        """Does nothing: an update is atomic, and clears the cache itself."""
+        """Does nothing: an update clears the cache itself."""
         state.scorer  # noqa: B018  # raises unless the policy is loaded
-        return PlainTextResponse(_NOTHING_TO_DO)
+        return PlainTextResponse(_FLUSHED)
 
 
-_add_no_op("/pause_generation", "POST", "sglangPause", "pause for an update")
-_add_no_op("/continue_generation", "POST", "sglangContinue", "continue after an update")
-_add_no_op("/flush_cache", "POST", "sglangFlushCache", "flush the cache")
-_add_no_op("/flush_cache", "GET", "sglangFlushCacheByGet", "flush the cache")
+_add_flush_route("POST", "sglangFlushCache")
+_add_flush_route("GET", "sglangFlushCacheByGet")
 
 
-def _add_lora_routes(prefix: str, engine: str) -> None:
-    name = engine.lower()
-
-    @router.post(
-        f"{prefix}/load_lora_adapter",
-        operation_id=f"{name}LoadLora",
-        summary=f"{engine}: load a LoRA adapter",
-        response_class=PlainTextResponse,
-        responses=_text(_LOADED.format(name="grpo-v7")) | CHANGE_PROBLEMS,
-    )
-    async def load(
-        body: Annotated[LoadLora, Body(openapi_examples=examples.LORA_LOADS)], state: AppState
-    ) -> Response:
-        """`POST /policy/adapters` in the engine's terms; requests choose the adapter by its name."""
-        _refuse_if_loaded(body, state.engine.versions.adapters)
-        await state.engine.load_adapter(AdapterRequest(name=body.lora_name, path=body.lora_path))
-        return PlainTextResponse(_LOADED.format(name=body.lora_name))
-
-    @router.post(
-        f"{prefix}/unload_lora_adapter",
-        operation_id=f"{name}UnloadLora",
-        summary=f"{engine}: unload a LoRA adapter",
-        response_class=PlainTextResponse,
-        responses=_text(_UNLOADED.format(name="grpo-v6")) | _UNLOAD_PROBLEMS,
-    )
-    async def unload(
-        body: Annotated[UnloadLora, Body(openapi_examples=examples.LORA_UNLOADS)], state: AppState
-    ) -> Response:
-        """`DELETE /policy/adapters/{name}` in the engine's terms."""
-        await state.engine.unload_adapter(body.lora_name)
-        return PlainTextResponse(_UNLOADED.format(name=body.lora_name))
+# --- adapters ---------------------------------------------------------------------------------------
 
 
-_add_lora_routes("/v1", "vLLM")
-_add_lora_routes("", "SGLang")
+@router.post(
+    "/v1/load_lora_adapter",
+    operation_id="vllmLoadLora",
+    summary="vLLM: load a LoRA adapter",
+    response_class=PlainTextResponse,
+    responses=_text(_ADDED.format(name="grpo-v7")) | CHANGE_PROBLEMS,
+)
+@_for_vllm
+async def vllm_load(
+    body: Annotated[LoadLora, Body(openapi_examples=examples.LORA_LOADS)], state: AppState
+) -> Response:
+    """`POST /policy/adapters` in vLLM's terms; requests choose the adapter by its name."""
+    await _load(body, state)
+    return PlainTextResponse(_ADDED.format(name=body.lora_name))
+
+
+@router.post(
+    "/v1/unload_lora_adapter",
+    operation_id="vllmUnloadLora",
+    summary="vLLM: unload a LoRA adapter",
+    response_class=PlainTextResponse,
+    responses=_text(_REMOVED.format(name="grpo-v6")) | _UNLOAD_PROBLEMS,
+)
+@_for_vllm
+async def vllm_unload(
+    body: Annotated[UnloadLora, Body(openapi_examples=examples.LORA_UNLOADS)], state: AppState
+) -> Response:
+    """`DELETE /policy/adapters/{name}` in vLLM's terms."""
+    await state.engine.unload_adapter(body.lora_name)
+    return PlainTextResponse(_REMOVED.format(name=body.lora_name))
+
+
+@router.post(
+    "/load_lora_adapter",
+    operation_id="sglangLoadLora",
+    summary="SGLang: load a LoRA adapter",
+    responses=CHANGE_PROBLEMS,
+)
+@_for_sglang
+async def sglang_load(
+    body: Annotated[LoadLora, Body(openapi_examples=examples.LORA_LOADS)], state: AppState
+) -> LoraAnswer:
+    """`POST /policy/adapters` in SGLang's terms; requests choose the adapter by its name."""
+    await _load(body, state)
+    return _loaded(state)
+
+
+@router.post(
+    "/unload_lora_adapter",
+    operation_id="sglangUnloadLora",
+    summary="SGLang: unload a LoRA adapter",
+    responses=_UNLOAD_PROBLEMS,
+)
+@_for_sglang
+async def sglang_unload(
+    body: Annotated[UnloadLora, Body(openapi_examples=examples.LORA_UNLOADS)], state: AppState
+) -> LoraAnswer:
+    """`DELETE /policy/adapters/{name}` in SGLang's terms."""
+    await state.engine.unload_adapter(body.lora_name)
+    return _loaded(state)
+
+
+async def _load(body: LoadLora, state: State) -> None:
+    _refuse_if_loaded(body, state.engine.versions.adapters)
+    await state.engine.load_adapter(AdapterRequest(name=body.lora_name, path=body.lora_path))
+    state.adapter_paths[body.lora_name] = body.lora_path
+
+
+def _loaded(state: State) -> LoraAnswer:
+    """The loaded adapters. Other processes on Ray, and uploads, leave no path here."""
+    paths = {name: state.adapter_paths.get(name, _NO_PATH) for name in state.engine.versions.adapters}
+    state.adapter_paths = paths
+    return LoraAnswer(loaded_adapters=paths)
 
 
 def _refuse_if_loaded(body: LoadLora, adapters: Container[str]) -> None:

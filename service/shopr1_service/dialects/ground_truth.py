@@ -82,7 +82,9 @@ def _refuse_contradiction(label: object, action: Action, recipe: Recipe) -> None
 def _unwrap(label: object) -> tuple[Any, object, str]:
     """The ground truth, the recipe's name or None, and the ground truth's path in the label."""
     value = _from_json(label) if isinstance(label, str) else label
-    if isinstance(value, dict) and _TRUTH in value:
+    # A data set's column of objects has the keys of all rows, with null in rows without the key.
+    is_action = isinstance(value, dict) and value.get(_TRUTH) is None and value.get("type") is not None
+    if isinstance(value, dict) and _TRUTH in value and not is_action:
         return value[_TRUTH], value.get("recipe"), f".{_TRUTH}"
     return label, None, ""
 

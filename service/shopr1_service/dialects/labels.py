@@ -8,14 +8,14 @@ from fastapi import APIRouter, Body
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.errors import FieldError, InternalError, InvalidRequestError
+from shopr1_client.errors import FieldError, InternalError, InvalidRequestError, summary
 from shopr1_client.wire import GroundTruth
 from shopr1_client.wire_base import RequestModel
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.requests import Prompt, TextOrMessages
 from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
-from shopr1_service.field_errors import raise_if_any, summary
+from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState
 from shopr1_service.scoring.label_store import ContradictionError, Label

@@ -1,7 +1,8 @@
 """OpenRLHF: `--reward.remote_url http://host:port/dialects/openrlhf/get_reward`.
 
 Rollouts are sent one by one, in lists of one. Older releases send longer lists, and some send empty ones to
-all URLs but the first. The response has the form of OpenRLHF's own server.
+all URLs but the first. Releases up to 0.6 decode the rows of a padded batch: `query` begins with padding
+tokens. The response has the form of OpenRLHF's own server.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,13 @@ router = APIRouter(prefix="/dialects/openrlhf", tags=[TAG])
 class GetReward(TrainerRequest):
     """Rollouts as three lists of the same length."""
 
-    query: Annotated[list[str], Field(description="Prompt and completion, special tokens written out.")]
+    query: Annotated[
+        list[str],
+        Field(
+            description="Prompt and completion, special tokens written out. Padding before the prompt is "
+            "ignored."
+        ),
+    ]
     prompts: Annotated[list[UnicodeText], Field(description="The templated prompts.")]
     labels: Annotated[
         list[Any],
@@ -79,13 +86,25 @@ def _rollouts(body: GetReward, state: State) -> list[Rollout]:
             reader.add_error(name, f"{len(values)} items, but query has {len(body.query)}")
     raise_if_any(reader.errors)
     for i, (query, prompt, label) in enumerate(zip(body.query, body.prompts, body.labels, strict=True)):
-        if not query.startswith(prompt):
+        completion = _completion(query, prompt, state)
+        if completion is None:
             reader.add_error(f"query[{i}]", f"does not begin with prompts[{i}]")
             continue
-        reader.add(
-            prompt, query.removeprefix(prompt), label, Paths(f"prompts[{i}]", f"query[{i}]", f"labels[{i}]")
-        )
+        reader.add(prompt, completion, label, Paths(f"prompts[{i}]", f"query[{i}]", f"labels[{i}]"))
     return reader.finish()
+
+
+def _completion(query: str, prompt: str, state: State) -> str | None:
+    """The text after the prompt; None: the query has more before the prompt than padding, or another one."""
+    if query.startswith(prompt):
+        return query[len(prompt) :]
+    padding, start = [token for token in state.engine.codec.end_tokens if token], 0
+    # Some tokenizers decode a space after a special token.
+    while token := next((t for t in (*padding, *(" " if start else "")) if query.startswith(t, start)), None):
+        start += len(token)
+        if query.startswith(prompt, start):
+            return query[start + len(prompt) :]
+    return None
 
 
 def _extra_logs(

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Tag
 
 from shopr1_client.errors import FieldError
 from shopr1_client.wire import Completion, Message, TokenIds
 from shopr1_client.wire import Prompt as AnyPrompt
-from shopr1_client.wire_base import UnicodeText
+from shopr1_client.wire_base import MESSAGES, STRING, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
 from shopr1_service.field_errors import raise_if_any
@@ -17,9 +17,6 @@ from shopr1_service.scoring.label_store import Label
 
 Prompt = str | list[Message]
 
-# Tags that `is_union_tag` knows, so that they do not appear in the paths of errors.
-STRING, LIST = "<string>", "<messages>"
-
 
 class TrainerRequest(BaseModel):
     """Body that a trainer sends: fields that a later version of it adds are ignored."""
@@ -27,27 +24,12 @@ class TrainerRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-def string_or_list(value: object) -> str | None:
-    """Discriminator of a union of a string and a list."""
-    match value:
-        case str():
-            return STRING
-        case list():
-            return LIST
-        case _:
-            return None
-
-
 AS_TEMPLATED = PromptOptions(add_special_tokens=False)
 """For trainers that tokenise their templated prompts without special tokens, as all of these do."""
 
 TextOrMessages = Annotated[
-    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[Message], Tag(LIST)],
-    Discriminator(
-        string_or_list,
-        custom_error_type="prompt_kind",
-        custom_error_message="must be a string or a list of messages",
-    ),
+    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[Message], Tag(MESSAGES)],
+    by_type({STRING: str, MESSAGES: list}, "prompt_kind", "must be a string or a list of messages"),
 ]
 """A prompt: a string is used as it is, messages go through the policy's chat template."""
 

@@ -12,9 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from shopr1_client.wire import Message, TokenIds
-from shopr1_client.wire_base import OBJECT, TEXT, UnicodeText
+from shopr1_client.wire_base import MESSAGES, OBJECT, STRING, TEXT, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions, TemplateArguments
-from shopr1_service.dialects.requests import LIST, STRING, TrainerRequest, string_or_list
+from shopr1_service.dialects.requests import TrainerRequest
 
 
 class _Part(TrainerRequest):
@@ -26,12 +26,8 @@ TokenId = Annotated[int, Field(ge=0)]
 """Some of NeMo Gym's servers write ids as strings."""
 
 _Content = Annotated[
-    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(LIST)],
-    Discriminator(
-        string_or_list,
-        custom_error_type="content_kind",
-        custom_error_message="must be a string or a list of texts",
-    ),
+    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(MESSAGES)],
+    by_type({STRING: str, MESSAGES: list}, "content_kind", "must be a string or a list of texts"),
 ]
 
 
@@ -81,12 +77,8 @@ class CreateParams(TrainerRequest):
     """The chat, as parameters of the Responses API."""
 
     input: Annotated[
-        Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], Tag(LIST)],
-        Discriminator(
-            string_or_list,
-            custom_error_type="input_kind",
-            custom_error_message="must be a string or a list of messages",
-        ),
+        Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], Tag(MESSAGES)],
+        by_type({STRING: str, MESSAGES: list}, "input_kind", "must be a string or a list of messages"),
     ]
     instructions: UnicodeText | None = None
     tools: list[Any] | None = None

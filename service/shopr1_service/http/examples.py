@@ -209,6 +209,10 @@ ANSWERS: dict[str, Any] = {
     "uploadAdapter": ADAPTER_UPDATE,
     "unloadAdapter": POLICY,
     "sglangUpdateWeights": {"success": True, "message": "version '120' scores", "num_paused_requests": 0},
+    "sglangPause": {"message": "Generation paused successfully.", "status": "ok"},
+    "sglangContinue": {"message": "Generation continued successfully.", "status": "ok"},
+    "sglangLoadLora": {"success": True, "error_message": "", "loaded_adapters": {"grpo-v7": _PATH}},
+    "sglangUnloadLora": {"success": True, "error_message": "", "loaded_adapters": {}},
     "sglangModelInfo": {
         "model_path": "SmolLM2-135M-Instruct",
         "weight_version": "120",

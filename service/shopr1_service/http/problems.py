@@ -17,8 +17,8 @@ The classes, with their statuses and codes, are in `shopr1_client.errors`. Raise
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import orjson
 from asgi_correlation_id import correlation_id
@@ -38,9 +38,9 @@ from shopr1_client.errors import (
     ProblemError,
     RequestTimeoutError,
     TooLargeError,
+    summary,
 )
 from shopr1_client.wire_base import is_union_tag
-from shopr1_service.field_errors import summary
 from shopr1_service.http.deadline import ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,21 @@ _DECODING_ERRORS: dict[type, str] = {
 }
 
 
+ExtendProblem = Callable[[ProblemError], dict[str, Any]]
+_EXTENSION = "extend_problem"
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
+
+
+def extending_problems(extend: ExtendProblem) -> Callable[[_Endpoint], _Endpoint]:
+    """Decorator of an endpoint whose problems have further members (RFC 9457, 3.2)."""
+
+    def decorate(endpoint: _Endpoint) -> _Endpoint:
+        setattr(endpoint, _EXTENSION, extend)
+        return endpoint
+
+    return decorate
+
+
 def install_handlers(app: FastAPI) -> None:
     """Answer every exception of the application with a problem."""
     app.add_exception_handler(ProblemError, _on_problem)
@@ -76,27 +91,34 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-def problem_response(problem: ProblemError, headers: dict[str, str] | None = None) -> Response:
-    """The response for a problem."""
+def problem_response(
+    problem: ProblemError, headers: dict[str, str] | None = None, endpoint: object = None
+) -> Response:
+    """The response for a problem.
+
+    Args:
+        endpoint: the one that failed; see `extending_problems`.
+    """
+    extend: ExtendProblem = getattr(endpoint, _EXTENSION, lambda _: {})
     headers = headers or {}
     if problem.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
     return Response(
-        orjson.dumps(problem.to_problem(correlation_id.get())),
+        orjson.dumps(problem.to_problem(correlation_id.get()) | extend(problem)),
         status_code=problem.status,
         media_type=PROBLEM_MEDIA_TYPE,
         headers=headers,
     )
 
 
-async def _on_problem(_request: Request, error: Exception) -> Response:
+async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)  # starlette dispatches by class
-    return problem_response(error)
+    return problem_response(error, endpoint=request.scope.get("endpoint"))
 
 
-async def _on_invalid(_request: Request, error: Exception) -> Response:
+async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return problem_response(_invalid(error.errors()))
+    return problem_response(_invalid(error.errors()), endpoint=request.scope.get("endpoint"))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

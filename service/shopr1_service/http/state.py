@@ -42,6 +42,7 @@ class State:
         self.recipes = RecipeBook(settings.recipe)
         self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
         self.deduplicator = RequestDeduplicator(self.metrics)
+        self.adapter_paths: dict[str, str] = {}  # of adapters loaded by SGLang's and vLLM's routes
         self.labels = LabelStore(settings.max_labels)
         self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None

@@ -70,6 +70,8 @@ WARM_UP_SHAPES = ((128, 8, 32), (1024, 8, 64), (4096, 16, 128), (16_384, 16, 128
 """Tokens of the prompt, completions, tokens of each completion."""
 
 _CHECK_SEED = 0
+_MIN_DISTINCT = 8
+"""Fewest different tokens in the check."""
 _NUM_PROBE_TOKENS = 4
 """A single token already passes through every weight; more tokens would only make updates slower."""
 _PROBE_RULES = SelfCertaintyRecipe(alpha=0.005)
@@ -289,7 +291,9 @@ def check_ids(
     num_tokens = min(Reach.of(model).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
     num_tokens = max(num_tokens, min(NUM_CHECK_TOKENS, longest or NUM_CHECK_TOKENS))
     generator = torch.Generator().manual_seed(_CHECK_SEED)
-    ids: list[int] = torch.randint(num_ids, (num_tokens,), generator=generator).tolist()
+    # Tokens occur several times, as in text: a model that chooses keys by content then has to break ties.
+    some = torch.randint(num_ids, (max(_MIN_DISTINCT, num_tokens // 4),), generator=generator)
+    ids: list[int] = some[torch.randint(len(some), (num_tokens,), generator=generator)].tolist()
     return ids
 
 

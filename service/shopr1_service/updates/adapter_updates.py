@@ -10,12 +10,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from shopr1_client.errors import InvalidWeightsError, NotFoundError, TooLargeError, UpdateConflictError
-from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE, AdapterRequest, AdapterUpdate
+from shopr1_client.wire_policy import (
+    ADAPTER_CONFIG_KEY,
+    BASE,
+    BASE_SAMPLE_KEY,
+    AdapterRequest,
+    AdapterUpdate,
+)
 from shopr1_service.concurrency import read_foreign
 from shopr1_service.core import Version
 from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
+from shopr1_service.policy.base_sample import check_base
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.lora import Adapter, AdapterError, build_adapter, parse_config
 from shopr1_service.scheduling.scheduler import Scheduler
@@ -30,10 +37,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Contents of an adapter's config and safetensors file."""
+    """Contents of an adapter's config and safetensors file, and a sample of the sender's base weights."""
 
     config: bytes
     tensors: bytes
+    base_sample: str | None = None
 
 
 class AdapterUpdates:
@@ -98,7 +106,8 @@ class AdapterUpdates:
             config = header.metadata[ADAPTER_CONFIG_KEY].encode()
         if config is None:
             raise InvalidWeightsError(f"the file's metadata has no {ADAPTER_CONFIG_KEY}")
-        return await self._load(AdapterFiles(config, bytes(content)), request, base, start_s)
+        files = AdapterFiles(config, bytes(content), header.metadata.get(BASE_SAMPLE_KEY))
+        return await self._load(files, request, base, start_s)
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Unload an adapter, or one version of it.
@@ -180,7 +189,10 @@ class AdapterUpdates:
         try:
             config = parse_config(files.config)
             tensors = dict(sorted(load_safetensors(files.tensors).items()))  # the library's order is random
-            return build_adapter(self._policy.model, config, tensors)
+            adapter = build_adapter(self._policy.model, config, tensors)
+            if files.base_sample is not None:
+                check_base(self._policy.model, files.base_sample)
+            return adapter
         except AdapterError as error:
             raise field_problem(InvalidWeightsError, error.location, str(error)) from error
         except SafetensorError as error:  # stricter than our own check of the header; not known to happen

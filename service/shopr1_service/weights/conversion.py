@@ -30,10 +30,10 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from shopr1_client.errors import FieldError
 
 KEY_MAPPING: Mapping[str, str] = {
-    r"^(?:(?:module|_orig_mod|base_model\.model)\.)+": "",
-    r"\._orig_mod\.": ".",
+    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|base_model\.model)\.)+": "",
+    r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": ".",
 }
-"""Prefixes of data parallelism, torch.compile and PEFT: patterns and their replacement."""
+"""Parts of names by data parallelism, torch.compile, FSDP and PEFT: patterns and their replacement."""
 
 Shape = tuple[int, ...]
 

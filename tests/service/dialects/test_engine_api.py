@@ -8,14 +8,13 @@ import httpx
 import pytest
 
 from shopr1_service.policy.fake import FakePolicy
-from tests.support.http import problem, running
+from tests.support.http import PROBLEM_KEYS, running
 from tests.support.models import one_thread, tiny_model
 from tests.support.updating import (
     Service,
     Unchanged,
     changed_model,
     done,
-    flaws,
     numbers_of,
     saved,
     saved_adapter,
@@ -37,6 +36,10 @@ UPDATE_MORE = {
 }
 LOAD_MORE = {"pinned": False, "added_tokens_config": None, "base_model_name": None, "is_3d_lora_weight": None}
 ENGINES = ["", "/v1"]
+FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +57,22 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 async def load(service: Service, engine: str, name: str, path: str, **more: Any) -> httpx.Response:
     body = {"lora_name": name, "lora_path": path, **LOAD_MORE, **more}
     return await service.http.post(f"{engine}/load_lora_adapter", json=body)
+
+
+def refusal(engine: str, answered: httpx.Response, status: int, code: str) -> dict[str, str]:
+    """The flaws of a problem that also has the members that the engine's clients read."""
+    body = answered.json()
+    detail = body["detail"]
+    members: dict[str, Any]
+    if engine == "/v1":
+        param = body["errors"][0]["location"] if body["errors"] else None
+        members = {"error": {"message": detail, "type": code, "param": param, "code": status}}
+    else:
+        members = {"success": False, "message": detail, "error_message": detail}
+    assert {key: value for key, value in body.items() if key not in PROBLEM_KEYS} == members
+    assert (answered.status_code, body["status"], body["code"]) == (status, status, code)
+    assert answered.headers["Content-Type"] == "application/problem+json"
+    return {error["location"]: error["message"] for error in body["errors"]}
 
 
 async def unload(service: Service, engine: str, name: str, **more: Any) -> httpx.Response:
@@ -91,29 +110,41 @@ async def test_weights_that_are_refused(service: Service, tmp_path: Path) -> Non
     async with Unchanged(service):
         for path, location in (("nowhere", "path"), ("new", "config.json: rms_norm_eps")):
             body = {"model_path": path, **UPDATE_MORE}
-            assert flaws(await service.http.post("/update_weights_from_disk", json=body)).keys() == {location}
+            refused = await service.http.post("/update_weights_from_disk", json=body)
+            assert refusal("", refused, 422, "invalid_weights").keys() == {location}
         for bad in ({}, {"model_path": ""}, {"model_path": 1}):
             refused = await service.http.post("/update_weights_from_disk", json=bad)
-            assert flaws(refused, 422, "invalid_request").keys() == {"model_path"}
+            assert refusal("", refused, 422, "invalid_request").keys() == {"model_path"}
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body"),
+    ("method", "path", "body", "expected"),
     [
-        ("POST", "/pause_generation", {"mode": "abort"}),
-        ("POST", "/pause_generation", None),
-        ("POST", "/continue_generation", {}),
-        ("POST", "/flush_cache", None),
-        ("GET", "/flush_cache", None),
+        (
+            "POST",
+            "/pause_generation",
+            {"mode": "abort"},
+            {"message": "Generation paused successfully.", "status": "ok"},
+        ),
+        ("POST", "/pause_generation", None, {"message": "Generation paused successfully.", "status": "ok"}),
+        (
+            "POST",
+            "/continue_generation",
+            {},
+            {"message": "Generation continued successfully.", "status": "ok"},
+        ),
+        ("POST", "/flush_cache", None, FLUSHED),
+        ("GET", "/flush_cache", None, FLUSHED),
     ],
 )
 async def test_routes_that_are_not_needed_do_nothing(
-    service: Service, method: str, path: str, body: Any
+    service: Service, method: str, path: str, body: Any, expected: Any
 ) -> None:
+    """They answer as SGLang 0.5.23 does."""
     async with Unchanged(service):
         answered = await service.http.request(method, path, json=body)
     assert answered.status_code == 200
-    assert answered.text.startswith("Nothing to do")
+    assert (answered.text if isinstance(expected, str) else answered.json()) == expected
 
 
 # --- adapters ---------------------------------------------------------------------------------------
@@ -122,15 +153,24 @@ async def test_routes_that_are_not_needed_do_nothing(
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_adapters_are_loaded_and_unloaded(service: Service, engine: str, tmp_path: Path) -> None:
     base = await service.numbers()
-    loaded = await load(service, engine, "grpo", saved_adapter(tmp_path / "a"))
-    assert (loaded.status_code, loaded.text) == (200, "Success: LoRA adapter 'grpo' is loaded.")
-    assert loaded.headers["Content-Type"].startswith("text/plain")
+    path = saved_adapter(tmp_path / "a")
+    loaded = await load(service, engine, "grpo", path)
+    assert loaded.status_code == 200
+    if engine == "/v1":
+        assert loaded.text == "Success: LoRA adapter 'grpo' added successfully."
+        assert loaded.headers["Content-Type"].startswith("text/plain")
+    else:
+        assert loaded.json() == {"success": True, "error_message": "", "loaded_adapters": {"grpo": path}}
     own = await service.numbers(adapter="grpo")
     assert own != base
     [adapter] = (await service.state())["adapters"]
     assert (adapter["adapter"], adapter["version"]) == ("grpo", "1")
     gone = await unload(service, engine, "grpo", lora_int_id=1)
-    assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'grpo' is unloaded.")
+    assert gone.status_code == 200
+    if engine == "/v1":
+        assert gone.text == "Success: LoRA adapter 'grpo' removed successfully."
+    else:
+        assert gone.json() == {"success": True, "error_message": "", "loaded_adapters": {}}
     assert (await service.state())["adapters"] == []
 
 
@@ -142,7 +182,7 @@ async def test_a_known_name_must_be_meant(service: Service, engine: str, tmp_pat
     async with Unchanged(service):
         for more in ({}, {"load_inplace": False}):
             refused = await load(service, engine, "grpo", second, **more)
-            found = flaws(refused, 422, "invalid_request")
+            found = refusal(engine, refused, 422, "invalid_request")
             assert "set load_inplace" in found["lora_name"]
     assert (await load(service, engine, "grpo", second, load_inplace=True)).status_code == 200
     service.forget_prompts()
@@ -155,20 +195,32 @@ async def test_a_known_name_must_be_meant(service: Service, engine: str, tmp_pat
 async def test_adapters_that_are_refused(service: Service, engine: str, tmp_path: Path) -> None:
     path = saved_adapter(tmp_path / "a")
     async with Unchanged(service):
-        assert flaws(await load(service, engine, "a", "nowhere")).keys() == {"path"}
-        problem(await load(service, engine, "base", path), 422, "invalid_weights")
-        assert flaws(await load(service, engine, "a b", path), 422, "invalid_request").keys() == {"lora_name"}
-        problem(await unload(service, engine, "a"), 404, "not_found")
+        missing = await load(service, engine, "a", "nowhere")
+        assert refusal(engine, missing, 422, "invalid_weights").keys() == {"path"}
+        refusal(engine, await load(service, engine, "base", path), 422, "invalid_weights")
+        malformed = await load(service, engine, "a b", path)
+        assert refusal(engine, malformed, 422, "invalid_request").keys() == {"lora_name"}
+        refusal(engine, await unload(service, engine, "a"), 404, "not_found")
         refused = await service.http.post(f"{engine}/load_lora_adapter", json={"lora_name": "a"})
-        assert flaws(refused, 422, "invalid_request").keys() == {"lora_path"}
+        assert refusal(engine, refused, 422, "invalid_request").keys() == {"lora_path"}
+
+
+async def test_adapters_without_a_path(service: Service, tmp_path: Path) -> None:
+    """SGLang names the paths of all loaded adapters, and `__tensor__` for those that came as tensors."""
+    paths = {name: saved_adapter(tmp_path / name, seed) for name, seed in (("a", 4), ("b", 5))}
+    done(await service.http.post("/policy/adapters", json={"name": "a", "path": paths["a"]}))
+    loaded = done(await load(service, "", "b", paths["b"]))
+    assert loaded["loaded_adapters"] == {"a": "__tensor__", "b": paths["b"]}
+    gone = done(await unload(service, "", "a"))
+    assert gone["loaded_adapters"] == {"b": paths["b"]}
 
 
 async def test_a_policy_without_weights() -> None:
     async with running(FakePolicy()) as client:
-        for path, body in (
-            ("/update_weights_from_disk", {"model_path": "new"}),
-            ("/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}),
-            ("/v1/unload_lora_adapter", {"lora_name": "a"}),
+        for engine, path, body in (
+            ("", "/update_weights_from_disk", {"model_path": "new"}),
+            ("", "/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}),
+            ("/v1", "/v1/unload_lora_adapter", {"lora_name": "a"}),
         ):
-            problem(await client.post(path, json=body), 422, "invalid_request")
+            refusal(engine, await client.post(path, json=body), 422, "invalid_request")
         assert done(await client.get("/model_info"))["weight_version"] == "0"

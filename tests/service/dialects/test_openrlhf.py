@@ -156,6 +156,26 @@ async def test_texts_with_ids_beyond_the_embedding_are_named(monkeypatch: pytest
     assert all("contains 'é', token id 233" in error["message"] for error in refused["errors"])
 
 
+@pytest.mark.parametrize("padding", ["<end>", "<end>" * 40, "<end><end> ", "<end> <end> "])
+async def test_padding_before_the_prompt_does_not_count(padding: str) -> None:
+    """Releases up to 0.6 decode the rows of a padded batch."""
+    async with running(FakePolicy(10.0, 0.5)) as client:
+        sent = openrlhf(("page", answer() + "<end>", TERMINATE), ("<end>page", answer(), TERMINATE))
+        expected = await send_ok(client, OPENRLHF, sent)
+        padded = {**sent, "query": [padding + query for query in sent["query"]]}
+        assert await send_ok(client, OPENRLHF, padded) == expected
+
+
+@pytest.mark.parametrize("before", ["x", " ", "<s>", "<end>x", "<end><s>", "<en"])
+async def test_more_than_padding_before_the_prompt_is_refused(
+    service: httpx.AsyncClient, before: str
+) -> None:
+    sent = openrlhf(("page", answer(), TERMINATE), ("page", answer(), TERMINATE))
+    sent["query"][1] = before + sent["query"][1]
+    refused = problem(await send(service, OPENRLHF, sent), 422, "invalid_request")
+    assert [error["location"] for error in refused["errors"]] == ["query[1]"]
+
+
 async def test_the_prompt_is_cut_once_only() -> None:
     async with running() as client:
         repeated = await send_ok(client, OPENRLHF, openrlhf(("page", "page" + answer(), TERMINATE)))

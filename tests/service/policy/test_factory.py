@@ -170,6 +170,15 @@ def test_check_notices_that_a_window_is_ignored(
     assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "independent"
 
 
+def test_ties_among_equal_tokens_are_a_remark() -> None:
+    # It keeps 24 keys by their values, which in the first layer depend on the token alone.
+    model = tiny_model("doge", keep_window_size=24, head_dim=8)
+    info = policy_of(model).info
+    [remark] = info.remarks
+    assert remark.startswith("its choice of 24 keys for each token breaks ties by the sequence's length")
+    assert info.forward == "independent"
+
+
 def test_an_encoder_is_a_policy_error() -> None:
     with pytest.raises(PolicyError, match="BertLMHeadModel is not causal"):
         policy_of(tiny_model("bert", is_decoder=False))

@@ -18,6 +18,8 @@ _WINDOWS = {"sliding_window", "attention_chunk_size"}
 """Sizes that `layer_types` may leave unused."""
 _LINEAR_CHUNK_TOKENS = 64
 """Chunks of the delta rule, which no config names."""
+_CHOICE_MULTIPLE = 3
+"""Keys in the check, as a multiple of those that are chosen: among many, some are equally good."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Reach:
         kinds, names = getattr(config, "layer_types", None) or (), [name for name, _ in _named_sizes(config)]
         if "linear_attention" in kinds and not any("chunk" in name for name in names):
             sizes.append(_LINEAR_CHUNK_TOKENS)
-        return cls(max([0, *sizes, num_chosen or 0, threshold or 0]), num_chosen, threshold)
+        num_choosing = _CHOICE_MULTIPLE * (num_chosen or 0)
+        return cls(max([0, *sizes, num_choosing, threshold or 0]), num_chosen, threshold)
 
 
 def _named_sizes(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401  # every architecture has its own
@@ -67,6 +70,9 @@ def _num_chosen(config: Any) -> int | None:  # noqa: ANN401
     budget = getattr(config, "indexer_budget", None)
     if budget:  # qwen4
         return int(budget)
+    kept = getattr(config, "keep_window_size", None)
+    if kept:  # doge
+        return int(kept)
     topk = getattr(config, "index_topk", None)
     if not topk:
         return None

@@ -1,0 +1,159 @@
+"""Tiny random models of every architecture that the installed transformers knows.
+
+A config's sizes are made small by their names, in the config and in its parts. Where an architecture needs
+more, `OPTIONS` says what.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+NUM_VOCAB = 389
+MAX_TOKENS = 512
+
+SIZES: Mapping[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "pad_vocab_size"), NUM_VOCAB),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("embedding_size", "text_hidden_size", "hidden_dim", "emb_dim"), 64),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "dense_intermediate_size"), 32
+    ),
+    **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "depth", "num_decoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads",), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_size", "d_head"), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 512
+    ),
+    **dict.fromkeys(("context_length",), 512),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "sliding_window_size"), 24),
+    **dict.fromkeys(("index_topk", "keep_window_size", "attention_window_size"), 24),
+    **dict.fromkeys(("index_n_heads",), 4),
+    **dict.fromkeys(("index_head_dim",), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 8),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
+    **dict.fromkeys(("linear_num_value_heads",), 4),
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("image_size",), 32),
+    **dict.fromkeys(("patch_size",), 16),
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Small sizes by the names that configs give them."""
+
+_LATENT = {"num_key_value_heads": 4}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "axk1", "axk2"), _LATENT),
+    **dict.fromkeys(("kimi_k2", "longcat_flash", "minicpm3", "glm4_moe_lite", "youtu", "mistral4"), _LATENT),
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_n_heads": 2,
+        "index_block_size": 8,
+        "index_topk_blocks": 3,
+        "rotary_dim": 8,
+    },
+    "reformer": {
+        "axial_pos_shape": [16, 32],
+        "axial_pos_embds_dim": [16, 48],
+        "attn_layers": ["local", "lsh"],
+        "lsh_attn_chunk_length": 16,
+        "local_attn_chunk_length": 16,
+        "num_buckets": 8,
+    },
+    "openai-gpt": {"n_positions": 512},
+}
+"""Further options of single architectures."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of the table.
+
+    Attributes:
+        kind: its `model_type`.
+        is_image_text: whether it is the text path of an image-text model.
+    """
+
+    kind: str
+    class_name: str
+    is_image_text: bool = False
+
+
+def architectures() -> Iterator[Architecture]:
+    """All language models, then the image-text models."""
+    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        yield Architecture(kind, _first(name))
+    for kind, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            yield Architecture(kind, _first(name), is_image_text=True)
+
+
+def _first(name: str | tuple[str, ...]) -> str:
+    return name if isinstance(name, str) else name[0]
+
+
+def build(architecture: Architecture) -> PreTrainedModel:
+    """A tiny model with random weights, fp32."""
+    options = {**_small(AutoConfig.for_model(architecture.kind)), **OPTIONS.get(architecture.kind, {})}
+    config = AutoConfig.for_model(architecture.kind, **options)
+    auto: Any = AutoModelForImageTextToText if architecture.is_image_text else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    _disturb(model)
+    model.train(False)
+    return model
+
+
+def _small(config: Any) -> dict[str, Any]:  # noqa: ANN401  # every architecture has its own
+    """Small sizes for a config and its parts, as arguments to make it with."""
+    options: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type"):
+            options[name] = {"model_type": value.model_type, **_small(value)}
+        elif name in SIZES and isinstance(value, type(SIZES[name])) and value is not False:
+            options[name] = SIZES[name]
+    if hasattr(config, "is_decoder"):
+        options["is_decoder"] = True
+    if "qk_rope_head_dim" in options and "head_dim" in options:  # latent attention: the rotated part alone
+        options["head_dim"] = options["qk_rope_head_dim"]
+    num_layers = options.get("num_hidden_layers")
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types"):
+        kinds = vars(config).get(name)
+        if isinstance(kinds, list) and isinstance(num_layers, int):
+            options[name] = _each_kind(kinds, num_layers)
+    return options
+
+
+def _each_kind(kinds: list[Any], num_layers: int) -> list[Any]:
+    """A layer of each kind, as far as there are layers."""
+    distinct = list(dict.fromkeys(kinds))[:num_layers]
+    return distinct + [distinct[-1]] * (num_layers - len(distinct))
+
+
+@torch.no_grad()
+def _disturb(model: PreTrainedModel) -> None:
+    """Random biases and norms: at 0 and 1 their loss would go unnoticed."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
