@@ -84,7 +84,7 @@ def test_each_kind_of_warning_is_logged_once(
 
 @each
 def test_arguments_of_the_environment_are_sent(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[Sequence[int]] = []
+    sent: list[list[int]] = []
     encode = CharacterCodec.encode_chat
 
     def kept(codec: CharacterCodec, *chat: Any) -> list[int]:
