@@ -55,8 +55,9 @@ def test_new_weights_unload_all_adapters(policy: LoadedPolicy) -> None:
 
 def test_weights_that_the_model_would_rescale_once_count_as_sent() -> None:
     """RWKV divides weights by powers of two in its first pass, and would not divide an update's."""
-    sizes = {"attention_hidden_size": 32, "context_length": 512, "num_hidden_layers": 4, "rescale_every": 1}
-    model = tiny_model("rwkv", **sizes)
+    model = tiny_model(
+        "rwkv", attention_hidden_size=32, context_length=512, num_hidden_layers=4, rescale_every=1
+    )
     sent = weights_of(copy.deepcopy(model))
     # The division changes numbers by up to 2e-4 here, because norms add their epsilon to smaller variances.
     undivided = copy.deepcopy(model)
