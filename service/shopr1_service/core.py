@@ -97,10 +97,13 @@ class PromptScope:
         weights: in the queue the request's target; in the engine the adapter's version, None for the policy's
             own weights.
         inputs_digest: digest of inputs that are not tokens, such as images; empty if there are none.
+        num_rope_tokens: a length of the sequences by whose RoPE frequencies the keys are rotated; None where
+            frequencies are static. Set by the engine.
     """
 
     weights: Target | Version | None = None
     inputs_digest: bytes = b""
+    num_rope_tokens: int | None = None
 
 
 TEXT_SCOPE = PromptScope()

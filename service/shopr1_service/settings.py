@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from enum import StrEnum
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -218,7 +219,14 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Command line, environment, TOML file; no `.env` file that happens to be there."""
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+        return (init_settings, env_settings, _TomlSource(settings_cls))
+
+
+class _TomlSource(TomlConfigSettingsSource):
+    """The TOML file, which may begin with a byte order mark."""
+
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
+        return tomllib.loads(file_path.read_text("utf-8-sig"))
 
 
 def load_settings(options: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
@@ -243,7 +251,9 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
         return Configured(**(options or {}))
     except ValidationError as error:
         raise SettingsError("; ".join(map(_message, error.errors()))) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise SettingsError(f"{config}: nested too deeply") from None
+    except ValueError as error:  # also of an integer with thousands of digits
         raise SettingsError(f"{config}: not TOML: {error}") from error
 
 
@@ -256,7 +266,10 @@ def _message(details: Mapping[str, Any]) -> str:
 
 def _shown(name: str, value: object) -> str:
     """A value for an error message, hidden where it may be a secret."""
-    return "…" if "key" in name.lower() else repr(value)
+    try:
+        return "…" if "key" in name.lower() else repr(value)
+    except ValueError:  # Python writes no integer with thousands of digits
+        return "an integer with thousands of digits"
 
 
 def _config_from_environment() -> Path | None:

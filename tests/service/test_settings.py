@@ -311,11 +311,40 @@ def test_the_config_option_is_stronger_than_the_variable(
     assert (settings.port, settings.max_groups, settings.device) == (2, 1024, "cpu")
 
 
-@pytest.mark.parametrize("content", [b"port", b"port = ", b"{}", b"port = 1\nport = 2", b"\xff\xfe", b"\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"port",
+        b"port = ",
+        b"{}",
+        b"port = 1\nport = 2",
+        b"\xff\xfe",
+        b"\x00",
+        pytest.param(b"port = " + b"1" * 5000, id="5000 digits"),
+    ],
+)
 def test_config_file_is_not_toml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
     path = use_config(monkeypatch, tmp_path / "shopr1.toml", content)
     with pytest.raises(SettingsError, match=f"^{re.escape(str(path))}: not TOML: "):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("[" * 900 + "]" * 900, id="900 lists"),
+        pytest.param("0x" + "f" * 5000, id="5000 hexadecimal digits"),
+    ],
+)
+def test_config_file_beyond_every_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", f"port = {value}")
+    with pytest.raises(SettingsError):
+        load_settings()
+
+
+def test_config_file_with_a_byte_order_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", "port = 1".encode("utf-8-sig"))
+    assert load_settings().port == 1
 
 
 @pytest.mark.parametrize("name", ["shopr1_config", "Shopr1_Config"])

@@ -158,7 +158,9 @@ def _check_layer(path: str, layer: Module, name: str, config: Any) -> None:  # n
         raise UnsendableModelError(
             f"{path} has its adapter merged into its weights in place: unmerge it first, or {_MERGE}"
         )
-    if name in _available(layer) and name not in _adapters_of(layer):
+    if name not in _available(layer):
+        return
+    if name not in _adapters_of(layer):
         raise UnsendableModelError(f"{path} computes without its adapter {name!r}: {_MERGE}")
     actual, expected = getattr(layer, "scaling", {}).get(name), _scale(path, name, layer, config)
     if actual is not None and not math.isclose(float(actual), expected, rel_tol=_MAX_SCALE_ERROR):

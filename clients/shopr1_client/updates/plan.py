@@ -118,8 +118,8 @@ def plan(source: Source, version: str, options: UpdateOptions) -> Change:
     change, verify = _plan(source, version, options), options.get("verify", False)
     if verify is False:
         return change
-    is_model = not isinstance(source, str | Path | Mapping)
-    _check(is_model, "only a model can be verified: it has a forward")
+    is_model = hasattr(source, "get_input_embeddings") or hasattr(source, "module")
+    _check(is_model, "only a model of transformers' can be verified, by its own forward")
     return replace(change, probe=Probe(source, change.adapter, None if verify is True else verify))
 
 

@@ -28,7 +28,8 @@ def summary(groups: Sequence[Group], rewards: Sequence[Sequence[Reward]]) -> Tab
 
 def _true_type(group: Group) -> str:
     truth = group.ground_truth
-    fields = json.loads(truth) if isinstance(truth, str) else truth
+    # int() rejects more than 4,300 digits, which a label may have beside its action.
+    fields = json.loads(truth, parse_int=float) if isinstance(truth, str) else truth
     return str(fields["type"])
 
 

@@ -20,6 +20,7 @@ from shopr1_service.core import (
     Unmeasurable,
 )
 from shopr1_service.engine.forward.base import Forward, PromptGroup, Suffix
+from shopr1_service.engine.rope_scaling import LengthDependentRope
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Engine:
         max_sequence_tokens: longest prompt with completion.
         num_tokenizer_tokens: vocabulary size for recipes that count the tokenizer's tokens only.
         release_memory: frees caches; called before a failed batch is retried.
+        rope: the policy's RoPE, if its frequencies depend on the sequence's length.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Engine:
         num_tokenizer_tokens: int,
         release_memory: Callable[[], None] = lambda: None,
         stats: EngineStats | None = None,
+        rope: LengthDependentRope | None = None,
     ) -> None:
         self.stats = stats or EngineStats()
         self._forward = forward
         self._head = head
         self._max_sequence_tokens = max_sequence_tokens
         self._release_memory = release_memory
+        self._rope = rope
         self._num_vocab = {
             Vocabulary.HEAD: head.num_rows,
             Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
@@ -63,7 +67,7 @@ class Engine:
             FatalEngineError: the device is unusable.
         """
         shift = 0 if rules.position is Position.SHIFTED else -1
-        suffixes = [[_suffix(completion, shift) for completion in group.completions] for group in groups]
+        suffixes = [[self._suffix(group, each, shift) for each in group.completions] for group in groups]
         obstacles = [
             [self._obstacle(len(group.prompt_ids), suffix) for suffix in own]
             for group, own in zip(groups, suffixes, strict=True)
@@ -83,6 +87,15 @@ class Engine:
             [obstacle or known[suffix] for suffix, obstacle in zip(own, blocked, strict=True)]
             for own, blocked, known in zip(suffixes, obstacles, by_suffix, strict=True)
         ]
+
+    def _suffix(self, group: TokenGroup, completion: MeasuredCompletion, shift: int) -> Suffix:
+        """The shortest input from which the distribution at each measured token is known."""
+        positions = tuple(index + shift for index in completion.measured)
+        ids = tuple(completion.ids[: positions[-1] + 1])
+        if self._rope is None:
+            return Suffix(ids, positions)
+        num_tokens = len(group.prompt_ids) + len(completion.ids)
+        return Suffix(ids, positions, self._rope.representative(num_tokens))
 
     def _obstacle(self, num_prompt_tokens: int, suffix: Suffix) -> Unmeasurable | None:
         if suffix.positions[0] + num_prompt_tokens < 0:
@@ -160,12 +173,6 @@ def is_out_of_memory(error: Exception) -> bool:
 def _failed(group: PromptGroup, error: Exception) -> Measured:
     reason = Reason.OUT_OF_MEMORY if is_out_of_memory(error) else Reason.ENGINE_FAILURE
     return [Unmeasurable(reason, type(error).__name__)] * len(group.suffixes)
-
-
-def _suffix(completion: MeasuredCompletion, shift: int) -> Suffix:
-    """The shortest input from which the distribution at each measured token is known."""
-    positions = tuple(index + shift for index in completion.measured)
-    return Suffix(ids=tuple(completion.ids[: positions[-1] + 1]), positions=positions)
 
 
 def _certainty(values_T: Tensor) -> Certainty | Unmeasurable:

@@ -116,7 +116,7 @@ def _state(file: Path | None) -> object:
 def _read(file: Path) -> list[ApiKey]:
     """Keys of a file, one per line; empty lines and those that begin with # are skipped."""
     try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"api_key_file: cannot read {str(file)!r}: {error}") from error
     keys = _parse((line for line in lines if line and not line.startswith("#")), f"api_key_file {file}")

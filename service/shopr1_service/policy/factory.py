@@ -31,6 +31,7 @@ from shopr1_service.core import (
 )
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward
+from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
@@ -51,6 +52,7 @@ from shopr1_service.engine.lm_head import (
     trunk_of,
 )
 from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.chat import ChatRenderer, read_templates
 from shopr1_service.policy.end_tokens import end_ids, template_ends
@@ -103,13 +105,14 @@ def build_policy(
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
     random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
-    head, verdict = _checked(model, random_ids, cache, settings, startup)
+    rope, head, verdict = _checked(model, random_ids, cache, settings, startup)
     engine = Engine(
         verdict.forward,
         head,
         max_sequence_tokens=max_sequence_tokens,
         num_tokenizer_tokens=len(tokenizer),
         release_memory=lambda: _release_memory(cache),
+        rope=rope,
     )
     startup.enter(Step.WARMING_UP)
     cache.max_bytes = _prefix_cache_bytes(engine, model.device, random_ids, settings, max_sequence_tokens)
@@ -163,11 +166,13 @@ def _checked(
     cache: PrefixCache,
     settings: Settings,
     startup: LoadProgress,
-) -> tuple[Head, Verdict]:
+) -> tuple[LengthDependentRope | None, Head, Verdict]:
     """The fastest head and forward strategy that agree with the model."""
     try:
+        rope = LengthDependentRope.of(model)
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        return head, _verdict(model, random_ids, _candidates(model, cache), settings, startup)
+        verdict = _verdict(model, random_ids, _candidates(model, cache, rope), settings, startup)
+        return rope, head, replace(verdict, forward=_by_length(verdict.forward, rope))
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
 
@@ -202,9 +207,20 @@ def _verdict(
     return verdict
 
 
-def _candidates(model: PreTrainedModel, cache: PrefixCache) -> list[Forward]:
+def _candidates(
+    model: PreTrainedModel, cache: PrefixCache, rope: LengthDependentRope | None
+) -> list[Forward]:
     """The strategies that share a prompt, fastest first."""
-    return [SharedPrefixForward(model, cache), PackedForward(model), ExpandedForward(model)]
+    strategies: list[Forward] = [
+        SharedPrefixForward(model, cache),
+        PackedForward(model),
+        ExpandedForward(model),
+    ]
+    return [_by_length(forward, rope) for forward in strategies]
+
+
+def _by_length(forward: Forward, rope: LengthDependentRope | None) -> Forward:
+    return forward if rope is None or isinstance(forward, ByLengthForward) else ByLengthForward(forward, rope)
 
 
 def _heartbeat_of(model: PreTrainedModel) -> Heartbeat:
@@ -288,7 +304,7 @@ def check_ids(
         longest: the longest sequence that the model allows.
         max_sequence_tokens: the longest that is ever scored: what shows in longer ones only does not matter.
     """
-    num_tokens = min(Reach.of(model).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
+    num_tokens = min(Reach.of(model, max_sequence_tokens).num_tokens + NUM_CHECK_TOKENS, max_sequence_tokens)
     num_tokens = max(num_tokens, min(NUM_CHECK_TOKENS, longest or NUM_CHECK_TOKENS))
     generator = torch.Generator().manual_seed(_CHECK_SEED)
     # Tokens occur several times, as in text: a model that chooses keys by content then has to break ties.

@@ -4,12 +4,13 @@ The reference is the sender's forward in fp64, and the definition of self-certai
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shopr1_client import Client
 from shopr1_client.errors import InvalidWeightsError, UnsendableModelError
@@ -18,8 +19,9 @@ from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_rewards.recipe import Divergence
 from tests.support.client_updates import Update, both, with_client
 from tests.support.http import CLICK, WAIT_S, answer, group, served
-from tests.support.models import MIXTURES, naive, one_thread, policy_of, random_ids, tiny_model
+from tests.support.models import MIXTURES, MULTIMODAL, naive, one_thread, policy_of, random_ids, tiny_model
 from tests.support.policy_server import policy_server
+from tests.support.updating import changed
 
 peft: Any = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -128,6 +130,16 @@ def test_the_active_one_of_several_adapters() -> None:
     check_scores(disturbed(model, seed=5))
 
 
+def test_another_adapter_of_other_layers() -> None:
+    model = lora()
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"]))
+    check_scores(model)
+    model = lora()
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"]))
+    model.set_adapter("ref")
+    check_scores(disturbed(model, seed=6))
+
+
 def test_an_adapter_of_transformers_own_integration() -> None:
     model = tiny_model()
     model.add_adapter(peft.LoraConfig(**LORA), adapter_name="mine")
@@ -138,6 +150,20 @@ def test_an_adapter_of_transformers_own_integration() -> None:
 
 def test_a_model_in_training_mode() -> None:
     check_scores(lora(lora_dropout=0.5))
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_multimodal_model_and_its_adapter(name: str, tmp_path: Path) -> None:
+    """The policy may be its text part; adapters of the vision tower do not matter."""
+    MULTIMODAL[name]().save_pretrained(tmp_path)
+
+    def policy() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    check_scores(changed(MULTIMODAL[name]()), policy())
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    check_scores(adapted(config, MULTIMODAL[name]()), policy())
+    check_scores(adapted(config, MULTIMODAL[name]()), policy(), merge=True)
 
 
 # --- more than an adapter ---------------------------------------------------------------------------

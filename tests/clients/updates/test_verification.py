@@ -91,10 +91,10 @@ def test_bfloat16() -> None:
             client.update_policy(model, "2", verify=1e-6)
 
 
-@pytest.mark.parametrize("source", ["/models/7", {"weight": torch.ones(2)}])
+@pytest.mark.parametrize("source", ["/models/7", {"weight": torch.ones(2)}, nn.Linear(2, 2)])
 def test_only_a_model_has_a_forward(source: Any) -> None:
     with (
         Client("http://127.0.0.1:1") as client,
-        pytest.raises(ValueError, match="only a model can be verified"),
+        pytest.raises(ValueError, match="only a model of transformers' can be verified"),
     ):
         client.update_policy(source, "1", verify=True)

@@ -44,12 +44,23 @@ def test_recipe_check(shopr1: Run, tmp_path: Path) -> None:
         assert (ended.code, ended.out) == (0, f"{recipe.name} is valid: {recipe.digest}\n")
 
 
+def test_recipe_check_of_a_file_with_a_byte_order_mark(shopr1: Run, tmp_path: Path) -> None:
+    mine = Path(write_recipe(tmp_path))
+    mine.write_text(mine.read_text("utf-8"), "utf-8-sig")
+    assert shopr1("recipe", "check", str(mine)).code == 0
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (("reward = 0.5", "reward = 'much'"), "format.reward"),
         (("alpha = 0.005", "alhpa = 0.005"), "self_certainty.alhpa"),
         (("[format]", "[format"), "not TOML"),
+        (("threshold = 0.75", "threshold = 1.0"), "similarity: nothing exceeds threshold = 1"),
+        (("temperature = 1.0", "temperature = 1e-300"), "self_certainty.temperature"),
+        (("attributes.text", 'attributes.""'), "action_space.types.type_and_submit.attributes."),
+        (("dars = 1000.0", f"dars = {'[' * 900}{']' * 900}"), "nested too deeply"),
+        (("dars = 1000.0", f"dars = {'1' * 5000}"), "not TOML: Exceeds the limit"),
     ],
 )
 @pytest.mark.parametrize("command", ["show", "check"])

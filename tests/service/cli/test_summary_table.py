@@ -9,11 +9,13 @@ from tests.support.http import CLICK, answer, group
 
 
 def test_summary(shopr1: Run, url: str, tmp_path: Path) -> None:
+    # A label may have more than its action, also a number that int() rejects.
+    label = json.dumps(CLICK)[:-1] + f', "order": {"1" * 5000}}}'
     rollouts = write_lines(
         tmp_path / "in.jsonl",
         group(answer(), answer(rationale="")),
         group(answer(CLICK), answer({"type": "click", "name": ""}), "no", truth=CLICK),
-        group(answer(CLICK), truth=json.dumps(CLICK), prompt="p" * 500),
+        group(answer(CLICK), truth=label, prompt="p" * 500),
     )
     ended = shopr1("score", rollouts, "-o", tmp_path / "out.jsonl", "--url", url)
     rows = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in ended.err.splitlines() if line[:1] in "│┃"]

@@ -36,6 +36,13 @@ async def test_keys_of_a_file(tmp_path: Path) -> None:
             ).status_code == status
 
 
+async def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEY, "utf-8-sig")
+    async with running(api_key_file=file) as client:
+        assert (await client.get("/info", headers={"Authorization": f"Bearer {KEY}"})).status_code == 200
+
+
 @pytest.mark.parametrize("content", ["", "\n# nothing\n", None])
 def test_a_file_without_keys_opens_nothing(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "keys"

@@ -1,10 +1,11 @@
 """Building a policy: limits, checks, end tokens, warm-up and memory, on a CPU with a GPU's numbers."""
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -101,6 +102,63 @@ def test_a_policy_loads_with_a_short_limit(limit: int) -> None:
     assert policy.info.max_sequence_tokens == limit
     [[certainty]] = policy.certainties([TokenGroup(PromptKey([5]), [MeasuredCompletion([6], [0])])], rules())
     assert isinstance(certainty, Certainty)
+
+
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "forward"),
+    [
+        ("llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": 16}, "shared_prefix"),
+        ("internlm3", {"rope_parameters": _DYNAMIC, "head_dim": 8}, "shared_prefix"),
+        # Labelled `dynamic`, but with a fixed base.
+        (
+            "hunyuan_v1_dense",
+            {"rope_parameters": {**_DYNAMIC, "alpha": 1000.0}, "head_dim": 8},
+            "shared_prefix",
+        ),
+        ("llama", {"rope_parameters": _LONG_ROPE}, "shared_prefix"),
+        ("phi3", {"rope_parameters": _LONG_ROPE, "original_max_position_embeddings": 16}, "shared_prefix"),
+        ("mistral", {"rope_parameters": _LONG_ROPE, "sliding_window": 8}, "packed"),
+    ],
+)
+def test_prompts_are_shared_where_rope_depends_on_the_length(
+    kind: str, options: dict[str, Any], forward: str
+) -> None:
+    model = tiny_model(kind, **options)
+    untouched = copy.deepcopy(model)
+    policy = policy_of(model)
+    assert policy.info.forward == forward
+    for num_prompt_tokens in (4, 30, 4, 12):
+        prompt_ids, ids = random_ids(num_prompt_tokens, seed=1), random_ids(8, seed=2)
+        group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, [0, 2])])
+        [[certainty]] = policy.certainties([group], rules())
+        expected = Reference(untouched).values(prompt_ids, ids, [0, 2], rules())
+        assert isinstance(certainty, Certainty)
+        assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+def test_the_check_is_short_where_no_sequence_changes_rope(checks: list[list[int]]) -> None:
+    policy_of(tiny_model(rope_parameters=_DYNAMIC, max_position_embeddings=200), max_sequence_tokens=None)
+    policy_of(tiny_model(rope_parameters=_DYNAMIC, max_position_embeddings=200), max_sequence_tokens=400)
+    assert [len(ids) for ids in checks] == [24, 224]
+
+
+def test_rope_that_cannot_be_controlled_is_a_policy_error() -> None:
+    model = tiny_model(rope_parameters=_DYNAMIC)
+    cast("Any", trunk_of(model)).rotary_emb.forward = lambda _x, _positions, _frames: None
+    with pytest.raises(
+        PolicyError, match="the RoPE of LlamaRotaryEmbedding depends on the sequence's length"
+    ):
+        policy_of(model)
 
 
 @pytest.fixture

@@ -36,19 +36,27 @@ class Suffix:
         ids: tokens to feed: the completion up to the last requested position.
         positions: positions of the requested hidden states, counted from the completion's first token;
             −1 is the prompt's last token.
+        num_rope_tokens: where RoPE depends on the length, a length with the frequencies of prompt and whole
+            completion; None: that of prompt and `ids`.
     """
 
     ids: Sequence[int]
     positions: Sequence[int]
+    num_rope_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """A prompt and the suffixes of its completions."""
+    """A prompt and the suffixes of its completions.
+
+    Attributes:
+        is_kept: whether a later group may use the prompt's keys and values.
+    """
 
     prompt_ids: Sequence[int]
     suffixes: Sequence[Suffix]
     scope: PromptScope = TEXT_SCOPE
+    is_kept: bool = True
 
 
 def common_lead(suffixes: Sequence[Suffix]) -> Sequence[int]:
@@ -124,10 +132,3 @@ def batches(items: Sequence[_Item], fits: Callable[[Sequence[_Item]], bool]) -> 
         batch.append(item)
     if batch:
         yield batch
-
-
-def rope_depends_on_length(model: PreTrainedModel) -> bool:
-    """Whether a longer sequence rotates all keys differently, so that a prompt's keys cannot be kept."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from shopr1_service.engine.rope_scaling import has_length_dependent_rope
+
 _SIZES = re.compile(r"(^|_)(window|chunk|block)(_(size|len|length))?$|^local_attention$")
 """Names of sizes of windows, chunks and blocks, in tokens."""
 _WITHOUT_WINDOW = {"full_attention", "linear_attention"}
@@ -37,9 +39,16 @@ class Reach:
     rope_threshold: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Reach":
+    def of(cls, model: PreTrainedModel, longest: int | None = None) -> "Reach":
+        """The lengths that the model's config names.
+
+        Args:
+            longest: tokens of the longest sequence. RoPE that changes in longer ones is static.
+        """
         config = model.config.get_text_config()
-        num_chosen, threshold = _num_chosen(config), _rope_threshold(config)
+        num_chosen, threshold = _num_chosen(config), _rope_threshold(config, has_length_dependent_rope(model))
+        if threshold is not None and longest is not None and longest <= threshold:
+            threshold = None
         sizes = [size for name, size in _named_sizes(config) if not _is_unused(name, config)]
         kinds, names = getattr(config, "layer_types", None) or (), [name for name, _ in _named_sizes(config)]
         if "linear_attention" in kinds and not any("chunk" in name for name in names):
@@ -79,7 +88,7 @@ def _num_chosen(config: Any) -> int | None:  # noqa: ANN401
     return int(topk) * min([*_integers(getattr(config, "compress_rates", None))] or [1])
 
 
-def _rope_threshold(config: Any) -> int | None:  # noqa: ANN401
+def _rope_threshold(config: Any, is_length_dependent: bool) -> int | None:  # noqa: ANN401
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     thresholds = [
@@ -87,7 +96,8 @@ def _rope_threshold(config: Any) -> int | None:  # noqa: ANN401
         or getattr(config, "original_max_position_embeddings", None)
         or getattr(config, "max_position_embeddings", 0)
         for kind in kinds
-        if kind.get("rope_type") in ("dynamic", "longrope") or kind.get("llama_4_scaling_beta")
+        if (is_length_dependent and kind.get("rope_type") in ("dynamic", "longrope"))
+        or kind.get("llama_4_scaling_beta")
     ]
     return max((int(each) for each in thresholds if each), default=None)
 

@@ -27,7 +27,6 @@ from shopr1_service.engine.forward.base import (
     IndependentForward,
     PromptGroup,
     Suffix,
-    rope_depends_on_length,
 )
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.rounding import (
@@ -38,6 +37,7 @@ from shopr1_service.engine.forward.rounding import (
     tolerance_of,
 )
 from shopr1_service.engine.lm_head import UnsupportedModelError, trunk_of
+from shopr1_service.engine.rope_scaling import has_length_dependent_rope
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +124,12 @@ class _Long:
     def group(self) -> tuple[PromptGroup, list[Tensor]]:
         """Completions of the common beginning, and their expected states."""
         first, second = (row[self.num_common :] for row in self.rows)
+        num_rope_tokens = len(self.rows[0])  # all expected states are those of whole rows
         suffixes = [
-            Suffix(first, [-1, 0, len(first) - 1]),
-            Suffix([], [-1]),
-            Suffix(first[:1], [0]),
-            Suffix(second, [0, len(second) - 1]),
+            Suffix(first, [-1, 0, len(first) - 1], num_rope_tokens),
+            Suffix([], [-1], num_rope_tokens),
+            Suffix(first[:1], [0], num_rope_tokens),
+            Suffix(second, [0, len(second) - 1], len(self.rows[1])),
         ]
         states = (self.states[0], self.states[0], self.states[0], self.states[1])
         expected = [
@@ -148,7 +149,7 @@ class _SelfCheck:
     def __post_init__(self) -> None:
         self._reference = IndependentForward(self.model)
         self._reach = Reach.of(self.model)
-        self._is_length_free = not rope_depends_on_length(self.model)
+        self._is_length_free = not has_length_dependent_rope(self.model)
         self._short = list(self.ids[:MAX_SHORT_TOKENS])
         self._beginnings = dict(self._run_beginnings())  # before any longer sequence
         self._whole_T_H = self._states(self._short)
@@ -260,8 +261,6 @@ class _SelfCheck:
     # --- strategies ---
 
     def choose(self, candidates: Sequence[Forward]) -> Verdict:
-        if not self._is_length_free:
-            return self._verdict(self._reference)
         groups = _check_groups(self._short)
         expected = self._reference.batch(groups)
         rejected: list[Rejection] = []

@@ -53,7 +53,8 @@ class _Prefix:
 
     @classmethod
     def of(cls, group: PromptGroup) -> "_Prefix":
-        return cls((*group.prompt_ids, *common_lead(group.suffixes)), len(group.prompt_ids), group.scope)
+        ids = (*group.prompt_ids, *common_lead(group.suffixes))
+        return cls(ids, len(group.prompt_ids), group.scope, is_cached=group.is_kept)
 
     @property
     def num_known(self) -> int:
@@ -114,7 +115,8 @@ class SharedPrefixForward:
         later: list[_Prefix] = []
         for prefix in waiting:
             if self._cache.is_enabled and any(
-                prefix.scope == other.scope
+                other.is_cached
+                and prefix.scope == other.scope
                 and common_length(prefix.ids, other.ids) >= other.num_known + MIN_SHARED_TOKENS
                 for other in wave
             ):

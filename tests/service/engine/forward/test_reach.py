@@ -74,6 +74,16 @@ def test_rope_changes_from_a_length_on(rope: dict[str, Any], expected: int | Non
     assert Reach.of(model) == Reach(expected or 0, rope_threshold=expected)
 
 
+def test_rope_that_no_sequence_changes_is_static() -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope)  # up to 512 tokens
+    assert Reach.of(model, 512) == Reach(0)
+    assert Reach.of(model, 513) == Reach(512, rope_threshold=512)
+    # Labelled `dynamic`, but with a fixed base.
+    model = tiny_model("hunyuan_v1_dense", rope_parameters={**rope, "alpha": 1000.0}, head_dim=8)
+    assert Reach.of(model) == Reach(0)
+
+
 def test_compressed_keys_are_chosen_by_rate() -> None:
     model = tiny_model()
     for name, value in {"index_topk": 10, "compress_rates": {"fine": 4, "coarse": 32}}.items():
