@@ -21,7 +21,7 @@ from tests.integration.trainers.serving import serving
 
 ADMIN_KEY = "sglang-0123456789abcdef"  # pragma: allowlist secret
 HIDDEN_SIZE = 576
-"""Of the embedded policy, SmolLM2-135M."""
+"""Width of the embedded policy, SmolLM2-135M."""
 
 
 def method(name: str) -> Any:
