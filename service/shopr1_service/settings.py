@@ -85,6 +85,10 @@ class Settings(BaseSettings):
     """Directory, hub id or GGUF file of the policy; default: the embedded SmolLM2-135M-Instruct."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    ignored_tensors: Annotated[tuple[str, ...], NoDecode] = ()
+    """Tensors of checkpoints that the policy need not compute with, separated by commas; `*` and `?` match as
+    in file names (`v_head.*`). Any other tensor without a place in the model is refused, at start and in
+    updates."""
     policy_version: Annotated[str, Field(min_length=1)] = "0"
     """Opaque name of the loaded weights; every response contains it."""
     policy_roots: Annotated[tuple[Path, ...], NoDecode] = ()
@@ -189,7 +193,9 @@ class Settings(BaseSettings):
     def _from_json(cls, value: object) -> object:
         return json.loads(value) if isinstance(value, str) else value
 
-    @field_validator("api_keys", "policy_roots", "chat_templates", "end_tokens", mode="before")
+    @field_validator(
+        *("api_keys", "chat_templates", "end_tokens", "ignored_tensors", "policy_roots"), mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         return (

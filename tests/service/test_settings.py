@@ -43,6 +43,7 @@ def test_defaults() -> None:
         "policy": None,
         "revision": None,
         "policy_version": "0",
+        "ignored_tensors": (),
         "policy_roots": (),
         "staging_dir": None,
         "max_adapters": 16,
@@ -131,6 +132,7 @@ def test_every_setting_can_come_from_anywhere(
 ) -> None:
     special = {
         "api_keys": KEYS,
+        "ignored_tensors": "v_head.*,*.k_scale",
         "policy_roots": "/a,/b c",
         "chat_templates": "/a.jinja,/b c.jinja",
         "chat_template_kwargs": '{"enable_thinking": false}',

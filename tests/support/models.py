@@ -421,14 +421,14 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **option
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        _disturb(model)
+        disturb(model)
     model.to(dtype)
     model.train(False)
     return model  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def _disturb(model: PreTrainedModel) -> None:
+def disturb(model: PreTrainedModel) -> None:
     """Make biases and the weights of norms random too: at 0 and 1 their loss would go unnoticed."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -485,7 +485,7 @@ def _seeded(kind: Any, config: Any) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind.from_config(config, dtype=torch.float32)
-        _disturb(model)
+        disturb(model)
     model.train(False)
     return model  # type: ignore[no-any-return]
 

@@ -146,6 +146,8 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
         UnsupportedModelError: the model has no such module.
     """
     trunk = model.base_model
+    if trunk is model:  # Llama 4 and Mllama name a part that their other class has
+        trunk = getattr(getattr(model, "language_model", model), "model", model)
     if trunk is model:
         raise UnsupportedModelError(f"{type(model).__name__} has no trunk apart from its head")
     return trunk

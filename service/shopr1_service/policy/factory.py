@@ -58,6 +58,7 @@ from shopr1_service.policy.chat import ChatRenderer, read_templates
 from shopr1_service.policy.end_tokens import end_ids, template_ends
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.positions import UNLIMITED, check_positions, longest_sequence
 from shopr1_service.policy.tokenizer import PolicyTokenizer
 from shopr1_service.policy.verdict_cache import KnownVerdict, VerdictCache, verdict_key
 from shopr1_service.settings import Settings
@@ -65,8 +66,6 @@ from shopr1_service.settings import Settings
 logger = logging.getLogger(__name__)
 
 NUM_CHECK_TOKENS = 24
-UNLIMITED = 10**9
-"""More tokens than any sequence has. Transformers gives tokenizers without a limit 10³⁰."""
 CPU_PREFIX_CACHE_BYTES = 2 * 2**30
 WARM_UP_SHAPES = ((128, 8, 32), (1024, 8, 64), (4096, 16, 128), (16_384, 16, 128))
 """Tokens of the prompt, completions, tokens of each completion."""
@@ -104,6 +103,7 @@ def build_policy(
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
+    check_positions(model, max_sequence_tokens, longest)
     random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
     rope, head, verdict = _checked(model, random_ids, cache, settings, startup)
     engine = Engine(
@@ -130,6 +130,7 @@ def build_policy(
         renew=lambda: _renew(head, cache),
         probe=lambda version: engine.certainties([_probe_group(random_ids, version)], _PROBE_RULES),
         staging_dir=settings.staging_dir,
+        ignored_tensors=settings.ignored_tensors,
     )
 
 
@@ -283,13 +284,6 @@ def _rejected_heads(head: Head) -> list[Rejection]:
 
 
 # --- properties of the model and its tokenizer ------------------------------------------------------
-
-
-def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The model's limit in tokens, else the tokenizer's; None if neither states one."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or tokenizer.model_max_length
-    return int(limit) if limit < UNLIMITED else None
 
 
 def check_ids(

@@ -7,23 +7,38 @@ and remote code can execute anything.
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils.hub import cached_file
 
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.architectures import auto_class
 from shopr1_service.policy.factory import build_policy
+from shopr1_service.policy.gguf_config import complete_config
+from shopr1_service.policy.gguf_tensors import (
+    ROPE_FACTORS,
+    check_rope,
+    read_rope_factors,
+    unpack_exactly,
+    unused_tensors,
+)
+from shopr1_service.policy.gguf_tokenizer import complete_tokenizer
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.unused_tensors import refuse_unused, resolve_ties
 from shopr1_service.settings import DType, Settings
 from shopr1_service.weights.conversion import KEY_MAPPING
 
@@ -49,10 +64,8 @@ def load_policy(settings: Settings, startup: LoadProgress | None = None) -> Load
         startup.enter(Step.READING_WEIGHTS)
         tokenizer, model = load_model(source, settings)
         return build_policy(model, tokenizer, settings, name=source.name, startup=startup)
-    except PolicyError:
-        raise
     except Exception as error:  # a damaged checkpoint can raise anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
         raise PolicyError(f"cannot load policy {source.name!r}: {reason}") from error
 
 
@@ -117,28 +130,101 @@ def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerB
     options: dict[str, Any] = {"trust_remote_code": False}
     if settings.revision is not None:
         options["revision"] = settings.revision
-    if source.gguf_file is not None:
-        options["gguf_file"] = source.gguf_file
-    tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
-    model = _read_model(source, dtype, options)
+    if source.gguf_file is None:
+        tokenizer = _read_tokenizer(source, options)
+        model = _read_model(source, dtype, options, settings.ignored_tensors)
+    else:
+        tokenizer, model = _read_gguf(Path(source.path, source.gguf_file), source, dtype, settings)
     torch.nn.Module.to(model, device)
     return tokenizer, model
 
 
-def _read_model(source: Source, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    if source.gguf_file is not None:
-        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=dtype, output_loading_info=True, **options
+def _read_model(
+    source: Source, dtype: torch.dtype, options: dict[str, Any], ignored: Sequence[str]
+) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source.path, **options)
+    options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
+    model, unused = _from_pretrained(source, config, dtype=dtype, **options)
+    refuse_unused(unused, ignored)
+    resolve_ties(model, ignored)
+    return model
+
+
+def _from_pretrained(
+    source: Source,
+    config: PretrainedConfig,
+    **options: Any,  # noqa: ANN401  # as transformers takes them
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of tensors that it has no place for."""
+    loaded: Any = auto_class(config).from_pretrained(
+        source.path, config=config, output_loading_info=True, **options
     )
     model: PreTrainedModel = loaded[0]
     loading: dict[str, Any] = loaded[1]
     if loading["missing_keys"]:  # transformers initialises them at random
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise PolicyError(f"cannot load policy {source.name!r}: it has no weights for {missing} …")
-    return model
+        raise PolicyError(f"it has no weights for {missing} …")
+    return model, list(loading["unexpected_keys"])
+
+
+def _read_gguf(
+    path: Path, source: Source, dtype: torch.dtype, settings: Settings
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    options: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
+    metadata, names = read_gguf_metadata(str(path))
+    tokenizer = AutoTokenizer.from_pretrained(source.path, mistral_format=False, **options)
+    complete_tokenizer(tokenizer, metadata)
+    config = AutoConfig.from_pretrained(source.path, **options)
+    complete_config(config, metadata)
+    unpack_exactly()
+    model, unused = _from_pretrained(
+        source, config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    check_rope(model, metadata, read_rope_factors(path) if ROPE_FACTORS in names else None)
+    unused = [name for name in unused if name != ROPE_FACTORS]
+    refuse_unused([*unused, *unused_tensors(model, metadata, names)], settings.ignored_tensors)
+    return tokenizer, model
+
+
+# --- tokenizer --------------------------------------------------------------------------------------
+
+
+def _read_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        # Mistral's own package knows no characters of tokens: transformers converts its file instead.
+        return AutoTokenizer.from_pretrained(source.path, mistral_format=False, **options)
+    except Exception as error:
+        reason = _missing_tokenizer(source, options)
+        if reason is None:
+            raise
+        raise PolicyError(reason) from error
+
+
+def _missing_tokenizer(source: Source, options: dict[str, Any]) -> str | None:
+    """Why there is no fast tokenizer, where a checkpoint's files tell."""
+
+    def has(name: str) -> bool:
+        return bool(
+            cached_file(
+                source.path,
+                name,
+                revision=options.get("revision"),
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        )
+
+    if has("tokenizer.json"):
+        return None
+    if has("tokenizer.model") and importlib.util.find_spec("sentencepiece") is None:
+        return (
+            "only sentencepiece can read its tokenizer.model: `pip install sentencepiece`, "
+            "or add a tokenizer.json"
+        )
+    return None if has("tekken.json") else "it has no tokenizer.json"
+
+
+# --- device and dtype -------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:

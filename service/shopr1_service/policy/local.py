@@ -37,6 +37,7 @@ class LoadedPolicy:
         renew: drops everything that was computed with the old weights.
         probe: scores a few random tokens, as a check.
         staging_dir: directory of the backup of weights.
+        ignored_tensors: patterns of tensors that updates may have beside the model's.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class LoadedPolicy:
         renew: Callable[[], None],
         probe: Callable[[Version | None], Measured],
         staging_dir: Path | None = None,
+        ignored_tensors: Sequence[str] = (),
     ) -> None:
         self.heartbeat = heartbeat
         self.codec = codec
         self.versions = VersionTable.starting_with(Version(info.version, loaded_at_s=time.time()))
         self.model = model
-        self.weights = Weights(model)
+        self.weights = Weights(model, ignored_tensors)
         self.backup = WeightBackup(self.weights, staging_dir)
         self._info = info
         self.engine = engine

@@ -62,15 +62,17 @@ def check_compatible(
         if CONFIG in checkpoint.names:
             errors += _config_flaws(_read(AutoConfig, copies, CONFIG), config)
         if TOKENIZER in checkpoint.names:
-            errors += _tokenizer_flaws(_read(AutoTokenizer, copies, TOKENIZER), tokenizer)
+            errors += _tokenizer_flaws(
+                _read(AutoTokenizer, copies, TOKENIZER, mistral_format=False), tokenizer
+            )
     if errors:
         detail = "; ".join(f"{error['location']}: {error['message']}" for error in errors)
         raise InvalidWeightsError(f"the checkpoint is of another policy: {detail}", errors=errors)
 
 
-def _read(reader: Any, directory: str, name: str) -> Any:  # noqa: ANN401  # transformers' factories
+def _read(reader: Any, directory: str, name: str, **options: Any) -> Any:  # noqa: ANN401  # transformers' factories
     try:
-        return reader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return reader.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # damaged files raise anything; the text may quote them
         logger.warning("%s of a checkpoint cannot be read: %s", name, error)
         raise field_problem(

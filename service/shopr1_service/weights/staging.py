@@ -117,6 +117,7 @@ class StagedWeights:
         self._file.discard()
 
     def _plan(self, entries: Sequence[TensorEntry]) -> None:
+        entries = [entry for entry in entries if not self._weights.is_ignored(entry.name)]
         self._entries = {entry.name: entry for entry in entries}
         self._conversion = plan_conversion(
             self._weights.model, {name: entry.shape for name, entry in self._entries.items()}

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
@@ -54,10 +55,14 @@ class Weights:
         model: its owner.
         tensors: by name, one for each storage.
         aliases: further names of tied tensors, as `lm_head.weight` of the input embedding.
+
+    Args:
+        ignored: patterns of tensors, with wildcards as in file names, that checkpoints may have beside these.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, ignored: Sequence[str] = ()) -> None:
         self.model = model
+        self._ignored = ignored
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         owners: dict[int, str] = {}
@@ -73,6 +78,10 @@ class Weights:
     def find(self, name: str) -> Tensor | None:
         """A tensor by any of its names."""
         return self.tensors.get(self.aliases.get(name, name))
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is left out: it is none of these, or tied to one of them."""
+        return name not in self.tensors and is_ignored(name, self._ignored)
 
     def store(self, names: Collection[str], file: AnonymousTempFile) -> dict[str, TensorLocation]:
         """Write tensors to a file, in the model's dtype.
@@ -112,6 +121,11 @@ def store(tensor: Tensor, file: AnonymousTempFile) -> TensorLocation:
     for piece in pieces(tensor, tensor.element_size()):
         file.append(bytes_of(piece.cpu()))
     return TensorLocation(file, start, tensor.dtype)
+
+
+def is_ignored(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns, with wildcards as in file names, matches a tensor's whole name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Buffers(threading.local):

@@ -77,6 +77,28 @@ def test_embedded_tokenizer(smollm2: PolicyTokenizer, text: str) -> None:
     assert owners(tokens) == [slow_overlapping(spelt, text, Span(i, i + 1)) for i in range(len(text))]
 
 
+LLAMA_CPP = {
+    '  <button name="add">   $12.99 </button>\n    <span>  1234 items</span>': [
+        *(216, 2067, 13046, 1462, 2671, 2104, 15889, 256, 1885, 33, 34, 30, 41, 41, 22577, 13046, 46, 472),
+        *(2067, 19674, 46, 256, 33, 34, 35, 36, 3723, 9617, 19674, 46),
+    ],
+    "price: 24.50\n\t\t- 3 stars": [17517, 42, 216, 34, 36, 30, 37, 32, 3354, 197, 29, 216, 35, 5703],
+    "It's 2024 ½ ²  x  12": [
+        *(1589, 506, 216, 34, 32, 34, 36, 216, 16738, 216, 19133, 216, 1792, 256, 33, 34),
+    ],
+    "Größe – 3 €, c\u0327a\u0301 ٣٤ Ⅷ": [
+        *(27302, 7466, 34878, 85, 816, 216, 35, 24927, 28, 265, 151, 117, 81, 151, 219, 216, 164, 113, 164),
+        *(114, 216, 173, 223, 117),
+    ],
+}
+"""Ids of this file's tokenizer in llama.cpp (package xllamacpp 2026.10)."""
+
+
+@pytest.mark.parametrize("text", LLAMA_CPP)
+def test_embedded_ids_are_those_of_llama_cpp(smollm2: PolicyTokenizer, text: str) -> None:
+    assert list(smollm2.encode_ids(text)) == LLAMA_CPP[text]
+
+
 def test_embedded_tokenizer_cuts_characters(smollm2: PolicyTokenizer) -> None:
     # Else the test above would show little.
     tokens = smollm2.encode_text("便🛒")

@@ -1,3 +1,4 @@
+import base64
 import importlib.machinery
 import importlib.util
 import json
@@ -287,11 +288,65 @@ def test_damaged_checkpoint_is_a_policy_error(checkpoint: Path, damage: Any) -> 
         load(checkpoint)
 
 
-def test_checkpoint_without_a_tokenizer_is_a_policy_error(checkpoint: Path) -> None:
-    for path in checkpoint.glob("tokenizer*"):
+def remove_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(PolicyError, match="cannot load policy 'tiny'"):
+
+
+def test_checkpoint_without_a_tokenizer_is_a_policy_error(checkpoint: Path) -> None:
+    remove_tokenizer(checkpoint)
+    with pytest.raises(PolicyError, match=r"cannot load policy 'tiny': it has no tokenizer\.json"):
         load(checkpoint)
+
+
+def test_sentencepiece_model_names_its_package(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove_tokenizer(checkpoint)
+    (checkpoint / "tokenizer.model").write_bytes(b"pieces")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find_spec(name)
+    )
+    with pytest.raises(PolicyError, match=r"cannot load policy 'tiny': only sentencepiece can read"):
+        load(checkpoint)
+
+
+def add_tekken(directory: Path) -> None:
+    """Mistral's tokenizer file: bytes, `th` and `the`, behind two control tokens; and its model type."""
+    words = [*(bytes([byte]) for byte in range(256)), b"th", b"the"]
+    tekken = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
+            "num_vocab_tokens": len(words),
+            "default_vocab_size": len(words) + 2,
+            "default_num_special_tokens": 2,
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for rank, word in enumerate(words)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(["<s>", "</s>"])
+        ],
+    }
+    (directory / "tekken.json").write_text(json.dumps(tekken), "utf-8")
+    edit_config(directory, model_type="mistral", architectures=["MistralForCausalLM"])
+
+
+def test_tekken_beside_a_fast_tokenizer(checkpoint: Path) -> None:
+    own = list(load(checkpoint).codec.encode_text("the tea").ids)
+    add_tekken(checkpoint)
+    assert load(checkpoint).codec.encode_text("the tea").ids == own
+
+
+def test_tekken_alone_is_converted(checkpoint: Path) -> None:
+    """Ids are ranks behind the control tokens, as in mistral-common 1.13 (compared on 421 texts)."""
+    remove_tokenizer(checkpoint)
+    add_tekken(checkpoint)
+    the, space, tea = 257, 32, [*b"tea"]
+    assert list(load(checkpoint).codec.encode_text("the tea").ids) == [
+        2 + rank for rank in (the, space, *tea)
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"GGUF\x03\0\0\0"])

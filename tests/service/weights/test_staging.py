@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from shopr1_client.errors import InvalidWeightsError, StorageError
 from shopr1_service.weights import staging
 from shopr1_service.weights import tensors as weights
+from shopr1_service.weights.staging import StagedWeights
 from shopr1_service.weights.tensors import Weights
 from tests.support.models import one_thread, tiny_model
 from tests.support.staging import check_equal, content_of, entries_of, full_disk, loaded, stage_of, staged
@@ -73,6 +74,22 @@ def test_blocks_and_pieces_may_be_cut_anywhere(cuts: list[int], piece_bytes: int
         Weights(model).load(stage.locations, lambda: None)
     for name, tensor in given_weights:
         assert torch.equal(model.state_dict()[name], tensor.bfloat16())
+
+
+def test_ignored_tensors_are_left_out() -> None:
+    """A head that is tied, and one that the model does not have; a tensor of the model is never ignored."""
+    model = tiny_model(**TIED)
+    given_weights = {**weights_of(changed_model(**TIED)), HEAD: torch.ones(1), "v_head.bias": torch.ones(1)}
+    stage = StagedWeights(Weights(model, [HEAD, "v_head.*", NORM]), None, is_partial=False)
+    stage.expect(entries_of(list(given_weights.items())))
+    stage.append(memoryview(content_of(list(given_weights.items()))))
+    stage.check()
+    Weights(model).load(stage.locations, lambda: None)
+    check_equal(model, changed_model(**TIED))
+    with pytest.raises(InvalidWeightsError, match="there are no tensors"):
+        StagedWeights(Weights(model, ["v_head.*"]), None, is_partial=True).expect(
+            entries_of([("v_head.bias", torch.ones(1))])
+        )
 
 
 # --- refusals --------------------------------------------------------------------------------

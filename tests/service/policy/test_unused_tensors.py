@@ -1,0 +1,105 @@
+"""Checkpoints with tensors that their config has no place for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.errors import PolicyError
+from shopr1_service.policy.loading import load_policy
+from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.unused_tensors import refuse_unused
+from shopr1_service.settings import Settings
+from tests.support.models import Reference, byte_level, random_ids, rules, tiny_model
+
+GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), range(8))])
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def saved(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], **model: Any) -> Path:
+    """A checkpoint with changes of its config, and with further tensors."""
+    tiny_model(**model).save_pretrained(directory)
+    byte_level().save_pretrained(directory)
+    weights = safetensors.torch.load_file(directory / "model.safetensors") | tensors
+    safetensors.torch.save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | config), "utf-8")
+    return directory
+
+
+def load(directory: Path, *ignored: str) -> LoadedPolicy:
+    settings: dict[str, Any] = {"policy": str(directory), "dtype": "float32", "device": "cpu"}
+    return load_policy(Settings(**settings, ignored_tensors=ignored))
+
+
+def values(policy: LoadedPolicy) -> list[float]:
+    [[certainty]] = policy.certainties([GROUP], rules())
+    assert isinstance(certainty, Certainty)
+    return list(certainty.values)
+
+
+def expected(**model: Any) -> list[float]:
+    [completion] = GROUP.completions
+    return Reference(tiny_model(**model)).values(
+        GROUP.prompt.ids, completion.ids, completion.measured, rules()
+    )
+
+
+UNUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "biases": ({"attention_bias": True}, {"attention_bias": False}, ["model.layers.*.bias"]),
+    "layers": ({"num_hidden_layers": 3}, {"num_hidden_layers": 2}, ["model.layers.2.*"]),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_tensors_that_the_config_denies_are_refused(tmp_path: Path, kind: str) -> None:
+    model, config, patterns = UNUSED[kind]
+    directory = saved(tmp_path / "tiny", config, {}, **model)
+    with pytest.raises(
+        PolicyError, match=r"would not compute with \d tensors of the checkpoint: model\.layers"
+    ):
+        load(directory)
+    assert load(directory, *patterns).info.architecture == "LlamaForCausalLM"
+
+
+def test_further_head_is_refused_unless_ignored(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "tiny", {}, {"v_head.summary.weight": torch.ones(1, 32)})
+    with pytest.raises(PolicyError, match=r"1 tensors of the checkpoint: v_head\.summary\.weight\."):
+        load(directory)
+    assert values(load(directory, "v_head.*")) == pytest.approx(expected(), abs=1e-4)
+
+
+def test_buffers_of_former_versions_are_not_weights(tmp_path: Path) -> None:
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    assert values(load(saved(tmp_path / "tiny", {}, buffers))) == pytest.approx(expected(), abs=1e-4)
+    refuse_unused(["transformer.h.0.attn.bias", "gpt_neox.layers.0.attention.masked_bias"], ())
+    with pytest.raises(PolicyError, match="q_proj"):
+        refuse_unused(["model.layers.0.self_attn.q_proj.bias"], ())
+
+
+# --- ties --------------------------------------------------------------------------------------------
+
+
+def test_head_that_contradicts_the_config_is_refused(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "tiny", {"tie_word_embeddings": True}, {})
+    with pytest.raises(PolicyError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
+        load(directory)
+
+
+def test_ignored_head_is_tied(tmp_path: Path) -> None:
+    head = torch.randn(tiny_model().config.vocab_size, 32)
+    directory = saved(tmp_path / "tiny", {}, {HEAD: head}, tie_word_embeddings=True)
+    policy = load(directory, HEAD)
+    assert policy.weights.aliases == {HEAD: EMBEDDING}
+    assert values(policy) == pytest.approx(expected(tie_word_embeddings=True), abs=1e-4)
+
+
+def test_equal_head_is_tied(tmp_path: Path) -> None:
+    embedding = tiny_model(tie_word_embeddings=True).get_parameter(EMBEDDING)
+    directory = saved(tmp_path / "tiny", {}, {HEAD: embedding.data.clone()}, tie_word_embeddings=True)
+    assert values(load(directory)) == pytest.approx(expected(tie_word_embeddings=True), abs=1e-4)
