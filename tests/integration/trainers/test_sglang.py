@@ -96,6 +96,7 @@ def test_adapters(url: str, roots: Path) -> None:
 def test_failures(url: str, endpoint: str, payload: dict[str, str]) -> None:
     with pytest.raises(requests.HTTPError) as caught:
         Client(url)._make_request(endpoint, payload)
+    assert caught.value.response is not None
     body = caught.value.response.json()
     assert body["success"] is False
     assert body["message"] == body["error_message"] == body["detail"]
