@@ -1,6 +1,7 @@
 """Common part of the shims: from a trainer's rollouts to rewards."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,16 @@ from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
 from shopr1_client.grouping import Grouping, Rollout
 from shopr1_client.trainers.settings import ClientSettings
-from shopr1_client.wire import Message, Reward, ScoreRequest, TokenIds
+from shopr1_client.wire import Message, Reward, ScoreRequest, ScoreResponse, TokenIds
 from shopr1_client.wire_policy import VersionDemand
+from shopr1_client.wire_prompt import WarningCode
 
 _PUSHED_VERSION = "shopr1_version"
 """An attribute of the trainer's state, which both callbacks and reward functions receive."""
+
+
+_logger = logging.getLogger(__name__)
+_logged: set[WarningCode] = set()
 
 
 class Service(ClientSettings):
@@ -53,13 +59,17 @@ class Service(ClientSettings):
         grouping = Grouping(rollouts)
         client = AsyncClient(self.urls, **self._options())
         with grouping.naming_rollouts():
-            return grouping.in_order(await client.score(self._request(grouping, version)))
+            answer = await client.score(self._request(grouping, version))
+        _log_warnings(answer)
+        return grouping.in_order(answer)
 
     def score_sync(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
         """`score` without an event loop."""
         grouping = Grouping(rollouts)
         with self.client() as client, grouping.naming_rollouts():
-            return grouping.in_order(client.score(self._request(grouping, version)))
+            answer = client.score(self._request(grouping, version))
+        _log_warnings(answer)
+        return grouping.in_order(answer)
 
     def numbers(self, rewards: Sequence[Reward]) -> list[float]:
         """Rewards for trainers that require a number for every rollout.
@@ -93,6 +103,14 @@ class Service(ClientSettings):
         if self.demand is None or version is None:
             return None
         return VersionDemand.model_validate({self.demand: version, "wait_s": self.demand_wait_s})
+
+
+def _log_warnings(answer: ScoreResponse) -> None:
+    """Log the first warning of each code in this process: trainers show none, and most rollouts have it."""
+    for warning in (warning for group in answer.groups for warning in group.warnings):
+        if warning.code not in _logged:
+            _logged.add(warning.code)
+            _logger.warning("the service doubts a prompt or an end of turn: %s", warning.message)
 
 
 def note_version(state: Any, version: str) -> None:  # noqa: ANN401  # a trainer's state

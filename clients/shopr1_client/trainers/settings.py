@@ -11,6 +11,7 @@ from shopr1_client.base import checked_urls
 from shopr1_client.errors import SettingsError
 from shopr1_client.proxies import DIRECT, SCHEMES, url_flaw
 from shopr1_client.transport import check_header_value
+from shopr1_client.wire_prompt import TemplateArguments
 
 PREFIX = "SHOPR1_CLIENT_"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -73,7 +74,7 @@ class ClientSettings(BaseModel):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     demand: Literal["exact", "at_least"] | None = None
     demand_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEFAULT_DEMAND_WAIT_S
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_from_json)] | None = None
+    chat_template_kwargs: Annotated[TemplateArguments, BeforeValidator(_from_json)] | None = None
     proxy: Annotated[str, AfterValidator(_check_proxy)] | None = None
 
     @classmethod

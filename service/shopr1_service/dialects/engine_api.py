@@ -11,6 +11,7 @@ problem of this service with its status, and has the members that the engines' c
 """
 
 from collections.abc import Container
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Response
@@ -52,7 +53,9 @@ def _sglang_members(problem: ProblemError) -> dict[str, Any]:
 
 def _vllm_members(problem: ProblemError) -> dict[str, Any]:
     location = problem.errors[0]["location"] if problem.errors else None
-    fields = {"message": problem.detail, "type": problem.code, "param": location, "code": problem.status}
+    kind = "BadRequestError" if problem.status < HTTPStatus.INTERNAL_SERVER_ERROR else "InternalServerError"
+    kind = "NotFoundError" if problem.status == HTTPStatus.NOT_FOUND else kind
+    fields = {"message": problem.detail, "type": kind, "param": location, "code": problem.status}
     return {"error": fields}
 
 

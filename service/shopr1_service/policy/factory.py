@@ -98,6 +98,7 @@ def build_policy(
     startup = startup or LoadProgress()
     startup.enter(Step.CHECKING)
     model.train(False)
+    _keep_weights_as_sent(model)
     num_ids = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
     longest = longest_sequence(model, tokenizer)
     max_sequence_tokens = settings.max_sequence_tokens or longest
@@ -223,6 +224,16 @@ def _candidates(
 
 def _by_length(forward: Forward, rope: LengthDependentRope | None) -> Forward:
     return forward if rope is None or isinstance(forward, ByLengthForward) else ByLengthForward(forward, rope)
+
+
+def _keep_weights_as_sent(model: PreTrainedModel) -> None:
+    """Stop RWKV from dividing weights by powers of two in its first pass, once: an update's would stay whole.
+
+    The division keeps float16 from overflowing, and changes no number but by the epsilon of its norms.
+    """
+    config = model.config.get_text_config()
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0
 
 
 def _heartbeat_of(model: PreTrainedModel) -> Heartbeat:

@@ -10,8 +10,9 @@ import pytest
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.grouping import Rollout
 from shopr1_client.trainers.service import Service
-from shopr1_client.wire import Reward
-from shopr1_service.policy.fake import FakePolicy
+from shopr1_client.wire import Message, Reward
+from shopr1_client.wire_prompt import PromptOptions
+from shopr1_service.policy.fake import CharacterCodec, FakePolicy
 from tests.support.http import CLICK, SEARCH, TERMINATE, answer, served
 
 
@@ -65,3 +66,39 @@ def test_other_values_of_a_data_set_do_not_matter(service: Service, score: Score
     completions = [answer(), answer(), answer(CLICK)]
     rewards = score(service, [rollout(*pair) for pair in zip(truths, completions, strict=True)])
     assert [reward.reward for reward in rewards] == [0.93, 0.93, 1001.13]
+
+
+@each
+def test_each_kind_of_warning_is_logged_once(
+    service: Service, score: Score, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shopr1_client.trainers.service._logged", set())
+    caplog.set_level("WARNING", "shopr1_client.trainers.service")
+    for _ in range(2):
+        score(service, [rollout(TERMINATE, answer() + "<special>", prompt) for prompt in ("a", "b")])
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("service")] == [
+        "the service doubts a prompt or an end of turn: "
+        "1 of 1 completions are invalid only because they end with '<special>'"
+    ]
+
+
+@each
+def test_arguments_of_the_environment_are_sent(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[int]] = []
+    encode = CharacterCodec.encode_chat
+
+    def kept(codec: CharacterCodec, *chat: Any) -> list[int]:
+        sent.append(encode(codec, *chat))
+        return sent[-1]
+
+    monkeypatch.setattr(CharacterCodec, "encode_chat", kept)
+    monkeypatch.setenv("SHOPR1_CLIENT_CHAT_TEMPLATE_KWARGS", '{"x": 1, "y": 1}')
+    own = Rollout(
+        prompt=[Message(role="user", content="page")],
+        completion=answer(),
+        ground_truth=TERMINATE,
+        options=PromptOptions(chat_template_kwargs={"y": 2}),
+    )
+    with served(FakePolicy(26.0)) as url:
+        score(Service.find(url), [own])
+    assert ["".join(map(chr, ids)) for ids in sent] == ['{"x": 1, "y": 2}\nuser: page\n']

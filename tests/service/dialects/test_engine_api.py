@@ -66,7 +66,8 @@ def refusal(engine: str, answered: httpx.Response, status: int, code: str) -> di
     members: dict[str, Any]
     if engine == "/v1":
         param = body["errors"][0]["location"] if body["errors"] else None
-        members = {"error": {"message": detail, "type": code, "param": param, "code": status}}
+        kind = "NotFoundError" if status == 404 else "BadRequestError"
+        members = {"error": {"message": detail, "type": kind, "param": param, "code": status}}
     else:
         members = {"success": False, "message": detail, "error_message": detail}
     assert {key: value for key, value in body.items() if key not in PROBLEM_KEYS} == members

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shopr1_service.policy.fake import FakePolicy
+from shopr1_service.policy.fake import CharacterCodec, FakePolicy
 from tests.support.http import (
     CLICK,
     SEARCH,
@@ -144,6 +144,16 @@ async def test_end_tokens_do_not_count(end: str) -> None:
     # The rationale's characters are 15 … 18 of the completion, whose mean certainty is 10 + 16.5/2.
     assert answered["extra_logs"]["shopr1/self_certainty_nats"] == 18.25
     assert answered["rewards"] == [0.5 + 0.3 + 0.0 + 0.0 + 0.005 * 18.25]
+
+
+async def test_texts_with_ids_beyond_the_embedding_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CharacterCodec, "num_ids", 128)
+    long = answer(rationale="é")
+    sent = openrlhf(("page", answer(), TERMINATE), ("é", answer(), TERMINATE), ("page", long, TERMINATE))
+    async with running() as client:
+        refused = problem(await send(client, OPENRLHF, sent), 422, "invalid_request")
+    assert sorted(error["location"] for error in refused["errors"]) == ["prompts[1]", "query[2]"]
+    assert all("contains 'é', token id 233" in error["message"] for error in refused["errors"])
 
 
 @pytest.mark.parametrize("padding", ["<end>", "<end>" * 40, "<end><end> ", "<end> <end> "])

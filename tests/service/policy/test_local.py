@@ -1,17 +1,18 @@
 """Versions of the policy in this process; updates through HTTP are tested in tests/service/updates."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 
 import pytest
 
-from shopr1_service.core import Version
+from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Version
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.lora import build_adapter, parse_config
 from shopr1_service.policy.versions import VersionTable
 from tests.service.policy.test_lora import random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG
-from tests.support.models import one_thread, policy_of, tiny_model
+from tests.support.models import Reference, one_thread, policy_of, random_ids, rules, tiny_model
 from tests.support.staging import staged
 from tests.support.updating import HEAD, NORM, changed_model, weights_of
 
@@ -50,6 +51,31 @@ def test_new_weights_unload_all_adapters(policy: LoadedPolicy) -> None:
     version = policy.replace_weights(staged(policy.model, *new.items()), "new")
     assert (version.name, version.number, policy.versions.loaded()) == ("new", 2, [])
     assert policy.weights.tensors[NORM].equal(new[NORM])
+
+
+def test_weights_that_the_model_would_rescale_once_count_as_sent() -> None:
+    """RWKV divides weights by powers of two in its first pass, and would not divide an update's."""
+    model = tiny_model(
+        "rwkv", attention_hidden_size=32, context_length=512, num_hidden_layers=4, rescale_every=1
+    )
+    sent = weights_of(copy.deepcopy(model))
+    # The division changes numbers by up to 2e-4 here, because norms add their epsilon to smaller variances.
+    undivided = copy.deepcopy(model)
+    undivided.config.rescale_every = 0
+    reference, policy = Reference(undivided), policy_of(model)
+    prompt_ids, ids = random_ids(12, seed=1), random_ids(5, seed=2)
+    expected = reference.values(prompt_ids, ids, range(5), rules())
+
+    def check() -> None:
+        group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, range(5))])
+        [[certainty]] = policy.certainties([group], rules())
+        assert isinstance(certainty, Certainty)
+        assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)
+
+    check()
+    policy.backup.save(list(policy.weights.tensors))
+    policy.replace_weights(staged(policy.model, *sent.items()), "the same")
+    check()
 
 
 def test_the_next_change_gets_the_number_that_was_set(policy: LoadedPolicy) -> None:
