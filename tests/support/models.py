@@ -439,9 +439,7 @@ def llama4(**options: Any) -> PreTrainedModel:
     """A layer with chunked attention, and one with full attention and no positions."""
     sizes = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
     layers = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
-    model = tiny_model("llama4_text", **{**sizes, **layers, **options})
-    model.base_model_prefix = "model"  # transformers' own is the name of another part
-    return model
+    return tiny_model("llama4_text", **{**sizes, **layers, **options})
 
 
 def gemma3_multimodal() -> PreTrainedModel:

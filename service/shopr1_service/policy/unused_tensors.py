@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 _MAX_SHOWN = 8
 _BUFFERS = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|position_ids|masked_bias)$"  # rotary embeddings, positions, −∞
+    r"|\.attn_rot_embd\.weight$"  # rotary embeddings of old GGUF files
     r"|\.(attn|attention)\.bias$"  # causal masks of GPT-2 and its kin
 )
 """Constants that former versions of transformers saved; models compute them from their config."""

@@ -77,7 +77,8 @@ def test_further_head_is_refused_unless_ignored(tmp_path: Path) -> None:
 def test_buffers_of_former_versions_are_not_weights(tmp_path: Path) -> None:
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     assert values(load(saved(tmp_path / "tiny", {}, buffers))) == pytest.approx(expected(), abs=1e-4)
-    refuse_unused(["transformer.h.0.attn.bias", "gpt_neox.layers.0.attention.masked_bias"], ())
+    names = ["transformer.h.0.attn.bias", "layers.0.attention.masked_bias", "blk.0.attn_rot_embd.weight"]
+    refuse_unused(names, ())
     with pytest.raises(PolicyError, match="q_proj"):
         refuse_unused(["model.layers.0.self_attn.q_proj.bias"], ())
 
