@@ -98,6 +98,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Further options of single architectures."""
 
+SECTIONED = frozenset(
+    {
+        *("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"),
+        *("glm4v_text", "glm4v_moe_text", "glm_ocr_text"),
+    }
+)
+"""Parts with sections of RoPE that their configs do not state: the default is for heads of 64 pairs."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -138,12 +146,12 @@ def build(architecture: Architecture) -> PreTrainedModel:
     return model
 
 
-def _small(config: Any, *, is_part: bool = False) -> dict[str, Any]:  # noqa: ANN401  # every architecture has its own
+def _small(config: Any) -> dict[str, Any]:  # noqa: ANN401  # every architecture has its own
     """Small sizes for a config and its parts, as arguments to make it with."""
     options: dict[str, Any] = {}
     for name, value in vars(config).items():
         if hasattr(value, "model_type"):
-            options[name] = {"model_type": value.model_type, **_small(value, is_part=True)}
+            options[name] = {"model_type": value.model_type, **_small(value)}
         elif name in SIZES and isinstance(value, type(SIZES[name])) and value is not False:
             options[name] = SIZES[name]
     if hasattr(config, "is_decoder"):
@@ -151,8 +159,7 @@ def _small(config: Any, *, is_part: bool = False) -> dict[str, Any]:  # noqa: AN
     if "qk_rope_head_dim" in options and "head_dim" in options:  # latent attention: the rotated part alone
         options["head_dim"] = options["qk_rope_head_dim"]
     rope = getattr(config, "rope_parameters", None)
-    # Models of the Qwen-VL kind read sections even where the config has none; others ignore them.
-    if isinstance(rope, dict) and "rope_type" in rope and ("mrope_section" in rope or is_part):
+    if isinstance(rope, dict) and ("mrope_section" in rope or config.model_type in SECTIONED):
         options["rope_parameters"] = {**rope, "mrope_section": _sections(rope, options)}
     num_layers = options.get("num_hidden_layers")
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types"):
