@@ -108,7 +108,7 @@ def _number(value: float | None) -> str:
 
 def _remarks(row: Row) -> str:
     remarks = list(row.remarks)
-    if row.eager_sdpa_nats is not None and row.eager_sdpa_nats > 1e-9:
+    if row.eager_sdpa_nats is not None and row.eager_sdpa_nats > 1e-6:
         remarks.append(f"eager and sdpa differ by {row.eager_sdpa_nats:.1e} nats in fp64")
     return "; ".join(remarks).replace("|", "\\|").replace("\n", " ")
 

@@ -95,7 +95,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "local_attn_chunk_length": 16,
         "num_buckets": 8,
     },
-    "openai-gpt": {"n_positions": 512},
 }
 """Further options of single architectures."""
 
@@ -151,12 +150,21 @@ def _small(config: Any) -> dict[str, Any]:  # noqa: ANN401  # every architecture
         options["is_decoder"] = True
     if "qk_rope_head_dim" in options and "head_dim" in options:  # latent attention: the rotated part alone
         options["head_dim"] = options["qk_rope_head_dim"]
+    if isinstance(rope := getattr(config, "rope_parameters", None), dict) and "mrope_section" in rope:
+        options["rope_parameters"] = {**rope, "mrope_section": _sections(rope, options)}
     num_layers = options.get("num_hidden_layers")
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types"):
         kinds = vars(config).get(name)
         if isinstance(kinds, list) and isinstance(num_layers, int):
             options[name] = _each_kind(kinds, num_layers)
     return options
+
+
+def _sections(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[int]:
+    """Parts of the rotated pairs of a head for time, height and width."""
+    num_pairs = int(options.get("head_dim", 16) * (rope.get("partial_rotary_factor") or 1)) // 2
+    side = num_pairs * 3 // 8
+    return [num_pairs - 2 * side, side, side]
 
 
 def _each_kind(kinds: list[Any], num_layers: int) -> list[Any]:

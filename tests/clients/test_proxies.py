@@ -151,7 +151,7 @@ def test_updates_too(update: Update, monkeypatch: pytest.MonkeyPatch) -> None:
 @each
 def test_a_proxy_that_is_not_there_is_named(info: GetInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
-    monkeypatch.setenv("HTTP_PROXY", f"http://user:secret@{address}")
+    monkeypatch.setenv("HTTP_PROXY", f"http://user:secret@{address}")  # pragma: allowlist secret
     with pytest.raises(TransportError) as caught:
         info(PUBLIC)
     assert f"through the proxy http://{address} of HTTP_PROXY" in str(caught.value)

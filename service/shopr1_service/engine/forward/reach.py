@@ -20,8 +20,8 @@ _WINDOWS = {"sliding_window", "attention_chunk_size"}
 """Sizes that `layer_types` may leave unused."""
 _LINEAR_CHUNK_TOKENS = 64
 """Chunks of the delta rule, which no config names."""
-_CHOICE_MULTIPLE = 3
-"""Keys in the check, as a multiple of those that are chosen: among many, some are equally good."""
+_CHOICE_MULTIPLE, _MIN_NOT_CHOSEN = 3, 200
+"""Keys in the check where some are chosen: among many that are not, some are equally good."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Reach:
         kinds, names = getattr(config, "layer_types", None) or (), [name for name, _ in _named_sizes(config)]
         if "linear_attention" in kinds and not any("chunk" in name for name in names):
             sizes.append(_LINEAR_CHUNK_TOKENS)
-        num_choosing = _CHOICE_MULTIPLE * (num_chosen or 0)
-        return cls(max([0, *sizes, num_choosing, threshold or 0]), num_chosen, threshold)
+        if num_chosen is not None:
+            sizes.append(max(_CHOICE_MULTIPLE * num_chosen, num_chosen + _MIN_NOT_CHOSEN))
+        return cls(max([0, *sizes, threshold or 0]), num_chosen, threshold)
 
 
 def _named_sizes(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401  # every architecture has its own

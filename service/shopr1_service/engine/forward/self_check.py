@@ -150,7 +150,7 @@ class _SelfCheck:
     ids: Sequence[int]
     report: Report
     remarks: list[str] = field(default_factory=list)
-    has_ties: bool = False
+    ties: str = ""
 
     def __post_init__(self) -> None:
         self._reference = IndependentForward(self.model)
@@ -202,11 +202,11 @@ class _SelfCheck:
         changed = (~(error_T <= tolerance.worst)).nonzero()[:, 0].tolist() or [0]
         num_chosen = self._reach.num_chosen
         if num_chosen is not None and changed[0] >= num_chosen:
-            self._remark(
+            self.ties = (
                 f"its choice of {num_chosen} keys for each token breaks ties by the sequence's length: later "
                 "tokens change the numbers of earlier ones, and each completion is run whole and alone"
             )
-            self.has_ties = True
+            self._remark(self.ties)
             return
         raise UnsupportedModelError(
             f"{self._name} is not causal: later tokens change the states of {len(changed)} of {len(error_T)} "
@@ -268,8 +268,8 @@ class _SelfCheck:
     # --- strategies ---
 
     def choose(self, candidates: Sequence[Forward]) -> Verdict:
-        if self.has_ties:  # agreement of other strategies would be luck
-            ties = [Rejection(each.name, Cause.DIFFERS, self.remarks[-1]) for each in candidates]
+        if self.ties:  # agreement of other strategies would be luck
+            ties = [Rejection(each.name, Cause.DIFFERS, self.ties) for each in candidates]
             return self._verdict(self._reference, ties)
         groups = _check_groups(self._short)
         expected = self._reference.batch(groups)
@@ -284,7 +284,7 @@ class _SelfCheck:
         return self._verdict(self._reference, rejected)
 
     def _verdict(self, forward: Forward, rejected: Sequence[Rejection] = ()) -> Verdict:
-        return Verdict(forward, tuple(rejected), tuple(self.remarks), self.has_ties)
+        return Verdict(forward, tuple(rejected), tuple(self.remarks), bool(self.ties))
 
     def _rejection(
         self, candidate: Forward, groups: Sequence[PromptGroup], expected: Sequence[Sequence[Tensor]]

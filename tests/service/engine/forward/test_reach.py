@@ -32,8 +32,8 @@ DEEPSEEK = FAMILIES["deepseek_v3"].options
         ("mamba2", {**FAMILIES["mamba2"].options, "chunk_size": 40}, Reach(40)),
         ("bamba", {**FAMILIES["bamba"].options, "mamba_chunk_size": 40}, Reach(40)),
         ("qwen3_next", FAMILIES["qwen3_next"].options, Reach(64)),  # chunks of its delta rule
-        ("doge", {"keep_window_size": 40}, Reach(120, num_chosen=40)),
-        ("deepseek_v32", {**DEEPSEEK, "index_topk": 40, "index_head_dim": 16}, Reach(120, num_chosen=40)),
+        ("doge", {"keep_window_size": 40}, Reach(240, num_chosen=40)),
+        ("deepseek_v32", {**DEEPSEEK, "index_topk": 40, "index_head_dim": 16}, Reach(240, num_chosen=40)),
         (
             "minimax_m3_vl_text",
             {
@@ -43,7 +43,7 @@ DEEPSEEK = FAMILIES["deepseek_v3"].options
                 "rotary_dim": 8,
                 "num_local_experts": 4,
             },
-            Reach(120, num_chosen=40),
+            Reach(240, num_chosen=40),
         ),
     ],
 )
@@ -88,6 +88,6 @@ def test_compressed_keys_are_chosen_by_rate() -> None:
     model = tiny_model()
     for name, value in {"index_topk": 10, "compress_rates": {"fine": 4, "coarse": 32}}.items():
         setattr(model.config, name, value)
-    assert Reach.of(model) == Reach(120, num_chosen=40)
-    model.config.compress_rates["coarse"] = 128
-    assert Reach.of(model) == Reach(128, num_chosen=40)
+    assert Reach.of(model) == Reach(240, num_chosen=40)
+    model.config.compress_rates["coarse"] = 300
+    assert Reach.of(model) == Reach(300, num_chosen=40)
