@@ -201,7 +201,9 @@ def test_templates_that_need_parts_get_them(template: str, last: Message) -> Non
         for message in (SYSTEM, last)
     ]
     ids, warnings = encoded(codec, [SYSTEM, last], continue_final_message=True)
-    continued = {"continue_final_message": True} if last is PREFILL else {"add_generation_prompt": True}
+    continued: dict[str, Any] = (
+        {"continue_final_message": True} if last is PREFILL else {"add_generation_prompt": True}
+    )
     assert ids == codec.tokenizer.apply_chat_template(chat, return_dict=False, **continued)
     assert warnings == []
 
