@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections import OrderedDict
+from dataclasses import dataclass
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
@@ -15,16 +16,17 @@ from shopr1_client.data_set_values import to_json_types
 DAY = datetime.datetime(2026, 5, 1)
 
 
+@dataclass
 class ArrowScalar:
     """As PyArrow's scalars convert themselves."""
 
-    def __init__(self, value: object) -> None:
-        self._value = value
+    value: object
 
     def as_py(self) -> object:
-        return self._value
+        return self.value
 
 
+@dataclass
 class PolarsSeries:
     """As polars' series convert themselves."""
 

@@ -106,6 +106,13 @@ def test_include() -> None:
 
 
 def test_a_request_survives_json() -> None:
+    options = {
+        "chat_template": "plain",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "chat_template_date": "2026-05-01",
+        "continue_final_message": True,
+        "add_special_tokens": False,
+    }
     body = {
         "recipe": "shop_r1",
         "groups": [
@@ -113,14 +120,17 @@ def test_a_request_survives_json() -> None:
                 id="é",
                 prompt=[{"role": "user", "content": "漢"}],
                 completions=["a", {"text": "b"}],
+                **options,
             ),
             group(
                 id=None,
                 prompt={"token_ids": [1]},
                 ground_truth="{}",
                 completions=[{"token_ids": [2]}],
+                **dict.fromkeys(options),
             ),
         ],
+        **options,
         "policy_version": "7",
         "adapter": None,
         "include": ["tokens"],

@@ -460,9 +460,9 @@ def _metrics(log: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in log.items() if key.startswith(("shopr1/", "reward"))}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def following(policy: str) -> Iterator[Live]:
-    """A service with the trainer's own policy and an admin key."""
+    """A service with the trainer's own policy and an admin key, one for each test: its weights change."""
     with serving(policy=policy, api_keys=f"admin:{API_KEY}") as service:
         yield service
 

@@ -28,6 +28,7 @@ def test_a_note_is_shown_until_the_next_step(
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     progress = LoadProgress()
     progress.enter(Step.CHECKING)
+    caplog.clear()
     with caplog.at_level(logging.INFO, "shopr1_service.policy.load_progress"):
         progress.note("packed, 4109 tokens")
     what = "comparing forward strategies with the model: packed, 4109 tokens"

@@ -104,11 +104,12 @@ def test_the_key_depends_on_config_and_architecture(make: Callable[[], PreTraine
 
 def test_the_key_depends_on_versions_attention_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mistral")
-    keys = {verdict_key(model, 100), verdict_key(model, 101)}
+    model.set_attn_implementation("sdpa")
+    keys = {"as it is": verdict_key(model, 100), "length": verdict_key(model, 101)}
     for module in (torch, transformers, verdict_cache):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "0.0")
-            keys.add(verdict_key(model, 100))
+            keys[module.__name__] = verdict_key(model, 100)
     model.set_attn_implementation("eager")
-    keys.add(verdict_key(model, 100))
-    assert len(keys) == 6
+    keys["attention"] = verdict_key(model, 100)
+    assert len(set(keys.values())) == len(keys), keys

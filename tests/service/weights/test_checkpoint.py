@@ -276,7 +276,7 @@ def absurd(content: bytes) -> bytes:
 
 
 def other_dtype(content: bytes) -> bytes:
-    return content.replace(b'"BF16"', b'"I16" ')
+    return content.replace(b'"BF16"', b'"C64" ')
 
 
 def other_shape(content: bytes) -> bytes:

@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str]]] = {
     "shape": (file_of(RESHAPED), {NORM: "its shape is [4, 8], the policy's [32]"}),
     "NaN": (_ending_in(NORM, math.nan), {NORM: "NaN or infinite values"}),
     "infinite": (_ending_in(HEAD, -math.inf), {HEAD: "NaN or infinite values"}),
-    "integers": (file_of(INT), {NORM: "dtype: Input should be 'F64', 'F32', 'BF16' or 'F16'"}),
+    "integers": (file_of(INT), {NORM: "it is torch.int32, and the policy's has fractions"}),
     "truncated": (NEW[:-1], {}),
     "truncated header": (NEW[: LENGTH - 5], {}),
     "nothing": (b"", {}),

@@ -41,6 +41,8 @@ async def test_info(tmp_path: Path) -> None:
             "max_sequence_tokens": 77,
             "head": "fake",
             "forward": "fake",
+            "rejected_paths": [],
+            "remarks": [],
         },
         "limits": limits,
         "default_recipe": refs[1],
