@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _SOCKET_BACKLOG = 4096
 """Trainers open a connection for each rollout of a batch, all at once."""
+_KEEP_ALIVE_S = 75
+"""Idle connections stay open for longer than clients reuse them (httpx 5 s, aiohttp 15 s): with uvicorn's own
+5 s, a request that meets the closing of its connection is lost, and neither client sends a POST again."""
 _ANSWER_S = 2.0
 """Seconds before the end of the grace time at which open requests are answered with 503."""
 
@@ -83,6 +86,7 @@ def _serve(settings: Settings) -> int:
             # uvicorn's access log holds URLs with keys; `http/middleware/request_recorder.py` writes ours
             access_log=False,
             backlog=_SOCKET_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
             **_tls(settings),
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from shopr1_client import Client
 from shopr1_rewards.recipe import SelfCertaintyRecipe
@@ -93,6 +94,20 @@ def test_certificate_and_key_come_together(certificate: tuple[Path, Path], tmp_p
     ]:
         with pytest.raises(SettingsError, match=match):
             server.serve(Settings(port=free_port(), **given))  # type: ignore[arg-type]
+
+
+# --- idle connections -------------------------------------------------------------------------------
+
+AIOHTTP_KEEP_ALIVE_S = 15.0  # the default of its connector
+
+
+def test_clients_close_idle_connections_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: configs.append(self.config))
+    assert server.serve(Settings(port=free_port())) == 0
+    httpx_s = httpx.Limits().keepalive_expiry
+    assert httpx_s is not None
+    assert configs[0].timeout_keep_alive >= 2 * max(httpx_s, AIOHTTP_KEEP_ALIVE_S)
 
 
 # --- the end ----------------------------------------------------------------------------------------
