@@ -196,7 +196,7 @@ def test_other_last_messages_are_never_continued() -> None:
 @pytest.mark.parametrize("last", [USER, PREFILL])
 def test_templates_that_need_parts_get_them(template: str, last: Message) -> None:
     codec = codec_of(template)
-    chat = [
+    chat: Any = [
         {"role": message.role, "content": [{"type": "text", "text": message.content}]}
         for message in (SYSTEM, last)
     ]
