@@ -15,7 +15,7 @@ import httpx
 import stamina
 
 from shopr1_client.errors import NotReadyError, SettingsError, TransportError
-from shopr1_client.proxies import async_connections, sync_connections, url_flaw
+from shopr1_client.proxies import async_connections, sync_connections, url_flaw, without_passwords
 from shopr1_client.request_splitting import DEFAULT_LIMITS, Part, split
 from shopr1_client.transport import WrongUrlError, backoff, headers, timeout
 from shopr1_client.wire import Info, Limits, ScoreRequest
@@ -129,7 +129,7 @@ def checked_urls(urls: Sequence[str]) -> list[str]:
         raise SettingsError("no server is given")
     for url in urls:
         if flaw := url_flaw(url.strip(), ("http", "https")):
-            raise SettingsError(f"{url!r} is not the URL of a server: {flaw}")
+            raise SettingsError(f"{without_passwords(url)!r} is not the URL of a server: {flaw}")
     return [url.strip().rstrip("/") for url in urls]
 
 

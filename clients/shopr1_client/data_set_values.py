@@ -18,6 +18,9 @@ _CONVERSIONS = ("as_py", "tolist", "to_list")
 def to_json_types(value: object) -> object:
     """An object of a data set in JSON types. Values that are no objects are returned as they are.
 
+    Raises:
+        ValueError: a key is neither text nor a number.
+
     >>> import datetime
     >>> to_json_types({"type": "click", "name": "a", "time": datetime.date(2026, 5, 1)})
     {'type': 'click', 'name': 'a', 'time': {'date': '2026-05-01'}}
@@ -31,6 +34,8 @@ def to_json_types(value: object) -> object:
         return json.loads(json.dumps(value, default=_encoded))
     except RecursionError:  # it cannot be sent either, which is an error of its own
         return value
+    except TypeError as error:
+        raise ValueError(str(error)) from None  # a key that JSON cannot have, such as a tuple
 
 
 def _encoded(value: object) -> object:

@@ -26,6 +26,7 @@ _PRIVATE_SUFFIXES = (".home.arpa", ".internal", ".lan", ".local", ".localhost", 
 """Ends of host names that public DNS does not have. Kubernetes' names end in `.svc` or `.cluster.local`."""
 
 _HOST = re.compile(r"[\w.-]+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(%\w+)?")
+_USER_INFO = re.compile(r"[^/\s,]*@")
 _MAX_PORT = 65535
 _GIVEN = "the setting `proxy`"
 _Transport = TypeVar("_Transport")
@@ -43,7 +44,7 @@ class Proxy(NamedTuple):
     source: str
 
     def __str__(self) -> str:
-        return f"the proxy {_without_password(self.url)} of {self.source}"
+        return f"the proxy {without_passwords(self.url)} of {self.source}"
 
 
 class Connections(TypedDict):
@@ -81,6 +82,15 @@ def url_flaw(url: str, schemes: Sequence[str]) -> str | None:
     if parsed.scheme not in schemes or not _HOST.fullmatch(parsed.host):
         return f"it must be one host, after {', '.join(f'{scheme}://' for scheme in schemes)}"
     return None if (parsed.port or 0) <= _MAX_PORT else f"there is no port {parsed.port}"
+
+
+def without_passwords(urls: str) -> str:
+    """URLs without users and passwords, for messages.
+
+    >>> without_passwords("http://user:secret@proxy:3128, http://reward")
+    'http://proxy:3128, http://reward'
+    """
+    return _USER_INFO.sub("", urls)
 
 
 def is_private(host: str) -> bool:
@@ -181,11 +191,6 @@ def _source(kind: str) -> str:
     """The environment's variable for a kind of proxy; the system's settings if there is none."""
     names = (f"{kind}_proxy", f"{kind}_proxy".upper())
     return next((name for name in names if os.environ.get(name)), "the system's settings")
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def _pattern(url: httpx.URL) -> str:

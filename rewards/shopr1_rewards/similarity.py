@@ -13,8 +13,9 @@ and the one with the larger F1 counts for both values:
     as what they mean    `1½ cups` is `1 1/2 cups`, `500㎖` is `500ml`
     as separators        `Nike™` is `Nike`, as for Google's `rouge_score`, which drops what is not ASCII
 
-Hence F1(x, x) = 1 for every x but the empty string, and where all letters are ASCII, F1 is at least that of
-`rouge_score`. On ASCII it is equal, unless both values have neither letters nor digits: Google's is 0 then.
+Hence F1(x, x) = 1 for every x but the empty string, and where all letters and digits are ASCII, F1 is at
+least that of `rouge_score`. On ASCII it is equal, unless both values have neither letters nor digits:
+Google's is 0 then.
 """
 
 import re
@@ -123,12 +124,12 @@ def _space_numbers(text: str) -> str:
 def _without_symbols(text: str) -> str:
     """`text` with a space for each symbol that is not ASCII, also for those that mean letters or digits.
 
-    Where no letter of another script is left, nothing but ASCII is.
+    Where no letter or digit of another script is left, nothing but ASCII is.
     """
     if text.isascii():
         return text
     kept = [char if _is_kept(char) else " " for char in unicodedata.normalize("NFC", text)]
-    if all(char.isascii() or _char_kind(char) is _CharKind.IGNORED for char in kept):
+    if all(char.isascii() or _char_kind(char) in (_CharKind.IGNORED, _CharKind.MARK) for char in kept):
         kept = [char if char.isascii() else " " for char in kept]
     return "".join(kept)
 

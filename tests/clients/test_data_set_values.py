@@ -89,3 +89,9 @@ def test_nesting_beyond_what_json_can_write() -> None:
     assert to_json_types(deep) is deep
     while deep:  # without recursion
         deep = deep["a"]
+
+
+@pytest.mark.parametrize("value", [{("a", 1): 2}, {"type": "click", "more": {("a", 1): 2}}], ids=str)
+def test_a_key_that_json_cannot_have(value: Any) -> None:
+    with pytest.raises(ValueError, match="not tuple"):
+        to_json_types(value)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shopr1_client.base import checked_urls
 from shopr1_client.errors import SettingsError
-from shopr1_client.proxies import DIRECT, SCHEMES, url_flaw
+from shopr1_client.proxies import DIRECT, SCHEMES, url_flaw, without_passwords
 from shopr1_client.transport import check_header_value
 from shopr1_client.wire_prompt import TemplateArguments
 
@@ -102,7 +102,8 @@ class ClientSettings(BaseModel):
 
 def _message(error: Any, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:  # noqa: ANN401  # pydantic's
     name = error["loc"][0]
-    shown = "not valid" if name == "api_key" else repr(values[name])  # a key is a secret
+    # Keys and passwords are secrets.
+    shown = "not valid" if name == "api_key" else without_passwords(repr(values[name]))
     return f"{sources[name]} is {shown}: {error['msg'].removeprefix('Value error, ')}"
 
 

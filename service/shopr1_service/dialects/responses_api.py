@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError
 
 from shopr1_client.wire import Message, TokenIds
@@ -47,7 +47,7 @@ class _ExtraBody(TrainerRequest):
     """The parameters of vLLM's chat completions that change the prompt."""
 
     chat_template_kwargs: TemplateArguments | None = None
-    continue_final_message: bool | None = None
+    continue_final_message: StrictBool | None = None
 
 
 def _from_json(value: Any) -> Any:  # noqa: ANN401  # the models refuse whatever is no object

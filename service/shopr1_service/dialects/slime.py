@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query, Request
 from pydantic import Field
 
+from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, RolloutReader, TextOrMessages, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
@@ -15,6 +16,9 @@ from shopr1_service.http.state import AppState
 
 DIALECT = Dialect("slime", timeout_s=110.0)
 """slime gives up after 120 s, and tries again."""
+
+_OPTIONS = PromptOptions(add_special_tokens=False, continue_final_message=False)
+"""slime adds a generation prompt to all messages, and tokenises text without special tokens."""
 
 router = APIRouter(prefix="/dialects/slime", tags=[TAG])
 
@@ -51,7 +55,8 @@ async def reward(
     a number for it.
     """
     reader = RolloutReader(state)
-    reader.add(body.prompt, body.response, body.label, Paths("prompt", "response", "label"))
+    paths = Paths("prompt", "response", "label")
+    reader.add(body.prompt, body.response, body.label, paths, options=_OPTIONS)
     unscorable = state.settings.slime_unscorable
     [result] = await score_rollouts(reader.finish(), DIALECT, unscorable, request, state)
     return {"reward": result.reward, **result.logs} if as_object else result.reward

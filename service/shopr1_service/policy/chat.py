@@ -88,6 +88,7 @@ class ChatRenderer:
         self._templates: dict[str, str] = {**(own if isinstance(own, dict) else {}), **(templates or {})}
         self._texts = {*self._templates.values(), *([own] if isinstance(own, str) else [])}
         self._defaults = defaults
+        self._takes_parts_by_template: dict[str, bool] = {}
         if defaults.chat_template is not None:
             self._named(defaults.chat_template)
 
@@ -145,8 +146,9 @@ class ChatRenderer:
         try:
             template = self._tokenizer.get_chat_template(template, arguments.get("tools"))
             _compile_jinja_template(template).environment.globals["strftime_now"] = _strftime_now
+            takes_parts = self._takes_parts(template)
             text: Any = self._tokenizer.apply_chat_template(
-                [message.model_dump() for message in messages],
+                [_dumped(message, takes_parts=takes_parts) for message in messages],
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
@@ -157,6 +159,22 @@ class ChatRenderer:
             message = str(error)[:_MAX_ERROR_CHARS]
             raise CodecError(f"the policy's chat template refuses the messages: {message}") from error
         return str(text)
+
+    def _takes_parts(self, template: str) -> bool:
+        """Whether a template writes contents that are lists of parts, and none that are strings."""
+        if template not in self._takes_parts_by_template:
+            writes_text, writes_parts = (self._writes(template, takes_parts=form) for form in (False, True))
+            self._takes_parts_by_template[template] = writes_parts and not writes_text
+        return self._takes_parts_by_template[template]
+
+    def _writes(self, template: str, *, takes_parts: bool) -> bool:
+        message = _dumped(Message(role="user", content=_PROBES[0]), takes_parts=takes_parts)
+        try:
+            with _clock_at(None):  # the probe's reading of the clock is none of the prompt's
+                text = self._tokenizer.apply_chat_template([message], chat_template=template, tokenize=False)
+        except Exception:  # templates are programs, and can raise anything
+            return False
+        return _PROBES[0] in str(text)
 
     def _named(self, name: str | None) -> str | None:
         """The text of a template; None is the tokenizer's choice."""
@@ -169,6 +187,12 @@ class ChatRenderer:
                 "only those of the tokenizer and of the setting chat_templates are run"
             )
         return self._templates[name]
+
+
+def _dumped(message: Message, *, takes_parts: bool) -> dict[str, Any]:
+    """A message as templates take it. Those of many models for images take lists of parts only."""
+    content = [{"type": "text", "text": message.content}] if takes_parts else message.content
+    return {"role": message.role, "content": content}
 
 
 def continues_answer(messages: Sequence[Message], options: PromptOptions) -> bool:

@@ -38,9 +38,12 @@ def template_ends(chat: ChatRenderer, tokenizer: PreTrainedTokenizerBase) -> lis
     ends = []
     for messages in ([user, answer], [user, answer, user]):
         try:
-            tail = chat.turn(messages).rpartition(_ANSWER)[2].lstrip()
+            _, answered, tail = chat.turn(messages).rpartition(_ANSWER)
         except CodecError:
             continue
+        if not answered:  # the template drops answers
+            continue
+        tail = tail.lstrip()
         marker = _MARKER.match(tail) if len(messages) == 2 else None
         found = next((text for text in specials if tail.startswith(text)), marker and marker[0])
         ends += [found] if found else []

@@ -104,9 +104,11 @@ def build_policy(
     max_sequence_tokens = settings.max_sequence_tokens or longest
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
+    rope = _controlled_rope(model)  # before any forward changes its state
     check_positions(model, max_sequence_tokens, longest)
     random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
-    rope, head, verdict = _checked(model, random_ids, cache, settings, startup)
+    head, verdict = _checked(model, random_ids, _candidates(model, cache, rope), settings, startup)
+    verdict = replace(verdict, forward=_by_length(verdict.forward, rope))
     engine = Engine(
         verdict.forward,
         head,
@@ -163,19 +165,24 @@ def _warn_of_ids_beyond(tokenizer: PreTrainedTokenizerBase, num_ids: int) -> Non
         )
 
 
+def _controlled_rope(model: PreTrainedModel) -> LengthDependentRope | None:
+    try:
+        return LengthDependentRope.of(model)
+    except UnsupportedModelError as error:
+        raise PolicyError(str(error)) from error
+
+
 def _checked(
     model: PreTrainedModel,
     random_ids: Sequence[int],
-    cache: PrefixCache,
+    candidates: Sequence[Forward],
     settings: Settings,
     startup: LoadProgress,
-) -> tuple[LengthDependentRope | None, Head, Verdict]:
+) -> tuple[Head, Verdict]:
     """The fastest head and forward strategy that agree with the model."""
     try:
-        rope = LengthDependentRope.of(model)
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        verdict = _verdict(model, random_ids, _candidates(model, cache, rope), settings, startup)
-        return rope, head, replace(verdict, forward=_by_length(verdict.forward, rope))
+        return head, _verdict(model, random_ids, candidates, settings, startup)
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
 

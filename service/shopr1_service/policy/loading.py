@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils.hub import cached_file
 
 from shopr1_service.errors import PolicyError
@@ -38,9 +40,9 @@ from shopr1_service.policy.gguf_tensors import (
 from shopr1_service.policy.gguf_tokenizer import complete_tokenizer
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.local import LoadedPolicy
-from shopr1_service.policy.unused_tensors import refuse_unused, resolve_ties
+from shopr1_service.policy.unused_tensors import refuse_misplaced, refuse_unused, resolve_ties
 from shopr1_service.settings import DType, Settings
-from shopr1_service.weights.conversion import KEY_MAPPING
+from shopr1_service.weights.conversion import KEY_MAPPING, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +148,28 @@ def _read_model(
     options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
     model, unused = _from_pretrained(source, config, dtype=dtype, **options)
     refuse_unused(unused, ignored)
+    refuse_misplaced(model, _tensor_shapes(source, config, options))
     resolve_ties(model, ignored)
     return model
+
+
+def _tensor_shapes(source: Source, config: PretrainedConfig, options: dict[str, Any]) -> dict[str, Shape]:
+    """Shapes of a checkpoint's tensors by name, from the files that transformers has loaded."""
+    files, _ = _get_resolved_checkpoint_files(
+        source.path,
+        variant=None,
+        gguf_file=None,
+        use_safetensors=True,
+        user_agent=None,
+        is_remote_code=False,
+        transformers_explicit_filename=getattr(config, "transformers_weights", None),
+        download_kwargs={"revision": options.get("revision")},
+    )
+    shapes: dict[str, Shape] = {}
+    for file in files or ():
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _from_pretrained(

@@ -43,7 +43,8 @@ _REASONS = {
     " (path_initial_model_for_weight_conversion)",
     "layer_replication": "the adapter belongs to a policy with other layers",
     "modules_to_save": _FULL_WEIGHTS,
-    "target_parameters": "only modules can be adapted, not single parameters",
+    "target_parameters": "only modules can be adapted, not single parameters, as of stacked experts;"
+    " push full weights instead",
     "trainable_token_indices": _FULL_WEIGHTS,
 }
 

@@ -1,28 +1,22 @@
-"""Tensors of a checkpoint that the policy would not compute with.
+"""Tensors of a checkpoint that the policy would not compute with, or with others in their place.
 
-Transformers only warns of them, yet they change the numbers: biases that the config denies, more layers than
-it has, an `lm_head` of its own where the config ties it to the embedding. They are refused unless the setting
-`ignored_tensors` names them.
+Transformers only warns of them, or says nothing, yet they change the numbers: biases that the config denies,
+more layers than it has, an `lm_head` of its own where the config ties it to the embedding, experts 0, 1 and 3
+of which the last is taken for the third. They are refused; the setting `ignored_tensors` allows unused ones.
 """
 
 import logging
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from shopr1_service.errors import PolicyError
+from shopr1_service.weights.conversion import Shape, is_constant, plan_conversion
 from shopr1_service.weights.tensors import is_ignored
 
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 8
-_BUFFERS = re.compile(
-    r"(^|\.)(inv_freq|original_inv_freq|position_ids|masked_bias)$"  # rotary embeddings, positions, −∞
-    r"|\.attn_rot_embd\.weight$"  # rotary embeddings of old GGUF files
-    r"|\.(attn|attention)\.bias$"  # causal masks of GPT-2 and its kin
-)
-"""Constants that former versions of transformers saved; models compute them from their config."""
 
 
 def refuse_unused(names: Iterable[str], ignored: Sequence[str]) -> None:
@@ -34,7 +28,7 @@ def refuse_unused(names: Iterable[str], ignored: Sequence[str]) -> None:
     Raises:
         PolicyError: names them.
     """
-    unused = sorted(name for name in names if not _BUFFERS.search(name))
+    unused = sorted(name for name in names if not is_constant(name))
     refused = [name for name in unused if not is_ignored(name, ignored)]
     if refused:
         shown = ", ".join(refused[:_MAX_SHOWN]) + (" …" if len(refused) > _MAX_SHOWN else "")
@@ -45,6 +39,26 @@ def refuse_unused(names: Iterable[str], ignored: Sequence[str]) -> None:
         )
     if unused:
         logger.warning("ignored tensors of the checkpoint: %s", ", ".join(unused))
+
+
+def refuse_misplaced(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
+    """Refuse tensors that transformers loads into the wrong place, or of which it drops one, without a word.
+
+    Quantised checkpoints are not checked: their tensors have other shapes than the model's.
+
+    Args:
+        shapes: of the checkpoint's tensors by name.
+
+    Raises:
+        PolicyError: names the first.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    plan = plan_conversion(model, shapes)
+    # Tensors without a place in the model are `refuse_unused`'s.
+    for flaw in plan.flaws:
+        if flaw["location"] in plan.targets:
+            raise PolicyError(f"tensor {flaw['location']} of the checkpoint: {flaw['message']}")
 
 
 def resolve_ties(model: PreTrainedModel, ignored: Sequence[str]) -> None:

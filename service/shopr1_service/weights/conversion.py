@@ -35,6 +35,13 @@ KEY_MAPPING: Mapping[str, str] = {
 }
 """Parts of names by data parallelism, torch.compile, FSDP and PEFT: patterns and their replacement."""
 
+_CONSTANTS = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|position_ids|masked_bias|causal_mask)$"  # rotations, positions, −∞
+    r"|(^|\.)embed_positions\.weights$"  # XGLM's sines; learned positions are a `weight`
+    r"|\.attn_rot_embd\.weight$"  # rotary embeddings of old GGUF files
+    r"|\.(attn|attention)\.bias$"  # causal masks of GPT-2 and its kin
+)
+
 Shape = tuple[int, ...]
 
 
@@ -89,7 +96,7 @@ class Conversion:
     Attributes:
         renamed: the model's name of each tensor that is used as it is, by its name in the checkpoint.
         merges: operations.
-        ignored: tensors that transformers does not use and does not miss, such as `inv_freq`.
+        ignored: tensors that transformers leaves out at load without a warning, and constants.
         flaws: tensors that fit nowhere.
     """
 
@@ -102,6 +109,14 @@ class Conversion:
     def targets(self) -> dict[str, str]:
         """A tensor of the model for each tensor of the checkpoint that is used."""
         return self.renamed | {name: merge.target for merge in self.merges for _, name in merge.sources}
+
+
+def is_constant(name: str) -> bool:
+    """Whether former versions of transformers saved a tensor that models compute from their config.
+
+    Such a name says nothing where the model has a tensor of this name.
+    """
+    return bool(_CONSTANTS.search(name))
 
 
 def plan_conversion(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> Conversion:
@@ -188,7 +203,7 @@ class NameConverter:
         return rename_source_key(name, renamings, converters, self._model.base_model_prefix, self.own)
 
     def _ignored(self, unknown: Mapping[str, str]) -> set[str]:
-        """Tensors that transformers leaves out silently at load."""
+        """Tensors that are left out silently at load."""
         info = LoadStateDictInfo(
             missing_keys=set(),
             unexpected_keys=set(unknown.values()),
@@ -198,7 +213,11 @@ class NameConverter:
             skipped_pp_keys=set(),
         )
         self._model._adjust_missing_and_unexpected_keys(info)
-        return {name for name, target in unknown.items() if target not in info.unexpected_keys}
+        return {
+            name
+            for name, target in unknown.items()
+            if target not in info.unexpected_keys or is_constant(target)
+        }
 
     def _wrong_shapes(self, conversion: Conversion, shapes: Mapping[str, Shape]) -> list[FieldError]:
         renamed = [

@@ -116,6 +116,20 @@ def test_wrong_values_are_named(name: str, value: str, monkeypatch: pytest.Monke
     assert str(caught.value).startswith(f"{PREFIX}{name} is {value!r}: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PROXY", "socks4://user:invented@proxy.test"),
+        ("PROXY", "user:invented@proxy.test:3128"),
+        ("URL", "http://reward, http://user:invented@reward:99999"),
+    ],
+)
+def test_passwords_in_urls_are_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=f"^{PREFIX}{name} is ") as caught:
+        found(monkeypatch, **{name: value})
+    assert "invented" not in str(caught.value)
+
+
 @pytest.mark.parametrize("key", [" ", f"{KEY}\n", f" {KEY}", "ключ", "a\x00b"])
 def test_a_key_that_no_header_can_hold_is_named_but_not_shown(
     key: str, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def test_instructions_are_the_system_message() -> None:
             "tokenize is not an argument",
         ),
         ({"input": "", "metadata": {"extra_body": "7"}}, "valid dictionary"),
+        ({"input": "", "metadata": {"extra_body": {"continue_final_message": 0}}}, "valid boolean"),
     ],
 )
 def test_refused_chats(params: Any, message: str) -> None:

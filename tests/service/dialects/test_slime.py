@@ -68,6 +68,14 @@ async def test_chat_messages_go_through_the_template() -> None:
     assert tokens == 2 * (len("system: Shop.\nuser: page\n") + len(answer(CLICK)))
 
 
+async def test_a_chat_that_ends_with_the_assistants_message_is_closed_as_by_slime() -> None:
+    chat = [*CHAT, {"role": "assistant", "content": "Sure"}]
+    async with running(FakePolicy(10.0, 0.5)) as client:
+        await send_ok(client, SLIME, slime(prompt=chat, response=answer(CLICK), label=CLICK))
+        tokens = await metric(client, "shopr1_engine_tokens_total")
+    assert tokens == len("system: Shop.\nuser: page\nassistant: Sure\n") + len(answer(CLICK))
+
+
 async def test_messages_that_the_template_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> list[int]:
         raise CodecError("no system role")

@@ -44,6 +44,16 @@ NO_OLD_THOUGHTS = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Like Qwen3's: reasoning of earlier turns is dropped."""
+PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""Like SmolVLM's and Idefics3's: contents are lists of parts. A string is an image per character."""
+ATTRIBUTES = PARTS.replace("part.type == 'text'", "part.text is defined").replace(
+    "<image>", "{{ part['no'].x }}"
+)
+"""Like LLaVA-NeXT's: a string is an error."""
 
 SYSTEM, USER = Message(role="system", content="Be brief."), Message(role="user", content=" Green tea? ")
 PREFILL = Message(role="assistant", content='{"rationale": "')
@@ -180,6 +190,22 @@ def test_the_assistants_last_message_is_closed_on_demand_only() -> None:
 def test_other_last_messages_are_never_continued() -> None:
     codec = codec_of(TRIMMING)
     assert encoded(codec, [USER], continue_final_message=True) == encoded(codec, [USER])
+
+
+@pytest.mark.parametrize("template", [PARTS, ATTRIBUTES])
+@pytest.mark.parametrize("last", [USER, PREFILL])
+def test_templates_that_need_parts_get_them(template: str, last: Message) -> None:
+    codec = codec_of(template)
+    chat: Any = [
+        {"role": message.role, "content": [{"type": "text", "text": message.content}]}
+        for message in (SYSTEM, last)
+    ]
+    ids, warnings = encoded(codec, [SYSTEM, last], continue_final_message=True)
+    continued: dict[str, Any] = (
+        {"continue_final_message": True} if last is PREFILL else {"add_generation_prompt": True}
+    )
+    assert ids == codec.tokenizer.apply_chat_template(chat, return_dict=False, **continued)
+    assert warnings == []
 
 
 def test_errors_do_not_contain_the_whole_prompt() -> None:

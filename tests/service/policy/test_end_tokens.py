@@ -48,6 +48,11 @@ def answered(end: str, *, header: str = "{{ m.role }}: ", last: str = "") -> str
         (answered(""), [], set()),
         ("{{ raise_exception('no') }}", [], set()),
         ("{{ messages[0].content }}", [], set()),
+        (
+            "<|im_start|>{{ messages[0].content }}",
+            [],
+            set(),
+        ),  # the answer is dropped: the beginning is no end
     ],
 )
 def test_the_template_writes_the_end_of_the_turn(

@@ -137,7 +137,7 @@ def test_prompts_are_shared_where_rope_depends_on_the_length(
     untouched = copy.deepcopy(model)
     policy = policy_of(model)
     assert policy.info.forward == forward
-    for num_prompt_tokens in (4, 30, 4, 12):
+    for num_prompt_tokens in (8, 4, 30, 8, 4, 12):  # 8 end at the limit
         prompt_ids, ids = random_ids(num_prompt_tokens, seed=1), random_ids(8, seed=2)
         group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, [0, 2])])
         [[certainty]] = policy.certainties([group], rules())

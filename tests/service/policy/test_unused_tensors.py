@@ -15,7 +15,7 @@ from shopr1_service.policy.loading import load_policy
 from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.unused_tensors import refuse_unused
 from shopr1_service.settings import Settings
-from tests.support.models import Reference, byte_level, random_ids, rules, tiny_model
+from tests.support.models import MIXTURES, Reference, byte_level, random_ids, rules, tiny_model
 
 GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), range(8))])
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -81,6 +81,32 @@ def test_buffers_of_former_versions_are_not_weights(tmp_path: Path) -> None:
     refuse_unused(names, ())
     with pytest.raises(PolicyError, match="q_proj"):
         refuse_unused(["model.layers.0.self_attn.q_proj.bias"], ())
+
+
+# --- other places ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_with_a_gap_are_refused(tmp_path: Path, name: str) -> None:
+    """Transformers would take the last expert for the second, and report nothing."""
+    mixture = MIXTURES[name]
+    tiny_model(mixture.kind, **mixture.options).save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    renamed = {key.replace(".experts.1.", ".experts.9."): tensor for key, tensor in weights.items()}
+    assert renamed.keys() != weights.keys()
+    safetensors.torch.save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(PolicyError, match=r"experts\.0\..* these are not the 4 tensors from 0 on"):
+        load(tmp_path)
+
+
+def test_same_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    """Transformers would take one of them."""
+    further = {f"module.{HEAD}": torch.ones(tiny_model().config.vocab_size, 32)}
+    directory = saved(tmp_path / "tiny", {}, further)
+    with pytest.raises(PolicyError, match=r"duplicate tensor: it is (module\.)?lm_head\.weight again"):
+        load(directory)
 
 
 # --- ties --------------------------------------------------------------------------------------------

@@ -150,6 +150,16 @@ def test_buffers_that_transformers_ignores() -> None:
     check_equal(model, sent)
 
 
+@pytest.mark.parametrize("name", ["attn.attention.bias", "attn.masked_bias", "attn.causal_mask"])
+def test_constants_of_former_versions(name: str) -> None:
+    """As GPT-Neo, GPT-J and CodeGen have them on hubs; transformers warns of them."""
+    kind, options = KINDS["gpt_neo"]
+    sent, model = changed_model(kind=kind, **options), tiny_model(kind, **options)
+    tensors = {**weights_of(sent), f"transformer.h.0.{name}": torch.ones(1, 1, 8, 8)}
+    loaded(model, *tensors.items(), is_partial=False)
+    check_equal(model, sent)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_state_dict_is_not_converted(name: str) -> None:
     kind, options = KINDS[name]
