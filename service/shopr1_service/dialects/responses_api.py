@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.wire import Message, TokenIds
+from shopr1_client.wire import Message, TokenId, TokenIds
 from shopr1_client.wire_base import MESSAGES, OBJECT, STRING, TEXT, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions, TemplateArguments
 from shopr1_service.dialects.requests import TrainerRequest
@@ -22,9 +22,16 @@ class _Part(TrainerRequest):
     text: UnicodeText
 
 
-TokenId = Annotated[int, Field(ge=0)]
-"""Some of NeMo Gym's servers write ids as strings."""
+_Digits = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 
+
+def _from_digits(value: Any) -> Any:  # noqa: ANN401  # the id refuses whatever is no integer
+    """Some of NeMo Gym's servers write ids as strings."""
+    is_digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10
+    return int(value) if is_digits else value
+
+
+_TokenId = Annotated[TokenId, BeforeValidator(_from_digits, json_schema_input_type=TokenId | _Digits)]
 _Content = Annotated[
     Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(MESSAGES)],
     by_type({STRING: str, MESSAGES: list}, "content_kind", "must be a string or a list of texts"),
@@ -106,8 +113,8 @@ class OutputText(TrainerRequest):
 class _WithIds(TrainerRequest):
     """The token ids of a call of the policy, on the last item of its output; both or none of them count."""
 
-    prompt_token_ids: list[TokenId] | None = None
-    generation_token_ids: list[TokenId] | None = None
+    prompt_token_ids: list[_TokenId] | None = None
+    generation_token_ids: list[_TokenId] | None = None
 
     @property
     def ids(self) -> tuple[TokenIds, TokenIds] | None:

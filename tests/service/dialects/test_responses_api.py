@@ -91,6 +91,13 @@ def test_options_of_the_prompt_are_in_the_metadata(metadata: Any, options: dict[
     assert params.options().given() == options
 
 
+@pytest.mark.parametrize("flawed", [False, 1.0, -1, "", "-1", "1.0", " 1", "１", "1" * 11, None])
+def test_ids_are_integers_or_their_digits(flawed: Any) -> None:
+    item = {"type": "reasoning", "prompt_token_ids": [1], "generation_token_ids": [flawed]}
+    with pytest.raises(ValidationError, match="generation_token_ids"):
+        PolicyResponse.model_validate({"output": [item]})
+
+
 def test_token_ids_are_on_one_item_of_the_output() -> None:
     ids = {"prompt_token_ids": [1, 2], "generation_token_ids": ["3", 4], "generation_log_probs": [0.0, 0.0]}
     message = {"type": "message", "content": text_parts("output_text", "a")}
