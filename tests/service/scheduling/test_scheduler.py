@@ -114,6 +114,11 @@ async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertainty
     return tasks
 
 
+async def ended(scheduler: Scheduler) -> None:
+    """Wait for the end of the engine's thread, which reports a fatal error last."""
+    await asyncio.to_thread(scheduler._thread.join, WAIT_S)
+
+
 def gauge(metrics: Metrics, name: str) -> float | None:
     return metrics.registry.get_sample_value(name)
 
@@ -283,7 +288,7 @@ async def test_a_fatal_error_rejects_all_requests(
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
         await scheduler.compute_certainties([group_of([1], 1)], KIND)
-    await asyncio.to_thread(scheduler._thread.join, WAIT_S)  # it reports the error last
+    await ended(scheduler)
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
 
@@ -392,6 +397,7 @@ async def test_a_fatal_error_of_a_task(
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
         await scheduler.between_batches(lambda: None)
+    await ended(scheduler)
     assert [str(failure) for failure in failures] == ["no rollback"]
     assert len(policy.batches) == 1  # neither the batch nor the second task has started
 
