@@ -11,8 +11,8 @@ from benchmarks.workloads import Plan, Shape, Workloads
 from shopr1_rewards import load_recipe
 from shopr1_service.core import TokenGroup
 from shopr1_service.policy.factory import build_policy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.loading import EMBEDDED_NAME, find_source, load_model
-from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
 
 RECIPE = load_recipe("shop_r1")

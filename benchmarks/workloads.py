@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shopr1_service.core import MeasuredCompletion, PromptKey, TokenGroup
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.core import CompletionTokens, PromptKey, TokenGroup
+from shopr1_service.policy.prompts.tokenizer import Codec
 
 BEFORE_RATIONALE = '{"rationale": "'
 AFTER_RATIONALE = '", "action": {"type": "terminate"}}'
@@ -124,7 +124,7 @@ class Workloads:
         """A group that measures its rationales. Without `prompt_ids` it has a new random prompt."""
         first = len(self._ids(BEFORE_RATIONALE))
         measured = range(first, first + shape.R)
-        completions = [MeasuredCompletion(ids, measured) for ids in self.completions(shape)]
+        completions = [CompletionTokens(ids, measured) for ids in self.completions(shape)]
         return TokenGroup(PromptKey(prompt_ids or self.prompt_ids(shape.P)), completions)
 
     def _ids(self, text: str) -> Sequence[int]:

@@ -21,8 +21,8 @@ from benchmarks.report import Report
 from benchmarks.subject import RECIPE, embedded_policy
 from benchmarks.workloads import Shape, Workloads
 from shopr1_service.cluster.prefix_affinity import Affinity, Work
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.loading import choose_device
-from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import load_settings
 
 FOLDER = Path(__file__).parent

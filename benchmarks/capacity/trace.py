@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from shopr1_client.wire import Message, Prompt, TokenIds
 from shopr1_service.engine.prefix_cache import common_length
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 
 FOLDER = Path(__file__).parent
 TRACE = FOLDER / "trace.jsonl"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.engine.tiny_architectures import MAX_TOKENS, NUM_VOCAB, Architecture, build
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.factory import build_policy
 from shopr1_service.settings import Settings
@@ -109,7 +109,7 @@ class _Reference:
             each.set_experts_implementation("eager")  # grouped products know no fp64
         self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def values(self, prompt_ids: Sequence[int], completion: MeasuredCompletion) -> tuple[Tensor, Tensor]:
+    def values(self, prompt_ids: Sequence[int], completion: CompletionTokens) -> tuple[Tensor, Tensor]:
         ids = (*prompt_ids, *completion.ids)
         if ids not in self._known:
             self._known[ids] = (_certainty(self._double, ids), _certainty(self._plain, ids))
@@ -145,10 +145,10 @@ def batches() -> list[list[TokenGroup]]:
     """New prompts, the same again, grown ones, evicted ones, and several groups together."""
     lead, tail = random_ids(6, seed=11), random_ids(20, seed=12)
     completions = [
-        MeasuredCompletion([*lead, *tail], range(6, 26)),
-        MeasuredCompletion([*lead, *reversed(tail)], [6, 9, 10, 25]),
-        MeasuredCompletion([*lead, *tail[5:8]], range(9)),
-        MeasuredCompletion(tail[:2], [1]),
+        CompletionTokens([*lead, *tail], range(6, 26)),
+        CompletionTokens([*lead, *reversed(tail)], [6, 9, 10, 25]),
+        CompletionTokens([*lead, *tail[5:8]], range(9)),
+        CompletionTokens(tail[:2], [1]),
     ]
     prompts = [random_ids(num, seed=num) for num in PROMPT_TOKENS]
     groups = [TokenGroup(PromptKey(prompt), completions) for prompt in prompts]

@@ -29,7 +29,7 @@ from benchmarks.serving.local_server import (
 )
 from benchmarks.subject import RECIPE, Subject
 from benchmarks.workloads import Shape
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 
 WARM_UP = Shape(64, 2, 8)
 LOGITS_MEMORY_SHARE = 0.25  # of free memory; a batch whose logits need more is skipped

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu.models import FAMILIES, RULES, Family, on, random_ids, tiny_model, values_of
 from benchmarks.gpu.results import Budget, Outcome, Results, Row, dtype_name
-from shopr1_service.core import MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.engine.attention.shared_prefix import UnsupportedAttentionError
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import (
@@ -125,10 +125,10 @@ def _batches() -> list[list[TokenGroup]]:
     first = TokenGroup(
         PromptKey(prompt),
         [
-            MeasuredCompletion([*lead, *tail], range(6, 26)),
-            MeasuredCompletion([*lead, *reversed(tail)], [6, 9, 10, 25]),
-            MeasuredCompletion([*lead, *tail[5:8]], range(9)),
-            MeasuredCompletion(tail[:2], [0]),
+            CompletionTokens([*lead, *tail], range(6, 26)),
+            CompletionTokens([*lead, *reversed(tail)], [6, 9, 10, 25]),
+            CompletionTokens([*lead, *tail[5:8]], range(9)),
+            CompletionTokens(tail[:2], [0]),
         ],
     )
     extended = TokenGroup(PromptKey([*prompt, *tail[:10]]), first.completions[:2])
@@ -151,7 +151,7 @@ def _reference(model: PreTrainedModel, groups: Sequence[TokenGroup]) -> Tensor:
 
 @torch.no_grad()
 def _full_logits_values(
-    model: PreTrainedModel, prompt_ids: Sequence[int], completion: MeasuredCompletion
+    model: PreTrainedModel, prompt_ids: Sequence[int], completion: CompletionTokens
 ) -> Tensor:
     ids_1_T = _ids_tensor([*prompt_ids, *completion.ids], model.device)
     logits_T_V = model(input_ids=ids_1_T, use_cache=False).logits[0]

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from benchmarks.workloads import Shape
 from shopr1_rewards import load_recipe
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Unmeasurable
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup, Unmeasurable
 from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.settings import Settings, load_settings
 
 RULES = load_recipe("shop_r1").self_certainty
@@ -177,7 +177,7 @@ def random_group(shape: Shape, num_vocab: int, seed: int) -> TokenGroup:
     """A group of random tokens whose completions are measured at every token."""
     prompt_ids = random_ids(shape.P, num_vocab, seed)
     completions = [random_ids(shape.R, num_vocab, seed + 1 + i) for i in range(shape.G)]
-    return TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, range(shape.R)) for ids in completions])
+    return TokenGroup(PromptKey(prompt_ids), [CompletionTokens(ids, range(shape.R)) for ids in completions])
 
 
 def _generator(seed: int = 0) -> torch.Generator:

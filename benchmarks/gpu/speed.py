@@ -28,7 +28,7 @@ from benchmarks.meters import (
 from benchmarks.report import device_name
 from benchmarks.workloads import Shape
 from shopr1_service.core import TokenGroup
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 
 SHAPES = (Shape(2000, 8, 64), Shape(8000, 16, 64), Shape(32_000, 16, 64))
 TINY_SHAPES = (Shape(48, 2, 8), Shape(64, 3, 8), Shape(96, 4, 8))

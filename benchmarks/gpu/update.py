@@ -12,7 +12,7 @@ from benchmarks.gpu.results import Budget, Outcome, Results, Row, dtype_name
 from benchmarks.meters import time_s
 from benchmarks.serving.local_server import served
 from benchmarks.workloads import Shape
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 
 CHECK_SHAPE = Shape(48, 2, 8)
 NORM = "model.norm.weight"

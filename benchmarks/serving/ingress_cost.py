@@ -19,9 +19,9 @@ from benchmarks.subject import embedded_policy
 from benchmarks.workloads import Shape, Workloads
 from shopr1_service.cluster.application import EngineDeployment, Scale
 from shopr1_service.cluster.messages import Route
-from shopr1_service.core import Certainty, Kind, Measurements, TokenGroup
+from shopr1_service.core import BatchKey, Certainty, GroupCertainties, TokenGroup
 from shopr1_service.policy.loading import choose_device
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 
 FOLDER = Path(__file__).parent
 SHAPES = (Shape(250, 1, 32), Shape(250, 8, 32), Shape(4000, 8, 32))
@@ -34,9 +34,9 @@ TICKS_S = os.sysconf("SC_CLK_TCK")
 class InstantEngine(EngineDeployment):
     """Engine that returns constants immediately."""
 
-    async def compute_certainties(self, group: TokenGroup, kind: Kind, _route: Route) -> Measurements:
+    async def compute_certainties(self, group: TokenGroup, key: BatchKey, _route: Route) -> GroupCertainties:
         values = [Certainty((1.0,) * len(completion.measured)) for completion in group.completions]
-        return Measurements(values, self._engine.versions.find(kind.target))
+        return GroupCertainties(values, self._engine.versions.find(key.target))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shopr1_service.core import TokenGroup
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.server.app import create_app
 from shopr1_service.server.http_protocol import connection_class
 from shopr1_service.settings import Settings

@@ -39,7 +39,7 @@ from shopr1_client.errors import ProblemError
 from shopr1_service.cluster.application import EngineDeployment, Scale, application
 from shopr1_service.cluster.messages import Declined, Route
 from shopr1_service.cluster.ray_router import AffinityRouter
-from shopr1_service.core import Kind, Measurements, TokenGroup
+from shopr1_service.core import BatchKey, GroupCertainties, TokenGroup
 from shopr1_service.policy.loading import choose_device
 from shopr1_service.settings import Settings, load_settings
 
@@ -62,9 +62,9 @@ class CountingEngine(EngineDeployment):
     """Engine that writes its cache hits and misses, in prompt tokens, to a file."""
 
     async def compute_certainties(
-        self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Declined:
-        measured = await super().compute_certainties(group, kind, route)
+        self, group: TokenGroup, key: BatchKey, route: Route
+    ) -> GroupCertainties | ProblemError | Declined:
+        measured = await super().compute_certainties(group, key, route)
         cache = self._engine.policy.stats.cache
         counts = {"missed": cache.num_missed_tokens, "hit": cache.num_hit_tokens}
         (Path(os.environ[COUNTS]) / f"{os.getpid()}.json").write_text(json.dumps(counts))

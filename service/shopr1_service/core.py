@@ -77,7 +77,7 @@ class CacheStats:
 
 
 @dataclass(frozen=True)
-class MeasuredCompletion:
+class CompletionTokens:
     """A completion, and the tokens whose self-certainty is computed.
 
     Attributes:
@@ -137,7 +137,7 @@ class TokenGroup:
     """A prompt and its completions."""
 
     prompt: PromptKey
-    completions: Sequence[MeasuredCompletion]
+    completions: Sequence[CompletionTokens]
 
     @property
     def prompt_ids(self) -> Sequence[int]:
@@ -175,7 +175,7 @@ class Unmeasurable:
     message: str
 
 
-Measured = list[Certainty | Unmeasurable]
+Certainties = list[Certainty | Unmeasurable]
 """Results of one group, in the order of its completions."""
 
 
@@ -192,7 +192,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class Measurements:
+class GroupCertainties:
     """Results of a group, in the order of its completions, and the version that computed them."""
 
     values: Sequence[Certainty | Unmeasurable]
@@ -216,8 +216,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Rules and weights of a computation: groups of one kind can share a batch.
+class BatchKey:
+    """Rules and weights of a computation: groups with equal keys can share a batch.
 
     Attributes:
         target: resolved to a version when the batch starts.
@@ -257,7 +257,7 @@ class PreparedGroup:
         """The engine's input: the rollouts with measured tokens, in order."""
         return TokenGroup(
             PromptKey(self.prompt_ids),
-            [MeasuredCompletion(r.tokens.ids, r.measured) for r in self.rollouts if r.measured],
+            [CompletionTokens(r.tokens.ids, r.measured) for r in self.rollouts if r.measured],
         )
 
 

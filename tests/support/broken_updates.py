@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
-from tests.service.policy.test_lora import random_tensors
+from tests.support.adapters import random_tensors
 from tests.support.http import WAIT_S
 from tests.support.models import tiny_model
 

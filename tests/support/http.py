@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from shopr1_client import Client
 from shopr1_service.policy.base import Policy
 from shopr1_service.policy.fake import FakePolicy
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.scheduling.engine_client import OpenEngine
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app

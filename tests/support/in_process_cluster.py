@@ -18,10 +18,10 @@ from shopr1_service.cluster.messages import ClusterView, Route, raise_problem
 from shopr1_service.cluster.update_coordinator import GRACE_S, UpdateCoordinator
 from shopr1_service.cluster.update_log import Change
 from shopr1_service.core import (
+    BatchKey,
     Certainty,
-    Kind,
-    MeasuredCompletion,
-    Measurements,
+    CompletionTokens,
+    GroupCertainties,
     PromptKey,
     Target,
     TokenGroup,
@@ -31,7 +31,7 @@ from tests.support.broken_updates import ADAPTER_CONFIG
 from tests.support.models import policy_of, random_ids, tiny_model
 
 RULES = load_recipe("shop_r1").self_certainty
-GROUP = TokenGroup(PromptKey(random_ids(40)), [MeasuredCompletion(random_ids(9, seed=1), range(9))])
+GROUP = TokenGroup(PromptKey(random_ids(40)), [CompletionTokens(random_ids(9, seed=1), range(9))])
 _CHUNK_BYTES = 5000
 
 
@@ -178,7 +178,7 @@ async def running(
 
 async def measured(engine: EngineReplica, route: Route | None = None, **target: Any) -> Any:
     """An engine's answer to a group, always the same one."""
-    return await engine.compute_certainties(GROUP, Kind(RULES, Target(**target)), route or Route())
+    return await engine.compute_certainties(GROUP, BatchKey(RULES, Target(**target)), route or Route())
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ class Values:
 async def numbers(engine: EngineReplica, **target: Any) -> tuple[Values, str, int]:
     """Values of `GROUP`, and name and number of the version that computed them."""
     outcome = await measured(engine, **target)
-    assert isinstance(outcome, Measurements), outcome
+    assert isinstance(outcome, GroupCertainties), outcome
     [certainty] = outcome.values
     assert isinstance(certainty, Certainty)
     return Values(certainty.values), outcome.version.name, outcome.version.number

@@ -29,7 +29,7 @@ from transformers import (
 from shopr1_rewards import Span
 from shopr1_rewards.recipe import Divergence, Position, SelfCertaintyRecipe, Vocabulary
 from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.settings import Settings
 
 

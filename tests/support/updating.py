@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from shopr1_client.wire import ScoreRequest
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
 from shopr1_service.core import Origin
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
 from shopr1_service.updates.updatable_engine import UpdatableEngine
 from shopr1_service.weights.files import CLOSE_THREAD
-from tests.service.policy.test_lora import random_tensors
+from tests.support.adapters import random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG
 from tests.support.http import CLICK, answer, client_of, group, problem, score, until_ready
 from tests.support.models import byte_level, policy_of, tiny_model

@@ -10,11 +10,11 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_service.cluster.engine_metrics import QUEUED_TOKENS, Scrape
 from shopr1_service.cluster.messages import Declined, Route, returns_problems
 from shopr1_service.cluster.update_follower import UpdateFollower
-from shopr1_service.core import Kind, Measurements, TokenGroup
+from shopr1_service.core import BatchKey, GroupCertainties, TokenGroup
 from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.loading import load_policy
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterFiles
 from shopr1_service.updates.updatable_engine import UpdatableEngine
@@ -73,13 +73,13 @@ class EngineReplica:
         self._following = asyncio.create_task(follower.follow(self._fail))
 
     async def compute_certainties(
-        self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Declined:
+        self, group: TokenGroup, key: BatchKey, route: Route
+    ) -> GroupCertainties | ProblemError | Declined:
         """As `EngineClient`, but problems are returned: Ray would log a traceback."""
         if (reason := self._reason_to_decline(route)) is not None:
             return Declined(self._name, NotReadyError(reason, retry_after_s=RETRY_UPDATE_AFTER_S))
         try:
-            [measurements] = await self._engine.compute_certainties([group], kind)
+            [measurements] = await self._engine.compute_certainties([group], key)
         except (NotReadyError, PolicyVersionError, InvalidRequestError) as error:
             return Declined(self._name, error)
         except ProblemError as error:

@@ -37,10 +37,10 @@ from shopr1_service.cluster.engine_metrics import Scrape, labelled
 from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import Answer, ClusterView, Declined, Route, raise_problem
 from shopr1_service.cluster.update_log import Change, UnloadRequest
-from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
+from shopr1_service.core import BatchKey, GroupCertainties, Progress, TokenGroup
 from shopr1_service.errors import RETRY_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scheduling.version_waiter import VersionWaiter
@@ -119,30 +119,30 @@ class RemoteEngines(EngineClient):
     # --- scoring
 
     async def compute_certainties(
-        self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
-    ) -> list[Measurements]:
+        self, groups: Sequence[TokenGroup], key: BatchKey, progress: Progress | None = None
+    ) -> list[GroupCertainties]:
         """As `EngineClient`. Each group is sent separately; if one is refused, all are."""
         # In contexts of their own: otherwise all of them have the id of the HTTP request, and Ray's router
         # confuses them.
-        calls = [asyncio.create_task(self._compute(group, kind), context=Context()) for group in groups]
+        calls = [asyncio.create_task(self._compute(group, key), context=Context()) for group in groups]
         try:
             return list(await asyncio.gather(*calls))
         finally:
             for call in calls:
                 call.cancel()
 
-    async def _compute(self, group: TokenGroup, kind: Kind) -> Measurements:
+    async def _compute(self, group: TokenGroup, key: BatchKey) -> GroupCertainties:
         if not group.completions:
-            return Measurements([], self.versions.find(kind.target))
+            return GroupCertainties([], self.versions.find(key.target))
         problem: ProblemError = NotReadyError(
             f"{_MAX_TRIES} engines died while they computed it", retry_after_s=RETRY_AFTER_S
         )
         declined: set[str] = set()
         for _ in range(_MAX_TRIES):
-            engines = self.view.engines_with(kind.target)
+            engines = self.view.engines_with(key.target)
             if declined and engines <= declined:
                 break
-            outcome = await self._call(group, kind, Route(engines - declined or None, self.view.min_number))
+            outcome = await self._call(group, key, Route(engines - declined or None, self.view.min_number))
             if isinstance(outcome, Declined):
                 declined.add(outcome.engine)
                 problem = outcome.problem
@@ -151,12 +151,12 @@ class RemoteEngines(EngineClient):
         raise problem
 
     async def _call(
-        self, group: TokenGroup, kind: Kind, route: Route
-    ) -> Measurements | ProblemError | Declined | None:
+        self, group: TokenGroup, key: BatchKey, route: Route
+    ) -> GroupCertainties | ProblemError | Declined | None:
         """One engine's answer; None if it has died."""
-        response = self._engines.compute_certainties.remote(group, kind, route)
+        response = self._engines.compute_certainties.remote(group, key, route)
         try:
-            outcome: Measurements | ProblemError | Declined = await response
+            outcome: GroupCertainties | ProblemError | Declined = await response
         except asyncio.CancelledError:
             response.cancel()
             raise

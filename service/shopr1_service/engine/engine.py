@@ -11,11 +11,11 @@ from shopr1_client.wire import Reason
 from shopr1_rewards.recipe import Position, SelfCertaintyRecipe, Vocabulary
 from shopr1_rewards.self_certainty import Head, divergences
 from shopr1_service.core import (
+    Certainties,
     Certainty,
+    CompletionTokens,
     EngineStats,
     FatalEngineError,
-    Measured,
-    MeasuredCompletion,
     TokenGroup,
     Unmeasurable,
 )
@@ -60,7 +60,7 @@ class Engine:
             Vocabulary.TOKENIZER: min(num_tokenizer_tokens, head.num_rows),
         }
 
-    def certainties(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+    def certainties(self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe) -> list[Certainties]:
         """Score the completions of several groups together. A failed completion does not affect the others.
 
         Returns:
@@ -91,7 +91,7 @@ class Engine:
             for own, blocked, known in zip(suffixes, obstacles, by_suffix, strict=True)
         ]
 
-    def _suffix(self, group: TokenGroup, completion: MeasuredCompletion, shift: int) -> Suffix:
+    def _suffix(self, group: TokenGroup, completion: CompletionTokens, shift: int) -> Suffix:
         """The shortest input from which the distribution at each measured token is known."""
         positions = tuple(index + shift for index in completion.measured)
         ids = tuple(completion.ids if self._feeds_whole else completion.ids[: positions[-1] + 1])
@@ -109,7 +109,7 @@ class Engine:
             return Unmeasurable(Reason.SEQUENCE_TOO_LONG, message)
         return None
 
-    def _measure(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+    def _measure(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Certainties]:
         """Score all groups together; if that fails, retry once in smaller parts."""
         if not batch:
             return []
@@ -124,7 +124,7 @@ class Engine:
         measured = [self._measure_part(part, rules) for part in parts]
         return measured if len(batch) > 1 else [[each for part in measured for each in part]]
 
-    def _measure_part(self, part: PromptGroup, rules: SelfCertaintyRecipe) -> Measured:
+    def _measure_part(self, part: PromptGroup, rules: SelfCertaintyRecipe) -> Certainties:
         try:
             return self._attempt([part], rules)[0]
         except Exception as error:
@@ -146,7 +146,7 @@ class Engine:
         logger.error("a forward of %d prompts with %d tokens failed", len(batch), num_tokens, exc_info=error)
 
     @torch.inference_mode()
-    def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Measured]:
+    def _attempt(self, batch: Sequence[PromptGroup], rules: SelfCertaintyRecipe) -> list[Certainties]:
         hidden = self._forward.batch(batch)
         values_T = divergences(
             torch.cat([states for group in hidden for states in group]),
@@ -173,7 +173,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _failed(group: PromptGroup, error: Exception) -> Measured:
+def _failed(group: PromptGroup, error: Exception) -> Certainties:
     reason = Reason.OUT_OF_MEMORY if is_out_of_memory(error) else Reason.ENGINE_FAILURE
     return [Unmeasurable(reason, type(error).__name__)] * len(group.suffixes)
 

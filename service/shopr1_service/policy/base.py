@@ -7,7 +7,7 @@ from shopr1_client.wire import PolicyInfo
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, EngineStats, TokenGroup, Unmeasurable, Version
 from shopr1_service.engine.heartbeat import Heartbeat
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
 
 

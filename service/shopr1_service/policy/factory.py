@@ -22,8 +22,8 @@ from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_rewards.self_certainty import Head
 from shopr1_service.core import (
     CodecError,
+    CompletionTokens,
     EngineStats,
-    MeasuredCompletion,
     PromptKey,
     PromptScope,
     TokenGroup,
@@ -54,12 +54,12 @@ from shopr1_service.engine.lm_head import (
 from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
-from shopr1_service.policy.chat import ChatRenderer, read_templates
-from shopr1_service.policy.end_tokens import end_ids, template_ends
 from shopr1_service.policy.load_progress import LoadProgress, Step
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.positions import UNLIMITED, check_positions, longest_sequence
-from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.prompts.chat import ChatRenderer, read_templates
+from shopr1_service.policy.prompts.end_tokens import end_ids, template_ends
+from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from shopr1_service.policy.verdict_cache import KnownVerdict, VerdictCache, verdict_key
 from shopr1_service.settings import Settings
 
@@ -266,7 +266,7 @@ def _release_memory(cache: PrefixCache) -> None:
 def _probe_group(random_ids: Sequence[int], adapter: Version | None) -> TokenGroup:
     """A group of one short pass. Its last token is scored and therefore not fed."""
     *prompt_ids, last = random_ids[:_NUM_PROBE_TOKENS]
-    return TokenGroup(PromptKey(prompt_ids, PromptScope(adapter)), [MeasuredCompletion([last], [0])])
+    return TokenGroup(PromptKey(prompt_ids, PromptScope(adapter)), [CompletionTokens([last], [0])])
 
 
 def _info(
@@ -374,7 +374,7 @@ def warm_up(engine: Engine, token_ids: Sequence[int], rules: SelfCertaintyRecipe
             return
         completions = [
             # Each begins with another token: identical completions would be computed once.
-            MeasuredCompletion(
+            CompletionTokens(
                 [token_ids[i % len(token_ids)], *_repeat(token_ids, num_own - 1)], range(num_own)
             )
             for i in range(num_completions)

@@ -12,15 +12,15 @@ from shopr1_client.wire_prompt import PromptOptions
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import (
     Certainty,
+    CompletionTokens,
     EngineStats,
-    MeasuredCompletion,
     TokenGroup,
     Tokens,
     Unmeasurable,
     Version,
 )
 from shopr1_service.engine.heartbeat import Heartbeat
-from shopr1_service.policy.chat import DEFAULTS, Warn, continues_answer, ignore
+from shopr1_service.policy.prompts.chat import DEFAULTS, Warn, continues_answer, ignore
 from shopr1_service.policy.versions import VersionTable
 
 _NUM_CODE_POINTS = 0x110000
@@ -104,7 +104,7 @@ class FakePolicy:
         self._before_scoring()
         return [[self._certainty(group, c) for c in group.completions] for group in groups]
 
-    def _certainty(self, group: TokenGroup, completion: MeasuredCompletion) -> Certainty | Unmeasurable:
+    def _certainty(self, group: TokenGroup, completion: CompletionTokens) -> Certainty | Unmeasurable:
         num_tokens = len(group.prompt_ids) + completion.measured[-1]
         if num_tokens > self.info.max_sequence_tokens:
             return Unmeasurable(Reason.SEQUENCE_TOO_LONG, f"{num_tokens} tokens are needed")

@@ -29,17 +29,17 @@ from transformers.utils.hub import cached_file
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.architectures import auto_class
 from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.gguf_config import complete_config
-from shopr1_service.policy.gguf_tensors import (
+from shopr1_service.policy.gguf.config import complete_config
+from shopr1_service.policy.gguf.pre_tokenizer import complete_tokenizer
+from shopr1_service.policy.gguf.tensors import (
     ROPE_FACTORS,
     check_rope,
     read_rope_factors,
     unpack_exactly,
     unused_tensors,
 )
-from shopr1_service.policy.gguf_tokenizer import complete_tokenizer
 from shopr1_service.policy.load_progress import LoadProgress, Step
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.unused_tensors import refuse_misplaced, refuse_unused, resolve_ties
 from shopr1_service.settings import DType, Settings
 from shopr1_service.weights.conversion import KEY_MAPPING, Shape

@@ -15,9 +15,9 @@ from shopr1_client.wire_policy import (
     UpdateProgress,
     UpdateRequest,
 )
-from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
+from shopr1_service.core import BatchKey, GroupCertainties, Progress, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
@@ -50,8 +50,8 @@ class EngineClient(Protocol):
         ...
 
     async def compute_certainties(
-        self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
-    ) -> list[Measurements]:
+        self, groups: Sequence[TokenGroup], key: BatchKey, progress: Progress | None = None
+    ) -> list[GroupCertainties]:
         """Compute the self-certainties of all groups, in order. If cancelled, queued groups are dropped.
 
         Args:

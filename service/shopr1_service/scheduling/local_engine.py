@@ -5,10 +5,10 @@ from typing import Generic, TypeVar
 
 from shopr1_client.wire import PolicyInfo
 from shopr1_service.concurrency import in_daemon_thread
-from shopr1_service.core import Kind, Measurements, Progress, TokenGroup
+from shopr1_service.core import BatchKey, GroupCertainties, Progress, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.base import Policy
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.engine_client import EngineClient, OnFatal, OpenEngine
 from shopr1_service.scheduling.scheduler import Scheduler
@@ -66,9 +66,9 @@ class LocalEngine(EngineClient, Generic[AnyPolicy]):
         return self.policy.heartbeat.age_s
 
     async def compute_certainties(
-        self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
-    ) -> list[Measurements]:
-        return await self.scheduler.compute_certainties(groups, kind, progress)
+        self, groups: Sequence[TokenGroup], key: BatchKey, progress: Progress | None = None
+    ) -> list[GroupCertainties]:
+        return await self.scheduler.compute_certainties(groups, key, progress)
 
     def refuse_if_full(self) -> None:
         self.scheduler.refuse_if_full()

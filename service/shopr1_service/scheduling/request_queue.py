@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import Certainty, Measurements, Progress, TokenGroup, Unmeasurable, Version
+from shopr1_service.core import Certainty, GroupCertainties, Progress, TokenGroup, Unmeasurable, Version
 from shopr1_service.monitoring.spans import EnginePass
 
 MAX_BATCH_TOKENS = 4096
@@ -40,7 +40,7 @@ class QueuedGroup:
     submitted_s: float
     rank_s: float
     progress: Progress = field(default_factory=Progress)
-    future: Future[Measurements] = field(default_factory=Future)
+    future: Future[GroupCertainties] = field(default_factory=Future)
     engine_pass: EnginePass | None = None
 
     @property
@@ -49,7 +49,7 @@ class QueuedGroup:
         return self.group.prompt, self.rules
 
     @property
-    def kind(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """Equal for groups that share a batch: it has one version of the policy and one set of rules."""
         return self.group.prompt.scope.weights, self.rules
 
@@ -68,7 +68,7 @@ class QueuedGroup:
 PromptBatch = list[QueuedGroup]
 """Groups with the same prompt and rules, by rank; never empty."""
 Batch = list[PromptBatch]
-"""Prompt batches that are computed together; never empty, all of the same kind."""
+"""Prompt batches that are computed together; never empty, all with the same key."""
 
 
 class RequestQueue:
@@ -115,7 +115,7 @@ class RequestQueue:
         batch, num_free = [taken], MAX_BATCH_TOKENS - _num_tokens(taken)
         for other in others if self._merges else ():
             head = other[0]
-            if head.kind == taken[0].kind and head.group.num_tokens <= num_free:
+            if head.batch_key == taken[0].batch_key and head.group.num_tokens <= num_free:
                 batch.append(self._take(other, num_free - head.num_prompt_tokens))
                 num_free -= _num_tokens(batch[-1])
         return batch
@@ -158,7 +158,7 @@ def distribute(batch: PromptBatch, certainties: Sequence[Certainty | Unmeasurabl
     start = 0
     for queued in batch:
         end = start + len(queued.group.completions)
-        queued.future.set_result(Measurements(certainties[start:end], version))
+        queued.future.set_result(GroupCertainties(certainties[start:end], version))
         start = end
 
 

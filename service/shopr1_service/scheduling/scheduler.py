@@ -22,10 +22,10 @@ from typing import Any, Generic, TypeVar
 
 from shopr1_client.errors import NotReadyError, OverloadedError, ProblemError
 from shopr1_service.core import (
+    BatchKey,
     Certainty,
     FatalEngineError,
-    Kind,
-    Measurements,
+    GroupCertainties,
     Progress,
     Target,
     TokenGroup,
@@ -87,12 +87,12 @@ class Scheduler:
         self._thread.start()
 
     async def compute_certainties(
-        self, groups: Sequence[TokenGroup], kind: Kind, progress: Progress | None = None
-    ) -> list[Measurements]:
+        self, groups: Sequence[TokenGroup], key: BatchKey, progress: Progress | None = None
+    ) -> list[GroupCertainties]:
         """Compute the self-certainties of all groups, as described in `EngineClient`."""
         now_s = time.perf_counter()
         progress = progress or Progress()
-        queued = [self._queued(group, kind, now_s, progress) for group in groups]
+        queued = [self._queued(group, key, now_s, progress) for group in groups]
         nonempty = [each for each in queued if each.group.completions]
         self._enqueue(nonempty, progress)
         try:
@@ -138,11 +138,11 @@ class Scheduler:
             self._changed.notify()
         self._drop(queued)
 
-    def _queued(self, group: TokenGroup, kind: Kind, now_s: float, progress: Progress) -> QueuedGroup:
+    def _queued(self, group: TokenGroup, key: BatchKey, now_s: float, progress: Progress) -> QueuedGroup:
         due_s = now_s + self._rate.seconds(group.num_tokens)
-        queued = QueuedGroup(group.with_weights(kind.target), kind.rules, now_s, due_s, progress)
+        queued = QueuedGroup(group.with_weights(key.target), key.rules, now_s, due_s, progress)
         if not group.completions:
-            queued.future.set_result(Measurements([], self._policy.versions.find(kind.target)))
+            queued.future.set_result(GroupCertainties([], self._policy.versions.find(key.target)))
         return queued
 
     def _enqueue(self, groups: Sequence[QueuedGroup], progress: Progress) -> None:

@@ -20,7 +20,7 @@ from shopr1_service.core import (
     Tokens,
 )
 from shopr1_service.field_errors import raise_if_any
-from shopr1_service.policy.tokenizer import Codec
+from shopr1_service.policy.prompts.tokenizer import Codec
 
 _NO_TOKENS = Tokens("", (), ())
 

@@ -21,9 +21,9 @@ from shopr1_client.wire import (
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import Recipe, measured_terms, total
 from shopr1_service.core import (
+    BatchKey,
     Certainty,
-    Kind,
-    Measurements,
+    GroupCertainties,
     Observer,
     Origin,
     PreparedGroup,
@@ -88,8 +88,8 @@ class Scorer:
         in_context = copy_context().run  # logs and traces name the request
         groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
         token_groups = [group.token_group() for group in groups]
-        kind = Kind(recipe.self_certainty, target)
-        measured = await self.engine.compute_certainties(token_groups, kind, progress)
+        key = BatchKey(recipe.self_certainty, target)
+        measured = await self.engine.compute_certainties(token_groups, key, progress)
         scores = [
             _group_score(group, measurements, recipe, request.include)
             for group, measurements in zip(groups, measured, strict=True)
@@ -123,7 +123,7 @@ class Scorer:
             raise InvalidRequestError(message, errors=[{"location": "recipe", "message": message}])
         return recipe
 
-    def _newest(self, measured: Sequence[Measurements], target: Target) -> PolicyRef:
+    def _newest(self, measured: Sequence[GroupCertainties], target: Target) -> PolicyRef:
         versions = [measurements.version for measurements in measured] or [self.engine.versions.find(target)]
         newest = max(versions, key=lambda version: version.number)
         return PolicyRef(
@@ -145,7 +145,7 @@ def _target(request: ScoreRequest) -> Target:
 
 
 def _group_score(
-    group: PreparedGroup, measured: Measurements, recipe: Recipe, include: Sequence[Include]
+    group: PreparedGroup, measured: GroupCertainties, recipe: Recipe, include: Sequence[Include]
 ) -> GroupScore:
     measurements = iter(measured.values)
     rewards = [

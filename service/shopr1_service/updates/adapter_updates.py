@@ -22,9 +22,9 @@ from shopr1_service.core import Version
 from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.base_sample import check_base
-from shopr1_service.policy.local import LoadedPolicy
-from shopr1_service.policy.lora import Adapter, AdapterError, build_adapter, parse_config
+from shopr1_service.policy.adapters.base_sample import check_base
+from shopr1_service.policy.adapters.lora import Adapter, AdapterError, build_adapter, parse_config
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.scheduling.scheduler import Scheduler
 from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings

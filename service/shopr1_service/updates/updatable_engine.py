@@ -11,7 +11,7 @@ from shopr1_client.wire_policy import (
     UpdateRequest,
 )
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.scheduling.engine_client import OnFatal
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.settings import Settings

@@ -20,7 +20,7 @@ from shopr1_service.concurrency import read_foreign
 from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.scheduling.scheduler import Scheduler
 from shopr1_service.scheduling.version_waiter import VersionWaiter

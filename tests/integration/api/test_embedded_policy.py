@@ -8,10 +8,10 @@ import torch
 
 from shopr1_client.wire import Message
 from shopr1_rewards import Span
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Tokens
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup, Tokens
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.loading import load_policy
-from shopr1_service.policy.local import LoadedPolicy
-from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from shopr1_service.settings import DType, Settings
 from tests.support.models import naive, rules, slow_overlapping, token_bytes
 
@@ -34,7 +34,7 @@ def test_embedded_policy(embedded: LoadedPolicy) -> None:
     prompt_ids = policy.codec.encode_chat([Message(role="user", content="Is green tea cheap?")])
     tokens = policy.codec.encode_text('{"rationale": "便宜 tea"}')
     measured = range(len(tokens.ids))
-    group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(tokens.ids, measured)])
+    group = TokenGroup(PromptKey(prompt_ids), [CompletionTokens(tokens.ids, measured)])
     [[certainty]] = policy.certainties([group], rules())
     with torch.no_grad():
         logits_T_V = policy.model(input_ids=torch.tensor([[*prompt_ids, *tokens.ids]])).logits[0].double()

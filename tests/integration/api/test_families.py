@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from shopr1_client.wire import Reward, ScoreRequest, Status
 from shopr1_rewards import Span, recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import Certainty, MeasuredCompletion, Origin, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, Origin, PromptKey, TokenGroup
 from shopr1_service.engine import lm_head as head
 from shopr1_service.monitoring.metrics import Metrics
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.scoring.recipe_book import RecipeBook
 from shopr1_service.scoring.scorer import Scorer
@@ -76,18 +76,18 @@ def test_choice_of_head_and_forward(family: str) -> None:
 
 PROMPT = random_ids(21, seed=1)  # longer than windows, chunks and convolutions
 COMPLETIONS = {
-    "from the first token": MeasuredCompletion(random_ids(9, seed=2), [0, 1, 2]),
-    "with gaps": MeasuredCompletion(random_ids(14, seed=3), [3, 5, 6, 11]),
-    "the same again": MeasuredCompletion(random_ids(14, seed=3), [3, 5, 6, 11]),
-    "the same ids, last token": MeasuredCompletion(random_ids(14, seed=3), [13]),
-    "all tokens": MeasuredCompletion(random_ids(30, seed=5), range(30)),
+    "from the first token": CompletionTokens(random_ids(9, seed=2), [0, 1, 2]),
+    "with gaps": CompletionTokens(random_ids(14, seed=3), [3, 5, 6, 11]),
+    "the same again": CompletionTokens(random_ids(14, seed=3), [3, 5, 6, 11]),
+    "the same ids, last token": CompletionTokens(random_ids(14, seed=3), [13]),
+    "all tokens": CompletionTokens(random_ids(30, seed=5), range(30)),
 }
 
 
 def check(
     family: str,
     prompt_ids: Sequence[int],
-    completions: Sequence[MeasuredCompletion],
+    completions: Sequence[CompletionTokens],
     rules: SelfCertaintyRecipe,
     tolerance: float = TOLERANCE,
 ) -> None:
@@ -135,14 +135,14 @@ def test_short_prompts(family: str, num_prompt_tokens: int) -> None:
 
 @EVERY_FAMILY
 def test_no_prompt(family: str) -> None:
-    check(family, [], [MeasuredCompletion(random_ids(12, seed=6), [1, 2, 11])], rules())
+    check(family, [], [CompletionTokens(random_ids(12, seed=6), [1, 2, 11])], rules())
 
 
 @EVERY_FAMILY
 def test_one_token_or_none_after_the_prompt(family: str) -> None:
     # Many models have separate code for a step of one token.
     ids = random_ids(2, seed=7)
-    check(family, PROMPT, [MeasuredCompletion(ids, [0]), MeasuredCompletion(ids, [1])], rules())
+    check(family, PROMPT, [CompletionTokens(ids, [0]), CompletionTokens(ids, [1])], rules())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.settings import Settings
 from tests.support.http import answer, group, metric, post, problem, running, score
 from tests.support.models import Reference, byte_level, rules, tiny_model

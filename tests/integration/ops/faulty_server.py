@@ -19,7 +19,7 @@ import torch
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.policy import factory as building
 from shopr1_service.policy import loading
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.server import uvicorn_server as server
 from shopr1_service.settings import load_settings
 

@@ -1,6 +1,6 @@
 """Twice the service's capacity for minutes, from clients that do not wait for each other.
 
-`LOAD_SECONDS` (300) is the duration. Measurements are always printed (`pytest -s`).
+`LOAD_SECONDS` (300) is the duration. GroupCertainties are always printed (`pytest -s`).
 """
 
 import asyncio

@@ -29,10 +29,10 @@ from shopr1_service.cluster.engine_replica import Description
 from shopr1_service.cluster.messages import ClusterView, Declined, Route
 from shopr1_service.cluster.remote_engines import RemoteEngines
 from shopr1_service.core import (
+    BatchKey,
     Certainty,
-    Kind,
-    MeasuredCompletion,
-    Measurements,
+    CompletionTokens,
+    GroupCertainties,
     PromptKey,
     Target,
     TokenGroup,
@@ -46,9 +46,9 @@ from tests.support.updating import adapter_file, changed_model, file_of, saved, 
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(WAIT_S)]
 
-KIND = Kind(load_recipe("shop_r1").self_certainty)
-GROUP = TokenGroup(PromptKey((1, 2, 3)), [MeasuredCompletion((4, 5), (0, 1))])
-MEASURED = Measurements([Certainty((26.0, 26.0))], Version("0"))
+BATCH_KEY = BatchKey(load_recipe("shop_r1").self_certainty)
+GROUP = TokenGroup(PromptKey((1, 2, 3)), [CompletionTokens((4, 5), (0, 1))])
+MEASURED = GroupCertainties([Certainty((26.0, 26.0))], Version("0"))
 DIED = ActorDiedError()
 NEW = file_of(changed_model())
 
@@ -83,7 +83,7 @@ class Engines:
         self.routes: list[Route] = []
         self._outcomes: Iterator[Any] = iter(outcomes)
 
-    def remote(self, _group: TokenGroup, _kind: Kind, route: Route) -> Response:
+    def remote(self, _group: TokenGroup, _key: BatchKey, route: Route) -> Response:
         self.routes.append(route)
         self.responses.append(Response(next(self._outcomes)))
         return self.responses[-1]
@@ -100,14 +100,14 @@ def client_of(engines: Engines) -> RemoteEngines:
 
 async def test_a_group_goes_to_another_engine_when_one_dies() -> None:
     engines = Engines(DIED, ActorUnavailableError("x", b"0" * 16), MEASURED)
-    assert await client_of(engines).compute_certainties([GROUP], KIND) == [MEASURED]
+    assert await client_of(engines).compute_certainties([GROUP], BATCH_KEY) == [MEASURED]
     assert len(engines.responses) == 3
 
 
 async def test_a_group_that_kills_engines_is_refused() -> None:
     engines = Engines(*[DIED] * 9)
     with pytest.raises(NotReadyError, match="5 engines died"):
-        await client_of(engines).compute_certainties([GROUP], KIND)
+        await client_of(engines).compute_certainties([GROUP], BATCH_KEY)
     assert len(engines.responses) == 5
 
 
@@ -115,7 +115,7 @@ async def test_a_group_that_kills_engines_is_refused() -> None:
 async def test_if_one_group_is_refused_the_others_are_cancelled(refusal: Exception) -> None:
     engines = Engines(None, refusal, None)
     with pytest.raises(OverloadedError) as caught:
-        await client_of(engines).compute_certainties([GROUP] * 3, KIND)
+        await client_of(engines).compute_certainties([GROUP] * 3, BATCH_KEY)
     assert caught.value.retry_after_s
     await asyncio.sleep(0)
     assert [response.is_cancelled for response in engines.responses] == [True, False, True]
@@ -125,7 +125,7 @@ async def test_an_engine_that_declines_is_not_asked_again() -> None:
     engines = Engines(Declined("a", NotReadyError("behind", retry_after_s=1.0)), MEASURED)
     client = client_of(engines)
     client.view = ClusterView(1, client.versions, 0, {0: client.versions}, {"a": 0, "b": 0})
-    assert await client.compute_certainties([GROUP], KIND) == [MEASURED]
+    assert await client.compute_certainties([GROUP], BATCH_KEY) == [MEASURED]
     assert [route.among for route in engines.routes] == [frozenset("ab"), frozenset("b")]
 
 
@@ -134,7 +134,7 @@ async def test_if_all_engines_decline_the_reason_of_the_last_one_is_raised() -> 
     client = client_of(engines)
     client.view = ClusterView(1, client.versions, 0, {0: client.versions}, {"a": 0, "b": 0})
     with pytest.raises(NotReadyError, match="b is behind"):
-        await client.compute_certainties([GROUP], KIND)
+        await client.compute_certainties([GROUP], BATCH_KEY)
 
 
 async def test_a_demanded_version_is_computed_by_engines_that_have_it() -> None:
@@ -143,7 +143,9 @@ async def test_a_demanded_version_is_computed_by_engines_that_have_it() -> None:
     old = client.versions
     new = old.with_base("x", 0.0)
     client.view = ClusterView(1, new, 0, {0: old, 1: new}, {"a": 0, "b": 1})
-    await client.compute_certainties([GROUP], Kind(KIND.rules, Target(demand=VersionDemand(exact="x"))))
+    await client.compute_certainties(
+        [GROUP], BatchKey(BATCH_KEY.rules, Target(demand=VersionDemand(exact="x")))
+    )
     assert engines.routes == [Route(frozenset("b"), 0)]
 
 
@@ -159,7 +161,7 @@ def test_the_settled_number_is_the_former_one_while_engines_differ() -> None:
 
 
 async def test_a_group_without_completions_is_not_sent() -> None:
-    [measured] = await client_of(Engines()).compute_certainties([TokenGroup(PromptKey(()), [])], KIND)
+    [measured] = await client_of(Engines()).compute_certainties([TokenGroup(PromptKey(()), [])], BATCH_KEY)
     assert measured.values == []
     assert measured.version.name == "0"
 

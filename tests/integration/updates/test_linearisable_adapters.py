@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY, BASE
-from tests.service.policy.test_lora import merged, random_tensors
+from tests.support.adapters import merged, random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG, Sender
 from tests.support.http import WAIT_S, group
 from tests.support.models import Reference, byte_level, one_thread, tiny_model

@@ -15,11 +15,11 @@ from shopr1_service.cluster import engine_replica as module
 from shopr1_service.cluster.engine_replica import EngineFailedError, EngineReplica
 from shopr1_service.cluster.messages import Declined, Route
 from shopr1_service.core import (
+    BatchKey,
     Certainty,
+    CompletionTokens,
     FatalEngineError,
-    Kind,
-    MeasuredCompletion,
-    Measurements,
+    GroupCertainties,
     PromptKey,
     Target,
     TokenGroup,
@@ -30,8 +30,8 @@ from tests.support.http import WAIT_S
 
 pytestmark = pytest.mark.anyio
 
-KIND = Kind(load_recipe("shop_r1").self_certainty)
-GROUP = TokenGroup(PromptKey((1, 2, 3)), [MeasuredCompletion((4, 5), (0, 1))])
+BATCH_KEY = BatchKey(load_recipe("shop_r1").self_certainty)
+GROUP = TokenGroup(PromptKey((1, 2, 3)), [CompletionTokens((4, 5), (0, 1))])
 
 
 def replica_of(policy: FakePolicy, monkeypatch: pytest.MonkeyPatch, **settings: object) -> EngineReplica:
@@ -43,8 +43,8 @@ async def test_it_computes_certainties_and_its_answers_can_be_pickled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = replica_of(FakePolicy(26.0, 1.0), monkeypatch)
-    measured = await engine.compute_certainties(*pickle.loads(pickle.dumps((GROUP, KIND, Route()))))
-    sent = cast("Measurements", pickle.loads(pickle.dumps(measured)))
+    measured = await engine.compute_certainties(*pickle.loads(pickle.dumps((GROUP, BATCH_KEY, Route()))))
+    sent = cast("GroupCertainties", pickle.loads(pickle.dumps(measured)))
     assert sent.values == [Certainty((26.0, 27.0))]
     assert sent.version.name == "0"
     monkeypatch.setattr(engine._engine.policy, "model", torch.nn.Linear(4, 2), raising=False)
@@ -56,8 +56,8 @@ async def test_it_computes_certainties_and_its_answers_can_be_pickled(
 
 async def test_a_refusal_is_returned_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
-    kind = Kind(KIND.rules, Target(demand=VersionDemand(exact="7")))
-    refused = await engine.compute_certainties(GROUP, kind, Route())
+    key = BatchKey(BATCH_KEY.rules, Target(demand=VersionDemand(exact="7")))
+    refused = await engine.compute_certainties(GROUP, key, Route())
     assert isinstance(refused, Declined)
     sent = pickle.loads(pickle.dumps(refused))
     assert sent.engine == "a"
@@ -67,7 +67,7 @@ async def test_a_refusal_is_returned_and_not_raised(monkeypatch: pytest.MonkeyPa
 
 async def test_it_declines_groups_that_need_a_later_change(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = replica_of(FakePolicy(), monkeypatch)
-    refused = await engine.compute_certainties(GROUP, KIND, Route(min_number=1))
+    refused = await engine.compute_certainties(GROUP, BATCH_KEY, Route(min_number=1))
     assert isinstance(refused, Declined)
     assert isinstance(refused.problem, NotReadyError)
     assert refused.problem.retry_after_s
@@ -81,16 +81,16 @@ async def test_its_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert may_go.wait(WAIT_S)
 
     engine = replica_of(FakePolicy(before_scoring=hold), monkeypatch, max_queue_tokens=1)
-    first = asyncio.create_task(engine.compute_certainties(GROUP, KIND, Route()))
+    first = asyncio.create_task(engine.compute_certainties(GROUP, BATCH_KEY, Route()))
     assert await asyncio.to_thread(is_held.wait, WAIT_S)
-    second = asyncio.create_task(engine.compute_certainties(GROUP, KIND, Route()))
+    second = asyncio.create_task(engine.compute_certainties(GROUP, BATCH_KEY, Route()))
     await asyncio.sleep(0)
-    refused = await engine.compute_certainties(GROUP, KIND, Route())
+    refused = await engine.compute_certainties(GROUP, BATCH_KEY, Route())
     assert isinstance(refused, OverloadedError)
     assert refused.retry_after_s is not None
     may_go.set()
-    assert isinstance(await first, Measurements)
-    assert isinstance(await second, Measurements)
+    assert isinstance(await first, GroupCertainties)
+    assert isinstance(await second, GroupCertainties)
 
 
 async def test_it_is_healthy_as_long_as_the_engine_has_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ async def test_it_is_unhealthy_when_the_device_has_failed(monkeypatch: pytest.Mo
         raise FatalEngineError("the device has failed")
 
     engine = replica_of(FakePolicy(before_scoring=fail), monkeypatch)
-    await engine.compute_certainties(GROUP, KIND, Route())
+    await engine.compute_certainties(GROUP, BATCH_KEY, Route())
     await asyncio.to_thread(
         engine._engine.scheduler._thread.join, WAIT_S
     )  # the thread reports the failure at its end

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shopr1_client.wire import Reason
 from shopr1_rewards.self_certainty import Head
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Unmeasurable
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup, Unmeasurable
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
@@ -27,7 +27,7 @@ from tests.support.models import (
 
 LIMIT = 40
 PROMPT = random_ids(20, seed=1)
-OTHERS = [MeasuredCompletion(random_ids(9, seed=2), [0, 4]), MeasuredCompletion(random_ids(9, seed=3), [7])]
+OTHERS = [CompletionTokens(random_ids(9, seed=2), [0, 4]), CompletionTokens(random_ids(9, seed=3), [7])]
 
 POISON = 380
 """A token id that `random_ids` never gives."""
@@ -53,7 +53,7 @@ def engine_of(model: PreTrainedModel, strategy: Strategy = PackedForward, head: 
 
 def measure(
     engine: Engine,
-    *completions: MeasuredCompletion,
+    *completions: CompletionTokens,
     prompt_ids: Sequence[int] = PROMPT,
     **options: Any,
 ) -> list[Certainty | Unmeasurable]:
@@ -100,7 +100,7 @@ def test_longest_sequence(
 ) -> None:
     engine = engine_of(model, strategy)
     # Tokens after the last scored one are not fed and do not count.
-    long = MeasuredCompletion(random_ids(100, seed=4), [2, last_measured])
+    long = CompletionTokens(random_ids(100, seed=4), [2, last_measured])
     first, result, last = measure(engine, OTHERS[0], long, OTHERS[1], position=position)
     assert_same([first, last], *measure(engine, *OTHERS, position=position))
     assert reasons([first, result, last]) == [None, Reason.SEQUENCE_TOO_LONG if is_too_long else None, None]
@@ -117,8 +117,8 @@ def test_longest_prompt(model: PreTrainedModel, num_prompt_tokens: int) -> None:
     prompt_ids = random_ids(num_prompt_tokens, seed=5)
     results = measure(
         engine_of(model),
-        MeasuredCompletion([5, 6], [0]),
-        MeasuredCompletion([5, 6], [0, 1]),
+        CompletionTokens([5, 6], [0]),
+        CompletionTokens([5, 6], [0, 1]),
         prompt_ids=prompt_ids,
     )
     too_long = Reason.SEQUENCE_TOO_LONG
@@ -135,7 +135,7 @@ def test_as_many_tokens_as_the_model_has_positions(
     sizes: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 32} if kind == "opt" else {}
     model = tiny_model(kind, max_position_embeddings=LIMIT, **sizes)
     prompt_ids = random_ids(LIMIT - measured[-1], seed=7)
-    completion = MeasuredCompletion(random_ids(5, seed=8), measured)
+    completion = CompletionTokens(random_ids(5, seed=8), measured)
     [result] = measure(engine_of(model, strategy), completion, prompt_ids=prompt_ids)
     expected = Reference(model).values(prompt_ids, completion.ids[: measured[-1]], measured, rules())
     assert isinstance(result, Certainty), result
@@ -146,7 +146,7 @@ def test_as_many_tokens_as_the_model_has_positions(
 def test_nothing_precedes_the_first_token(model: PreTrainedModel, strategy: Strategy) -> None:
     engine = engine_of(model, strategy)
     ids = random_ids(5, seed=6)
-    completions = [MeasuredCompletion(ids, measured) for measured in ([0], [0, 1], [1], [1, 4])]
+    completions = [CompletionTokens(ids, measured) for measured in ([0], [0, 1], [1], [1, 4])]
     results = measure(engine, *completions, prompt_ids=[])
     assert reasons(results) == [Reason.NO_CONTEXT, Reason.NO_CONTEXT, None, None]
     # The distribution after a token always has a context: that token.
@@ -187,10 +187,10 @@ def test_nan_in_one_rollout_does_not_affect_the_others(model: PreTrainedModel, s
     engine = engine_of(model, strategy)
     poisoned = [5, POISON, 6, 7]
     completions = [
-        MeasuredCompletion(poisoned, [0, 1, 2]),
+        CompletionTokens(poisoned, [0, 1, 2]),
         OTHERS[0],
-        MeasuredCompletion(poisoned, [0, 1]),  # the NaN token is predicted, not fed
-        MeasuredCompletion(poisoned, [3]),
+        CompletionTokens(poisoned, [0, 1]),  # the NaN token is predicted, not fed
+        CompletionTokens(poisoned, [3]),
         OTHERS[1],
     ]
     before = measure(engine, *completions)
@@ -225,7 +225,7 @@ def test_an_exception_fails_the_group_but_not_the_engine(
 
     engine = engine_of(model, strategy, ModuleHead(model, NUM_ROWS))
     expected = measure(engine, *OTHERS)
-    too_long = MeasuredCompletion(random_ids(90, seed=4), [80])
+    too_long = CompletionTokens(random_ids(90, seed=4), [80])
     with monkeypatch.context() as patch:
         patch.setattr(trunk_of(model) if part == "trunk" else head_of(model), "forward", fail)
         results = measure(engine, OTHERS[0], too_long, OTHERS[1])
@@ -238,7 +238,7 @@ def test_an_exception_fails_the_group_but_not_the_engine(
 def test_an_unknown_id_fails_the_group(model: PreTrainedModel) -> None:
     engine = engine_of(model)
     expected = measure(engine, *OTHERS)
-    results = measure(engine, OTHERS[0], MeasuredCompletion([NUM_ROWS, 5], [1]))
+    results = measure(engine, OTHERS[0], CompletionTokens([NUM_ROWS, 5], [1]))
     assert reasons(results) == [Reason.ENGINE_FAILURE] * 2
     assert measure(engine, *OTHERS) == expected
 
@@ -295,5 +295,5 @@ def test_no_pass_without_tokens_to_score(num_too_long: int) -> None:
     forward: Forward = NoForward()
     head = LinearHead(torch.ones(3, 2))
     engine = Engine(forward, head, max_sequence_tokens=LIMIT, num_tokenizer_tokens=3)
-    too_long = MeasuredCompletion(random_ids(90), [80])
+    too_long = CompletionTokens(random_ids(90), [80])
     assert reasons(measure(engine, *[too_long] * num_too_long)) == [Reason.SEQUENCE_TOO_LONG] * num_too_long

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from shopr1_client.wire import Reason
 from shopr1_service.core import (
     Certainty,
+    CompletionTokens,
     FatalEngineError,
-    MeasuredCompletion,
     PromptKey,
     TokenGroup,
     Unmeasurable,
@@ -55,7 +55,7 @@ out_of_memory = pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error
 
 
 def group_of(num_completions: int, *, seed: int) -> TokenGroup:
-    completions = [MeasuredCompletion(random_ids(5, seed=seed + i), [1, 4]) for i in range(num_completions)]
+    completions = [CompletionTokens(random_ids(5, seed=seed + i), [1, 4]) for i in range(num_completions)]
     return TokenGroup(PromptKey(random_ids(12, seed=seed)), completions)
 
 

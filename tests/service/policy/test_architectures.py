@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.architectures import auto_class
 from shopr1_service.policy.loading import load_policy
@@ -101,7 +101,7 @@ def test_images_and_text(tmp_path: Path, kind: str) -> None:
     assert policy.info.architecture == type(model).__name__
     assert policy.info.forward != "independent"
     prompt_ids, ids = random_ids(40, seed=1), random_ids(12, seed=2)
-    group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, range(12))])
+    group = TokenGroup(PromptKey(prompt_ids), [CompletionTokens(ids, range(12))])
     [[certainty]] = policy.certainties([group], rules())
     assert isinstance(certainty, Certainty)
     expected = Reference(model).values(prompt_ids, ids, range(12), rules())

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shopr1_client.wire import Message
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup
 from shopr1_service.engine.forward.packed import PackedForward
@@ -28,7 +28,7 @@ from shopr1_service.policy.factory import (
     warm_up,
 )
 from shopr1_service.policy.load_progress import LoadProgress
-from shopr1_service.policy.local import LoadedPolicy
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.settings import Settings
 from tests.support.models import (
     FAMILIES,
@@ -44,7 +44,7 @@ from tests.support.models import (
     tiny_model,
 )
 
-GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
+GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [CompletionTokens(random_ids(8, seed=2), [0, 5])])
 
 
 def test_model_of_nan_is_a_policy_error() -> None:
@@ -100,7 +100,7 @@ def test_no_longest_sequence_anywhere_is_a_policy_error() -> None:
 def test_a_policy_loads_with_a_short_limit(limit: int) -> None:
     policy = policy_of(tiny_model(), max_sequence_tokens=limit)
     assert policy.info.max_sequence_tokens == limit
-    [[certainty]] = policy.certainties([TokenGroup(PromptKey([5]), [MeasuredCompletion([6], [0])])], rules())
+    [[certainty]] = policy.certainties([TokenGroup(PromptKey([5]), [CompletionTokens([6], [0])])], rules())
     assert isinstance(certainty, Certainty)
 
 
@@ -139,7 +139,7 @@ def test_prompts_are_shared_where_rope_depends_on_the_length(
     assert policy.info.forward == forward
     for num_prompt_tokens in (8, 4, 30, 8, 4, 12):  # 8 end at the limit
         prompt_ids, ids = random_ids(num_prompt_tokens, seed=1), random_ids(8, seed=2)
-        group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, [0, 2])])
+        group = TokenGroup(PromptKey(prompt_ids), [CompletionTokens(ids, [0, 2])])
         [[certainty]] = policy.certainties([group], rules())
         expected = Reference(untouched).values(prompt_ids, ids, [0, 2], rules())
         assert isinstance(certainty, Certainty)
@@ -233,7 +233,7 @@ def test_ties_are_broken_as_in_the_full_forward() -> None:
     model = tiny_model("doge", keep_window_size=24, head_dim=8)
     reference, policy = Reference(model), policy_of(model)
     prompt_ids = random_ids(90, below=20)
-    completions = [MeasuredCompletion(random_ids(60, seed=seed, below=20), range(3, 9)) for seed in (1, 2)]
+    completions = [CompletionTokens(random_ids(60, seed=seed, below=20), range(3, 9)) for seed in (1, 2)]
     [measured] = policy.certainties([TokenGroup(PromptKey(prompt_ids), completions)], rules())
     for completion, certainty in zip(completions, measured, strict=True):
         assert isinstance(certainty, Certainty)

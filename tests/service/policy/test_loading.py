@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from shopr1_client.wire import PolicyInfo
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.loading import (
     EMBEDDED_INSTALL,
     EMBEDDED_PACKAGE,
@@ -23,7 +24,6 @@ from shopr1_service.policy.loading import (
     find_source,
     load_policy,
 )
-from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import DType, Settings
 from tests.support.models import (
     NUM_ROWS,
@@ -35,7 +35,7 @@ from tests.support.models import (
     tiny_model,
 )
 
-GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), [0, 5])])
+GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [CompletionTokens(random_ids(8, seed=2), [0, 5])])
 
 
 # --- the source --------------------------------------------------------------------------------------

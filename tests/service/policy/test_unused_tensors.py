@@ -9,15 +9,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.loading import load_policy
-from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.policy.unused_tensors import refuse_unused
 from shopr1_service.settings import Settings
 from tests.support.models import MIXTURES, Reference, byte_level, random_ids, rules, tiny_model
 
-GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [MeasuredCompletion(random_ids(8, seed=2), range(8))])
+GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [CompletionTokens(random_ids(8, seed=2), range(8))])
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -9,7 +9,7 @@ import pytest
 from shopr1_client.errors import NotReadyError
 from shopr1_client.wire_policy import AdapterRequest, TransferRequest, UpdateRequest
 from shopr1_rewards import load_recipe
-from shopr1_service.core import Certainty, Kind, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import BatchKey, Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.scheduling.local_engine import LocalEngine
@@ -17,8 +17,8 @@ from shopr1_service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
-KIND = Kind(load_recipe("shop_r1").self_certainty)
-GROUP = TokenGroup(PromptKey([1, 2]), [MeasuredCompletion([3, 4], [0, 1])])
+BATCH_KEY = BatchKey(load_recipe("shop_r1").self_certainty)
+GROUP = TokenGroup(PromptKey([1, 2]), [CompletionTokens([3, 4], [0, 1])])
 UPDATE = UpdateRequest(path="new", version="1")
 ADAPTER = AdapterRequest(name="a", path="new")
 TRANSFER = TransferRequest.model_construct(version="1")
@@ -37,7 +37,7 @@ async def _stream() -> AsyncIterator[bytes]:
 
 async def test_it_computes_with_its_policy(engine: LocalEngine[FakePolicy]) -> None:
     engine.refuse_if_full()
-    [measured] = await engine.compute_certainties([GROUP], KIND)
+    [measured] = await engine.compute_certainties([GROUP], BATCH_KEY)
     assert measured.values == [Certainty((10.0, 10.5))]
     assert measured.version == engine.versions.current
     assert (engine.info, engine.codec) == (engine.policy.info, engine.policy.codec)
@@ -53,7 +53,7 @@ async def test_its_metrics_are_those_of_the_process(engine: LocalEngine[FakePoli
 async def test_a_closed_engine_computes_nothing(engine: LocalEngine[FakePolicy]) -> None:
     engine.close()
     with pytest.raises(NotReadyError, match="shutting down"):
-        await engine.compute_certainties([GROUP], KIND)
+        await engine.compute_certainties([GROUP], BATCH_KEY)
 
 
 async def test_the_event_loop_runs_while_the_policy_loads() -> None:

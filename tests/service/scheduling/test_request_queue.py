@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import MeasuredCompletion, PromptKey, PromptScope, Target, TokenGroup
+from shopr1_service.core import CompletionTokens, PromptKey, PromptScope, Target, TokenGroup
 from shopr1_service.scheduling import request_queue as module
 from shopr1_service.scheduling.request_queue import QueuedGroup, RequestQueue
 
@@ -32,7 +32,7 @@ def queued(
     scope: PromptScope = SCOPE,
 ) -> QueuedGroup:
     """A prompt of this token so many times, and completions of so many tokens."""
-    completions = [MeasuredCompletion(range(num), [0]) for num in own]
+    completions = [CompletionTokens(range(num), [0]) for num in own]
     group = TokenGroup(PromptKey((prompt,) * num_prompt, scope), completions)
     return QueuedGroup(group, rules, submitted_s=0.0, rank_s=rank_s)
 
@@ -183,7 +183,7 @@ def test_everything_is_taken_once_and_counted(
         lowest = min(each.rank_s for each in queue)
         batch = queue.take()
         assert batch[0][0].rank_s == lowest
-        assert len({each.kind for prompt_batch in batch for each in prompt_batch}) == 1
+        assert len({each.batch_key for prompt_batch in batch for each in prompt_batch}) == 1
         assert all(len({each.group.prompt_ids for each in prompt_batch}) == 1 for prompt_batch in batch)
         num_tokens = sum(
             len(prompt_batch[0].group.prompt_ids) + sum(map(own_tokens, prompt_batch))
@@ -192,7 +192,7 @@ def test_everything_is_taken_once_and_counted(
         assert num_tokens <= 20 or len(batch) == 1
         seen += [each for prompt_batch in batch for each in prompt_batch]
         rest = [each for each in kept if each not in seen]
-        prompts = {(each.group.prompt_ids, each.kind) for each in rest}
+        prompts = {(each.group.prompt_ids, each.batch_key) for each in rest}
         assert queue.num_tokens == sum(len(ids) for ids, _ in prompts) + sum(map(own_tokens, rest))
     assert len(seen) == len(kept)
     assert all(each in seen for each in kept)

@@ -12,11 +12,11 @@ from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import (
+    BatchKey,
     Certainty,
+    CompletionTokens,
     FatalEngineError,
-    Kind,
-    MeasuredCompletion,
-    Measurements,
+    GroupCertainties,
     PromptKey,
     Target,
     TokenGroup,
@@ -30,11 +30,11 @@ from shopr1_service.scheduling.scheduler import Scheduler, TokenRate
 pytestmark = pytest.mark.anyio
 
 RULES = load_recipe("shop_r1").self_certainty
-KIND = Kind(RULES)
+BATCH_KEY = BatchKey(RULES)
 WAIT_S = 30.0
 MAX_QUEUE_TOKENS = 100
 
-Task = asyncio.Task[list[Measurements]]
+Task = asyncio.Task[list[GroupCertainties]]
 
 
 class Gated(FakePolicy):
@@ -61,9 +61,9 @@ class Gated(FakePolicy):
         return super().certainties(groups, rules, version)
 
 
-def completions(*measured: int) -> list[MeasuredCompletion]:
+def completions(*measured: int) -> list[CompletionTokens]:
     """One completion each, with this one measured token: its index is the value of FakePolicy."""
-    return [MeasuredCompletion(range(index + 1), [index]) for index in measured]
+    return [CompletionTokens(range(index + 1), [index]) for index in measured]
 
 
 def group_of(prompt_ids: Sequence[int], *indices: int) -> TokenGroup:
@@ -71,7 +71,7 @@ def group_of(prompt_ids: Sequence[int], *indices: int) -> TokenGroup:
     return TokenGroup(PromptKey(prompt_ids), completions(*indices))
 
 
-def values(measured: Sequence[Measurements]) -> list[list[float]]:
+def values(measured: Sequence[GroupCertainties]) -> list[list[float]]:
     return [[item.mean for item in group.values if isinstance(item, Certainty)] for group in measured]
 
 
@@ -102,14 +102,14 @@ async def scheduler(
 
 async def block(scheduler: Scheduler, policy: Gated, token_id: int = 0) -> Task:
     """Block the engine until the gate opens."""
-    task = asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 0)], KIND))
+    task = asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 0)], BATCH_KEY))
     await asyncio.to_thread(policy.has_started.wait, WAIT_S)
     return task
 
 
 async def submit(scheduler: Scheduler, *groups: TokenGroup, rules: SelfCertaintyRecipe = RULES) -> list[Task]:
     """A request for each group."""
-    tasks = [asyncio.create_task(scheduler.compute_certainties([group], Kind(rules))) for group in groups]
+    tasks = [asyncio.create_task(scheduler.compute_certainties([group], BatchKey(rules))) for group in groups]
     await asyncio.sleep(0)  # lets each task run until it waits, in order
     return tasks
 
@@ -125,7 +125,7 @@ def gauge(metrics: Metrics, name: str) -> float | None:
 
 async def test_an_idle_engine_starts_at_once(policy: Gated, scheduler: Scheduler) -> None:
     policy.gate.set()
-    assert values(await scheduler.compute_certainties([group_of([1], 3, 5)], KIND)) == [[3.0, 5.0]]
+    assert values(await scheduler.compute_certainties([group_of([1], 3, 5)], BATCH_KEY)) == [[3.0, 5.0]]
     assert policy.batches == [[([1], 2)]]
 
 
@@ -152,7 +152,7 @@ async def test_the_groups_of_a_request_share_a_batch(policy: Gated, scheduler: S
         group_of([2]),
         group_of([3], 3, 4),
     ]
-    assert values(await scheduler.compute_certainties(groups, KIND)) == [[1.0], [], [3.0, 4.0]]
+    assert values(await scheduler.compute_certainties(groups, BATCH_KEY)) == [[1.0], [], [3.0, 4.0]]
     assert policy.batches == [[([1], 1), ([3], 2)]]
 
 
@@ -216,7 +216,7 @@ async def test_a_request_is_queued_as_a_whole_or_refused(
         group_of([3] * 20, 0),
     )
     with pytest.raises(OverloadedError, match="60 tokens wait, max_queue_tokens = 100") as caught:
-        await scheduler.compute_certainties([one, other], KIND)
+        await scheduler.compute_certainties([one, other], BATCH_KEY)
     assert caught.value.retry_after_s == 1.0  # the token rate is not known yet
     assert gauge(metrics, "shopr1_queue_tokens") == 60
     assert metrics.registry.get_sample_value("shopr1_rejected_requests_total", {"reason": "queue_full"}) == 1
@@ -235,7 +235,7 @@ async def test_an_empty_queue_takes_a_request_larger_than_its_capacity(
 ) -> None:
     policy.gate.set()
     large = group_of([1] * (MAX_QUEUE_TOKENS + 1), 0)
-    assert values(await scheduler.compute_certainties([large], KIND)) == [[0.0]]
+    assert values(await scheduler.compute_certainties([large], BATCH_KEY)) == [[0.0]]
 
 
 async def test_an_error_reaches_the_requests_of_its_batch_only(policy: Gated, scheduler: Scheduler) -> None:
@@ -257,7 +257,7 @@ async def test_an_error_drops_the_queued_groups_of_the_request(policy: Gated, me
     with pytest.raises(ZeroDivisionError):
         await scheduler.compute_certainties(
             [group_of([13], 1), group_of([2] * 9, 1)],
-            KIND,
+            BATCH_KEY,
         )
     assert gauge(metrics, "shopr1_queue_tokens") == 0
     scheduler.close()
@@ -271,8 +271,8 @@ async def test_missing_results_are_an_error_that_the_thread_survives(
     with monkeypatch.context() as patch:
         patch.setattr(policy, "certainties", lambda _groups, _rules, _version: [[Certainty((1.0,))]])
         with pytest.raises(RuntimeError, match=r"measured \[1\] of \[2\] completions"):
-            await scheduler.compute_certainties([group], KIND)
-    assert values(await scheduler.compute_certainties([group], KIND)) == [[1.0, 2.0]]
+            await scheduler.compute_certainties([group], BATCH_KEY)
+    assert values(await scheduler.compute_certainties([group], BATCH_KEY)) == [[1.0, 2.0]]
 
 
 async def test_a_fatal_error_rejects_all_requests(
@@ -287,7 +287,7 @@ async def test_a_fatal_error_rejects_all_requests(
             await task
         assert caught.value.retry_after_s is not None
     with pytest.raises(NotReadyError, match="the engine has failed"):
-        await scheduler.compute_certainties([group_of([1], 1)], KIND)
+        await scheduler.compute_certainties([group_of([1], 1)], BATCH_KEY)
     await ended(scheduler)
     assert [str(failure) for failure in failures] == ["an illegal memory access"]
     assert len(policy.batches) == 1
@@ -296,8 +296,8 @@ async def test_a_fatal_error_rejects_all_requests(
 async def test_a_group_without_completions_does_not_reach_the_policy(
     policy: Gated, scheduler: Scheduler
 ) -> None:
-    assert await scheduler.compute_certainties([group_of([1])], KIND) == [
-        Measurements([], policy.versions.base)
+    assert await scheduler.compute_certainties([group_of([1])], BATCH_KEY) == [
+        GroupCertainties([], policy.versions.base)
     ]
     assert policy.batches == []
 
@@ -313,7 +313,7 @@ async def test_close_cancels_queued_groups_and_finishes_running_ones(
     with pytest.raises(asyncio.CancelledError):
         await waiting
     with pytest.raises(NotReadyError, match="shutting down"):
-        await scheduler.compute_certainties([group_of([1], 1)], KIND)
+        await scheduler.compute_certainties([group_of([1], 1)], BATCH_KEY)
 
 
 # --- tasks ------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ async def test_errors_of_a_task_reach_its_caller(
         outcome.append(caught)
     assert outcome == [error]
     policy.gate.set()
-    assert values(await scheduler.compute_certainties([group_of([1], 1)], KIND)) == [[1.0]]
+    assert values(await scheduler.compute_certainties([group_of([1], 1)], BATCH_KEY)) == [[1.0]]
 
 
 async def test_a_task_runs_even_if_its_caller_is_cancelled(policy: Gated, scheduler: Scheduler) -> None:
@@ -418,12 +418,12 @@ async def test_close_rejects_tasks(policy: Gated, scheduler: Scheduler) -> None:
 # --- versions ---------------------------------------------------------------------------------------
 
 
-def targeting(adapter: str | None = None, **demand: Any) -> Kind:
-    return Kind(RULES, Target(adapter, VersionDemand(**demand) if demand else None))
+def targeting(adapter: str | None = None, **demand: Any) -> BatchKey:
+    return BatchKey(RULES, Target(adapter, VersionDemand(**demand) if demand else None))
 
 
-def scoring(scheduler: Scheduler, token_id: int, kind: Kind) -> Task:
-    return asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 1)], kind))
+def scoring(scheduler: Scheduler, token_id: int, key: BatchKey) -> Task:
+    return asyncio.create_task(scheduler.compute_certainties([group_of([token_id], 1)], key))
 
 
 def renew(policy: Gated, name: str) -> None:
@@ -433,7 +433,9 @@ def renew(policy: Gated, name: str) -> None:
 async def test_the_target_is_resolved_when_the_batch_starts(policy: Gated, scheduler: Scheduler) -> None:
     running = await block(scheduler, policy)
     former = policy.versions.base
-    waiting = [scoring(scheduler, i, kind) for i, kind in enumerate((KIND, targeting(at_least=0)), start=1)]
+    waiting = [
+        scoring(scheduler, i, key) for i, key in enumerate((BATCH_KEY, targeting(at_least=0)), start=1)
+    ]
     await asyncio.sleep(0)
     [changed] = await tasks_of(scheduler, lambda: renew(policy, "new"))
     policy.gate.set()
@@ -449,7 +451,7 @@ async def test_a_version_that_was_replaced_before_the_batch_starts(
 ) -> None:
     await block(scheduler, policy)
     exact = [scoring(scheduler, 1, targeting(exact=key)) for key in ("0", 0)]
-    other = scoring(scheduler, 1, KIND)
+    other = scoring(scheduler, 1, BATCH_KEY)
     await asyncio.sleep(0)
     [changed] = await tasks_of(scheduler, lambda: renew(policy, "new"))
     policy.gate.set()
@@ -479,15 +481,15 @@ async def test_an_adapter_that_was_unloaded_before_the_batch_starts(
 async def test_different_targets_never_share_a_batch(policy: Gated, scheduler: Scheduler) -> None:
     policy.versions = policy.versions.with_adapter(Version("x", 1, "a"), max_kept=1, is_default=False)
     await block(scheduler, policy)
-    kinds = [
-        KIND,
+    keys = [
+        BATCH_KEY,
         targeting("a"),
         targeting("base"),
         targeting("a", exact="x"),
         targeting(exact=0),
         targeting("a"),
     ]
-    tasks = [scoring(scheduler, 1, kind) for kind in kinds]
+    tasks = [scoring(scheduler, 1, key) for key in keys]
     await asyncio.sleep(0)
     policy.gate.set()
     measured = [(await task)[0].version.number for task in tasks]

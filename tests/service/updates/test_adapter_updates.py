@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
-from tests.service.policy.test_lora import BYPASSED, linear_sizes, merged, random_tensors
+from tests.support.adapters import BYPASSED, linear_sizes, merged, random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG
 from tests.support.http import metric, post, problem
 from tests.support.models import model_of, one_thread, tiny_model

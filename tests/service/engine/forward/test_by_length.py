@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from shopr1_rewards.recipe import Divergence
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix
 from shopr1_service.engine.forward.by_length import ByLengthForward
@@ -116,13 +116,13 @@ class Scorer:
                 assert result.values == pytest.approx(of_measured, rel=0, abs=TOLERANCE_NATS)
 
 
-def completion(num_tokens: int, seed: int = 1, *, num_unmeasured: int = 0) -> MeasuredCompletion:
+def completion(num_tokens: int, seed: int = 1, *, num_unmeasured: int = 0) -> CompletionTokens:
     """A completion whose last tokens, such as the action's, are not measured."""
     ids = [*LEAD, *random_ids(num_tokens - len(LEAD), seed=seed)]
-    return MeasuredCompletion(ids, range(len(LEAD), num_tokens - num_unmeasured))
+    return CompletionTokens(ids, range(len(LEAD), num_tokens - num_unmeasured))
 
 
-def group(num_prompt_tokens: int, *completions: MeasuredCompletion) -> TokenGroup:
+def group(num_prompt_tokens: int, *completions: CompletionTokens) -> TokenGroup:
     return TokenGroup(PromptKey(tuple(random_ids(num_prompt_tokens, seed=5))), completions)
 
 
@@ -149,7 +149,7 @@ class TestEachPath:
         "completions", [(SHORT, LONGER, LONGEST), (LONGEST, LONGER, SHORT), (LONGER, SHORT, LONGEST)]
     )
     def test_order_within_a_group(
-        self, strategy: str, name: str, completions: Sequence[MeasuredCompletion]
+        self, strategy: str, name: str, completions: Sequence[CompletionTokens]
     ) -> None:
         scorer = Scorer(strategy, name)
         scorer.check(group(24, *completions))

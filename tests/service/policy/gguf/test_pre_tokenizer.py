@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from shopr1_service.errors import PolicyError
-from shopr1_service.policy.gguf_tokenizer import SPLITS, complete_tokenizer
+from shopr1_service.policy.gguf.pre_tokenizer import SPLITS, complete_tokenizer
 from tests.support.gguf_files import llama_metadata, llama_tensors, write_gguf
 from tests.support.models import NUM_TOKENS, byte_level, byte_level_json, ids_of, tiny_model
 

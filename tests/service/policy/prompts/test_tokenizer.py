@@ -12,7 +12,7 @@ from shopr1_client.wire import Message
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning
 from shopr1_rewards import Span
 from shopr1_service.core import CodecError, Tokens
-from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from tests.support.models import (
     NUM_ROWS,
     NUM_TOKENS,

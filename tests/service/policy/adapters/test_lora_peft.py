@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from shopr1_service.core import Version
-from shopr1_service.policy.lora import AdapterError, build_adapter, parse_config
+from shopr1_service.policy.adapters.lora import AdapterError, build_adapter, parse_config
 from tests.support.models import MIXTURES, MULTIMODAL, one_thread, policy_of, random_ids, tiny_model
 
 PREFIX = "base_model.model."

@@ -10,8 +10,8 @@ from torch import nn
 from shopr1_client import Client
 from shopr1_client.errors import InvalidWeightsError
 from shopr1_client.wire_policy import BASE_SAMPLE_KEY
-from shopr1_service.policy.base_sample import check_base
-from shopr1_service.policy.lora_config import AdapterError
+from shopr1_service.policy.adapters.base_sample import check_base
+from shopr1_service.policy.adapters.lora_config import AdapterError
 from tests.support.client_updates import with_client
 from tests.support.http import WAIT_S, served
 from tests.support.models import FAMILIES, MIXTURES, one_thread, policy_of, tiny_model

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, PretrainedConfig
 
 from shopr1_service.errors import PolicyError
-from shopr1_service.policy.gguf_config import complete_config
+from shopr1_service.policy.gguf.config import complete_config
 
 
 def completed(kind: str, architecture: str, config: dict[str, Any], **metadata: Any) -> PretrainedConfig:

@@ -27,8 +27,8 @@ from shopr1_client.wire import Message
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
 from shopr1_rewards.completion import strip_end
 from shopr1_service.core import CodecError, Tokens
-from shopr1_service.policy.chat import DEFAULTS, ChatRenderer, Warn, ignore
-from shopr1_service.policy.end_tokens import special_texts
+from shopr1_service.policy.prompts.chat import DEFAULTS, ChatRenderer, Warn, ignore
+from shopr1_service.policy.prompts.end_tokens import special_texts
 
 _REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to it
 _MAX_WINDOW = 8

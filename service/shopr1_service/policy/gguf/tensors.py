@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from shopr1_service.errors import PolicyError
-from shopr1_service.policy.gguf_config import ARCHITECTURE_KEY, Metadata, architecture_key
+from shopr1_service.policy.gguf.config import ARCHITECTURE_KEY, Metadata, architecture_key
 
 ROPE_FACTORS = "rope_freqs.weight"
 _FULL_ATTENTION = ("inv_freq", "full_attention_inv_freq")

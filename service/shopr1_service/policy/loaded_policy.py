@@ -18,15 +18,15 @@ from shopr1_service.core import Certainty, EngineStats, FatalEngineError, TokenG
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.prefix_cache import PrefixCache
-from shopr1_service.policy.lora import Adapter, unused_layers
-from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.adapters.lora import Adapter, unused_layers
+from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from shopr1_service.policy.versions import VersionTable
 from shopr1_service.weights.rollback import WeightBackup
 from shopr1_service.weights.tensors import TensorLocation, Weights
 
 logger = logging.getLogger(__name__)
 
-Measured = Sequence[Sequence[Certainty | Unmeasurable]]
+BatchCertainties = Sequence[Sequence[Certainty | Unmeasurable]]
 
 
 class LoadedPolicy:
@@ -50,7 +50,7 @@ class LoadedPolicy:
         cache: PrefixCache,
         *,
         renew: Callable[[], None],
-        probe: Callable[[Version | None], Measured],
+        probe: Callable[[Version | None], BatchCertainties],
         staging_dir: Path | None = None,
         ignored_tensors: Sequence[str] = (),
     ) -> None:
@@ -78,7 +78,7 @@ class LoadedPolicy:
 
     def certainties(
         self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
-    ) -> Measured:
+    ) -> BatchCertainties:
         version = version or self.versions.current
         adapter = self._adapters.get(version.number)
         groups = [group.with_weights(version if adapter else None) for group in groups]
@@ -168,7 +168,7 @@ class LoadedPolicy:
         except Exception as error:
             raise FatalEngineError(f"new weights failed, and so did the rollback: {error}") from error
 
-    def _check(self, measured: Measured) -> None:
+    def _check(self, measured: BatchCertainties) -> None:
         for value in (value for values in measured for value in values):
             if isinstance(value, Unmeasurable):
                 is_known = value.reason is Reason.NON_FINITE_LOGITS

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shopr1_client.wire_policy import BASE_SAMPLE_KEY, TensorSample
-from shopr1_service.policy.lora_config import AdapterError
+from shopr1_service.policy.adapters.lora_config import AdapterError
 from shopr1_service.weights.conversion import NameConverter
 from shopr1_service.weights.safetensors_header import DTYPES
 

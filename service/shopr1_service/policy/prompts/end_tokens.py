@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shopr1_client.wire import Message
 from shopr1_service.core import CodecError
-from shopr1_service.policy.chat import ASSISTANT, ChatRenderer
+from shopr1_service.policy.prompts.chat import ASSISTANT, ChatRenderer
 
 _ANSWER, _NEXT = "zqanswer", "zqnext"
 """Contents of messages that no template has in its own text."""

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.loading import load_policy
-from shopr1_service.policy.local import LoadedPolicy
 from shopr1_service.settings import Settings
 from tests.support.gguf_files import dequantised, llama_metadata, llama_tensors, write_gguf
 from tests.support.models import NUM_TOKENS, Reference, random_ids, rules, tiny_model
 
 PROMPT, COMPLETION, MEASURED = random_ids(150, seed=1), random_ids(40, seed=2), range(40)
-GROUP = TokenGroup(PromptKey(PROMPT), [MeasuredCompletion(COMPLETION, MEASURED)])
+GROUP = TokenGroup(PromptKey(PROMPT), [CompletionTokens(COMPLETION, MEASURED)])
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,

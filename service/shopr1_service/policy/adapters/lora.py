@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shopr1_service.engine.lm_head import trunk_of
-from shopr1_service.policy.lora_config import AdapterError, LoraConfig, parse_config
+from shopr1_service.policy.adapters.lora_config import AdapterError, LoraConfig, parse_config
 from shopr1_service.weights.conversion import NameConverter
 
 __all__ = [

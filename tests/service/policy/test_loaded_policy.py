@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup, Version
-from shopr1_service.policy.local import LoadedPolicy
-from shopr1_service.policy.lora import build_adapter, parse_config
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup, Version
+from shopr1_service.policy.adapters.lora import build_adapter, parse_config
+from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
-from tests.service.policy.test_lora import random_tensors
+from tests.support.adapters import random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG
 from tests.support.models import Reference, one_thread, policy_of, random_ids, rules, tiny_model
 from tests.support.staging import staged
@@ -67,7 +67,7 @@ def test_weights_that_the_model_would_rescale_once_count_as_sent() -> None:
     expected = reference.values(prompt_ids, ids, range(5), rules())
 
     def check() -> None:
-        group = TokenGroup(PromptKey(prompt_ids), [MeasuredCompletion(ids, range(5))])
+        group = TokenGroup(PromptKey(prompt_ids), [CompletionTokens(ids, range(5))])
         [[certainty]] = policy.certainties([group], rules())
         assert isinstance(certainty, Certainty)
         assert certainty.values == pytest.approx(expected, rel=0, abs=1e-4)

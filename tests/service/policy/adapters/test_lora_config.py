@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shopr1_service.policy.lora_config import AdapterError, LoraConfig, parse_config
+from shopr1_service.policy.adapters.lora_config import AdapterError, LoraConfig, parse_config
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 

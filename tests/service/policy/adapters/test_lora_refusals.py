@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shopr1_service.policy.lora import AdapterError, build_adapter
-from shopr1_service.policy.lora_config import LoraConfig
+from shopr1_service.policy.adapters.lora import AdapterError, build_adapter
+from shopr1_service.policy.adapters.lora_config import LoraConfig
 from tests.support.models import model_of, tiny_model
 
 CONFIG = LoraConfig(peft_type="LORA", r=3, lora_alpha=6.0)

@@ -13,8 +13,8 @@ from shopr1_client.wire import Message
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
 from shopr1_service.core import CodecError
 from shopr1_service.errors import PolicyError
-from shopr1_service.policy.chat import ChatRenderer, lost_messages, read_templates
-from shopr1_service.policy.tokenizer import PolicyTokenizer
+from shopr1_service.policy.prompts.chat import ChatRenderer, lost_messages, read_templates
+from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from tests.support.models import NUM_ROWS, byte_level
 
 THINKING = (

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from shopr1_service.policy.chat import ChatRenderer
-from shopr1_service.policy.end_tokens import end_ids, special_texts, template_ends
 from shopr1_service.policy.factory import build_policy
+from shopr1_service.policy.prompts.chat import ChatRenderer
+from shopr1_service.policy.prompts.end_tokens import end_ids, special_texts, template_ends
 from shopr1_service.settings import Settings
 from tests.support.models import byte_level, ids_of, tiny_model
 

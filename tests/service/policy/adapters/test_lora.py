@@ -1,17 +1,14 @@
 """A policy with an adapter gives the numbers of a copy in fp64 whose weights have B·A added."""
 
-import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from shopr1_service.core import Certainty, MeasuredCompletion, PromptKey, TokenGroup
+from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
@@ -19,8 +16,9 @@ from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.lm_head import LinearHead, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
-from shopr1_service.policy.lora import Adapter, build_adapter, parse_config, unused_layers
-from shopr1_service.policy.lora_config import LoraConfig
+from shopr1_service.policy.adapters.lora import Adapter, build_adapter, parse_config, unused_layers
+from shopr1_service.policy.adapters.lora_config import LoraConfig
+from tests.support.adapters import BYPASSED, PREFIX, linear_sizes, merged, random_tensors
 from tests.support.models import (
     FAMILIES,
     NUM_TOKENS,
@@ -36,23 +34,15 @@ from tests.support.models import (
 
 PROMPT = random_ids(21, seed=1)
 COMPLETIONS = [
-    MeasuredCompletion(random_ids(9, seed=2), [0, 1, 2]),
-    MeasuredCompletion(random_ids(14, seed=3), [3, 5, 6, 11]),
-    MeasuredCompletion(random_ids(30, seed=5), range(30)),
+    CompletionTokens(random_ids(9, seed=2), [0, 1, 2]),
+    CompletionTokens(random_ids(14, seed=3), [3, 5, 6, 11]),
+    CompletionTokens(random_ids(30, seed=5), range(30)),
 ]
 GROUP = TokenGroup(PromptKey(PROMPT), COMPLETIONS)
 TOLERANCE = 1e-4
 """Nats, fp32 against fp64."""
 CONFIG = LoraConfig(peft_type="LORA", r=3, lora_alpha=6.0)
-SCALE = 2.0
-"""Scale of `CONFIG`: 6 / 3."""
-PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-# Their weight is multiplied with directly, not by the module.
-BYPASSED = {
-    "mamba": ["backbone.layers.0.mixer.dt_proj", "backbone.layers.1.mixer.dt_proj"],
-    "jamba": ["model.layers.0.mamba.dt_proj"],
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,49 +54,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def model() -> PreTrainedModel:
     return tiny_model()
-
-
-def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of every linear module before the head."""
-    sizes = {}
-    for name, module in model.named_modules():
-        if module is not head_of(model) and isinstance(module, nn.Linear | Conv1D):
-            first, second = module.weight.shape
-            sizes[name] = (second, first) if isinstance(module, Conv1D) else (first, second)
-    return sizes
-
-
-def random_tensors(
-    model: PreTrainedModel, ranks: Mapping[str, int] | int = 3, seed: int = 0
-) -> dict[str, Tensor]:
-    """Adapter of every linear module, or of those named, as PEFT names and shapes it."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (num_outputs, num_inputs) in linear_sizes(model).items():
-        r = ranks if isinstance(ranks, int) else ranks.get(name, 0)
-        if r:
-            a_R_I = 0.2 * torch.randn(r, num_inputs, generator=generator)
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a_R_I
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = 0.3 * torch.randn(num_outputs, r, generator=generator)
-    return tensors
-
-
-@torch.no_grad()
-def merged(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], scales: Mapping[str, float] | float = SCALE
-) -> Reference:
-    """The slow way: weights with the products added, all in fp64."""
-    changed = copy.deepcopy(model).double()
-    for name in linear_sizes(model):
-        a_R_I = tensors.get(f"{PREFIX}{name}.lora_A.weight")
-        if a_R_I is not None:
-            b_O_R = tensors[f"{PREFIX}{name}.lora_B.weight"].double()
-            scale = scales if isinstance(scales, float) else scales[name]
-            product_O_I = scale * (b_O_R @ a_R_I.double())
-            module = changed.get_submodule(name)
-            assert isinstance(module, nn.Linear | Conv1D)
-            module.weight += product_O_I.T if isinstance(module, Conv1D) else product_O_I
-    return Reference(changed)
 
 
 def engine_of(model: PreTrainedModel, forward: Forward | None = None) -> Engine:

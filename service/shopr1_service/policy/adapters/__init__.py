@@ -1,0 +1,1 @@
+"""LoRA adapters: their config, their weights, and the base they were trained on."""

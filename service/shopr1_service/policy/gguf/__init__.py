@@ -1,0 +1,1 @@
+"""Parts of GGUF files that transformers leaves out: config, tensors, pre-tokenizers."""

@@ -1,0 +1,1 @@
+"""Prompts and completions as token ids: chat templates, tokenizer, end tokens."""
