@@ -6,10 +6,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -96,17 +96,30 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(*command: str, **environment: str) -> Iterator[Process]:
-    """Run a process with these arguments to Python. It must exit with code 0."""
+def process(*command: str, log: Path | None = None, **environment: str) -> Iterator[Process]:
+    """Run a process with these arguments to Python. It must exit with code 0.
+
+    Args:
+        log: file for its standard error.
+    """
+    with contextlib.ExitStack() as stack:
+        stderr = None if log is None else stack.enter_context(log.open("w"))
+        yield from _process(command, stderr, environment)
+
+
+def _process(
+    command: Sequence[str], stderr: IO[str] | None, environment: Mapping[str, str]
+) -> Iterator[Process]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     pipes = subprocess.Popen(
         [sys.executable, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         cwd=_ROOT,
-        env={**os.environ, **environment, "SHOPR1_PORT": str(port), "SHOPR1_LOG_LEVEL": "error"},
+        env={**os.environ, "SHOPR1_LOG_LEVEL": "error", **environment, "SHOPR1_PORT": str(port)},
     )
     with pipes:
         try:
