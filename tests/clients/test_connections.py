@@ -151,7 +151,7 @@ def test_a_new_connection_that_is_closed_is_an_error(proxy: Proxy, score: ScoreA
     assert len(proxy.requests) == 1
 
 
-def test_what_must_not_be_done_twice_is_not_sent_again(proxy: Proxy) -> None:
+def test_an_update_is_not_sent_again(proxy: Proxy) -> None:
     with Client(proxy.url, retry_for_s=0) as client:
         client.info()
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):

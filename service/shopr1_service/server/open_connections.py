@@ -1,7 +1,7 @@
-"""What happens when file descriptors run short: some connections are closed, and the service stays healthy.
+"""Room for connections when file descriptors run short: idle ones are closed, and health is answered.
 
 The system gives a new connection the lowest free descriptor. One from the reserve, the highest numbers, shows
-that all others are in use, whoever uses them.
+that all others are in use, for connections or files.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _MAX_RESERVE = 256
 _RESERVED_PART = 8
 """The reserve is an eighth of all descriptors, at most `_MAX_RESERVE`. New weights need some, too."""
-_MIN_IDLE_S = 0.25
+_MIN_IDLE_S = 1.0
 """A client that has just connected sends its request within this time."""
 _LOG_EVERY_S = 1.0
 

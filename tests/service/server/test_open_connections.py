@@ -1,4 +1,4 @@
-"""Which connections are closed when descriptors run short."""
+"""Room for connections when file descriptors run short."""
 
 import logging
 import time

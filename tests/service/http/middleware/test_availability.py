@@ -20,7 +20,7 @@ Heard = list[str]
 
 
 def application(heard: Heard, has_begun: asyncio.Event) -> Starlette:
-    """Waits for ever, or fails with a timeout of its own, or streams without end."""
+    """Waits forever, or fails with a timeout of its own, or streams without end."""
 
     async def wait(_request: Request) -> Response:
         has_begun.set()
