@@ -99,7 +99,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     directory = tmp_path_factory.mktemp("prometheus")
     with (
         serving(create_app(settings, UpdatableEngine.opener(lambda: policy_of(tiny_model())))) as url,
-        prometheus(directory, url.removeprefix("http://"), METRICS_KEY) as running,
+        prometheus(directory, url.removeprefix("http://"), api_key=METRICS_KEY) as running,
     ):
         until(lambda: httpx.get(f"{url}/health/ready").is_success or None, "the service is ready")
         rewards: dict[str, list[Any]] = {run: [] for run in RUNS}
