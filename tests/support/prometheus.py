@@ -96,6 +96,7 @@ def prometheus(
         process = subprocess.Popen([*command, f"--storage.tsdb.path={directory / 'data'}"], stderr=log)
         try:
             with httpx.Client(base_url=f"http://{address}", timeout=WAIT_S) as client:
+                until(lambda: client.get("/-/ready").is_success or None, "Prometheus is ready")
                 yield Prometheus(client)
         finally:
             process.terminate()

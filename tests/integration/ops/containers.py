@@ -53,7 +53,7 @@ def plain_debian(folder: Path, mirror: str) -> Path:
     return _packed(_debian(folder, mirror))
 
 
-# What the extension modules of Python's library are linked with.
+# The extension modules of Python's library are linked with these.
 _PYTHON_LIBRARIES = (
     *("ca-certificates", "netbase", "tzdata", "libbz2-1.0", "libexpat1", "libffi8", "libgdbm6"),
     *("liblzma5", "libncursesw6", "libnsl2", "libreadline8", "libsqlite3-0", "libssl3", "libuuid1", "zlib1g"),

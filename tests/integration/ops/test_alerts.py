@@ -101,7 +101,7 @@ def training(url: str) -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def stuck(service: Process) -> Iterator[None]:
-    """The engine stands still, the queue is full, and clients ask on. At the end all work is done."""
+    """The engine is held, the queue is full, and clients ask on. At the end all work is done."""
     stop = threading.Event()
     waiting = request("x" * 1700)
     answers: list[httpx.Response] = []

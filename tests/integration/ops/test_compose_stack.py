@@ -7,6 +7,7 @@ query of its dashboard instead.
 
 import contextlib
 import ctypes
+import functools
 import math
 import re
 import subprocess
@@ -198,6 +199,8 @@ def monitoring(stack: Stack, inside: Network) -> Iterator[Prometheus]:
     log = stack.root / "prometheus.log"
     client = httpx.Client(base_url="http://127.0.0.1:9090", timeout=WAIT_S)
     with started(inside, container, log, *command), client:
+        ready = functools.partial(client.get, "/-/ready")
+        until(lambda: inside.do(ready).is_success or None, "Prometheus is ready", WAIT_S)
         yield Prometheus(client)
 
 

@@ -52,7 +52,7 @@ class Loaded:
 
 
 class History:
-    """All changes so far. A change is begun before it is sent, and done when its response has come."""
+    """All changes so far. A change is begun before it is sent, and done when its response has arrived."""
 
     def __init__(self) -> None:
         self.states = [Loaded()]
@@ -86,7 +86,7 @@ class Changer:
     Args:
         root: the directory with `write_policies`.
         http: a client of the service.
-        fail: is told of every response that is not the right one.
+        fail: called for every response that is not the right one.
     """
 
     def __init__(
