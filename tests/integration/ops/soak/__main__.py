@@ -153,7 +153,8 @@ def num_logged(rollout_log: Path, run: str, expected: int) -> int:
     until_s = time.monotonic() + WAIT_S
     while True:
         files = [file.read_text("utf-8") for file in rollout_log.iterdir()]
-        num = sum(json.loads(line)["run"] == run for text in files for line in text.split("\n")[:-1])
+        lines = [line for text in files for line in text.split("\n")[:-1]]
+        num = len([line for line in lines if json.loads(line)["run"] == run])
         if num >= expected or time.monotonic() > until_s:
             return num
         time.sleep(SAMPLE_S)

@@ -18,7 +18,7 @@ import httpx
 from shopr1_client import AsyncClient
 from shopr1_client.wire import ScoreRequest
 from shopr1_client.wire_policy import BASE
-from tests.integration.ops.soak.history import ADAPTERS, History, Target
+from tests.integration.ops.soak.history import ADAPTERS, History
 from tests.integration.ops.soak.judge import Judge, Sent, Window
 from tests.integration.ops.soak.material import (
     COMPLETIONS,
@@ -142,15 +142,15 @@ class SoakClient:
         name = self._random.choice([None, *history.newest.adapters])
         current = history.newest.find({"adapter": name} if name else {})
         number = max(0, history.num_begun - self._random.randint(0, 3))
-        target: Target = self._random.choice(
+        demand = self._random.choice(
             [
-                {"policy_version": {"exact": current}},
-                {"policy_version": {"exact": number}},
-                {"policy_version": {"at_least": number}},
-                {"policy_version": {"at_least": history.num_begun + 1}},
+                {"exact": current},
+                {"exact": number},
+                {"at_least": number},
+                {"at_least": history.num_begun + 1},
             ]
         )
-        await self._score([self._group()], **target, **({"adapter": name} if name else {}))
+        await self._score([self._group()], policy_version=demand, adapter=name)
 
     async def adapter(self) -> None:
         name = self._random.choice([BASE, *ADAPTERS])

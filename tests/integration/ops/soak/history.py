@@ -122,7 +122,7 @@ class Changer:
             answered = await self._http.post("/policy/update", json=body)
         else:
             content = safetensors.torch.save(part_of(name) if is_part else weights_of(name))
-            params = {"version": f"v{number}", "partial": is_part}
+            params: dict[str, str | bool] = {"version": f"v{number}", "partial": is_part}
             answered = await self._http.put("/policy/weights", params=params, content=content)
         self._check(answered, number)
 
@@ -136,7 +136,7 @@ class Changer:
         base = history.contents[state.base].weights
         state = replace(state, adapters={**state.adapters, name: kept}, default=default)
         history.begin(state, Content(base, seed))
-        version = {"version": f"v{number}", "default": is_default}
+        version: dict[str, str | bool] = {"version": f"v{number}", "default": is_default}
         if randomly.random() < 0.5:
             body = {"name": name, "path": str(self._root / f"adapter-{seed}"), **version}
             answered = await self._http.post("/policy/adapters", json=body)
