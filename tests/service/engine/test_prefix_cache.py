@@ -141,7 +141,7 @@ def test_a_chunk_without_its_prefix_is_ignored() -> None:
 
 
 def test_a_chunk_whose_prefix_is_cached_elsewhere_is_ignored() -> None:
-    """Of 1 2 3 9, the cache has 1 2 3 inside a chunk, and a 9 only behind the end of the chunk."""
+    """The cache has 1 2 3 inside a chunk, and a 9 only behind the end of the chunk."""
     cache = PrefixCache(10**6)
     remember(cache, [1, 2, 3, 4])
     remember(cache, [1, 2, 3, 4, 9])
