@@ -100,7 +100,7 @@ class ConvertedFiles:
         )
 
     def _keep(self, copy: Path, conversion: Conversion) -> None:
-        num_bytes = conversion.model.get_memory_footprint()
+        num_bytes = sum(tensor.nbytes for tensor in conversion.model.state_dict().values())
         if num_bytes > self._max_bytes:
             logger.info("the converted GGUF file is not kept: %d bytes exceed cache_bytes", num_bytes)
             return
