@@ -96,14 +96,15 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(*command: str, log: Path | None = None, **environment: str) -> Iterator[Process]:
-    """Run a process with these arguments to Python. It must exit with code 0.
+def process(*command: str, **environment: str) -> Iterator[Process]:
+    """Run a process with these arguments to Python. It must exit with code 0."""
+    yield from _process(command, None, environment)
 
-    Args:
-        log: file for its standard error.
-    """
-    with contextlib.ExitStack() as stack:
-        stderr = None if log is None else stack.enter_context(log.open("w"))
+
+@contextlib.contextmanager
+def logging_process(log: Path, *command: str, **environment: str) -> Iterator[Process]:
+    """`process` whose standard error is this file."""
+    with log.open("w") as stderr:
         yield from _process(command, stderr, environment)
 
 

@@ -64,6 +64,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
         self._stall = StallWatch(transport, self.receive_timeout_s)
+        # Also the last byte counts as not taken. (A limit of 0 stops every answer over TLS.)
+        transport.set_write_buffer_limits(high=1, low=0)
         self.is_reserve = self.open_connections.is_from_reserve(self)
         self.open_connections.set_idle(self)
         self._update_timer()

@@ -18,7 +18,7 @@ from shopr1_client import Client
 from shopr1_client.wire import ScoreRequest
 from tests.support.fake_server import HELD
 from tests.support.http import WAIT_S
-from tests.support.process import FAKE, Process, process, request
+from tests.support.process import FAKE, Process, logging_process, process, request
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -62,7 +62,7 @@ KINDS: dict[str, tuple[bytes, Callable[[socket.socket], None]]] = {
     "refused": (head(LONG, with_key=False) + b"{" * 1000, read),
     "oversized": (head(2**40, with_key=True) + b"{" * 1000, read),
     "slow": (head(LONG, with_key=False)[:60], read_to_end),
-    "slow with a body": (head(LONG, with_key=True) + b" " * 1000, read_to_end),
+    "slow with a body": (head(LONG, with_key=True) + b" " * 1000, read),
     "cut": (head(LONG, with_key=True) + b" " * 100_000, leave),
     "reset": (head(LONG, with_key=True) + b" " * 100_000, reset),
 }
@@ -93,9 +93,7 @@ def test_memory_does_not_grow_with_bad_connections(kind: str) -> None:
         before = server.rss_bytes()
         for _ in range(NUM_CONNECTIONS // AT_ONCE):
             misbehave(server.port, kind, AT_ONCE)
-        growth_bytes = server.rss_bytes() - before
-        print(kind, growth_bytes)
-        assert growth_bytes < MAX_GROWTH_BYTES
+        assert server.rss_bytes() - before < MAX_GROWTH_BYTES
 
 
 # --- file descriptors -------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ def log(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(log: Path) -> Iterator[Process]:
     """A server with few file descriptors."""
-    with process(*FAKE, log=log, MAX_OPEN_FILES=str(MAX_FILES), SHOPR1_LOG_LEVEL="warning") as server:
+    with logging_process(log, *FAKE, MAX_OPEN_FILES=str(MAX_FILES), SHOPR1_LOG_LEVEL="warning") as server:
         yield server
 
 

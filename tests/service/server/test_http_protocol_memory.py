@@ -4,13 +4,17 @@ import contextlib
 import gc
 import json
 import socket
+import ssl
 import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from shopr1_client import Client
 from shopr1_service.policy.fake import FakePolicy
@@ -45,6 +49,14 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    with watched() as found:
+        with Client(found.url) as client:
+            client.wait_until_ready(WAIT_S)
+        yield found
+
+
+@contextlib.contextmanager
+def watched(**options: Any) -> Iterator[Server]:
     found = Server("")
     make, renew = Connection.connection_made, LongBody._renew_buffer
 
@@ -56,14 +68,13 @@ def server() -> Iterator[Server]:
         found.buffer_sizes_bytes.append(num_bytes)
         renew(self, num_bytes)
 
-    settings = Settings(api_keys=(KEY,), receive_timeout_s=0.3, max_body_bytes=2**24)
+    settings = Settings(api_keys=(SecretStr(KEY),), receive_timeout_s=0.3, max_body_bytes=2**24)
     app = create_app(settings, LocalEngine.opener(FakePolicy))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Connection, "connection_made", noting_connection)
         patch.setattr(LongBody, "_renew_buffer", noting_buffer)
         patch.setattr(http_protocol, "_LINGER_S", 0.1)
-        with serving(app, http=connection_class(0.3)) as found.url, Client(found.url) as client:
-            client.wait_until_ready(WAIT_S)
+        with serving(app, http=connection_class(0.3), **options) as found.url:
             yield found
 
 
@@ -176,6 +187,29 @@ def test_a_closed_connection_is_freed_at_once(
         until(lambda: bool(server.connections) and not any(each() for each in server.connections))
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["no key", "cut by a reset", "a path without a key"])
+def test_so_is_one_over_tls(
+    certificate: tuple[Path, Path], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = certificate
+    trusting = ssl.create_default_context(cafile=str(cert))
+    sent, then = EVERYBODY[kind]
+    with watched(ssl_certfile=str(cert), ssl_keyfile=str(key)) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            with (
+                server.connected() as plain,
+                trusting.wrap_socket(plain, server_hostname="127.0.0.1") as client,
+            ):
+                client.sendall(sent)
+                then(client)
+            until(lambda: bool(server.connections) and not any(each() for each in server.connections))
+        finally:
+            gc.enable()
+    assert "Traceback" not in caplog.text
 
 
 def until(is_true: Callable[[], bool]) -> None:

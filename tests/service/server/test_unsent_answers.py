@@ -92,9 +92,6 @@ class Draining:
         self.num_unsent, self.until = num_unsent, until
         self.is_aborted = asyncio.Event()
 
-    def set_write_buffer_limits(self, high: int, low: int) -> None:
-        assert high > low
-
     def get_write_buffer_size(self) -> int:
         self.num_unsent = max(self.until, self.num_unsent - 1)
         return self.num_unsent
