@@ -556,6 +556,10 @@ class Reference:
             self._logits[key] = self._model(input_ids=torch.tensor([key]), use_cache=False).logits[0]
         return self._logits[key]
 
+    def forget(self) -> None:
+        """Drop the logits that are kept for further calls."""
+        self._logits.clear()
+
     def values(
         self,
         prompt_ids: Sequence[int],
