@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer's attention has in addition.
+    """Additions to a layer's attention.
 
     Attributes:
         window: tokens that a token sees, itself included; None: all before it.
