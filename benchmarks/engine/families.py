@@ -6,6 +6,7 @@ with the Llama of this size, which has plain attention.
     python -m benchmarks.engine.families
 """
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.meters import interleaved_s
 from benchmarks.report import Report
 from benchmarks.workloads import Shape
-from shopr1_service.engine.forward.base import Forward
+from shopr1_service.engine.forward.base import Forward, Suffix
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.prefix_cache import PrefixCache
