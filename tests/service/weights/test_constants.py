@@ -149,7 +149,7 @@ def test_constant_of_another_config_is_refused_in_an_update() -> None:
     assert [each["location"] for each in caught.value.errors] == [PER_LAYER]
 
 
-def test_what_the_models_own_rule_ignores_is_not_compared() -> None:
+def test_constants_that_the_models_own_rule_ignores() -> None:
     """GPT-2's class names its masks."""
     model = model_of("gpt2")
     tensors = {**weights_of(model), "transformer.h.0.attn.bias": torch.zeros(3)}
