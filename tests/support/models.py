@@ -223,10 +223,8 @@ _MAMBA2_SIZES = {
 }
 _MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Attention with a window, a softcap or sinks; keys longer than values; no attention interface.
-_PACKED = {
-    *("cohere2", "deepseek_v3", "falcon", "gemma2", "gemma3", "gpt_oss", "gptj", "mistral", "phi3", "qwen2"),
-}
+# No attention interface.
+_PACKED = {"falcon", "gptj"}
 # Positions that are not taken from `position_ids`; recurrent layers.
 _EXPANDED = {
     *("bamba", "bloom", "falcon_h1", "gpt_neo", "granitemoehybrid", "lfm2", "mamba2", "mpt", "nemotron_h"),
