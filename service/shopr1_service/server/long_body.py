@@ -5,10 +5,10 @@ between. For uploads of weights that costs several times what the network does.
 """
 
 import asyncio
+import mmap
 import weakref
 
 import h11
-import numpy as np
 from starlette.types import Message
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -133,8 +133,8 @@ class LongBody(asyncio.BufferedProtocol):
         protocol.handle_events()
 
     def _renew_buffer(self, num_bytes: int) -> None:
-        # Not a bytearray: that would be filled with zeros.
-        self._buffer = np.empty(num_bytes, np.uint8).data
+        # From the system, and back to it at once: the heap would keep the most that was ever needed.
+        self._buffer = memoryview(mmap.mmap(-1, num_bytes)) if num_bytes else memoryview(b"")
         self._num_filled = 0
 
     def _stop_flush(self) -> None:

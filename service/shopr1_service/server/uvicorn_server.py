@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import functools
 import ipaddress
 import logging
 import resource
@@ -34,6 +35,8 @@ _KEEP_ALIVE_S = 620
 """Idle connections stay open for longer than clients reuse them (httpx 5 s, aiohttp 15 s, Go and hyper 90 s,
 load balancers up to 600 s): with uvicorn's own 5 s, a request that meets the closing of its connection is
 lost, and most clients do not send a POST again. Where descriptors run short, they are closed earlier."""
+_HANDSHAKE_S = 10.0
+"""Seconds for the handshake of TLS. Before its end a connection cannot be closed to make room."""
 _ANSWER_S = 2.0
 """Seconds before the end of the grace time at which scoring requests are answered with 503; others half of it
 later."""
@@ -52,7 +55,11 @@ class _Server(uvicorn.Server):
         self._connection = connection
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        if self.config.is_ssl:  # uvicorn has no option for it
+            create = functools.partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_S)
+            loop.create_server = create  # type: ignore[method-assign]
         await super().startup(sockets)
         # asyncio accepts as many connections per turn as the system may queue: the queue is set here.
         for listener in [listener for server in self.servers for listener in server.sockets]:

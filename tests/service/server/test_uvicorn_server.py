@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import ssl
 import threading
 from collections.abc import Sequence
@@ -81,6 +82,29 @@ def test_https(monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path]) 
     # One that does not know the certificate, and one that speaks plain HTTP.
     assert asked.result()[:2] == [200, httpx.ConnectError]
     assert issubclass(asked.result()[2], httpx.TransportError)
+
+
+def test_a_handshake_that_does_not_come_ends_the_connection(
+    monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    monkeypatch.setattr(server, "load_policy", lambda _settings, _startup: FakePolicy())
+    monkeypatch.setattr(server, "_HANDSHAKE_S", 0.3)
+    settings = Settings(port=free_port(), tls_cert_file=cert, tls_private_key_file=key)
+
+    def ask() -> bytes:
+        try:
+            until_up(f"https://127.0.0.1:{settings.port}", ssl.create_default_context(cafile=str(cert)))
+            with socket.create_connection(("127.0.0.1", settings.port), timeout=WAIT_S) as silent:
+                return silent.recv(1)  # ends, because the server closes
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("asyncio.constants.SSL_HANDSHAKE_TIMEOUT", 3600.0)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(ask)
+        assert server.serve(settings) == 0
+    assert asked.result() == b""
 
 
 def test_certificate_and_key_come_together(certificate: tuple[Path, Path], tmp_path: Path) -> None:
