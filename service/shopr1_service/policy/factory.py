@@ -10,8 +10,9 @@ Knows no files: `policy/loading.py` reads the model and the tokenizer.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -43,6 +44,7 @@ from shopr1_service.engine.forward.self_check import (
     choose_forward,
 )
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
+from shopr1_service.engine.forward.unused_copy import unused_copy
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.lm_head import (
     LinearHead,
@@ -105,9 +107,10 @@ def build_policy(
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
     rope = _controlled_rope(model)  # before any forward changes its state
+    unused = unused_copy(model)
     check_positions(model, max_sequence_tokens, longest)
     random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
-    head, verdict = _checked(model, random_ids, _candidates(model, cache, rope), settings, startup)
+    head, verdict = _checked(model, unused, random_ids, _candidates(model, cache, rope), settings, startup)
     verdict = replace(verdict, forward=_by_length(verdict.forward, rope))
     engine = Engine(
         verdict.forward,
@@ -174,6 +177,7 @@ def _controlled_rope(model: PreTrainedModel) -> LengthDependentRope | None:
 
 def _checked(
     model: PreTrainedModel,
+    unused: PreTrainedModel,
     random_ids: Sequence[int],
     candidates: Sequence[Forward],
     settings: Settings,
@@ -182,13 +186,15 @@ def _checked(
     """The fastest head and forward strategy that agree with the model."""
     try:
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        return head, _verdict(model, random_ids, candidates, settings, startup)
+        check = partial(choose_forward, model, unused=unused)
+        return head, _verdict(model, check, random_ids, candidates, settings, startup)
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
 
 
 def _verdict(
     model: PreTrainedModel,
+    check: Callable[..., Verdict],
     random_ids: Sequence[int],
     candidates: Sequence[Forward],
     settings: Settings,
@@ -197,22 +203,20 @@ def _verdict(
     """The outcome of the check that the settings ask for, or of the same one at an earlier start."""
     short_ids = random_ids[:MAX_SHORT_TOKENS]
     if len(random_ids) == len(short_ids):
-        return choose_forward(model, random_ids, candidates)
+        return check(random_ids, candidates)
     if settings.self_check == "short":
         remark = f"checked up to {len(short_ids)} tokens of {len(random_ids)}: self_check is short"
-        verdict = choose_forward(model, short_ids, candidates)
+        verdict = check(short_ids, candidates)
         return replace(verdict, remarks=(*verdict.remarks, remark))
     if settings.self_check_cache is None:
-        return choose_forward(model, random_ids, candidates, startup.note)
+        return check(random_ids, candidates, startup.note)
     outcomes, key = VerdictCache(settings.self_check_cache), verdict_key(model, len(random_ids))
     if (known := outcomes.get(key)) is not None:
-        verdict = choose_forward(
-            model, short_ids, [each for each in candidates if each.name == known.forward]
-        )
+        verdict = check(short_ids, [each for each in candidates if each.name == known.forward])
         if verdict.forward.name == known.forward:
             logger.info("the long check is skipped: its outcome is known")
             return known.completing(verdict)
-    verdict = choose_forward(model, random_ids, candidates, startup.note)
+    verdict = check(random_ids, candidates, startup.note)
     outcomes.put(key, KnownVerdict.of(verdict))
     return verdict
 
