@@ -1,6 +1,7 @@
 """Base classes and types of the wire models."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator
@@ -54,6 +55,18 @@ def by_type(
         return next((tag for tag, kinds in types.items() if isinstance(value, kinds)), None)
 
     return Discriminator(tag, custom_error_type=code, custom_error_message=message)
+
+
+def matches(pattern: str, rule: str) -> Callable[[str], str]:
+    """A validator of text that matches a pattern as a whole; `rule` is the error in words."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise PydanticCustomError("pattern", "{rule}", {"rule": rule})
+        return text
+
+    return check
 
 
 def _check_unicode(text: str) -> str:

@@ -10,8 +10,10 @@ Every answer has the digest of its recipe, so that a logged reward can be traced
 
 import hashlib
 import json
+import re
 import reprlib
 import tomllib
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cached_property
 from importlib import resources
@@ -33,6 +35,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from shopr1_rewards.errors import RecipeError
+from shopr1_rewards.names import RECIPE_NAME, name_flaw, recipe_name_flaw
 from shopr1_rewards.similarity import Tokenizer
 
 _IMPOSSIBLE = "impossible"
@@ -42,9 +45,6 @@ Weight = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=Fals
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 # Beyond these bounds the logits' quotients overflow, or all distributions are uniform to rounding.
 Temperature = Annotated[float, Field(strict=True, ge=1e-3, le=1e3, allow_inf_nan=False)]
-
-Name = Annotated[str, Field(pattern=r"\S")]
-"""Name of an action type or attribute: not blank."""
 
 
 class Component(StrEnum):
@@ -146,6 +146,22 @@ def _impossible(message: str) -> PydanticCustomError:
     return PydanticCustomError(_IMPOSSIBLE, "{message}", {"message": message})
 
 
+def _checked(flaw: Callable[[str], str | None]) -> AfterValidator:
+    def check(name: str) -> str:
+        if message := flaw(name):
+            raise PydanticCustomError("name", "{message}", {"message": message})
+        return name
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, _checked(name_flaw)]
+"""Name of an action type or attribute."""
+RecipeName = Annotated[
+    str, _checked(recipe_name_flaw), Field(json_schema_extra={"pattern": f"^{RECIPE_NAME}$"})
+]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -209,6 +225,15 @@ class SelfCertaintyRecipe(_Part):
     vocabulary: Vocabulary = Vocabulary.HEAD
 
 
+_BARE_KEY = re.compile("[A-Za-z0-9_-]+")
+_MESSAGES = {
+    **dict.fromkeys(("model_type", "dict_type"), "must be a table"),
+    "tuple_type": "must be a list",
+    "string_type": "must be a string",
+    "too_short": "must not be empty",
+}
+"""Errors of pydantic that are too much about Python, by type."""
+
 # Tags of unions appear in pydantic's error locations; the brackets distinguish them from keys.
 _NUMBER, _DARS = "<number>", "<dars>"
 
@@ -236,7 +261,7 @@ class ActionTypeRecipe(_Part):
     @classmethod
     def _type_is_taken(cls, attributes: dict[str, AttributeRecipe]) -> dict[str, AttributeRecipe]:
         if "type" in attributes:
-            raise ValueError("'type' names the action's type and cannot be an attribute")
+            raise _impossible("'type' names the action's type and cannot be an attribute")
         return attributes
 
 
@@ -265,7 +290,7 @@ class ActionSpace(_Part):
 
 def _check_unique(components: tuple[Component, ...]) -> tuple[Component, ...]:
     if len(set(components)) < len(components):
-        raise ValueError("a component is listed twice")
+        raise _impossible("a component is listed twice")
     return components
 
 
@@ -283,7 +308,7 @@ _SHOP_R1 = (
 class Recipe(_Part):
     """A complete reward. Frozen; `recipes/shop_r1.toml` explains each number."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: RecipeName
     source: str = ""
     components: Components = _SHOP_R1
     """The terms of the reward, in the order in which they are added and shown."""
@@ -369,7 +394,7 @@ def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
 
 
 def _flaw(details: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in details["loc"] if part not in (_NUMBER, _DARS))
+    key = "".join(map(_key, details["loc"])).removeprefix(".")
     if details["type"] == "extra_forbidden":
         return f"unknown key {key!r}"
     if details["type"] == "missing":
@@ -377,7 +402,17 @@ def _flaw(details: ErrorDetails) -> str:
     where = f"{key}: " if key else ""
     if details["type"] == _IMPOSSIBLE:
         return where + details["msg"]
-    return f"{where}{details['msg']} (got {_shortened(details['input'])})"
+    message = _MESSAGES.get(details["type"]) or details["msg"].replace("Input should", "must", 1)
+    return f"{where}{message} (got {_shortened(details['input'])})"
+
+
+def _key(part: str | int) -> str:
+    """A part of pydantic's location as in a dotted key of TOML."""
+    if isinstance(part, int):
+        return f"[{part}]"
+    if part in (_NUMBER, _DARS, "[key]"):
+        return ""
+    return f".{part}" if _BARE_KEY.fullmatch(part) else f".{json.dumps(part)}"
 
 
 def _shortened(value: object) -> str:

@@ -23,6 +23,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from shopr1_client.field_messages import plain_message
+from shopr1_client.json_text import read_json
 from shopr1_client.wire import Limits
 from shopr1_client.wire_prompt import IsoDate, PromptOptions, TemplateArguments
 from shopr1_service.errors import SettingsError
@@ -184,14 +186,17 @@ class Settings(BaseSettings):
     """Number of these files; the oldest is deleted."""
     rollout_log_text: bool = False
     """Write prompts and completions into them too."""
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: PositiveInt = 30
     """Seconds for open requests to finish after SIGTERM."""
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
     def _from_json(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
+        try:
+            return read_json(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
 
     @field_validator(
         *("api_keys", "chat_templates", "end_tokens", "ignored_tensors", "policy_roots"), mode="before"
@@ -267,7 +272,7 @@ def _message(details: Mapping[str, Any]) -> str:
     key = str(details["loc"][0])  # the rest names members of unions: settings are flat
     if details["type"] == "extra_forbidden":
         return f"unknown setting {key!r} (value {_shown(key, details['input'])})"
-    return f"{key}: {details['msg']} (got {_shown(key, details['input'])})"
+    return f"{key}: {plain_message(details)} (got {_shown(key, details['input'])})"
 
 
 def _shown(name: str, value: object) -> str:

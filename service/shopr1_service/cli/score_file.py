@@ -6,7 +6,6 @@ output is kept if it belongs to the same input, recipe and policy; a truncated l
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shopr1_client.errors import InvalidRequestError
+from shopr1_client.field_messages import field_path, plain_message
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.wire import Group, GroupScore, PolicyRef, RecipeRef, ScoreRequest, ScoreResponse
-from shopr1_client.wire_base import is_union_tag
 from shopr1_service.errors import RolloutFileError
 
 GROUPS_PER_REQUEST = 8
@@ -58,11 +58,13 @@ def read_input(path: Path) -> list[InputLine]:
 def _input_line(path: Path, number: int, raw: bytes) -> InputLine:
     try:
         # Python's json keeps half surrogate pairs, as HTTP bodies do: a policy's output may hold them.
-        group = Group.model_validate(json.loads(raw))
+        group = Group.model_validate(read_json(raw))
+    except DuplicateKeyError as error:
+        raise RolloutFileError(f"{path}:{number}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        location = ".".join(str(part) for part in first["loc"] if not is_union_tag(part))
-        raise RolloutFileError(f"{path}:{number}: {location}: {first['msg']}") from None
+        where = "".join(f"{part}: " for part in (field_path(first["loc"]),) if part)
+        raise RolloutFileError(f"{path}:{number}: {where}{plain_message(first)}") from None
     except (ValueError, RecursionError) as error:
         raise RolloutFileError(f"{path}:{number}: not JSON: {error}") from None
     return InputLine(number, hashlib.sha256(raw).hexdigest(), group)

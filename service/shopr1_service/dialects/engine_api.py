@@ -32,9 +32,10 @@ from shopr1_service.http import examples
 from shopr1_service.http.problem_responses import BODY, CHANGE_PROBLEMS, problem_responses
 from shopr1_service.http.problems import extending_problems
 from shopr1_service.http.state import AppState, State
+from shopr1_service.http.strict_route import StrictRoute
 
 TAG = "engines"
-router = APIRouter(tags=[TAG])
+router = APIRouter(tags=[TAG], route_class=StrictRoute)
 
 _UNLOAD_PROBLEMS = problem_responses(*BODY, NotFoundError, NotReadyError)
 _FLUSHED = (

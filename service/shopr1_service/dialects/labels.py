@@ -18,10 +18,11 @@ from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState
+from shopr1_service.http.strict_route import StrictRoute
 from shopr1_service.scoring.label_store import ContradictionError, Label
 from shopr1_service.scoring.recipe_book import RecipeBook
 
-router = APIRouter(tags=[TAG])
+router = APIRouter(tags=[TAG], route_class=StrictRoute)
 logger = logging.getLogger(__name__)
 
 

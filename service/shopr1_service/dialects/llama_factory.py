@@ -14,11 +14,12 @@ from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
 from shopr1_service.http.state import AppState, State
+from shopr1_service.http.strict_route import StrictRoute
 
 DIALECT = Dialect("llama_factory", timeout_s=None)
 """LLaMA-Factory waits without limit: the service's own deadline is the only one."""
 
-router = APIRouter(prefix="/dialects/llama_factory", tags=[TAG])
+router = APIRouter(prefix="/dialects/llama_factory", tags=[TAG], route_class=StrictRoute)
 
 
 class ScoreEvaluation(TrainerRequest):

@@ -31,11 +31,12 @@ from shopr1_service.dialects.results import (
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
+from shopr1_service.http.strict_route import StrictRoute
 
 DIALECT = Dialect("nemo_gym", timeout_s=55.0)
 """verifiers gives up after 60 s. NeMo Gym itself waits without limit."""
 
-router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG])
+router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG], route_class=StrictRoute)
 
 _LABEL_FIELDS = ("ground_truth", "expected_answer", "label")
 # Fields of an earlier response, which are sent again when a rollout is verified again.

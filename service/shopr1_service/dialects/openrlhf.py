@@ -18,11 +18,12 @@ from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, Trai
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, TrainerResult, score_rollouts
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.state import AppState, State
+from shopr1_service.http.strict_route import StrictRoute
 
 DIALECT = Dialect("openrlhf", timeout_s=170.0)
 """OpenRLHF gives up after 180 s, and tries again."""
 
-router = APIRouter(prefix="/dialects/openrlhf", tags=[TAG])
+router = APIRouter(prefix="/dialects/openrlhf", tags=[TAG], route_class=StrictRoute)
 
 
 class GetReward(TrainerRequest):

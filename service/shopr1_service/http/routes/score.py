@@ -10,8 +10,9 @@ from shopr1_service.http import examples
 from shopr1_service.http.problem_responses import SCORING, problem_responses
 from shopr1_service.http.scoring import score_request
 from shopr1_service.http.state import AppState
+from shopr1_service.http.strict_route import StrictRoute
 
-router = APIRouter(tags=["score"])
+router = APIRouter(tags=["score"], route_class=StrictRoute)
 
 _TIMEOUT = Header(
     alias="X-Request-Timeout",
