@@ -10,8 +10,6 @@ Every answer has the digest of its recipe, so that a logged reward can be traced
 
 import hashlib
 import json
-import re
-import reprlib
 import tomllib
 from collections.abc import Callable
 from enum import StrEnum
@@ -32,13 +30,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from shopr1_rewards.errors import RecipeError
 from shopr1_rewards.names import RECIPE_NAME, name_flaw, recipe_name_flaw
+from shopr1_rewards.recipe_flaws import DARS, NUMBER, flaw, impossible
 from shopr1_rewards.similarity import Tokenizer
-
-_IMPOSSIBLE = "impossible"
 
 # Strict: a quoted number or a boolean in a recipe is a mistake, not a weight. Bounded: rewards stay finite.
 Weight = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=False)]
@@ -141,14 +138,9 @@ class Vocabulary(StrEnum):
     """The tokenizer's tokens, without padding rows of the head."""
 
 
-def _impossible(message: str) -> PydanticCustomError:
-    """An error of several keys together."""
-    return PydanticCustomError(_IMPOSSIBLE, "{message}", {"message": message})
-
-
-def _checked(flaw: Callable[[str], str | None]) -> AfterValidator:
+def _checked(find_flaw: Callable[[str], str | None]) -> AfterValidator:
     def check(name: str) -> str:
-        if message := flaw(name):
+        if message := find_flaw(name):
             raise PydanticCustomError("name", "{message}", {"message": message})
         return name
 
@@ -181,7 +173,7 @@ class FormatRecipe(_Part):
     @model_validator(mode="after")
     def _check_which(self) -> Self:
         if self.reading is Reading.STRICT and self.which is not Which.FIRST:
-            raise _impossible(f"which = {self.which.value!r} requires reading = 'tolerant'")
+            raise impossible(f"which = {self.which.value!r} requires reading = 'tolerant'")
         return self
 
 
@@ -202,7 +194,7 @@ class SimilarityRecipe(_Part):
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:
         if self.thresholded(1.0) == 0:
-            raise _impossible(
+            raise impossible(
                 "nothing exceeds threshold = 1; threshold_is = 'inclusive' asks for equal tokens"
             )
         return self
@@ -225,21 +217,9 @@ class SelfCertaintyRecipe(_Part):
     vocabulary: Vocabulary = Vocabulary.HEAD
 
 
-_BARE_KEY = re.compile("[A-Za-z0-9_-]+")
-_MESSAGES = {
-    **dict.fromkeys(("model_type", "dict_type"), "must be a table"),
-    "tuple_type": "must be a list",
-    "string_type": "must be a string",
-    "too_short": "must not be empty",
-}
-"""Errors of pydantic that are too much about Python, by type."""
-
-# Tags of unions appear in pydantic's error locations; the brackets distinguish them from keys.
-_NUMBER, _DARS = "<number>", "<dars>"
-
 ValueWeight = Annotated[
-    Annotated[Weight, Tag(_NUMBER)] | Annotated[Literal["dars"], Tag(_DARS)],
-    Discriminator(lambda value: _DARS if isinstance(value, str) else _NUMBER),
+    Annotated[Weight, Tag(NUMBER)] | Annotated[Literal["dars"], Tag(DARS)],
+    Discriminator(lambda value: DARS if isinstance(value, str) else NUMBER),
 ]
 
 
@@ -261,7 +241,7 @@ class ActionTypeRecipe(_Part):
     @classmethod
     def _type_is_taken(cls, attributes: dict[str, AttributeRecipe]) -> dict[str, AttributeRecipe]:
         if "type" in attributes:
-            raise _impossible("'type' names the action's type and cannot be an attribute")
+            raise impossible("'type' names the action's type and cannot be an attribute")
         return attributes
 
 
@@ -290,7 +270,7 @@ class ActionSpace(_Part):
 
 def _check_unique(components: tuple[Component, ...]) -> tuple[Component, ...]:
     if len(set(components)) < len(components):
-        raise _impossible("a component is listed twice")
+        raise impossible("a component is listed twice")
     return components
 
 
@@ -321,7 +301,7 @@ class Recipe(_Part):
     def _check_types(self) -> Self:
         folded = {name.casefold() for name in self.action_space.types}
         if self.format.action_types is ActionTypes.CASEFOLD and len(folded) < len(self.action_space.types):
-            raise _impossible(
+            raise impossible(
                 "format.action_types = 'casefold': two names of action_space.types are equal then"
             )
         return self
@@ -385,41 +365,12 @@ def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tomllib.loads(toml.removeprefix("\ufeff")))  # a byte order mark
     except ValidationError as error:
-        flaws = "; ".join(_flaw(details) for details in error.errors())
+        flaws = "; ".join(flaw(details) for details in error.errors())
         raise RecipeError(f"{origin}: {flaws}") from error
     except RecursionError:
         raise RecipeError(f"{origin}: not a recipe: nested too deeply") from None
     except ValueError as error:  # also of an integer with thousands of digits
         raise RecipeError(f"{origin}: not TOML: {error}") from error
-
-
-def _flaw(details: ErrorDetails) -> str:
-    key = "".join(map(_key, details["loc"])).removeprefix(".")
-    if details["type"] == "extra_forbidden":
-        return f"unknown key {key!r}"
-    if details["type"] == "missing":
-        return f"missing key {key!r}"
-    where = f"{key}: " if key else ""
-    if details["type"] == _IMPOSSIBLE:
-        return where + details["msg"]
-    message = _MESSAGES.get(details["type"]) or details["msg"].replace("Input should", "must", 1)
-    return f"{where}{message} (got {_shortened(details['input'])})"
-
-
-def _key(part: str | int) -> str:
-    """A part of pydantic's location as in a dotted key of TOML."""
-    if isinstance(part, int):
-        return f"[{part}]"
-    if part in (_NUMBER, _DARS, "[key]"):
-        return ""
-    return f".{part}" if _BARE_KEY.fullmatch(part) else f".{json.dumps(part)}"
-
-
-def _shortened(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python writes no integer with thousands of digits
-        return "an integer with thousands of digits"
 
 
 def _shipped() -> Traversable:
