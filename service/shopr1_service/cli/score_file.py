@@ -7,6 +7,7 @@ output is kept if it belongs to the same input, recipe and policy; a truncated l
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -45,13 +46,29 @@ class InputLine:
     group: Group
 
 
+@contextmanager
+def naming(file: Path | str) -> Iterator[None]:
+    """Within this context errors of the file system become a `RolloutFileError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RolloutFileError(f"{file}: {error.strerror or error}") from error
+
+
+def refuse_if_same(rollouts: Path, output: Path | None) -> None:
+    """Refuse to append rewards to the rollouts themselves."""
+    if output is not None and output.exists() and output.samefile(rollouts):
+        raise RolloutFileError(f"{output}: is the file of the rollouts; name another one for the rewards")
+
+
 def read_input(path: Path) -> list[InputLine]:
     """All groups of a file.
 
     Raises:
         RolloutFileError: names the first malformed line and its error.
     """
-    lines = path.read_bytes().splitlines()
+    with naming(path):
+        lines = path.read_bytes().splitlines()
     return [_input_line(path, i, raw) for i, raw in enumerate(lines, 1) if raw.strip()]
 
 
@@ -78,7 +95,8 @@ def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
     """
     if not path.exists():
         return []
-    content = path.read_bytes()
+    with naming(path):
+        content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     scored = [_scored_line(path, i, raw) for i, raw in enumerate(whole.splitlines(), 1)]
     if len(scored) > len(lines):
@@ -87,7 +105,8 @@ def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
         if done.input_sha256 != line.sha256:
             raise RolloutFileError(f"{path}:{i}: was scored from another input line than {line.number}")
     if len(whole) < len(content):
-        path.write_bytes(whole)
+        with naming(path):
+            path.write_bytes(whole)
     return scored
 
 
@@ -95,7 +114,10 @@ def _scored_line(path: Path, number: int, raw: bytes) -> ScoredLine:
     try:
         return ScoredLine.model_validate_json(raw)
     except ValidationError as error:
-        raise RolloutFileError(f"{path}:{number}: not an output of this command: {error}") from None
+        first = error.errors()[0]
+        where = field_path(first["loc"]) or "the line"
+        flaw = f"{where}: {plain_message(first)}"
+        raise RolloutFileError(f"{path}:{number}: not an output of this command: {flaw}") from None
 
 
 def score_lines(
@@ -132,8 +154,9 @@ def score_lines(
                 policy=response.policy,
                 group=group,
             )
-            output.write(scored.model_dump_json() + "\n")
-            output.flush()
+            with naming(output.name):
+                output.write(scored.model_dump_json() + "\n")
+                output.flush()
             former = scored
             yield scored
 
