@@ -40,7 +40,7 @@ _EMPTY = ("string_too_short", "too_short")
 
 
 def plain_message(error: Mapping[str, Any]) -> str:
-    """What is wrong with a field: a sentence without a subject, to be put behind the field's name.
+    """The flaw of a field: a sentence without a subject, to be put behind the field's name.
 
     Args:
         error: one of `ValidationError.errors()`, with its context.

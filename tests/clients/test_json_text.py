@@ -71,6 +71,6 @@ def test_a_duplicate_far_down() -> None:
         ("[" * 100_000, RecursionError),
     ],
 )
-def test_what_is_no_json(text: Any, error: type[Exception]) -> None:
+def test_text_that_is_no_json(text: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         read_json(text)

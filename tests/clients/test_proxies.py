@@ -129,7 +129,7 @@ def test_public_hosts_have_the_proxy_that_httpx_chooses(
 
 
 @pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "10.7"])
-def test_what_a_short_address_connects_to_is_private(host: str) -> None:
+def test_a_short_address_connects_to_a_private_one(host: str) -> None:
     """The system's resolver reads these forms as addresses."""
     [(*_, (address, _))] = socket.getaddrinfo(host, 80, socket.AF_INET, socket.SOCK_STREAM)
     assert is_private(str(address))

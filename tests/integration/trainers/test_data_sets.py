@@ -157,7 +157,7 @@ def test_a_ground_truth_is_right_or_refused(
     assert ("text" not in found) or is_dated
 
 
-def test_polars_makes_text_of_what_stands_beside_text(tmp_path: Path) -> None:
+def test_polars_makes_text_of_values_in_a_column_of_text(tmp_path: Path) -> None:
     """Known and not to be recognised: docs/trainers/README.md warns of it."""
     truths = [search("tea"), search(3.50), search(True), search(["a"])]
     path = write(tmp_path / "rows.jsonl", truths)
