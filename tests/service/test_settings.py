@@ -299,7 +299,7 @@ def test_malformed_type_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             {"chat_template_kwargs": '{"a": 1, "a": 2}'},
             """chat_template_kwargs: a: the key occurs twice (got '{"a": 1, "a": 2}')""",
         ),
-        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: must be an object (got '[1]')"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: must be an object (got [1])"),
         ({"api_key_file": ""}, "api_key_file: must not be empty (got …)"),
         ({"memory_share": "2"}, "memory_share: must be at most 1 (got '2')"),
         ({"deterministic": "maybe"}, "deterministic: must be true or false (got 'maybe')"),

@@ -116,4 +116,5 @@ def test_an_unknown_variable(shopr1: Run, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SHOPR1_PROT", "9001")
     ended = shopr1("serve")
     assert ended.code == 2
-    assert ended.error == "unknown environment variable SHOPR1_PROT (value '9001')"
+    line = json.loads(ended.err)  # as all lines of a log that is not on a terminal
+    assert line["message"] == "unknown environment variable SHOPR1_PROT (value '9001'); is SHOPR1_PORT meant?"
