@@ -79,11 +79,18 @@ def in_this_process(options: Mapping[str, Any], config: Path | None) -> Iterator
         yield lambda request: runner.run(scorer.score(request, Origin(uuid.uuid4().hex)))
 
 
-def _open(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
+@contextlib.contextmanager
+def _open(output: Path | None) -> Iterator[TextIO]:
     if output is None:
-        return contextlib.nullcontext(sys.stdout)
+        yield sys.stdout
+        return
     with naming(output):
-        return output.open("a", encoding="utf-8")
+        sink = output.open("a", encoding="utf-8")
+    try:
+        yield sink
+    finally:
+        with naming(output):
+            sink.close()
 
 
 def _with_progress(scored: Iterator[ScoredLine], num_lines: int, num_done: int) -> Iterator[ScoredLine]:

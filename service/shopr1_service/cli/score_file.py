@@ -93,7 +93,7 @@ def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
     Raises:
         RolloutFileError: the output belongs to another input.
     """
-    if not path.exists():
+    if not path.is_file():  # nor can a pipe or a device be read
         return []
     with naming(path):
         content = path.read_bytes()
@@ -154,7 +154,7 @@ def score_lines(
                 policy=response.policy,
                 group=group,
             )
-            with naming(output.name):
+            with naming(getattr(output, "name", "the output")):
                 output.write(scored.model_dump_json() + "\n")
                 output.flush()
             former = scored
