@@ -29,8 +29,10 @@ from transformers.utils.hub import cached_file
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.architectures import auto_class
 from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.gguf.config import complete_config
+from shopr1_service.policy.gguf.config import Metadata, complete_config
+from shopr1_service.policy.gguf.converted import Conversion, ConvertedFiles
 from shopr1_service.policy.gguf.pre_tokenizer import complete_tokenizer
+from shopr1_service.policy.gguf.shared_reads import shared_reads
 from shopr1_service.policy.gguf.tensors import (
     ROPE_FACTORS,
     check_rope,
@@ -192,19 +194,54 @@ def _from_pretrained(
 def _read_gguf(
     path: Path, source: Source, dtype: torch.dtype, settings: Settings
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    options: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     metadata, names = read_gguf_metadata(str(path))
-    tokenizer = AutoTokenizer.from_pretrained(source.path, mistral_format=False, **options)
-    complete_tokenizer(tokenizer, metadata)
-    config = AutoConfig.from_pretrained(source.path, **options)
-    complete_config(config, metadata)
+
+    def convert() -> Conversion:
+        return _convert_gguf(path, source, dtype, metadata, names)
+
+    if settings.cache is None:
+        converted = convert()
+    else:
+        copies = ConvertedFiles(
+            settings.cache, settings.cache_bytes, read=lambda copy: _read_copy(copy, dtype, metadata)
+        )
+        converted = copies.load(path, dtype, convert)
+    factors = None if converted.rope_factors is None else torch.tensor(converted.rope_factors)
+    check_rope(converted.model, metadata, factors)
+    refuse_unused(converted.unused, settings.ignored_tensors)
+    return converted.tokenizer, converted.model
+
+
+def _convert_gguf(
+    path: Path, source: Source, dtype: torch.dtype, metadata: Metadata, names: Sequence[str]
+) -> Conversion:
+    options: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     unpack_exactly()
-    model, unused = _from_pretrained(
-        source, config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
-    )
-    check_rope(model, metadata, read_rope_factors(path) if ROPE_FACTORS in names else None)
-    unused = [name for name in unused if name != ROPE_FACTORS]
-    refuse_unused([*unused, *unused_tensors(model, metadata, names)], settings.ignored_tensors)
+    with shared_reads():
+        tokenizer = AutoTokenizer.from_pretrained(source.path, mistral_format=False, **options)
+        complete_tokenizer(tokenizer, metadata)
+        config = AutoConfig.from_pretrained(source.path, **options)
+        complete_config(config, metadata)
+        model, unused = _from_pretrained(
+            source, config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
+        )
+        unused = [name for name in unused if name != ROPE_FACTORS]
+        unused += unused_tensors(model, metadata, names)
+        factors = read_rope_factors(path).tolist() if ROPE_FACTORS in names else None
+    return Conversion(tokenizer, model, tuple(unused), None if factors is None else tuple(factors))
+
+
+def _read_copy(
+    directory: Path, dtype: torch.dtype, metadata: Metadata
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load a converted GGUF file from the directory of its copy."""
+    source = Source(str(directory))
+    options: dict[str, Any] = {"trust_remote_code": False}
+    tokenizer = _read_tokenizer(source, options)
+    complete_tokenizer(tokenizer, metadata)
+    config = AutoConfig.from_pretrained(directory, **options)
+    model, unused = _from_pretrained(source, config, dtype=dtype, use_safetensors=True, **options)
+    refuse_unused(unused, ())
     return tokenizer, model
 
 
