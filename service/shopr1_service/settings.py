@@ -220,7 +220,7 @@ class Settings(_Sources):
     """Seconds for open requests to finish after SIGTERM."""
 
     @field_validator(
-        *("api_key_file", "tls_cert_file", "tls_private_key_file", "staging_dir", "self_check_cache"),
+        *("api_key_file", "tls_cert_file", "tls_private_key_file", "staging_dir", "cache_dir"),
         *("rollout_log", "policy", "revision", "chat_template"),
         mode="before",
     )

@@ -32,14 +32,14 @@ def check_paths(settings: Settings) -> None:
 
 
 def _flaws(settings: Settings) -> Iterator[str]:
-    staging, cache = settings.staging_dir, settings.self_check_cache
+    staging, cache = settings.staging_dir, settings.cache_dir
     if staging is not None and (flaw := _flaw(partial(_write_into, staging))):
         yield f"staging_dir: cannot write into {str(staging)!r}: {flaw}"
     for root in settings.policy_roots:
         if flaw := _flaw(partial(_list, root)):
             yield f"policy_roots: cannot list {str(root)!r}: {flaw}"
-    if cache is not None and (flaw := _flaw(partial(_write_beside, cache))):
-        yield f"self_check_cache: cannot write {str(cache)!r}: {flaw}"
+    if cache is not None and (flaw := _flaw(partial(_make_and_write, cache))):
+        yield f"cache_dir: cannot write into {str(cache)!r}: {flaw}"
 
 
 def _flaw(attempt: Callable[[], object]) -> str | None:
@@ -62,9 +62,6 @@ def _write_into(directory: Path) -> None:
         file.write(b"\0")
 
 
-def _write_beside(file: Path) -> None:
-    """Try what writing a file by renaming another one needs."""
-    if file.is_dir():
-        raise OSError(None, "it is a directory")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _write_into(file.parent)
+def _make_and_write(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_into(directory)

@@ -27,18 +27,18 @@ def flaws(**settings: Any) -> str:
 def test_good_paths(tmp_path: Path) -> None:
     template = tmp_path / "plain.jinja"
     template.write_text("{{ messages }}")
-    cache = tmp_path / "new" / "verdicts.json"
+    cache = tmp_path / "new" / "cache"
     check_paths(
         Settings(
             staging_dir=tmp_path,
             policy_roots=(tmp_path, Path("/")),
-            self_check_cache=cache,
+            cache_dir=cache,
             chat_templates=(template,),
         )
     )
     check_paths(Settings())
     # Nothing is left of the attempts.
-    assert {path.name for path in tmp_path.rglob("*")} == {"new", "plain.jinja"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"new", "cache", "plain.jinja"}
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,11 @@ def test_policy_roots_that_cannot_be_listed(tmp_path: Path, name: str, reason: s
     assert message.startswith(f"policy_roots: cannot list {str(tmp_path / name)!r}: {reason}")
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("", "it is a directory"), ("file/x.json", ""), (f"{NOT_WRITABLE}/x.json", "")]
-)
-def test_a_cache_of_verdicts_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -> None:
+@pytest.mark.parametrize("name", ["file", "file/new", NOT_WRITABLE, f"{NOT_WRITABLE}/new"])
+def test_a_cache_dir_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     path = str(tmp_path / name)
-    assert flaws(self_check_cache=path).startswith(f"self_check_cache: cannot write {path!r}: {reason}")
+    assert flaws(cache_dir=path).startswith(f"cache_dir: cannot write into {path!r}: ")
 
 
 @pytest.mark.parametrize("content", [None, b"{% if", b"\xff"])
@@ -86,12 +84,12 @@ def test_chat_templates_that_are_none(tmp_path: Path, content: bytes | None) -> 
 
 def test_all_are_named_together(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    message = flaws(staging_dir=missing, policy_roots=(missing, missing / "2"), self_check_cache=tmp_path)
+    message = flaws(staging_dir=missing, policy_roots=(missing, missing / "2"), cache_dir=NOT_WRITABLE)
     assert re.findall(r"(\w+): cannot", message) == [
         "staging_dir",
         "policy_roots",
         "policy_roots",
-        "self_check_cache",
+        "cache_dir",
     ]
 
 
