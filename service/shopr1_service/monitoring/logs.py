@@ -68,7 +68,7 @@ def writes_json(log_format: LogFormat) -> bool:
 def write_as_json(message: str, error: BaseException | None = None) -> None:
     """Write the line of an error that ends the process before logging has begun, or after it has ended."""
     exc_info = (type(error), error, error.__traceback__) if error else None
-    record = logging.LogRecord(__name__, logging.CRITICAL, __file__, 0, "%s", (message,), exc_info)
+    record = logging.LogRecord("shopr1_service", logging.CRITICAL, __file__, 0, "%s", (message,), exc_info)
     handler = _Handler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     handler.emit(record)
