@@ -56,7 +56,9 @@ def read_json(text: str | bytes) -> Any:  # noqa: ANN401  # whatever JSON can ho
 
     def unite(members: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal num_ambiguous
-        united = dict(members)  # one comparison per object is the least that a check can cost
+        # One comparison per object is the least that a check can cost. Between such functions of Python's
+        # other threads can run.
+        united = dict(members)
         if len(united) == len(members):
             return united
         num_ambiguous += 1

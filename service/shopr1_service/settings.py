@@ -188,6 +188,10 @@ class Settings(_Sources):
     max_completions_per_group: PositiveInt = 256
     max_request_tokens: PositiveInt = 4 * 2**20
     """Prompts and completions of one request together."""
+    max_body_values: PositiveInt = 5 * 2**20
+    """Numbers, strings and other values of one body, counted by its commas, with those inside strings."""
+    max_text_chars: PositiveInt = 2**20
+    """Characters of one prompt, with all its messages, or of one completion."""
 
     max_labels: PositiveInt = 1_000_000
     """Capacity of the label store (`PUT /labels`); a label takes some hundred bytes."""

@@ -78,6 +78,8 @@ def test_defaults() -> None:
         "max_groups": 1024,
         "max_completions_per_group": 256,
         "max_request_tokens": 4_194_304,
+        "max_body_values": 5_242_880,
+        "max_text_chars": 1_048_576,
         "max_labels": 1_000_000,
         "openrlhf_unscorable": "error",
         "slime_unscorable": "error",
@@ -182,6 +184,7 @@ def test_limits() -> None:
         "max_groups": 2,
         "max_completions_per_group": 3,
         "max_request_tokens": 4_194_304,
+        "max_text_chars": 1_048_576,
     }
 
 

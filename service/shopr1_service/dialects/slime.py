@@ -12,8 +12,8 @@ from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, RolloutReader, TextOrMessages, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.state import AppState
-from shopr1_service.http.strict_route import StrictRoute
 
 DIALECT = Dialect("slime", timeout_s=110.0)
 """slime gives up after 120 s, and tries again."""
@@ -21,7 +21,7 @@ DIALECT = Dialect("slime", timeout_s=110.0)
 _OPTIONS = PromptOptions(add_special_tokens=False, continue_final_message=False)
 """slime adds a generation prompt to all messages, and tokenises text without special tokens."""
 
-router = APIRouter(prefix="/dialects/slime", tags=[TAG], route_class=StrictRoute)
+router = APIRouter(prefix="/dialects/slime", tags=[TAG], route_class=JsonRoute)
 
 
 class RemoteRm(TrainerRequest):

@@ -123,7 +123,9 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, ProblemError):  # raised while FastAPI read the body
+    if isinstance(error.__cause__, RequestValidationError):  # raised while the body was read
+        return await _on_invalid(request, error.__cause__)
+    if isinstance(error.__cause__, ProblemError):
         return await _on_problem(request, error.__cause__)
     problem_class = _BY_STATUS.get(error.status_code, InternalError)
     # FastAPI hides why a body could not be decoded behind a general sentence.

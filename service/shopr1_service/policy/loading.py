@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from shopr1_service.policy.gguf.tensors import (
 )
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.loaded_policy import LoadedPolicy
+from shopr1_service.policy.start_files import move_into_memory, unchanged
 from shopr1_service.policy.unused_tensors import refuse_misplaced, refuse_unused, resolve_ties
 from shopr1_service.settings import DType, Settings
 from shopr1_service.weights.conversion import KEY_MAPPING, Shape
@@ -134,12 +136,15 @@ def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerB
     options: dict[str, Any] = {"trust_remote_code": False}
     if settings.revision is not None:
         options["revision"] = settings.revision
-    if source.gguf_file is None:
-        tokenizer = _read_tokenizer(source, options)
-        model = _read_model(source, dtype, options, settings.ignored_tensors)
-    else:
-        tokenizer, model = _read_gguf(Path(source.path, source.gguf_file), source, dtype, settings)
-    torch.nn.Module.to(model, device)
+    path = Path(source.path)
+    with unchanged(path, source.gguf_file) if path.is_dir() else nullcontext():  # hub files never change
+        if source.gguf_file is None:
+            tokenizer = _read_tokenizer(source, options)
+            model = _read_model(source, dtype, options, settings.ignored_tensors)
+        else:
+            tokenizer, model = _read_gguf(path / source.gguf_file, source, dtype, settings)
+        torch.nn.Module.to(model, device)
+        move_into_memory(model)
     return tokenizer, model
 
 
@@ -150,13 +155,14 @@ def _read_model(
     options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
     model, unused = _from_pretrained(source, config, dtype=dtype, **options)
     refuse_unused(unused, ignored)
-    refuse_misplaced(model, _tensor_shapes(source, config, options))
+    files = _tensor_files(source, config, options)
+    refuse_misplaced(model, _tensor_shapes(files), lambda name: _read_tensor(files, name), ignored)
     resolve_ties(model, ignored)
     return model
 
 
-def _tensor_shapes(source: Source, config: PretrainedConfig, options: dict[str, Any]) -> dict[str, Shape]:
-    """Shapes of a checkpoint's tensors by name, from the files that transformers has loaded."""
+def _tensor_files(source: Source, config: PretrainedConfig, options: dict[str, Any]) -> list[str]:
+    """The safetensors files that transformers has loaded."""
     files, _ = _get_resolved_checkpoint_files(
         source.path,
         variant=None,
@@ -167,11 +173,25 @@ def _tensor_shapes(source: Source, config: PretrainedConfig, options: dict[str, 
         transformers_explicit_filename=getattr(config, "transformers_weights", None),
         download_kwargs={"revision": options.get("revision")},
     )
+    return files or []
+
+
+def _tensor_shapes(files: Sequence[str]) -> dict[str, Shape]:
+    """Shapes of the files' tensors by name."""
     shapes: dict[str, Shape] = {}
-    for file in files or ():
+    for file in files:
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
+
+
+def _read_tensor(files: Sequence[str], name: str) -> torch.Tensor:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                tensor: torch.Tensor = tensors.get_tensor(name)
+                return tensor
+    raise PolicyError(f"tensor {name} is not in the checkpoint any more")
 
 
 def _from_pretrained(
