@@ -10,6 +10,7 @@ import httpx
 from pydantic import BaseModel
 
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.connections import RESENDABLE
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.request_splitting import Part, check, merge, relocated
 from shopr1_client.transport import failure, parse
@@ -145,7 +146,7 @@ class Client(BaseClient):
 
     def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
         try:
-            response = self._http.request(method, url, content=body)
+            response = self._http.request(method, url, content=body, extensions={RESENDABLE: True})
         except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)
