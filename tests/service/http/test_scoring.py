@@ -301,20 +301,35 @@ def test_runs_do_not_disturb_each_other(send: Callable[..., None], tmp_path: Pat
     assert of_runs == {("a", 0.93): 12, ("b", 0.63): 9, ("b", 0.93): 4}
 
 
+class Recording(FakePolicy):
+    """Records the prompt of each completion that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: list[tuple[str, int]] = []
+
+    def certainties(
+        self, groups: Sequence[TokenGroup], rules: SelfCertaintyRecipe, version: Version | None = None
+    ) -> list[list[Certainty | Unmeasurable]]:
+        for each in groups:
+            self.prompts.append((self.codec.decode(each.prompt_ids).text, len(each.completions)))
+        return super().certainties(groups, rules, version)
+
+
 @pytest.mark.parametrize("prompts", [("", "page"), ("page", "")])
-def test_an_empty_prompt_takes_no_other_requests_prompt(prompts: tuple[str, str]) -> None:
+def test_an_empty_prompt_takes_no_other_groups_prompt(prompts: tuple[str, str]) -> None:
     """A group is in one request. Fields that would join parts of several are refused, in any order."""
-    parts = [group(answer(), id="g", prompt=prompt) for prompt in prompts]
-    with served() as url:
+    texts = dict(zip(prompts, (answer(rationale="one"), answer(rationale="other")), strict=True))
+    parts = [group(text, id="g", prompt=prompt) for prompt, text in texts.items()]
+    policy = Recording()
+    with served(policy) as url:
         for part in parts:
             given = {"groups": [{**part, "group_id": "g", "group_size": 2}]}
             refused = httpx.post(f"{url}/score", json=given).json()
             locations = [error["location"] for error in refused["errors"]]
             assert (refused["status"], locations) == (422, ["groups[0].group_id", "groups[0].group_size"])
-        assert Samples(url).counts() == {0}
-        alone = [httpx.post(f"{url}/score", json={"groups": [part]}).json() for part in parts]
-        together = httpx.post(f"{url}/score", json={"groups": parts}).json()
-    for answered in ([each["groups"][0] for each in alone], together["groups"]):
-        rewards = {prompt: each["rewards"][0] for prompt, each in zip(prompts, answered, strict=True)}
-        assert (rewards[""]["reward"], rewards[""]["reason"]) == (None, "no_context")
-        assert rewards["page"]["reward"] == pytest.approx(0.93)
+        assert policy.prompts == []
+        send_at_once(url, "/score", [{"groups": [part]} for part in parts])
+        assert sorted(policy.prompts) == [("", 1), ("page", 1)]
+        send_one_by_one(url, "/score", [{"groups": parts}])
+        assert sorted(policy.prompts) == [("", 1), ("", 1), ("page", 1), ("page", 1)]
