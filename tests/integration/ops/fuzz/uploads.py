@@ -2,11 +2,12 @@
 
 import random
 import sys
-from typing import Any, cast
+from typing import Any
 
 import atheris
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 with atheris.instrument_imports(
     include=["shopr1_service.weights.safetensors_stream", "shopr1_service.weights.staging"]
@@ -21,19 +22,17 @@ from shopr1_service.weights.tensors import TensorLocation, Weights, bytes_of
 from tests.integration.ops.fuzz.harness import fuzz
 
 
-class Model(nn.Module):
+class Model(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Two tensors, one of them under two names."""
 
-    device = torch.device("cpu")
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(PretrainedConfig())
         self.a = nn.Parameter(torch.zeros(3))
         self.b = nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
         self.c = self.a
 
 
-WEIGHTS = Weights(cast("Any", Model()))
+WEIGHTS = Weights(Model())
 A, B = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([[0.25, 3.0], [-1.0, 7.0]])
 SEEDS = tuple(
     safetensors.torch.save(tensors)
