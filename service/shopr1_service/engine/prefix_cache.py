@@ -3,7 +3,8 @@
 A session's next prompt begins with its last one. A `Chunk` holds the keys and values of consecutive tokens.
 The cache is a radix tree of chunks: each path from the root spells the tokens of a prompt, and prompts with
 a common beginning share its chunks. Beyond the byte limit, the least recently used ends of paths are
-evicted.
+evicted. Counted is what a chunk keeps in memory: keys and values, and also its ids, its node in the tree and
+what Python and PyTorch need for each tensor. In a small policy's short prompts that is most of it.
 
 Keys and values depend on more than token ids, on the weights that computed them and on images: each
 `PromptScope` has a tree of its own, and all trees share the limit.
@@ -11,6 +12,7 @@ Keys and values depend on more than token ids, on the weights that computed them
 Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D head size, H hidden size.
 """
 
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,8 +21,14 @@ from torch import Tensor
 
 from shopr1_service.core import TEXT_SCOPE, CacheStats, PromptScope
 
+_TENSOR_BYTES = 450
+"""Memory of a tensor beside its elements: Python's object, PyTorch's, and the allocator's headers."""
+_INT_BYTES = 32
+_SCOPE_BYTES = 400
+"""A `PromptScope` with its digest, and its place among the roots."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Keys and values of consecutive tokens, never written to.
 
@@ -40,7 +48,13 @@ class Chunk:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+        """Memory of a chunk whose tensors are not views."""
+        tensors = [*self.keys, *self.values]
+        if self.last_hidden_1_H is not None:
+            tensors.append(self.last_hidden_1_H)
+        elements = sum(tensor.nbytes for tensor in tensors)
+        containers = sum(map(sys.getsizeof, (self, self.ids, self.keys, self.values)))
+        return elements + _TENSOR_BYTES * len(tensors) + containers + _INT_BYTES * len(self.ids)
 
     def view(self, start: int, end: int) -> "Chunk":
         """A view of tokens start … end − 1, on the same memory."""
@@ -58,19 +72,25 @@ class Chunk:
         return Chunk(self.ids, keys, values, self.last_hidden_1_H)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Node:
     chunk: Chunk
     parent: "_Node | None"
     children: dict[int, "_Node"] = field(default_factory=dict)  # by first token
     last_used: int = 0
+    num_counted_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        own = sys.getsizeof(self) + sys.getsizeof(self.children) + 2 * _INT_BYTES
+        return own + self.chunk.num_bytes + (_SCOPE_BYTES if self.parent is None else 0)
 
 
 class PrefixCache:
     """A radix tree of chunks, bounded in bytes.
 
     Args:
-        max_bytes: limit of keys and values; 0 disables the cache.
+        max_bytes: limit of the memory that the cache keeps; 0 disables it.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -96,18 +116,22 @@ class PrefixCache:
         return chunks
 
     def insert(self, ids: Sequence[int], chunk: Chunk, scope: PromptScope = TEXT_SCOPE) -> None:
-        """Add a chunk that follows `ids`; ignored unless all of `ids` are cached."""
+        """Add a chunk that follows `ids`; ignored unless all of `ids` are cached.
+
+        Args:
+            chunk: on memory of its own: a view would keep more than is counted.
+        """
         if not self.is_enabled or not len(chunk):
             return
-        parent, num_matched = self._roots.setdefault(scope, _root()), 0
-        for node, num_tokens in self._walk(ids, scope):
-            num_matched += num_tokens
-            parent = node if num_tokens == len(node.chunk) else self._split(node, num_tokens)
-        if num_matched < len(ids) or chunk.ids[0] in parent.children:
+        path = list(self._walk(ids, scope))
+        if sum(num_tokens for _, num_tokens in path) < len(ids):
             return
-        self._clock += 1
-        parent.children[chunk.ids[0]] = _Node(chunk, parent, last_used=self._clock)
-        self.stats.num_bytes += chunk.num_bytes
+        parent = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root())
+        if chunk.ids[0] not in parent.children:
+            self._clock += 1
+            node = _Node(chunk, parent, last_used=self._clock)
+            parent.children[chunk.ids[0]] = node
+            self._count(node, parent)
         self._evict()
 
     def reset(self) -> None:
@@ -124,7 +148,14 @@ class PrefixCache:
         """Drop all chunks of these weights."""
         for scope in [scope for scope in self._roots if scope.weights == weights]:
             root = self._roots.pop(scope)
-            self.stats.num_bytes -= sum(node.chunk.num_bytes for node in _below(root))
+            self.stats.num_bytes -= sum(node.num_counted_bytes for node in (root, *_below(root)))
+
+    def _count(self, *changed: _Node) -> None:
+        """Count new nodes, and those whose children or chunk have changed, as they are now."""
+        for node in changed:
+            num_bytes = node.num_bytes
+            self.stats.num_bytes += num_bytes - node.num_counted_bytes
+            node.num_counted_bytes = num_bytes
 
     def _walk(self, ids: Sequence[int], scope: PromptScope) -> Iterator[tuple[_Node, int]]:
         """The nodes along `ids`, each with its number of matching tokens; only the last may match in part."""
@@ -136,6 +167,10 @@ class PrefixCache:
                 return
             node, position = child, position + num_tokens
 
+    def _end(self, node: _Node, num_tokens: int) -> _Node:
+        """The node that ends after so many tokens of this one."""
+        return node if num_tokens == len(node.chunk) else self._split(node, num_tokens)
+
     def _split(self, node: _Node, num_tokens: int) -> _Node:
         """Cut a node in two; return the first half, whose child is the second."""
         assert node.parent is not None
@@ -144,6 +179,7 @@ class PrefixCache:
         node.parent.children[head.chunk.ids[0]] = head
         node.parent = head
         head.children[node.chunk.ids[0]] = node
+        self._count(head, node)
         return head
 
     def _evict(self) -> None:
@@ -151,9 +187,10 @@ class PrefixCache:
             node = min(self._leaves(), key=lambda leaf: leaf.last_used)
             assert node.parent is not None
             del node.parent.children[node.chunk.ids[0]]
-            self.stats.num_bytes -= node.chunk.num_bytes
+            self.stats.num_bytes -= node.num_counted_bytes
             self.stats.num_evicted_chunks += 1
             if not (node.parent.parent or node.parent.children):
+                self.stats.num_bytes -= node.parent.num_counted_bytes
                 self._roots = {scope: root for scope, root in self._roots.items() if root.children}
 
     def _leaves(self) -> Iterator[_Node]:

@@ -1,7 +1,11 @@
 """The prefix cache against a list of all prompts that were inserted."""
 
+import gc
+import subprocess
+import sys
+import tracemalloc
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -9,9 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shopr1_service.core import TEXT_SCOPE, PromptScope, Version
-from shopr1_service.engine.prefix_cache import Chunk, PrefixCache
-
-BYTES_PER_TOKEN = 2 * 2 * 4  # keys and values, one layer, one head of size 2, fp32
+from shopr1_service.engine.prefix_cache import _TENSOR_BYTES, Chunk, PrefixCache, _below, _Node
 
 
 def chunk(ids: Sequence[int], start: int = 0) -> Chunk:
@@ -26,6 +28,27 @@ def remember(cache: PrefixCache, ids: Sequence[int], scope: PromptScope = TEXT_S
     num_known = sum(map(len, cache.match(ids, scope)))
     if num_known < len(ids):
         cache.insert(ids[:num_known], chunk(ids[num_known:], num_known), scope)
+
+
+def size_of(*prompts: Sequence[int]) -> int:
+    """Memory that a cache of these prompts is counted with."""
+    cache = PrefixCache(10**9)
+    for prompt in prompts:
+        remember(cache, prompt)
+    return cache.stats.num_bytes
+
+
+def nodes_of(cache: PrefixCache) -> Iterator[_Node]:
+    return (node for root in cache._roots.values() for node in (root, *_below(root)))
+
+
+def assert_counted(cache: PrefixCache) -> None:
+    """Each node is counted as it is now, and nothing else is."""
+    assert cache.stats.num_bytes == sum(node.num_bytes for node in nodes_of(cache))
+
+
+def num_tokens_of(cache: PrefixCache) -> int:
+    return sum(len(node.chunk) for node in nodes_of(cache))
 
 
 def spelled(chunks: Sequence[Chunk]) -> list[int]:
@@ -57,21 +80,26 @@ def test_match_finds_the_longest_known_beginning(prompts: list[list[int]]) -> No
         known.append(prompt)
     # No token is stored twice.
     beginnings = {tuple(prompt[:end]) for prompt in known for end in range(1, len(prompt) + 1)}
-    assert cache.stats.num_bytes == BYTES_PER_TOKEN * len(beginnings)
+    assert num_tokens_of(cache) == len(beginnings)
+    assert_counted(cache)
 
 
-@given(prompts=PROMPTS, max_tokens=st.integers(0, 10))
-def test_the_limit_is_never_exceeded(prompts: list[list[int]], max_tokens: int) -> None:
-    cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
+MAX_BYTES = st.integers(0, 3 * size_of([0, 1]))
+
+
+@given(prompts=PROMPTS, max_bytes=MAX_BYTES)
+def test_the_limit_is_never_exceeded(prompts: list[list[int]], max_bytes: int) -> None:
+    cache = PrefixCache(max_bytes)
     for prompt in prompts:
         remember(cache, prompt)
-        assert cache.stats.num_bytes <= max_tokens * BYTES_PER_TOKEN
+        assert cache.stats.num_bytes <= max_bytes
+        assert_counted(cache)
         found = cache.match(prompt)
         assert spelled(found) == prompt[: len(spelled(found))]
 
 
 def test_the_least_recently_used_chunk_is_evicted_first() -> None:
-    cache = PrefixCache(4 * BYTES_PER_TOKEN)
+    cache = PrefixCache(size_of([1, 1], [2, 2]))
     remember(cache, [1, 1])
     remember(cache, [2, 2])
     cache.match([1, 1])
@@ -81,10 +109,10 @@ def test_the_least_recently_used_chunk_is_evicted_first() -> None:
 
 
 def test_ends_are_evicted_before_their_beginning() -> None:
-    cache = PrefixCache(5 * BYTES_PER_TOKEN)
+    cache = PrefixCache(size_of([1, 2, 3], [1, 2, 4]) + size_of([5, 6]) - size_of([5]))
     remember(cache, [1, 2, 3])
-    remember(cache, [1, 2, 4])  # 1 2 is shared: four tokens in all
-    remember(cache, [1, 2, 5, 6])  # one too many: the 3 is evicted
+    remember(cache, [1, 2, 4])
+    remember(cache, [1, 2, 5, 6])  # too many: the 3 is evicted
     assert spelled(cache.match([1, 2, 3])) == [1, 2]
     assert spelled(cache.match([1, 2, 4])) == [1, 2, 4]
     assert spelled(cache.match([1, 2, 5, 6])) == [1, 2, 5, 6]
@@ -110,6 +138,16 @@ def test_a_chunk_without_its_prefix_is_ignored() -> None:
     cache.insert([1, 2], chunk([3]))
     assert cache.match([1, 2, 3]) == []
     assert cache.stats.num_bytes == 0
+
+
+def test_a_chunk_whose_prefix_is_cached_elsewhere_is_ignored() -> None:
+    """The cache has 1 2 3 inside a chunk, and a 9 only behind the end of the chunk."""
+    cache = PrefixCache(10**6)
+    remember(cache, [1, 2, 3, 4])
+    remember(cache, [1, 2, 3, 4, 9])
+    cache.insert([1, 2, 3, 9], chunk([5], 4))
+    assert spelled(cache.match([1, 2, 3, 9, 5])) == [1, 2, 3]
+    assert spelled(cache.match([1, 2, 3, 4, 9, 5])) == [1, 2, 3, 4, 9]
 
 
 def test_clear() -> None:
@@ -168,21 +206,23 @@ def test_each_scope_has_entries_of_its_own(steps: list[tuple[str, PromptScope, l
             cache.forget(scope.weights)
             for each in [each for each in known if each.weights == scope.weights]:
                 del known[each]
-        assert cache.stats.num_bytes == BYTES_PER_TOKEN * sum(map(len, known.values()))
+        assert num_tokens_of(cache) == sum(map(len, known.values()))
+        assert_counted(cache)
 
 
-@given(steps=STEPS, max_tokens=st.integers(0, 8))
-def test_scopes_share_the_limit(steps: list[tuple[str, PromptScope, list[int]]], max_tokens: int) -> None:
-    cache = PrefixCache(max_tokens * BYTES_PER_TOKEN)
+@given(steps=STEPS, max_bytes=MAX_BYTES)
+def test_scopes_share_the_limit(steps: list[tuple[str, PromptScope, list[int]]], max_bytes: int) -> None:
+    cache = PrefixCache(max_bytes)
     for _, scope, prompt in steps:
         remember(cache, prompt, scope)
-        assert cache.stats.num_bytes <= max_tokens * BYTES_PER_TOKEN
+        assert cache.stats.num_bytes <= max_bytes
+        assert_counted(cache)
         found = spelled(cache.match(prompt, scope))
         assert found == prompt[: len(found)]
 
 
 def test_the_least_recently_used_is_evicted_from_any_scope() -> None:
-    cache = PrefixCache(4 * BYTES_PER_TOKEN)
+    cache = PrefixCache(2 * size_of([1, 1]))
     for scope in (scope_of(None), scope_of(1)):
         remember(cache, [1, 1], scope)
     cache.match([1, 1])
@@ -192,7 +232,7 @@ def test_the_least_recently_used_is_evicted_from_any_scope() -> None:
 
 
 def test_an_emptied_scope_leaves_nothing_behind() -> None:
-    cache = PrefixCache(2 * BYTES_PER_TOKEN)
+    cache = PrefixCache(size_of([1, 1]))
     for number in range(5):
         remember(cache, [1, 1], scope_of(None, bytes([number])))
     assert len(cache._roots) == 1
@@ -205,4 +245,63 @@ def test_a_cleared_cache_can_be_used_at_once() -> None:
     remember(cache, [1, 2, 3], scope_of(1))
     assert spelled(cache.match([1, 2, 3], scope_of(1))) == [1, 2, 3]
     cache.forget(7)  # nothing was computed with it
-    assert cache.stats.num_bytes == 3 * BYTES_PER_TOKEN
+    assert num_tokens_of(cache) == 3
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+NUM_PROMPTS, NUM_LAYERS = 300, 4
+
+
+def small_chunk(number: int, num_tokens: int = 12) -> Chunk:
+    """A chunk of a policy with several layers; its ids are no constants of Python."""
+    ids = tuple(1000 + number * num_tokens + i for i in range(num_tokens))
+    tensors = [torch.zeros(1, 2, num_tokens, 4) for _ in range(2 * NUM_LAYERS)]
+    return Chunk(ids, tuple(tensors[:NUM_LAYERS]), tuple(tensors[NUM_LAYERS:]), torch.zeros(1, 8))
+
+
+def test_objects_of_many_small_prompts_are_counted() -> None:
+    """Python's objects, as `tracemalloc` sees them: all but the elements and PyTorch's part of a tensor."""
+    tensor = torch.zeros(1)
+    num_tensors = NUM_PROMPTS * (2 * NUM_LAYERS + 1)
+    num_outside = num_tensors * (_TENSOR_BYTES - sys.getsizeof(tensor))
+    num_elements = NUM_PROMPTS * 4 * (2 * NUM_LAYERS * 2 * 12 * 4 + 8)
+    small_chunk(0)
+    gc.collect()
+    tracemalloc.start()
+    cache = PrefixCache(10**9)
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(NUM_PROMPTS):
+        cache.insert((), small_chunk(number), scope_of(None, str(number % 10).encode()))
+    gc.collect()
+    resident = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert cache.stats.num_bytes - num_outside - num_elements == pytest.approx(resident, rel=0.1)
+
+
+RESIDENT = """
+import ctypes, gc, torch
+from shopr1_service.engine.prefix_cache import PrefixCache
+from tests.service.engine.test_prefix_cache import small_chunk
+
+def resident():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+small_chunk(0)
+cache, before = PrefixCache(10**12), resident()
+for number in range(4000):
+    cache.insert((), small_chunk(number))
+print(cache.stats.num_bytes, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_many_small_prompts_is_counted() -> None:
+    """The whole process, PyTorch's objects and the allocator's headers included."""
+    printed = subprocess.run(
+        [sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True
+    ).stdout
+    counted, resident = map(int, printed.split())
+    assert counted == pytest.approx(resident, rel=0.1)

@@ -158,7 +158,8 @@ class SharedPrefixForward:
             return [chunk]
         cut, parts = prefix.num_prompt_tokens - start, [chunk]
         if 0 < cut < len(chunk):
-            parts = [chunk.view(0, cut), chunk.view(cut, len(chunk))]
+            # Copies: of two views, the one that is evicted first would leave all of its memory to the other.
+            parts = [chunk.view(0, cut).copy(), chunk.view(cut, len(chunk)).copy()]
         for part in parts:
             self._cache.insert(prefix.ids[:start], part, prefix.scope)
             start += len(part)
