@@ -195,7 +195,7 @@ class Settings(_Sources):
     """Characters of one prompt, with all its messages, or of one completion."""
 
     max_labels: PositiveInt = 1_000_000
-    """Capacity of the label store (`PUT /labels`); a label takes some hundred bytes."""
+    """Capacity of the label store (`PUT /labels`), of all runs; a label takes some hundred bytes."""
 
     # OpenRLHF, slime and LLaMA-Factory have no way to express that there is no reward. They train on a number
     # like on any other; `shopr1_fallback_rewards_total` counts them.
