@@ -196,8 +196,11 @@ class Metrics:
         self._rejections.labels("queue_full")  # 0 before the first, so that rates have a value
         self._repeats = make.counter(
             "repeated_requests",
-            "Duplicate requests: joined the first one, or answered from its result.",
+            "Requests with the content of another one: joined it, or answered from its result.",
             "how",
+        )
+        self._retries = make.counter(
+            "retried_requests", "Answers to requests that had been counted before, by their id or key."
         )
         self._batch_tokens = make.counter("engine_tokens", "Tokens passed to the engine.")
         self._batch_groups = make.histogram(
@@ -247,6 +250,9 @@ class Metrics:
 
     def record_repeat(self, how: str) -> None:
         self._repeats.labels(how).inc()
+
+    def record_retry(self) -> None:
+        self._retries.inc()
 
     def record_rollout_log_dropped(self, reason: str, num_rollouts: int) -> None:
         self._rollout_log_dropped.labels(reason).inc(num_rollouts)

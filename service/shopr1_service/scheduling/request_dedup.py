@@ -1,8 +1,9 @@
-"""Deduplication of requests: clients repeat a request that they think is lost.
+"""Deduplication of work: requests with the same content are computed once.
 
-A duplicate of a request in progress, or of one that was answered recently, gets the same response. The key is
-made of groups, recipe, policy version and run. Errors and responses with a rollout that could not be scored
-are not kept: the next try may succeed.
+A request with the content of one in progress, or of one that was answered recently, gets the same response.
+The key is made of groups, recipe, policy version and run. Errors and responses with a rollout that could not
+be scored are not kept: the next try may succeed. Each request counts as a sample of its own
+(`counted_requests.py`): many samples of a policy are equal.
 
 When the last client has disconnected, queued work is dropped. Work that the engine has started is finished
 and kept: a client that gave up too early will ask again.
@@ -14,34 +15,34 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from shopr1_client.wire import ScoreResponse, Status
-from shopr1_service.core import Progress
+from shopr1_client.wire import Status
+from shopr1_service.core import Progress, ScoredRequest
 from shopr1_service.monitoring.metrics import Metrics
 
 KEEP_S = 600.0
 """Longer than any trainer repeats one request."""
 MAX_KEPT_ROLLOUTS = 65_536
 
-Start = Callable[[Progress], Awaitable[ScoreResponse]]
+Start = Callable[[Progress], Awaitable[ScoredRequest]]
 
 
 @dataclass
 class _InProgress:
     """A request in progress, and the number of clients that wait for it."""
 
-    task: "asyncio.Future[ScoreResponse]"
+    task: "asyncio.Future[ScoredRequest]"
     progress: Progress
     num_clients: int = 0
 
 
 @dataclass(frozen=True)
 class _Kept:
-    response: ScoreResponse
+    scored: ScoredRequest
     until_s: float
 
     @property
     def num_rollouts(self) -> int:
-        return sum(len(group.rewards) for group in self.response.groups)
+        return sum(len(group.rewards) for group in self.scored.response.groups)
 
 
 class RequestDeduplicator:
@@ -53,12 +54,12 @@ class RequestDeduplicator:
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # oldest first
         self._num_kept_rollouts = 0
 
-    async def score(self, key: bytes, start: Start) -> ScoreResponse:
-        """The response to a duplicate request, if there is one, else the result of `start`."""
+    async def score(self, key: bytes, start: Start) -> ScoredRequest:
+        """The result for a request with the same content, if there is one, else the result of `start`."""
         self._forget_old()
         if (kept := self._kept.get(key)) is not None:
             self._metrics.record_repeat("answered")
-            return kept.response
+            return kept.scored
         running = self._running.get(key)
         if running is None:
             progress = Progress()
@@ -69,18 +70,18 @@ class RequestDeduplicator:
             self._metrics.record_repeat("joined")
         return await self._wait(key, running)
 
-    async def _wait(self, key: bytes, running: _InProgress) -> ScoreResponse:
+    async def _wait(self, key: bytes, running: _InProgress) -> ScoredRequest:
         running.num_clients += 1
         try:
             return await asyncio.shield(running.task)
         finally:
             running.num_clients -= 1
             if not (running.num_clients or running.task.done() or running.progress.has_started):
-                # At once: the next duplicate must not wait for the cancelled task.
+                # At once: the next request must not wait for the cancelled task.
                 self._running.pop(key, None)
                 running.task.cancel()
 
-    def _finish(self, key: bytes, running: _InProgress, task: "asyncio.Future[ScoreResponse]") -> None:
+    def _finish(self, key: bytes, running: _InProgress, task: "asyncio.Future[ScoredRequest]") -> None:
         if self._running.get(key) is running:
             del self._running[key]
         # Reading the exception keeps asyncio from warning that it was never retrieved.
@@ -103,5 +104,5 @@ class RequestDeduplicator:
         self._num_kept_rollouts -= kept.num_rollouts
 
 
-def _is_scored(response: ScoreResponse) -> bool:
-    return all(reward.status is Status.SCORED for group in response.groups for reward in group.rewards)
+def _is_scored(scored: ScoredRequest) -> bool:
+    return all(reward.status is Status.SCORED for group in scored.response.groups for reward in group.rewards)

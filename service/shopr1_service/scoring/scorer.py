@@ -9,6 +9,7 @@ from contextvars import copy_context
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.wire import (
     Details,
+    Group,
     GroupScore,
     Include,
     PolicyRef,
@@ -17,6 +18,7 @@ from shopr1_client.wire import (
     ScoreResponse,
     Status,
     TokenCertainty,
+    TokenIds,
 )
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import Recipe, measured_terms, total
@@ -24,17 +26,21 @@ from shopr1_service.core import (
     BatchKey,
     Certainty,
     GroupCertainties,
+    GroupFacts,
     Observer,
     Origin,
     PreparedGroup,
     PreparedRollout,
     Progress,
+    RolloutFacts,
     ScoredGroup,
+    ScoredRequest,
     Target,
     Unmeasurable,
 )
 from shopr1_service.monitoring.metrics import Metrics, Phase
 from shopr1_service.monitoring.spans import span
+from shopr1_service.monitoring.training_metrics import repetition_ratio
 from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.scoring.recipe_book import RecipeBook, reference
@@ -66,10 +72,16 @@ class Scorer:
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
 
-    async def score(
-        self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
-    ) -> ScoreResponse:
+    async def score(self, request: ScoreRequest, origin: Origin) -> ScoreResponse:
+        """Score every rollout of a request, and tell the observers. Raises as `compute`."""
+        scored = await self.compute(request)
+        self.observe(request, origin, scored)
+        return scored.response.model_copy(update={"request_id": origin.request_id})
+
+    async def compute(self, request: ScoreRequest, progress: Progress | None = None) -> ScoredRequest:
         """Score every rollout of a request. If cancelled, its queued groups are dropped.
+
+        The response has no request id: several requests may share it.
 
         Args:
             progress: is kept up to date.
@@ -94,14 +106,20 @@ class Scorer:
             _group_score(group, measurements, recipe, request.include)
             for group, measurements in zip(groups, measured, strict=True)
         ]
-        for sent, prepared, group_score in zip(request.groups, groups, scores, strict=True):
-            self._notify(ScoredGroup(origin, recipe, sent, prepared, group_score))
-        return ScoreResponse(
-            request_id=origin.request_id,
+        response = ScoreResponse(
+            request_id="",
             recipe=reference(recipe),
             policy=self._newest(measured, target),
             groups=scores,
         )
+        facts = [_facts(sent, prepared) for sent, prepared in zip(request.groups, groups, strict=True)]
+        return ScoredRequest(response, recipe, facts)
+
+    def observe(self, request: ScoreRequest, origin: Origin, scored: ScoredRequest) -> None:
+        """Tell the observers of each group of a request that gets this response."""
+        groups = zip(request.groups, scored.facts, scored.response.groups, strict=True)
+        for sent, facts, score in groups:
+            self._notify(ScoredGroup(origin, scored.recipe, sent, facts, score))
 
     def close(self) -> None:
         """End the threads; work that has not started is dropped."""
@@ -161,6 +179,18 @@ def _group_score(
         warnings=list(group.warnings),
         prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
     )
+
+
+def _facts(sent: Group, prepared: PreparedGroup) -> GroupFacts:
+    rollouts = [
+        RolloutFacts(
+            repetition_ratio([rollout.tokens.ids[index] for index in rollout.measured]),
+            rollout.unknown_end,
+            rollout.tokens.text if isinstance(completion, TokenIds) else None,
+        )
+        for completion, rollout in zip(sent.completions, prepared.rollouts, strict=True)
+    ]
+    return GroupFacts(prepared.truth, rollouts)
 
 
 def _reward(

@@ -27,10 +27,13 @@ def label(name: str) -> Label:
     return Label.of(Action("click", {"name": name}), "shop_r1")
 
 
+RUN = "grpo-7"
+
+
 def table(*known: str, max_labels: int = 1000) -> LabelStore:
-    """A table in which each prompt's label is of its own name."""
+    """A store in which each prompt's label of one run is of its own name."""
     table = LabelStore(max_labels)
-    table.put([(prompt, label(prompt)) for prompt in known])
+    table.put(RUN, [(prompt, label(prompt)) for prompt in known])
     return table
 
 
@@ -39,15 +42,15 @@ def test_split_finds_the_longest_beginning(known: list[str], text: str) -> None:
     beginnings = [prompt for prompt in known if text.startswith(prompt)]
     longest = max(beginnings, key=len, default=None)
     expected = None if longest is None else (longest, text.removeprefix(longest), label(longest))
-    assert table(*known).split(text) == expected
+    assert table(*known).split(RUN, text) == expected
 
 
 @given(st.lists(prompts, max_size=8), st.lists(prompts, max_size=8))
 def test_get_finds_exactly_what_was_put(known: list[str], others: list[str]) -> None:
     of_known = table(*known)
-    assert len(of_known) == len(set(known))
+    assert of_known.num_labels(RUN) == len(set(known))
     for prompt in {*known, *others}:
-        assert of_known.get(prompt) == (label(prompt) if prompt in known else None)
+        assert of_known.get(RUN, prompt) == (label(prompt) if prompt in known else None)
 
 
 def test_a_label_is_canonical() -> None:
@@ -82,45 +85,78 @@ def test_prompts_are_distinguished() -> None:
 
 def test_messages_are_no_beginning_of_a_text() -> None:
     of_messages = LabelStore(9)
-    of_messages.put([(MESSAGES, label("x"))])
-    assert of_messages.split('[["user", "a"], ["assistant", "b"]] and more') is None
-    assert of_messages.get(MESSAGES) == label("x")
+    of_messages.put(RUN, [(MESSAGES, label("x"))])
+    assert of_messages.split(RUN, '[["user", "a"], ["assistant", "b"]] and more') is None
+    assert of_messages.get(RUN, MESSAGES) == label("x")
 
 
 def test_a_newer_label_takes_the_place_of_the_old() -> None:
     of_a = table("a", "b")
-    of_a.put([("a", label("new"))])
-    assert len(of_a) == 2
-    assert of_a.get("a") == label("new")
-    assert of_a.split("ab") == ("a", "b", label("new"))
+    of_a.put(RUN, [("a", label("new"))])
+    assert of_a.num_labels(RUN) == 2
+    assert of_a.get(RUN, "a") == label("new")
+    assert of_a.split(RUN, "ab") == ("a", "b", label("new"))
 
 
 def test_two_labels_of_one_prompt_are_refused_as_a_whole() -> None:
     of_a = table("a", "b")
     with pytest.raises(ContradictionError) as caught:
-        of_a.put([("c", label("c")), ("a", label("old")), ("a", label("new"))])
+        of_a.put(RUN, [("c", label("c")), ("a", label("old")), ("a", label("new"))])
     assert (caught.value.first, caught.value.second) == (1, 2)
-    assert (len(of_a), of_a.get("a"), of_a.get("c")) == (2, label("a"), None)
-    of_a.put([("a", label("new")), ("a", label("new"))])
-    assert of_a.get("a") == label("new")
+    assert (of_a.num_labels(RUN), of_a.get(RUN, "a"), of_a.get(RUN, "c")) == (2, label("a"), None)
+    of_a.put(RUN, [("a", label("new")), ("a", label("new"))])
+    assert of_a.get(RUN, "a") == label("new")
 
 
 def test_too_many_labels_are_refused_as_a_whole() -> None:
     full = table("a", "b", max_labels=3)
     with pytest.raises(TooLargeError, match="4 labels, max_labels = 3"):
-        full.put([("a", label("new")), ("c", label("c")), ("d", label("d"))])
-    assert len(full) == 2
-    assert full.get("a") == label("a")
-    assert full.split("cd") is None
-    full.put([("c", label("c"))])
-    assert len(full) == 3
+        full.put(RUN, [("a", label("new")), ("c", label("c")), ("d", label("d"))])
+    assert full.num_labels(RUN) == 2
+    assert full.get(RUN, "a") == label("a")
+    assert full.split(RUN, "cd") is None
+    full.put(RUN, [("c", label("c"))])
+    assert full.num_labels(RUN) == 3
 
 
 def test_clear() -> None:
     cleared = table("a", "ab")
-    cleared.clear()
-    assert len(cleared) == 0
-    assert cleared.split("abc") is None
-    assert cleared.get("a") is None
-    cleared.put([("a", label("a"))])
-    assert cleared.split("abc") == ("a", "bc", label("a"))
+    cleared.clear(RUN)
+    assert cleared.num_labels(RUN) == 0
+    assert cleared.split(RUN, "abc") is None
+    assert cleared.get(RUN, "a") is None
+    cleared.put(RUN, [("a", label("a"))])
+    assert cleared.split(RUN, "abc") == ("a", "bc", label("a"))
+
+
+# --- runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["", "grpo-8", "grpo"])
+def test_runs_have_labels_of_their_own(other: str) -> None:
+    store = table("a", "ab")
+    assert (store.num_labels(other), store.get(other, "a"), store.split(other, "abc")) == (0, None, None)
+    assert store.put(other, [("a", label("theirs"))]) == 0  # replaces none
+    assert store.split(other, "abc") == ("a", "bc", label("theirs"))
+    assert store.split(RUN, "abc") == ("ab", "c", label("ab"))
+    store.clear(other)
+    assert (store.num_labels(other), store.num_labels(RUN)) == (0, 2)
+    assert store.get(RUN, "a") == label("a")
+
+
+def test_runs_share_the_capacity() -> None:
+    full = table("a", "b", max_labels=3)
+    with pytest.raises(TooLargeError, match="4 labels, 2 of them of other runs, max_labels = 3"):
+        full.put("other", [("a", label("a")), ("b", label("b"))])
+    assert full.num_labels("other") == 0
+    full.clear(RUN)
+    full.put("other", [(prompt, label(prompt)) for prompt in "abc"])
+    assert full.num_labels("other") == 3
+
+
+def test_a_run_without_labels_takes_no_memory() -> None:
+    store = table("a")
+    for i in range(100):
+        store.put(f"run-{i}", [])
+        assert store.get(f"run-{i}", "a") is None
+    assert store._tables.keys() == {RUN}
