@@ -322,7 +322,7 @@ def test_the_change_may_be_older_than_the_check() -> None:
 
 def big_bird(attention_type: str) -> PreTrainedModel:
     """BigBird with blocks of 4 tokens: its attention to some of them needs more than 28."""
-    options = {"block_size": 4, "num_random_blocks": 1, "attention_type": attention_type}
+    options: dict[str, Any] = {"block_size": 4, "num_random_blocks": 1, "attention_type": attention_type}
     return tiny_model("big_bird", is_decoder=True, **options)
 
 
