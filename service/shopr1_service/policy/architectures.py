@@ -36,8 +36,8 @@ def auto_class(config: PretrainedConfig) -> Any:  # noqa: ANN401  # transformers
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
     if causal is None and config.is_encoder_decoder:
         raise PolicyError(
-            f"architecture {kind!r} is no causal language model: its encoder reads one text, and its decoder "
-            "writes another"
+            f"architecture {kind!r} is no causal language model: an encoder reads its input, and a decoder "
+            "writes another text"
         )
     if causal is None and multimodal is None:
         raise PolicyError(f"architecture {kind!r} is not a causal language model that transformers knows")

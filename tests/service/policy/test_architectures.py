@@ -127,8 +127,8 @@ REFUSED = {
     "prophetnet": "it predicts several next tokens",
     "xlnet": "each token sees those after it",
     "xmod": "set default_language in its config.json",
-    "t5": "is no causal language model: its encoder reads one text",
-    "udop": "is no causal language model: its encoder reads one text",
+    "t5": "is no causal language model: an encoder reads its input",
+    "udop": "is no causal language model: an encoder reads its input",
     "clip": "is not a causal language model",
 }
 
