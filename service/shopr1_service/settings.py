@@ -158,6 +158,10 @@ class Settings(BaseSettings):
     max_request_tokens: PositiveInt = 4 * 2**20
     """Prompts and completions of one request together."""
 
+    max_client_memory_bytes: PositiveInt = 4 * 2**30
+    """Memory for what clients send and make the service keep: requests, kept answers, labels, adapters.
+    Beyond it requests get 429 with `Retry-After`, or 413 if they never fit."""
+
     max_labels: PositiveInt = 1_000_000
     """Capacity of the label store (`PUT /labels`); a label takes some hundred bytes."""
 

@@ -40,7 +40,11 @@ class State:
         self.settings = settings
         self.shutdown = asyncio.Event()
         self.recipes = RecipeBook(settings.recipe)
-        self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
+        self.metrics = Metrics(
+            max_runs=settings.max_runs,
+            max_queue_tokens=settings.max_queue_tokens,
+            max_client_memory_bytes=settings.max_client_memory_bytes,
+        )
         self.deduplicator = RequestDeduplicator(self.metrics)
         self.adapter_paths: dict[str, str] = {}  # of adapters loaded by SGLang's and vLLM's routes
         self.labels = LabelStore(settings.max_labels)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from shopr1_service.concurrency import read_foreign
 from shopr1_service.core import Version
 from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
+from shopr1_service.memory.budget import Account, Hold
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.adapters.base_sample import check_base
 from shopr1_service.policy.adapters.lora import Adapter, AdapterError, build_adapter, parse_config
@@ -34,6 +35,9 @@ from shopr1_service.weights.safetensors_stream import SafetensorsStream, feed_in
 
 logger = logging.getLogger(__name__)
 
+_NUM_COPIES = 3
+"""Copies of an adapter's bytes while it is built: the file, its tensors, and the same on the device."""
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -43,6 +47,10 @@ class AdapterFiles:
     tensors: bytes
     base_sample: str | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.config) + len(self.tensors)
+
 
 class AdapterUpdates:
     """Adapters of the policy in this process. Used from the event loop only.
@@ -50,6 +58,7 @@ class AdapterUpdates:
     Raises (every method):
         InvalidWeightsError: not an adapter of this policy.
         TooLargeError: too many adapters, or it is too large.
+        OverloadedError: there is no memory for it now.
         StorageError: its files cannot be read in time.
         UpdateConflictError: the policy's own weights changed meanwhile.
         NotReadyError: the service shuts down.
@@ -68,12 +77,15 @@ class AdapterUpdates:
         self._settings = settings
         self._read_timeout_s = settings.read_timeout_s
         self._metrics = metrics.policy
+        self._memory = metrics.memory
         self._new_versions = new_versions
 
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
         """Load an adapter from a directory below `policy_roots`."""
         start_s, base = time.perf_counter(), self._policy.versions.base
-        return await self._load(await self.files(request.path), request, base, start_s)
+        files = await self.files(request.path)
+        with self._memory.hold(Account.UPLOADS, _NUM_COPIES * files.num_bytes):
+            return await self._load(files, request, base, start_s)
 
     async def files(self, path: str) -> AdapterFiles:
         """Read a directory below `policy_roots`; only the sizes and the header are checked."""
@@ -93,6 +105,13 @@ class AdapterUpdates:
             config: default: the one in the file's metadata.
         """
         start_s, base = time.perf_counter(), self._policy.versions.base
+        with self._memory.hold(Account.UPLOADS) as memory:
+            files = await self._receive(stream, config, memory)
+            return await self._load(files, request, base, start_s)
+
+    async def _receive(
+        self, stream: AsyncIterable[bytes], config: bytes | None, memory: Hold
+    ) -> AdapterFiles:
         content = bytearray()
         parser = SafetensorsStream(self._check_size, lambda _: None)
 
@@ -100,14 +119,13 @@ class AdapterUpdates:
             parser.feed(block)
             content.extend(block)
 
-        await feed_in_threads(stream, feed)
+        await feed_in_threads(_counted(stream, memory), feed)
         header = parser.finish()
         if config is None and ADAPTER_CONFIG_KEY in header.metadata:
             config = header.metadata[ADAPTER_CONFIG_KEY].encode()
         if config is None:
             raise InvalidWeightsError(f"the file's metadata has no {ADAPTER_CONFIG_KEY}")
-        files = AdapterFiles(config, bytes(content), header.metadata.get(BASE_SAMPLE_KEY))
-        return await self._load(files, request, base, start_s)
+        return AdapterFiles(config, bytes(content), header.metadata.get(BASE_SAMPLE_KEY))
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Unload an adapter, or one version of it.
@@ -130,7 +148,10 @@ class AdapterUpdates:
         self, files: AdapterFiles, request: AdapterRequest, base: Version, start_s: float
     ) -> AdapterUpdate:
         adapter = await asyncio.to_thread(self._build, files)
-        version, gone = await self._scheduler.between_batches(lambda: self._install(adapter, request, base))
+        memory = self._memory.hold(Account.ADAPTERS, adapter.num_bytes)
+        version, gone = await self._scheduler.between_batches(
+            lambda: self._install(adapter, request, base, memory)
+        )
         self._announce()
         update = AdapterUpdate(
             current=version.info,
@@ -144,9 +165,15 @@ class AdapterUpdates:
         return update
 
     def _install(
-        self, adapter: Adapter, request: AdapterRequest, base: Version
+        self, adapter: Adapter, request: AdapterRequest, base: Version, memory: Hold
     ) -> tuple[Version, list[Version]]:
-        """New version, and older ones that were unloaded. Runs on the engine's thread."""
+        """New version, and older ones that were unloaded. Runs on the engine's thread, also if the caller has gone."""
+        with memory:
+            return self._install_held(adapter, request, base, memory)
+
+    def _install_held(
+        self, adapter: Adapter, request: AdapterRequest, base: Version, memory: Hold
+    ) -> tuple[Version, list[Version]]:
         versions = self._policy.versions
         if versions.base is not base:
             raise UpdateConflictError(
@@ -156,7 +183,11 @@ class AdapterUpdates:
         number = versions.num_changes + 1
         version = Version(request.version or str(number), number, request.name, time.time())
         gone = self._policy.add_adapter(
-            adapter, version, max_kept=self._settings.adapter_versions, is_default=request.default
+            adapter,
+            version,
+            max_kept=self._settings.adapter_versions,
+            is_default=request.default,
+            memory=memory,
         )
         return version, gone
 
@@ -197,3 +228,10 @@ class AdapterUpdates:
             raise field_problem(InvalidWeightsError, error.location, str(error)) from error
         except SafetensorError as error:  # stricter than our own check of the header; not known to happen
             raise InvalidWeightsError(str(error)) from error
+
+
+async def _counted(stream: AsyncIterable[bytes], memory: Hold) -> AsyncIterator[bytes]:
+    """The blocks of a stream; holds memory for each before it is stored."""
+    async for block in stream:
+        memory.grow(_NUM_COPIES * len(block))
+        yield block

@@ -1,0 +1,1 @@
+"""What clients make the service keep in memory."""
