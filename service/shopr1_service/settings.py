@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     Beyond it requests get 429 with `Retry-After`, or 413 if they never fit."""
 
     max_labels: PositiveInt = 1_000_000
-    """Capacity of the label store (`PUT /labels`); a label takes some hundred bytes."""
+    """Capacity of the label store (`PUT /labels`), of all runs; a label takes some hundred bytes."""
 
     # OpenRLHF, slime and LLaMA-Factory have no way to express that there is no reward. They train on a number
     # like on any other; `shopr1_fallback_rewards_total` counts them.

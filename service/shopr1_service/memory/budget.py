@@ -84,8 +84,14 @@ class MemoryBudget:
         hold.grow(num_bytes)
         return hold
 
+    def try_hold(self, account: Account, num_bytes: int) -> "Hold | None":
+        """Hold memory that is free; None if there is not enough. Nothing is given up for it, or refused."""
+        if self._try(account, num_bytes, 0) is not None:
+            return None
+        return Hold(self, account, num_bytes)
+
     def evict_with(self, evict: Callable[[], bool]) -> None:
-        """Call `evict` when memory is short. It gives up something that need not be kept, or returns False."""
+        """Call `evict` when memory is short. It gives up something, or returns False."""
         self._evict = evict
 
     def add(self, account: Account, num_bytes: int, num_held_bytes: int) -> None:
@@ -124,8 +130,8 @@ class MemoryBudget:
                 )
         elif num_wanted > self.max_bytes - num_lasting:
             return TooLargeError(
-                f"the request takes {num_wanted} bytes of memory; labels and adapters hold {num_lasting} bytes "
-                f"of {limit}"
+                f"the request takes {num_wanted} bytes of memory; labels and adapters hold {num_lasting} "
+                f"bytes of {limit}"
             )
         num_all = sum(self._num_bytes.values())
         if num_all + num_bytes > self.max_bytes:
@@ -140,8 +146,8 @@ class Hold:
     As a context manager it is one owner's.
     """
 
-    def __init__(self, budget: MemoryBudget, account: Account) -> None:
-        self.num_bytes = 0
+    def __init__(self, budget: MemoryBudget, account: Account, num_bytes: int = 0) -> None:
+        self.num_bytes = num_bytes
         self._budget = budget
         self._account = account
         self._num_owners = 1

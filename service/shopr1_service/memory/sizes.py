@@ -7,8 +7,18 @@ Counting every object would take longer than scoring some requests. Tests compar
 import sys
 from collections.abc import Iterable, Sequence
 
-from shopr1_client.wire import Completion, Group, Include, Prompt, Reward, ScoreRequest, ScoreResponse, Text, TokenIds
-from shopr1_service.core import PreparedGroup, PreparedRollout
+from shopr1_client.wire import (
+    Completion,
+    Group,
+    Include,
+    Prompt,
+    Reward,
+    ScoreRequest,
+    ScoreResponse,
+    Text,
+    TokenIds,
+)
+from shopr1_service.core import PreparedGroup, PreparedRollout, ScoredRequest
 
 _INT_BYTES = 32
 _ID_BYTES = _INT_BYTES + 8
@@ -29,6 +39,7 @@ _PREDICTED_BYTES = 1_000
 _TOKEN_BYTES = 600
 """A measured token in an answer, as an object and in JSON."""
 _ANSWER_BYTES = 3_000
+_FACTS_BYTES = 200
 
 
 def text_bytes(texts: Iterable[str | None]) -> int:
@@ -63,8 +74,14 @@ def prepared_bytes(request: ScoreRequest, groups: Sequence[PreparedGroup]) -> in
     )
 
 
+def scored_bytes(scored: ScoredRequest) -> int:
+    """An answer that is kept, with its facts."""
+    facts = (rollout for group in scored.facts for rollout in group.rollouts)
+    return answer_bytes(scored.response) + sum(_FACTS_BYTES + text_bytes([each.decoded]) for each in facts)
+
+
 def answer_bytes(answer: ScoreResponse) -> int:
-    """An answer that is kept."""
+    """An answer without optional parts."""
     return _ANSWER_BYTES + sum(
         _PREPARED_BYTES + text_bytes([group.id]) + sum(map(_reward_bytes, group.rewards))
         for group in answer.groups
@@ -94,7 +111,7 @@ def _prepared_bytes(sent: Group, group: PreparedGroup, include: Sequence[Include
     num_new_ids = 0 if isinstance(sent.prompt, TokenIds) else len(group.prompt_ids)
     num_bytes = _PREPARED_BYTES + _ID_BYTES * num_new_ids
     if Include.TOKEN_IDS in include:
-        num_bytes += _COPIED_ID_BYTES * len(group.prompt_ids)
+        num_bytes += _ID_BYTES * len(group.prompt_ids)
     return num_bytes + sum(
         _rollout_bytes(rollout, include, is_new=not isinstance(completion, TokenIds))
         for completion, rollout in zip(sent.completions, group.rollouts, strict=True)
@@ -105,7 +122,7 @@ def _rollout_bytes(rollout: PreparedRollout, include: Sequence[Include], *, is_n
     """A prepared completion and its reward.
 
     Args:
-        is_new: whether its ids are objects of their own; else its text is, which was decoded from the request's.
+        is_new: whether its ids are objects of their own; else its text is, decoded from the request's ids.
     """
     tokens, num_measured = rollout.tokens, len(rollout.measured)
     num_bytes = _ROLLOUT_BYTES + _REWARD_BYTES
@@ -119,7 +136,7 @@ def _rollout_bytes(rollout: PreparedRollout, include: Sequence[Include], *, is_n
     if Include.TOKENS in include:
         num_bytes += _TOKEN_BYTES * num_measured
     if Include.TOKEN_IDS in include:
-        num_bytes += _COPIED_ID_BYTES * len(tokens.ids)
+        num_bytes += _ID_BYTES * len(tokens.ids)
     return num_bytes
 
 

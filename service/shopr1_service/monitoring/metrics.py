@@ -211,8 +211,11 @@ class Metrics:
         self._watch_memory()
         self._repeats = make.counter(
             "repeated_requests",
-            "Duplicate requests: joined the first one, or answered from its result.",
+            "Requests with the content of another one: joined it, or answered from its result.",
             "how",
+        )
+        self._retries = make.counter(
+            "retried_requests", "Answers to requests that had been counted before, by their id or key."
         )
         self._batch_tokens = make.counter("engine_tokens", "Tokens passed to the engine.")
         self._batch_groups = make.histogram(
@@ -232,7 +235,9 @@ class Metrics:
         heartbeat.set_function(lambda: time.time() - heartbeat_age_s())
 
     def _watch_memory(self) -> None:
-        used = self._make.gauge("client_memory_bytes", "Memory that clients make this process keep.", "account")
+        used = self._make.gauge(
+            "client_memory_bytes", "Memory that clients make this process keep.", "account"
+        )
         for account in Account:
             used.labels(account.value).set_function(partial(self.memory.num_bytes, account))
         self._make.gauge("max_client_memory_bytes", "Limit of this memory.").set(self.memory.max_bytes)
@@ -268,6 +273,9 @@ class Metrics:
 
     def record_repeat(self, how: str) -> None:
         self._repeats.labels(how).inc()
+
+    def record_retry(self) -> None:
+        self._retries.inc()
 
     def record_rollout_log_dropped(self, reason: str, num_rollouts: int) -> None:
         self._rollout_log_dropped.labels(reason).inc(num_rollouts)

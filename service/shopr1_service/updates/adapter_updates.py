@@ -167,7 +167,10 @@ class AdapterUpdates:
     def _install(
         self, adapter: Adapter, request: AdapterRequest, base: Version, memory: Hold
     ) -> tuple[Version, list[Version]]:
-        """New version, and older ones that were unloaded. Runs on the engine's thread, also if the caller has gone."""
+        """New version, and older ones that were unloaded.
+
+        Runs on the engine's thread, also if the caller has gone.
+        """
         with memory:
             return self._install_held(adapter, request, base, memory)
 

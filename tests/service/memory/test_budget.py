@@ -1,6 +1,8 @@
 """The memory budget: exact accounts, refusals by what would help, and kept answers that make room."""
 
+import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -62,7 +64,7 @@ def test_what_fits_later_is_overloaded() -> None:
 
 def test_what_never_fits_is_too_large() -> None:
     budget = MemoryBudget(MAX_BYTES)
-    with pytest.raises(TooLargeError, match="1001 bytes of memory; .* max_client_memory_bytes = 1000"):
+    with pytest.raises(TooLargeError, match=r"1001 bytes of memory; .* max_client_memory_bytes = 1000"):
         budget.hold(Account.REQUESTS, 1001)
     labels = budget.hold(Account.LABELS, 700)
     with pytest.raises(TooLargeError, match="labels and adapters hold 700 bytes"):
@@ -157,6 +159,31 @@ def test_threads_release_at_the_same_time() -> None:
     assert total(budget) == 0
 
 
+def take_step(
+    what: str,
+    new_hold: Callable[[Account, int], Hold],
+    account: Account,
+    num_bytes: int,
+    index: int,
+    answers: Answers,
+    owners: list[Hold],
+) -> None:
+    hold = owners[index % len(owners)] if owners else None
+    if what == "keep":
+        answers.keep()
+    elif what == "hold":
+        owners.append(new_hold(account, num_bytes))
+    elif what == "grow" and hold:
+        hold.grow(num_bytes)
+    elif what == "shrink" and hold:
+        hold.resize(hold.num_bytes // 2)
+    elif what == "share" and hold:
+        owners.append(hold.shared())
+    elif hold:
+        owners.remove(hold)
+        hold.release()
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["hold", "grow", "shrink", "share", "release", "keep"]),
@@ -175,24 +202,8 @@ def test_any_steps_end_at_zero(steps: list[tuple[str, Account, int, int]]) -> No
     answers = Answers(budget)
     owners: list[Hold] = []
     for what, account, num_bytes, index in steps:
-        hold = owners[index % len(owners)] if owners else None
-        try:
-            if what == "keep":
-                answers.keep()
-            elif what == "hold":
-                owners.append(budget.hold(account, num_bytes))
-            elif what == "grow" and hold:
-                hold.grow(num_bytes)
-            elif what == "shrink" and hold:
-                hold.resize(hold.num_bytes // 2)
-            elif what == "share" and hold:
-                owners.append(hold.shared())
-            elif hold:
-                owners.remove(hold)
-                hold.release()
-        except ProblemError as error:
-            assert isinstance(error, OverloadedError | TooLargeError)
-            assert not answers.kept or isinstance(error, TooLargeError)
+        with contextlib.suppress(OverloadedError, TooLargeError):
+            take_step(what, budget.hold, account, num_bytes, index, answers, owners)
         held = {id(each): each for each in (*owners, *answers.kept)}
         assert total(budget) == sum(each.num_bytes for each in held.values())
         unrefused = budget.num_bytes(Account.RUNS) + budget.num_bytes(Account.ROLLOUT_LOG)
