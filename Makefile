@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops test-ray test-trainers lint prose audit architectures bench bench-growth bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-ray test-trainers lint prose audit architectures bench bench-growth bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test: install  ## The tests, except the slow ones
 
 test-ops: install .venv/.ops $(TOOLS)  ## Load, faults, fuzzers, the whole API, a real Prometheus, the container image
 	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" $(BIN)/python -m pytest --show-capture=no -o addopts= tests/integration/ops
+
+soak: install  ## Mixed traffic against a real server for 10 minutes, every reward against fp64; MINUTES=…, SEED=…
+	$(BIN)/python -m tests.integration.ops.soak --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 .venv/.ops: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ops]'

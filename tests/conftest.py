@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _name in [name for name in os.environ if name.upper().startswith("SHOPR1_")]:
     del os.environ[_name]
+os.environ["SHOPR1_CACHE_BYTES"] = "0"  # no test finds what another has kept, or the developer's own service
 
 settings.register_profile(
     "tests",

@@ -112,9 +112,11 @@ class Settings(BaseSettings):
     self_check: Literal["full", "short"] = "full"
     """The check at load: `full` runs sequences longer than every window of the policy; `short` runs
     short ones, which do not show whether long prompts are computed rightly."""
-    self_check_cache: Path | None = None
-    """JSON file that keeps the outcomes of full checks, so that later starts with the same architecture,
-    versions and device run the short one."""
+    cache_dir: Path | None = None
+    """Directory of what later starts need not do again: copies of converted GGUF files, and outcomes of full
+    checks, by architecture, versions and device. Default: `shopr1` in `XDG_CACHE_HOME` or `~/.cache`."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
+    """Most bytes of the copies; the least recently used are deleted. 0: nothing is kept for later starts."""
     chat_template: str | None = None
     """Chat template of requests that name none: a name in `chat_templates` or in the tokenizer. Default: the
     tokenizer's own."""
@@ -157,6 +159,10 @@ class Settings(BaseSettings):
     max_completions_per_group: PositiveInt = 256
     max_request_tokens: PositiveInt = 4 * 2**20
     """Prompts and completions of one request together."""
+    max_body_values: PositiveInt = 5 * 2**20
+    """Numbers, strings and other values of one body, counted by its commas, with those inside strings."""
+    max_text_chars: PositiveInt = 2**20
+    """Characters of one prompt, with all its messages, or of one completion."""
 
     max_client_memory_bytes: PositiveInt = 4 * 2**30
     """Memory for what clients send and make the service keep: requests, kept answers, labels, adapters.
@@ -214,6 +220,18 @@ class Settings(BaseSettings):
             chat_template_kwargs=self.chat_template_kwargs or None,
             chat_template_date=self.chat_template_date,
         )
+
+    @property
+    def cache(self) -> Path | None:
+        """The directory that is kept for later starts; None: nothing is."""
+        if self.cache_bytes == 0:
+            return None
+        if self.cache_dir is not None:
+            return self.cache_dir
+        try:
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "shopr1")
+        except RuntimeError:  # a container's user without a home
+            return None
 
     @property
     def limits(self) -> Limits:

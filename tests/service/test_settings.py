@@ -31,6 +31,11 @@ def use_config(monkeypatch: pytest.MonkeyPatch, path: Path, toml: str | bytes) -
     return path
 
 
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHOPR1_CACHE_BYTES")  # set for all other tests
+
+
 def test_defaults() -> None:
     assert load_settings().model_dump() == {
         "host": "127.0.0.1",
@@ -53,7 +58,8 @@ def test_defaults() -> None:
         "dtype": DType.AUTO,
         "max_sequence_tokens": None,
         "self_check": "full",
-        "self_check_cache": None,
+        "cache_dir": None,
+        "cache_bytes": 8_589_934_592,
         "chat_template": None,
         "chat_templates": (),
         "chat_template_kwargs": {},
@@ -73,6 +79,8 @@ def test_defaults() -> None:
         "max_completions_per_group": 256,
         "max_request_tokens": 4_194_304,
         "max_client_memory_bytes": 4_294_967_296,
+        "max_body_values": 5_242_880,
+        "max_text_chars": 1_048_576,
         "max_labels": 1_000_000,
         "openrlhf_unscorable": "error",
         "slime_unscorable": "error",
@@ -177,6 +185,7 @@ def test_limits() -> None:
         "max_groups": 2,
         "max_completions_per_group": 3,
         "max_request_tokens": 4_194_304,
+        "max_text_chars": 1_048_576,
     }
 
 
@@ -380,3 +389,25 @@ def test_loading_leaves_the_environment_alone(tmp_path: Path) -> None:
     assert load_settings({"max_groups": 6}, config).port == 5
     assert dict(os.environ) == before
     assert load_settings().port == 8000
+
+
+# --- the cache --------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_in_the_users_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings().cache == tmp_path / ".cache" / "shopr1"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert Settings().cache == tmp_path / "x" / "shopr1"
+    assert Settings(cache_dir=tmp_path).cache == tmp_path
+    assert Settings(cache_dir=tmp_path, cache_bytes=0).cache is None
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert Settings().cache is None

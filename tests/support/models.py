@@ -223,10 +223,8 @@ _MAMBA2_SIZES = {
 }
 _MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Attention with a window, a softcap or sinks; keys longer than values; no attention interface.
-_PACKED = {
-    *("cohere2", "deepseek_v3", "falcon", "gemma2", "gemma3", "gpt_oss", "gptj", "mistral", "phi3", "qwen2"),
-}
+# No attention interface.
+_PACKED = {"falcon", "gptj"}
 # Positions that are not taken from `position_ids`; recurrent layers.
 _EXPANDED = {
     *("bamba", "bloom", "falcon_h1", "gpt_neo", "granitemoehybrid", "lfm2", "mamba2", "mpt", "nemotron_h"),
@@ -557,6 +555,10 @@ class Reference:
         if key not in self._logits:
             self._logits[key] = self._model(input_ids=torch.tensor([key]), use_cache=False).logits[0]
         return self._logits[key]
+
+    def forget(self) -> None:
+        """Drop the logits that are kept for further calls."""
+        self._logits.clear()
 
     def values(
         self,

@@ -64,23 +64,29 @@ class Prometheus:
     def values(self, expr: str) -> list[float]:
         return [float(sample["value"][1]) for sample in self.get("query", query=expr)["result"]]
 
+    def labels(self, expr: str) -> list[dict[str, str]]:
+        return [dict(sample["metric"]) for sample in self.get("query", query=expr)["result"]]
+
 
 @contextlib.contextmanager
-def prometheus(directory: Path, target: str, api_key: str) -> Iterator[Prometheus]:
-    """Run Prometheus with the shipped configuration, except target, key and intervals.
+def prometheus(
+    directory: Path, *targets: str, api_key: str = "none", rules: Path = RULES
+) -> Iterator[Prometheus]:
+    """Run Prometheus with the shipped configuration, except targets, key and intervals.
 
     Args:
         directory: directory of its data and its log.
-        target: host and port of the service.
+        targets: host and port of each service.
+        rules: other rules than the shipped ones.
     """
     key, config = directory / "key", directory / "prometheus.yml"
     key.write_text(api_key, "utf-8")
     settings = yaml.safe_load(CONFIG.read_text("utf-8"))
     [job] = settings["scrape_configs"]
     job["authorization"]["credentials_file"] = str(key)
-    job["static_configs"][0]["targets"] = [target]
+    job["static_configs"][0]["targets"] = list(targets)
     settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    settings["rule_files"] = [str(RULES)]
+    settings["rule_files"] = [str(rules)]
     config.write_text(yaml.safe_dump(settings), "utf-8")
     promtool("check", "config", config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -90,6 +96,7 @@ def prometheus(directory: Path, target: str, api_key: str) -> Iterator[Prometheu
         process = subprocess.Popen([*command, f"--storage.tsdb.path={directory / 'data'}"], stderr=log)
         try:
             with httpx.Client(base_url=f"http://{address}", timeout=WAIT_S) as client:
+                until(lambda: client.get("/-/ready").is_success or None, "Prometheus is ready")
                 yield Prometheus(client)
         finally:
             process.terminate()

@@ -20,7 +20,7 @@ from shopr1_service.cluster.messages import (
 )
 from shopr1_service.cluster.update_log import Change, Entry, UnloadRequest, UpdateLog
 from shopr1_service.updates.updatable_engine import UpdatableEngine
-from shopr1_service.weights.files import Signature
+from shopr1_service.weights.tensors import UpdateContents
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +114,14 @@ class UpdateFollower:
         self._log, self._log_number = log, log.number
 
     async def _apply_entry(self, entry: Entry) -> None:
-        files = entry.taken.files if entry.taken and entry.taken.files else None
         try:
-            await self._apply(entry.number, entry.change, files)
+            await self._apply(entry.number, entry.change, entry.taken)
         except NotReadyError:
             raise
         except ProblemError as error:
             raise BehindError(f"change {entry.number} cannot be applied here: {error}") from error
 
-    async def _apply(self, number: int, change: Change, files: frozenset[Signature] | None = None) -> Answer:
+    async def _apply(self, number: int, change: Change, taken: UpdateContents | None = None) -> Answer:
         engine, request = self._engine, change.request
         await engine.scheduler.between_batches(lambda: engine.policy.set_next_number(number))
         if isinstance(request, UnloadRequest):
@@ -130,7 +129,7 @@ class UpdateFollower:
             return None
         if change.upload is None:
             assert isinstance(request, UpdateRequest)
-            return await engine.weights.from_checkpoint(request, files)
+            return await engine.weights.from_checkpoint(request, taken)
         chunks = self._chunks(change.upload)
         if isinstance(request, UpdateRequest):
             return await engine.load_upload(chunks, request.version, is_partial=request.partial)

@@ -10,19 +10,20 @@ from pydantic_core import PydanticCustomError
 
 from shopr1_client.errors import FieldError, InternalError, InvalidRequestError, summary
 from shopr1_client.wire import GroundTruth
-from shopr1_client.wire_base import RequestModel
+from shopr1_client.wire_base import IN_PIECES, RequestModel
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.requests import Prompt, TextOrMessages
 from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
 from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
 from shopr1_service.monitoring.logs import current_run
 from shopr1_service.scoring.label_store import ContradictionError, Label
 from shopr1_service.scoring.recipe_book import RecipeBook
 
-router = APIRouter(tags=[TAG])
+router = APIRouter(tags=[TAG], route_class=JsonRoute)
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +50,7 @@ class LabelEntry(RequestModel):
 class Labels(RequestModel):
     """Ground truths to register."""
 
-    labels: list[LabelEntry]
+    labels: Annotated[list[LabelEntry], IN_PIECES]
 
 
 class LabelCount(BaseModel):

@@ -9,24 +9,27 @@ from asgi_correlation_id import correlation_id
 from fastapi import APIRouter, Body, Request
 from pydantic import BaseModel, Field
 
-from shopr1_client.wire_base import UnicodeText
+from shopr1_client.wire_base import IN_PIECES, UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest, run_name
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.state import AppState, State
 from shopr1_service.monitoring.logs import current_run
 
 DIALECT = Dialect("llama_factory", timeout_s=None)
 """LLaMA-Factory waits without limit: the service's own deadline is the only one."""
 
-router = APIRouter(prefix="/dialects/llama_factory", tags=[TAG])
+router = APIRouter(prefix="/dialects/llama_factory", tags=[TAG], route_class=JsonRoute)
 
 
 class ScoreEvaluation(TrainerRequest):
     """Rollouts of one mini-batch."""
 
     model: Annotated[UnicodeText, Field(description="Echoed.")]
-    messages: Annotated[list[str], Field(description="Prompt and completion, special tokens written out.")]
+    messages: Annotated[
+        list[str], IN_PIECES, Field(description="Prompt and completion, special tokens written out.")
+    ]
 
 
 class ScoreEvaluationAnswer(BaseModel):

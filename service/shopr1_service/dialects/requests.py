@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Tag
 from shopr1_client.errors import FieldError
 from shopr1_client.wire import Completion, Message, TokenIds
 from shopr1_client.wire import Prompt as AnyPrompt
-from shopr1_client.wire_base import MESSAGES, STRING, UnicodeText, by_type
+from shopr1_client.wire_base import IN_PIECES, MESSAGES, STRING, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
 from shopr1_service.field_errors import raise_if_any
@@ -29,7 +29,7 @@ AS_TEMPLATED = PromptOptions(add_special_tokens=False)
 """For trainers that tokenise their templated prompts without special tokens, as all of these do."""
 
 TextOrMessages = Annotated[
-    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[Message], Tag(MESSAGES)],
+    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[Message], IN_PIECES, Tag(MESSAGES)],
     by_type({STRING: str, MESSAGES: list}, "prompt_kind", "must be a string or a list of messages"),
 ]
 """A prompt: a string is used as it is, messages go through the policy's chat template."""

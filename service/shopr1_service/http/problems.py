@@ -128,6 +128,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, RequestValidationError):  # raised while the body was read
+        return await _on_invalid(request, error.__cause__)
     problem_class = _BY_STATUS.get(error.status_code, InternalError)
     # FastAPI hides why a body could not be decoded behind a general sentence.
     detail = _DECODING_ERRORS.get(type(error.__cause__), str(error.detail))

@@ -32,8 +32,6 @@ class Account(StrEnum):
     """Answers that are kept for clients that repeat their request; at most an eighth of the budget."""
     LABELS = "labels"
     """Registered ground truths."""
-    UPLOADS = "uploads"
-    """Adapters while they are received and built."""
     ADAPTERS = "adapters"
     """Loaded adapters."""
     RUNS = "runs"

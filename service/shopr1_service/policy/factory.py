@@ -30,7 +30,7 @@ from shopr1_service.core import (
     Version,
 )
 from shopr1_service.engine.engine import Engine
-from shopr1_service.engine.forward.base import Forward
+from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
@@ -41,6 +41,8 @@ from shopr1_service.engine.forward.self_check import (
     Rejection,
     Verdict,
     choose_forward,
+    confirms,
+    depends_on_weights,
 )
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.heartbeat import Heartbeat
@@ -60,7 +62,7 @@ from shopr1_service.policy.positions import UNLIMITED, check_positions, longest_
 from shopr1_service.policy.prompts.chat import ChatRenderer, read_templates
 from shopr1_service.policy.prompts.end_tokens import end_ids, template_ends
 from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
-from shopr1_service.policy.verdict_cache import KnownVerdict, VerdictCache, verdict_key
+from shopr1_service.policy.verdict_cache import VERDICTS, KnownVerdict, VerdictCache, verdict_key
 from shopr1_service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -195,23 +197,32 @@ def _verdict(
     startup: LoadProgress,
 ) -> Verdict:
     """The outcome of the check that the settings ask for, or of the same one at an earlier start."""
-    short_ids = random_ids[:MAX_SHORT_TOKENS]
-    if len(random_ids) == len(short_ids):
-        return choose_forward(model, random_ids, candidates)
-    if settings.self_check == "short":
-        remark = f"checked up to {len(short_ids)} tokens of {len(random_ids)}: self_check is short"
-        verdict = choose_forward(model, short_ids, candidates)
-        return replace(verdict, remarks=(*verdict.remarks, remark))
-    if settings.self_check_cache is None:
-        return choose_forward(model, random_ids, candidates, startup.note)
-    outcomes, key = VerdictCache(settings.self_check_cache), verdict_key(model, len(random_ids))
+    checked_ids = random_ids[:MAX_SHORT_TOKENS] if settings.self_check == "short" else random_ids
+    if settings.cache is None or depends_on_weights(model):
+        verdict = choose_forward(model, checked_ids, candidates, startup.note)
+    else:
+        outcomes = VerdictCache(settings.cache / VERDICTS)
+        verdict = _known_verdict(model, checked_ids, candidates, outcomes, startup)
+    if len(checked_ids) == len(random_ids):
+        return verdict
+    remark = f"checked up to {len(checked_ids)} tokens of {len(random_ids)}: self_check is short"
+    return replace(verdict, remarks=(*verdict.remarks, remark))
+
+
+def _known_verdict(
+    model: PreTrainedModel,
+    random_ids: Sequence[int],
+    candidates: Sequence[Forward],
+    outcomes: VerdictCache,
+    startup: LoadProgress,
+) -> Verdict:
+    """The outcome of an earlier check if the chosen strategy still agrees, else that of a check now."""
+    key = verdict_key(model, len(random_ids))
     if (known := outcomes.get(key)) is not None:
-        verdict = choose_forward(
-            model, short_ids, [each for each in candidates if each.name == known.forward]
-        )
-        if verdict.forward.name == known.forward:
-            logger.info("the long check is skipped: its outcome is known")
-            return known.completing(verdict)
+        for forward in (*candidates, IndependentForward(model)):
+            if forward.name == known.forward and confirms(model, random_ids, forward):
+                logger.info("the check at load is known to end with %s", known.forward)
+                return known.verdict(forward)
     verdict = choose_forward(model, random_ids, candidates, startup.note)
     outcomes.put(key, KnownVerdict.of(verdict))
     return verdict

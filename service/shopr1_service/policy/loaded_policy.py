@@ -18,6 +18,7 @@ from shopr1_service.core import Certainty, EngineStats, FatalEngineError, TokenG
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.field_errors import field_problem
 from shopr1_service.memory.budget import Hold
 from shopr1_service.policy.adapters.lora import Adapter, unused_layers
 from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
@@ -171,6 +172,10 @@ class LoadedPolicy:
         finally:  # it may be the reason why a file could not be read
             if not all(location.file.is_intact for location in locations.values()):
                 raise InvalidWeightsError("the checkpoint was written to while it was loaded")
+        if differing := self.weights.differing(locations):
+            raise field_problem(
+                InvalidWeightsError, differing[0], f"{differing[0]} was written to after it was checked"
+            )
 
     def _roll_back(self, locations: Mapping[str, TensorLocation]) -> None:
         try:

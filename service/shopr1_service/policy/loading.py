@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from transformers.utils.hub import cached_file
 from shopr1_service.errors import PolicyError
 from shopr1_service.policy.architectures import auto_class
 from shopr1_service.policy.factory import build_policy
-from shopr1_service.policy.gguf.config import complete_config
+from shopr1_service.policy.gguf.config import Metadata, complete_config
+from shopr1_service.policy.gguf.converted import Conversion, ConvertedFiles
 from shopr1_service.policy.gguf.pre_tokenizer import complete_tokenizer
+from shopr1_service.policy.gguf.shared_reads import shared_reads
 from shopr1_service.policy.gguf.tensors import (
     ROPE_FACTORS,
     check_rope,
@@ -40,6 +43,7 @@ from shopr1_service.policy.gguf.tensors import (
 )
 from shopr1_service.policy.load_progress import LoadProgress, Step
 from shopr1_service.policy.loaded_policy import LoadedPolicy
+from shopr1_service.policy.start_files import move_into_memory, unchanged
 from shopr1_service.policy.unused_tensors import refuse_misplaced, refuse_unused, resolve_ties
 from shopr1_service.settings import DType, Settings
 from shopr1_service.weights.conversion import KEY_MAPPING, Shape
@@ -132,12 +136,15 @@ def load_model(source: Source, settings: Settings) -> tuple[PreTrainedTokenizerB
     options: dict[str, Any] = {"trust_remote_code": False}
     if settings.revision is not None:
         options["revision"] = settings.revision
-    if source.gguf_file is None:
-        tokenizer = _read_tokenizer(source, options)
-        model = _read_model(source, dtype, options, settings.ignored_tensors)
-    else:
-        tokenizer, model = _read_gguf(Path(source.path, source.gguf_file), source, dtype, settings)
-    torch.nn.Module.to(model, device)
+    path = Path(source.path)
+    with unchanged(path, source.gguf_file) if path.is_dir() else nullcontext():  # hub files never change
+        if source.gguf_file is None:
+            tokenizer = _read_tokenizer(source, options)
+            model = _read_model(source, dtype, options, settings.ignored_tensors)
+        else:
+            tokenizer, model = _read_gguf(path / source.gguf_file, source, dtype, settings)
+        torch.nn.Module.to(model, device)
+        move_into_memory(model)
     return tokenizer, model
 
 
@@ -148,13 +155,14 @@ def _read_model(
     options = {**options, "use_safetensors": True, "key_mapping": dict(KEY_MAPPING)}
     model, unused = _from_pretrained(source, config, dtype=dtype, **options)
     refuse_unused(unused, ignored)
-    refuse_misplaced(model, _tensor_shapes(source, config, options))
+    files = _tensor_files(source, config, options)
+    refuse_misplaced(model, _tensor_shapes(files), lambda name: _read_tensor(files, name), ignored)
     resolve_ties(model, ignored)
     return model
 
 
-def _tensor_shapes(source: Source, config: PretrainedConfig, options: dict[str, Any]) -> dict[str, Shape]:
-    """Shapes of a checkpoint's tensors by name, from the files that transformers has loaded."""
+def _tensor_files(source: Source, config: PretrainedConfig, options: dict[str, Any]) -> list[str]:
+    """The safetensors files that transformers has loaded."""
     files, _ = _get_resolved_checkpoint_files(
         source.path,
         variant=None,
@@ -165,11 +173,25 @@ def _tensor_shapes(source: Source, config: PretrainedConfig, options: dict[str, 
         transformers_explicit_filename=getattr(config, "transformers_weights", None),
         download_kwargs={"revision": options.get("revision")},
     )
+    return files or []
+
+
+def _tensor_shapes(files: Sequence[str]) -> dict[str, Shape]:
+    """Shapes of the files' tensors by name."""
     shapes: dict[str, Shape] = {}
-    for file in files or ():
+    for file in files:
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
+
+
+def _read_tensor(files: Sequence[str], name: str) -> torch.Tensor:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                tensor: torch.Tensor = tensors.get_tensor(name)
+                return tensor
+    raise PolicyError(f"tensor {name} is not in the checkpoint any more")
 
 
 def _from_pretrained(
@@ -192,19 +214,54 @@ def _from_pretrained(
 def _read_gguf(
     path: Path, source: Source, dtype: torch.dtype, settings: Settings
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    options: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     metadata, names = read_gguf_metadata(str(path))
-    tokenizer = AutoTokenizer.from_pretrained(source.path, mistral_format=False, **options)
-    complete_tokenizer(tokenizer, metadata)
-    config = AutoConfig.from_pretrained(source.path, **options)
-    complete_config(config, metadata)
+
+    def convert() -> Conversion:
+        return _convert_gguf(path, source, dtype, metadata, names)
+
+    if settings.cache is None:
+        converted = convert()
+    else:
+        copies = ConvertedFiles(
+            settings.cache, settings.cache_bytes, read=lambda copy: _read_copy(copy, dtype, metadata)
+        )
+        converted = copies.load(path, dtype, convert)
+    factors = None if converted.rope_factors is None else torch.tensor(converted.rope_factors)
+    check_rope(converted.model, metadata, factors)
+    refuse_unused(converted.unused, settings.ignored_tensors)
+    return converted.tokenizer, converted.model
+
+
+def _convert_gguf(
+    path: Path, source: Source, dtype: torch.dtype, metadata: Metadata, names: Sequence[str]
+) -> Conversion:
+    options: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
     unpack_exactly()
-    model, unused = _from_pretrained(
-        source, config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
-    )
-    check_rope(model, metadata, read_rope_factors(path) if ROPE_FACTORS in names else None)
-    unused = [name for name in unused if name != ROPE_FACTORS]
-    refuse_unused([*unused, *unused_tensors(model, metadata, names)], settings.ignored_tensors)
+    with shared_reads():
+        tokenizer = AutoTokenizer.from_pretrained(source.path, mistral_format=False, **options)
+        complete_tokenizer(tokenizer, metadata)
+        config = AutoConfig.from_pretrained(source.path, **options)
+        complete_config(config, metadata)
+        model, unused = _from_pretrained(
+            source, config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
+        )
+        unused = [name for name in unused if name != ROPE_FACTORS]
+        unused += unused_tensors(model, metadata, names)
+        factors = read_rope_factors(path).tolist() if ROPE_FACTORS in names else None
+    return Conversion(tokenizer, model, tuple(unused), None if factors is None else tuple(factors))
+
+
+def _read_copy(
+    directory: Path, dtype: torch.dtype, metadata: Metadata
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load a converted GGUF file from the directory of its copy."""
+    source = Source(str(directory))
+    options: dict[str, Any] = {"trust_remote_code": False}
+    tokenizer = _read_tokenizer(source, options)
+    complete_tokenizer(tokenizer, metadata)
+    config = AutoConfig.from_pretrained(directory, **options)
+    model, unused = _from_pretrained(source, config, dtype=dtype, use_safetensors=True, **options)
+    refuse_unused(unused, ())
     return tokenizer, model
 
 

@@ -6,12 +6,14 @@ of which the last is taken for the third. They are refused; the setting `ignored
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shopr1_service.errors import PolicyError
-from shopr1_service.weights.conversion import Shape, is_constant, plan_conversion
+from shopr1_service.weights.constants import contradiction, is_constant
+from shopr1_service.weights.conversion import Shape, plan_conversion
 from shopr1_service.weights.tensors import is_ignored
 
 logger = logging.getLogger(__name__)
@@ -41,13 +43,20 @@ def refuse_unused(names: Iterable[str], ignored: Sequence[str]) -> None:
         logger.warning("ignored tensors of the checkpoint: %s", ", ".join(unused))
 
 
-def refuse_misplaced(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
-    """Refuse tensors that transformers loads into the wrong place, or of which it drops one, without a word.
+def refuse_misplaced(
+    model: PreTrainedModel,
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    ignored: Sequence[str],
+) -> None:
+    """Refuse tensors that transformers loads into the wrong place, or drops although they change the numbers.
 
     Quantised checkpoints are not checked: their tensors have other shapes than the model's.
 
     Args:
         shapes: of the checkpoint's tensors by name.
+        read: gives one of them.
+        ignored: patterns of the setting `ignored_tensors`.
 
     Raises:
         PolicyError: names the first.
@@ -59,6 +68,12 @@ def refuse_misplaced(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> Non
     for flaw in plan.flaws:
         if flaw["location"] in plan.targets:
             raise PolicyError(f"tensor {flaw['location']} of the checkpoint: {flaw['message']}")
+    for name, target in plan.constants.items():
+        if not is_ignored(name, ignored) and (reason := contradiction(model, target, read(name))):
+            raise PolicyError(
+                f"tensor {name} of the checkpoint: {reason}; its config may be of another model; if the "
+                "tensor is not meant to be used, name it in `ignored_tensors`"
+            )
 
 
 def resolve_ties(model: PreTrainedModel, ignored: Sequence[str]) -> None:

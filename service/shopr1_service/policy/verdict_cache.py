@@ -2,7 +2,7 @@
 
 The key is a digest of all that decides the outcome but the values of the weights: the architecture, its
 config, the shapes of its weights, the device, the versions of the libraries, the length that was checked.
-Only the long passes are saved: the short check is repeated at every start.
+A known outcome is confirmed by a few short passes.
 """
 
 import hashlib
@@ -10,20 +10,21 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
-from shopr1_service import __version__
+from shopr1_service.engine.forward.base import Forward
 from shopr1_service.engine.forward.self_check import Cause, Rejection, Verdict
+from shopr1_service.policy.software import software_digest
 
 logger = logging.getLogger(__name__)
 
+VERDICTS = "self_check.json"
+"""Name of the file in `cache_dir`."""
 _MAX_ENTRIES = 256
 
 
@@ -52,10 +53,10 @@ class KnownVerdict(BaseModel):
             feeds_whole=verdict.feeds_whole,
         )
 
-    def completing(self, verdict: Verdict) -> Verdict:
-        """The outcome of a short check, with what the long one found."""
+    def verdict(self, forward: Forward) -> Verdict:
+        """The outcome, with the strategy of this name."""
         rejected = tuple(Rejection(*each) for each in self.rejected)
-        return replace(verdict, rejected=rejected, remarks=self.remarks, feeds_whole=self.feeds_whole)
+        return Verdict(forward, rejected, self.remarks, self.feeds_whole)
 
 
 class VerdictCache:
@@ -121,7 +122,7 @@ def verdict_key(model: PreTrainedModel, num_tokens: int) -> str:
         "attention": getattr(model.config, "_attn_implementation", None),
         "weights": [(name, list(each.shape), str(each.dtype)) for name, each in model.state_dict().items()],
         "device": _device_name(model.device),
-        "versions": [torch.__version__, transformers.__version__, __version__],
+        "software": software_digest(),
         "num_tokens": num_tokens,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -3,13 +3,19 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from torch import Tensor
 
-from shopr1_client.errors import InvalidWeightsError, NotFoundError, TooLargeError, UpdateConflictError
+from shopr1_client.errors import (
+    InvalidWeightsError,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+    UpdateConflictError,
+)
 from shopr1_client.wire_policy import (
     ADAPTER_CONFIG_KEY,
     BASE,
@@ -30,26 +36,22 @@ from shopr1_service.scheduling.scheduler import Scheduler
 from shopr1_service.scheduling.version_waiter import VersionWaiter
 from shopr1_service.settings import Settings
 from shopr1_service.weights.checkpoint import CheckpointDirectory, CheckpointError
+from shopr1_service.weights.file_tensors import FileTensors
+from shopr1_service.weights.files import AnonymousTempFile
 from shopr1_service.weights.safetensors_header import Header
 from shopr1_service.weights.safetensors_stream import SafetensorsStream, feed_in_threads
 
 logger = logging.getLogger(__name__)
 
-_NUM_COPIES = 3
-"""Copies of an adapter's bytes while it is built: the file, its tensors, and the same on the device."""
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Contents of an adapter's config and safetensors file, and a sample of the sender's base weights."""
+    """Contents of an adapter's config and safetensors file."""
 
     config: bytes
     tensors: bytes
-    base_sample: str | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.config) + len(self.tensors)
 
 
 class AdapterUpdates:
@@ -57,9 +59,9 @@ class AdapterUpdates:
 
     Raises (every method):
         InvalidWeightsError: not an adapter of this policy.
-        TooLargeError: too many adapters, or it is too large.
+        TooLargeError: too many adapters, it is too large, or there is no memory for it.
         OverloadedError: there is no memory for it now.
-        StorageError: its files cannot be read in time.
+        StorageError: an upload cannot be stored, or files cannot be read, or not in time.
         UpdateConflictError: the policy's own weights changed meanwhile.
         NotReadyError: the service shuts down.
     """
@@ -83,49 +85,46 @@ class AdapterUpdates:
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
         """Load an adapter from a directory below `policy_roots`."""
         start_s, base = time.perf_counter(), self._policy.versions.base
-        files = await self.files(request.path)
-        with self._memory.hold(Account.UPLOADS, _NUM_COPIES * files.num_bytes):
-            return await self._load(files, request, base, start_s)
+        adapter = await self._read(request.path, self._build_from)
+        return await self._load(adapter, request, base, start_s)
 
     async def files(self, path: str) -> AdapterFiles:
         """Read a directory below `policy_roots`; only the sizes and the header are checked."""
-        try:
-            return await read_foreign(lambda: self._read(path), self._read_timeout_s)
-        except CheckpointError as error:
-            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
-        except OSError as error:
-            raise InvalidWeightsError(f"the adapter cannot be read: {error.strerror or error}") from error
+        return await self._read(path, self._contents)
 
     async def from_upload(
         self, stream: AsyncIterable[bytes], request: AdapterRequest, config: bytes | None = None
     ) -> AdapterUpdate:
         """Load an adapter from a safetensors file that arrives as a stream.
 
+        It is written to an anonymous file in `staging_dir`, of which one tensor at a time is read.
+
         Args:
             config: default: the one in the file's metadata.
         """
         start_s, base = time.perf_counter(), self._policy.versions.base
-        with self._memory.hold(Account.UPLOADS) as memory:
-            files = await self._receive(stream, config, memory)
-            return await self._load(files, request, base, start_s)
+        file = AnonymousTempFile(self._settings.staging_dir, "the adapter")
 
-    async def _receive(
-        self, stream: AsyncIterable[bytes], config: bytes | None, memory: Hold
-    ) -> AdapterFiles:
-        content = bytearray()
-        parser = SafetensorsStream(self._check_size, lambda _: None)
+        def expect(header: Header) -> None:
+            self._check_size(header)
+            file.reserve(header.num_bytes)
 
-        def feed(block: memoryview) -> None:
-            parser.feed(block)
-            content.extend(block)
+        def append(block: memoryview) -> None:
+            file.append(block)
 
-        await feed_in_threads(_counted(stream, memory), feed)
-        header = parser.finish()
-        if config is None and ADAPTER_CONFIG_KEY in header.metadata:
-            config = header.metadata[ADAPTER_CONFIG_KEY].encode()
-        if config is None:
-            raise InvalidWeightsError(f"the file's metadata has no {ADAPTER_CONFIG_KEY}")
-        return AdapterFiles(config, bytes(content), header.metadata.get(BASE_SAMPLE_KEY))
+        try:
+            parser = SafetensorsStream(expect, append)
+            await feed_in_threads(stream, parser.feed)
+            header = parser.finish()
+            config = _config_in(header) if config is None else config
+            adapter = await asyncio.to_thread(self._build, config, header, FileTensors(file, header))
+        except Exception as error:  # after a cancellation, a thread may still be reading
+            file.discard()
+            if isinstance(error, OSError):
+                message = f"the adapter cannot be read again: {error.strerror or error}"
+                raise StorageError(message) from error
+            raise
+        return await self._load(adapter, request, base, start_s)
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Unload an adapter, or one version of it.
@@ -145,9 +144,8 @@ class AdapterUpdates:
         self._announce()
 
     async def _load(
-        self, files: AdapterFiles, request: AdapterRequest, base: Version, start_s: float
+        self, adapter: Adapter, request: AdapterRequest, base: Version, start_s: float
     ) -> AdapterUpdate:
-        adapter = await asyncio.to_thread(self._build, files)
         memory = self._memory.hold(Account.ADAPTERS, adapter.num_bytes)
         version, gone = await self._scheduler.between_batches(
             lambda: self._install(adapter, request, base, memory)
@@ -169,7 +167,7 @@ class AdapterUpdates:
     ) -> tuple[Version, list[Version]]:
         """New version, and older ones that were unloaded.
 
-        Runs on the engine's thread, also if the caller has gone.
+        Runs on the engine's thread, also if the caller has gone: it releases `memory`, which the policy shares.
         """
         with memory:
             return self._install_held(adapter, request, base, memory)
@@ -206,35 +204,47 @@ class AdapterUpdates:
         self._metrics.record_loaded(self._policy.info, num_adapters)
         self._new_versions.notify()
 
-    def _read(self, path: str) -> AdapterFiles:
-        directory = CheckpointDirectory(path, self._settings.policy_roots)
+    async def _read(self, path: str, read: Callable[[CheckpointDirectory], _Result]) -> _Result:
+        """The result of `read`, if the directory's files did not change meanwhile."""
+
+        def read_unchanged() -> _Result:
+            directory = CheckpointDirectory(path, self._settings.policy_roots)
+            with directory.unchanged():
+                return read(directory)
+
+        try:
+            return await read_foreign(read_unchanged, self._read_timeout_s)
+        except CheckpointError as error:
+            raise field_problem(InvalidWeightsError, error.location, str(error)) from error
+        except OSError as error:
+            raise StorageError(f"the adapter cannot be read: {error.strerror or error}") from error
+
+    def _contents(self, directory: CheckpointDirectory) -> AdapterFiles:
         config, shard = directory.adapter()
         self._check_size(shard.header)
-        content = shard.file.read(0, shard.file.num_bytes)
-        directory.check_unchanged()
-        return AdapterFiles(config, content)
+        return AdapterFiles(config, shard.file.read(0, shard.file.num_bytes))
+
+    def _build_from(self, directory: CheckpointDirectory) -> Adapter:
+        config, shard = directory.adapter()
+        self._check_size(shard.header)
+        return self._build(config, shard.header, FileTensors(shard.file, shard.header, shard.data_start))
 
     def _check_size(self, header: Header) -> None:
         num_bytes, max_bytes = header.num_bytes, self._settings.max_adapter_bytes
         if num_bytes > max_bytes:
             raise TooLargeError(f"the adapter has {num_bytes} bytes, max_adapter_bytes = {max_bytes}")
 
-    def _build(self, files: AdapterFiles) -> Adapter:
+    def _build(self, config: bytes, header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
         try:
-            config = parse_config(files.config)
-            tensors = dict(sorted(load_safetensors(files.tensors).items()))  # the library's order is random
-            adapter = build_adapter(self._policy.model, config, tensors)
-            if files.base_sample is not None:
-                check_base(self._policy.model, files.base_sample)
-            return adapter
+            adapter = build_adapter(self._policy.model, parse_config(config), tensors)
+            if (base_sample := header.metadata.get(BASE_SAMPLE_KEY)) is not None:
+                check_base(self._policy.model, base_sample)
         except AdapterError as error:
             raise field_problem(InvalidWeightsError, error.location, str(error)) from error
-        except SafetensorError as error:  # stricter than our own check of the header; not known to happen
-            raise InvalidWeightsError(str(error)) from error
+        return adapter
 
 
-async def _counted(stream: AsyncIterable[bytes], memory: Hold) -> AsyncIterator[bytes]:
-    """The blocks of a stream; holds memory for each before it is stored."""
-    async for block in stream:
-        memory.grow(_NUM_COPIES * len(block))
-        yield block
+def _config_in(header: Header) -> bytes:
+    if ADAPTER_CONFIG_KEY not in header.metadata:
+        raise InvalidWeightsError(f"the file's metadata has no {ADAPTER_CONFIG_KEY}")
+    return header.metadata[ADAPTER_CONFIG_KEY].encode()

@@ -28,7 +28,6 @@ from shopr1_service.settings import Settings
 from shopr1_service.weights.broadcast_receiver import TransferError, receive
 from shopr1_service.weights.checkpoint import CheckpointDirectory, CheckpointError
 from shopr1_service.weights.compatibility import check_compatible
-from shopr1_service.weights.files import Signature
 from shopr1_service.weights.safetensors_header import HeaderError, lay_out
 from shopr1_service.weights.safetensors_stream import SafetensorsStream, feed_in_threads
 from shopr1_service.weights.staging import StagedWeights
@@ -100,17 +99,17 @@ class WeightUpdates:
         return self._running.progress if self._running else None
 
     async def from_checkpoint(
-        self, request: UpdateRequest, files: frozenset[Signature] | None = None
+        self, request: UpdateRequest, expected: UpdateContents | None = None
     ) -> PolicyUpdate:
         """Load weights from a directory below `policy_roots`.
 
         Args:
-            files: signatures that its files must have.
+            expected: contents that another engine has loaded.
         """
 
         async def open_files(staged: StagedWeights) -> None:
             await read_foreign(lambda: self._open(request.path, staged), self._read_timeout_s)
-            if files is not None and files != staged.contents.files:
+            if expected is not None and expected != staged.contents:
                 raise InvalidWeightsError("the checkpoint was written to since another engine loaded it")
 
         return await self._update("checkpoint", request.version, open_files, is_partial=request.partial)
@@ -210,10 +209,10 @@ class WeightUpdates:
         policy = self._policy
         try:
             checkpoint = CheckpointDirectory(path, self._roots)
-            check_compatible(checkpoint, policy.model.config, policy.codec.tokenizer, self._staging_dir)
-            staged.refer(checkpoint.weights())
-            staged.check()
-            checkpoint.check_unchanged()
+            with checkpoint.unchanged():
+                check_compatible(checkpoint, policy.model.config, policy.codec.tokenizer, self._staging_dir)
+                staged.refer(checkpoint.weights())
+                staged.check()
         except CheckpointError as error:
             raise field_problem(InvalidWeightsError, error.location, str(error)) from error
 

@@ -4,17 +4,23 @@ A client that may update the policy names a directory. Only files below one of t
 wherever links lead. Weights are safetensors: reading pickled ones can run code.
 
 A trainer may replace files at any time. So that two checkpoints are never mixed, every file is read through
-one descriptor, and `CheckpointDirectory.check_unchanged` refuses a set if one of its files was replaced.
+one descriptor, and a set is refused if one of its files was replaced since the directory was listed
+(`CheckpointDirectory.check_unchanged`). If some files were replaced before that, only the temporary
+file of a copy under way shows it.
 """
 
+import errno
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
-from shopr1_service.weights.files import CheckpointFile
+from shopr1_client.errors import StorageError
+from shopr1_service.weights.files import CheckpointFile, ListedDirectory
+from shopr1_service.weights.paths import real_path
 from shopr1_service.weights.safetensors_header import (
     LENGTH_BYTES,
     MAX_NAME_CHARACTERS,
@@ -38,6 +44,16 @@ _UNSUPPORTED = {
     "*.gguf": "GGUF files are not read for updates: save safetensors",
 }
 _SHARD_NAME = re.compile(r"[^/\0]{1,240}\.safetensors")
+_UNFINISHED = re.compile(
+    r"\.(.+)\.[A-Za-z0-9]{6}"  # rsync
+    r"|\.?(.+)\.(?:tmp|part|partial|incomplete|filepart)"
+)
+"""Temporary files of programs that copy; each is renamed when it is complete."""
+
+_FAULTS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EREMOTEIO}
+)
+"""Errors of the disk and the system; any other is the client's, such as a file that may not be read."""
 
 _Result = TypeVar("_Result")
 
@@ -71,16 +87,22 @@ class CheckpointDirectory:
 
     Raises (every method):
         CheckpointError: a file is not there, not below a root, not regular, or malformed.
+        StorageError: a disk fails.
     """
 
     def __init__(self, path: str, roots: Sequence[Path]) -> None:
         self.path = resolve_below(path, roots)
         self._roots = roots
         self._files: dict[str, CheckpointFile] = {}
-        try:
-            self.names = {each.name for each in self.path.iterdir()}
-        except OSError as error:
-            raise CheckpointError(f"cannot be listed: {error.strerror}") from error
+        self._absent: set[str] = set()
+        self._listed = _reading("path", lambda: ListedDirectory(self.path, roots))
+
+    def has(self, name: str) -> bool:
+        """Whether the directory had a file of this name when it was listed."""
+        if name in self._listed.files:
+            return True
+        self._absent.add(name)
+        return False
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """All of a file."""
@@ -105,38 +127,59 @@ class CheckpointDirectory:
 
     def weights(self) -> tuple[Shard, ...]:
         """`model.safetensors`, or the shards of `model.safetensors.index.json`; each tensor is in one."""
-        if INDEX_FILE in self.names:
+        if self.has(INDEX_FILE):
             return self._indexed_shards()
-        if SINGLE_FILE in self.names:
+        if self.has(SINGLE_FILE):
             return (self.shard(SINGLE_FILE),)
         raise self._nothing_found([SINGLE_FILE, INDEX_FILE], "or")
 
     def adapter(self) -> tuple[bytes, Shard]:
         """Config and safetensors file of an adapter, as PEFT saves it."""
-        if not {ADAPTER_CONFIG_FILE, ADAPTER_FILE} <= self.names:
+        if not (self.has(ADAPTER_CONFIG_FILE) and self.has(ADAPTER_FILE)):
             raise self._nothing_found([ADAPTER_CONFIG_FILE, ADAPTER_FILE], "and")
         return self.read(ADAPTER_CONFIG_FILE, MAX_ADAPTER_CONFIG_BYTES), self.shard(ADAPTER_FILE)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """At the end, `check_unchanged`. If it fails, this may also be why anything else failed before."""
+        try:
+            yield
+        except Exception:
+            self.check_unchanged()
+            raise
+        self.check_unchanged()
+
     def check_unchanged(self) -> None:
-        """Refuse the set of all files opened so far if one was deleted, replaced or written to."""
+        """Refuse all files opened so far if one was deleted, replaced, written to, or is about to be."""
         for name, file in self._files.items():
-            path = _real_path(self.path / name, self._roots)
+            path = real_path(self.path / name, self._roots)
             if path is None or not file.is_at(path):
-                raise CheckpointError(f"{name} was replaced or written to while it was read", name)
+                raise _changed(name)
+        if not self._listed.is_at(self.path):
+            raise CheckpointError("the directory was replaced while it was read")
+        for name in sorted(_reading("path", self._listed.names_now)):
+            if name in self._absent:
+                raise CheckpointError(f"{name} appeared while the directory was read", name)
+            if (unfinished := _UNFINISHED.fullmatch(name)) and self._files.keys() & set(unfinished.groups()):
+                message = f"{name}: a copy is under way, or was broken off: the checkpoint may be a mixture"
+                raise CheckpointError(message, name)
 
     def _open(self, name: str) -> CheckpointFile:
         if name not in self._files:
-            path = _real_path(self.path / name, self._roots)
+            path = real_path(self.path / name, self._roots)
             if path is None:
                 message = f"{name} is not there, or a link that leads out of the `policy_roots`"
                 raise CheckpointError(message, name)
-            self._files[name] = _reading(name, lambda: CheckpointFile(path))
+            file = _reading(name, lambda: CheckpointFile(path, self._roots))
+            if file.identity != self._listed.files.get(name):
+                raise _changed(name)
+            self._files[name] = file
         return self._files[name]
 
     def _indexed_shards(self) -> tuple[Shard, ...]:
         weight_map = self._weight_map()
         names = sorted(set(weight_map.values()))
-        if SINGLE_FILE in self.names and SINGLE_FILE not in names:  # of an earlier or a later save
+        if SINGLE_FILE not in names and self.has(SINGLE_FILE):  # of an earlier or a later save
             raise CheckpointError(f"{INDEX_FILE} is of other files than {SINGLE_FILE}: which is meant?")
         shards = {}
         for name in names:
@@ -164,7 +207,7 @@ class CheckpointDirectory:
         found = (
             message
             for pattern, message in _UNSUPPORTED.items()
-            if any(fnmatchcase(name, pattern) for name in self.names)
+            if any(fnmatchcase(name, pattern) for name in self._listed.files)
         )
         return CheckpointError(
             f"{next(found, 'no weights there')}; looked for {f' {conjunction} '.join(wanted)}"
@@ -182,7 +225,7 @@ def resolve_below(path: str, roots: Sequence[Path]) -> Path:
     if ".." in Path(path).parts:
         raise CheckpointError(f"must not contain '..': {path!r}")
     # With an absolute path on its right, / gives that path.
-    found = [real for root in roots if (real := _real_path(root / path, roots))]
+    found = [real for root in roots if (real := real_path(root / path, roots))]
     for real in found:
         if real.is_dir():
             return real
@@ -190,23 +233,24 @@ def resolve_below(path: str, roots: Sequence[Path]) -> Path:
     raise CheckpointError(f"{message}: {path!r}")
 
 
-def _real_path(path: Path, roots: Sequence[Path]) -> Path | None:
-    """Where a path leads; None if nowhere, or out of the roots."""
-    try:
-        real = path.resolve(strict=True)
-        allowed = [root.resolve() for root in roots]
-    except (OSError, RuntimeError, ValueError):  # circular links; strings that can be no path
-        return None
-    return real if any(real.is_relative_to(root) for root in allowed) else None
+def _changed(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} was replaced or written to while it was read", name)
 
 
 def _reading(name: str, read: Callable[[], _Result]) -> _Result:
-    """The result of `read`; its errors become a `CheckpointError` that names the file."""
+    """The result of `read`; its errors name the file.
+
+    Raises:
+        CheckpointError: it is not as it must be.
+        StorageError: its disk, or the system, fails.
+    """
     try:
         return read()
     except HeaderError as error:
         raise CheckpointError(f"{name}: {error}", error.tensor or name) from error
     except OSError as error:
+        if error.errno in _FAULTS:
+            raise StorageError(f"{name} cannot be read: {error.strerror}") from error
         raise CheckpointError(f"{name}: {error.strerror}", name) from error
 
 

@@ -1,17 +1,23 @@
 """Check that a checkpoint is of the same policy: equal config, and a tokenizer that gives the same ids."""
 
+import json
 import logging
 import random
+import re
+import reprlib
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from shopr1_client.errors import FieldError, InvalidWeightsError
+from shopr1_client.errors import FieldError, InvalidWeightsError, summary
 from shopr1_service.field_errors import field_problem
 from shopr1_service.weights.checkpoint import CheckpointDirectory
+from shopr1_service.weights.files import storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +29,11 @@ _TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 """Files that transformers reads to build a tokenizer."""
+_OPTIONS = (CONFIG, "tokenizer_config.json", "special_tokens_map.json")
+_NAMES_FILES = re.compile(r"vocab|merges|init_inputs|(.*_)?files?")
+"""Keys of these by which transformers may open further files, wherever they are."""
+_MAX_DIFFERENCES = 64
+_MAX_KEY_CHARACTERS = 200
 
 _NUM_PROBES = 64
 _NUM_PROBE_TOKENS = 32
@@ -55,19 +66,38 @@ def check_compatible(
         CheckpointError: a file cannot be read.
     """
     errors: list[FieldError] = []
-    with tempfile.TemporaryDirectory(prefix="shopr1-", dir=staging_dir) as copies:
-        for name in _TOKENIZER_FILES:
-            if name in checkpoint.names:
-                Path(copies, name).write_bytes(checkpoint.read(name, MAX_FILE_BYTES))
-        if CONFIG in checkpoint.names:
+    with ExitStack() as stack:
+        with storage_errors("copies of the checkpoint's config and tokenizer"):
+            copies = stack.enter_context(tempfile.TemporaryDirectory(prefix="shopr1-", dir=staging_dir))
+            _copy(checkpoint, Path(copies))
+        if checkpoint.has(CONFIG):
             errors += _config_flaws(_read(AutoConfig, copies, CONFIG), config)
-        if TOKENIZER in checkpoint.names:
+        if checkpoint.has(TOKENIZER):
             errors += _tokenizer_flaws(
                 _read(AutoTokenizer, copies, TOKENIZER, mistral_format=False), tokenizer
             )
     if errors:
-        detail = "; ".join(f"{error['location']}: {error['message']}" for error in errors)
-        raise InvalidWeightsError(f"the checkpoint is of another policy: {detail}", errors=errors)
+        detail = f"the checkpoint is of another policy: {summary(errors)}"
+        raise InvalidWeightsError(detail, errors=errors)
+
+
+def _copy(checkpoint: CheckpointDirectory, copies: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if checkpoint.has(name):
+            content = checkpoint.read(name, MAX_FILE_BYTES)
+            copies.joinpath(name).write_bytes(_confined(content) if name in _OPTIONS else content)
+
+
+def _confined(content: bytes) -> bytes:
+    """Options without keys that name further files."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):  # no JSON, or damaged: transformers says so
+        return content
+    if not isinstance(fields, dict) or not any(map(_NAMES_FILES.fullmatch, fields)):
+        return content
+    kept = {key: value for key, value in fields.items() if not _NAMES_FILES.fullmatch(key)}
+    return json.dumps(kept).encode()
 
 
 def _read(reader: Any, directory: str, name: str, **options: Any) -> Any:  # noqa: ANN401  # transformers' factories
@@ -81,18 +111,32 @@ def _read(reader: Any, directory: str, name: str, **options: Any) -> Any:  # noq
 
 
 def _config_flaws(given: PretrainedConfig, own: PretrainedConfig) -> list[FieldError]:
-    if given.model_type != own.model_type:  # as at load: of some multimodal models, only the text part
-        given = given.get_text_config()
+    try:
+        if given.model_type != own.model_type:  # as at load: of some multimodal models, only the text part
+            given = given.get_text_config()
+        differences = list(islice(_differences(given.to_dict(), own.to_dict()), _MAX_DIFFERENCES))
+    except Exception as error:  # of keys that are names of methods, of deep nesting
+        raise field_problem(InvalidWeightsError, CONFIG, f"{CONFIG} cannot be compared") from error
+    # The checkpoint's value is left out: errors show no more of a file than its keys.
     return [
-        {"location": f"{CONFIG}: {key}", "message": f"it is {theirs!r}, the policy's {ours!r}"}
-        for key, theirs, ours in _differences(given.to_dict(), own.to_dict())
+        {
+            "location": f"{CONFIG}: {_printable(key)}",
+            "message": f"it differs from the policy's, {reprlib.repr(ours)}",
+        }
+        for key, ours in differences
     ]
 
 
-def _differences(given: Any, own: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401
+def _printable(key: str) -> str:
+    """At most so many characters, all of which an answer can hold."""
+    return key[:_MAX_KEY_CHARACTERS].encode(errors="backslashreplace").decode()
+
+
+def _differences(given: Any, own: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Keys whose values differ, and the policy's value."""
     if not (isinstance(given, dict) and isinstance(own, dict)):
         if given != own:
-            yield path, given, own
+            yield path, own
         return
     for key in sorted({*given, *own}, key=str):
         if key in _IRRELEVANT_KEYS or str(key).endswith("dropout"):

@@ -28,19 +28,13 @@ from transformers.core_model_loading import (
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from shopr1_client.errors import FieldError
+from shopr1_service.weights.constants import is_constant
 
 KEY_MAPPING: Mapping[str, str] = {
     r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|base_model\.model)\.)+": "",
     r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": ".",
 }
 """Parts of names by data parallelism, torch.compile, FSDP and PEFT: patterns and their replacement."""
-
-_CONSTANTS = re.compile(
-    r"(^|\.)(inv_freq|original_inv_freq|position_ids|masked_bias|causal_mask)$"  # rotations, positions, −∞
-    r"|(^|\.)embed_positions\.weights$"  # XGLM's sines; learned positions are a `weight`
-    r"|\.attn_rot_embd\.weight$"  # rotary embeddings of old GGUF files
-    r"|\.(attn|attention)\.bias$"  # causal masks of GPT-2 and its kin
-)
 
 Shape = tuple[int, ...]
 
@@ -96,27 +90,22 @@ class Conversion:
     Attributes:
         renamed: the model's name of each tensor that is used as it is, by its name in the checkpoint.
         merges: operations.
-        ignored: tensors that transformers leaves out at load without a warning, and constants.
+        ignored: tensors that transformers leaves out at load without a warning.
+        constants: the model's name of each tensor that it computes itself, by its name in the checkpoint;
+            their numbers must be compared (`contradiction`).
         flaws: tensors that fit nowhere.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
     merges: list[Merge] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
+    constants: dict[str, str] = field(default_factory=dict)
     flaws: list[FieldError] = field(default_factory=list)
 
     @property
     def targets(self) -> dict[str, str]:
         """A tensor of the model for each tensor of the checkpoint that is used."""
         return self.renamed | {name: merge.target for merge in self.merges for _, name in merge.sources}
-
-
-def is_constant(name: str) -> bool:
-    """Whether former versions of transformers saved a tensor that models compute from their config.
-
-    Such a name says nothing where the model has a tensor of this name.
-    """
-    return bool(_CONSTANTS.search(name))
 
 
 def plan_conversion(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> Conversion:
@@ -164,7 +153,7 @@ class NameConverter:
         """
         target, pattern = self.find(f"{name}.weight")
         if target not in self.own:
-            if self._ignored({name: target}):
+            if self._ignored({name: target}) or is_constant(target):
                 return None
             raise KeyError(f"the policy has no module {name!r}")
         if pattern or not target.endswith(".weight"):
@@ -188,6 +177,11 @@ class NameConverter:
         conversion.merges = [
             Merge(target, each, by_pattern[each[0][0]], [target]) for target, each in sources.items()
         ]
+        conversion.constants = {
+            name: target for name, target in unknown.items() if self._must_be_compared(target)
+        }
+        for name in conversion.constants:
+            del unknown[name]
         conversion.ignored = self._ignored(unknown)
         misfits: list[FieldError] = [
             {"location": name, "message": _no_tensor(unknown[name])}
@@ -202,6 +196,11 @@ class NameConverter:
     ) -> tuple[str, str | None]:
         return rename_source_key(name, renamings, converters, self._model.base_model_prefix, self.own)
 
+    def _must_be_compared(self, target: str) -> bool:
+        """Whether it is a constant, and none that this model, and not transformers for all, ignores."""
+        patterns = self._model._keys_to_ignore_on_load_unexpected or ()
+        return is_constant(target) and not any(re.search(pattern, target) for pattern in patterns)
+
     def _ignored(self, unknown: Mapping[str, str]) -> set[str]:
         """Tensors that are left out silently at load."""
         info = LoadStateDictInfo(
@@ -213,11 +212,7 @@ class NameConverter:
             skipped_pp_keys=set(),
         )
         self._model._adjust_missing_and_unexpected_keys(info)
-        return {
-            name
-            for name, target in unknown.items()
-            if target not in info.unexpected_keys or is_constant(target)
-        }
+        return {name for name, target in unknown.items() if target not in info.unexpected_keys}
 
     def _wrong_shapes(self, conversion: Conversion, shapes: Mapping[str, Shape]) -> list[FieldError]:
         renamed = [

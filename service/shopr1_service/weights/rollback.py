@@ -46,7 +46,10 @@ class WeightBackup:
         """
         if self.missing(names):
             raise OSError(None, "the file of the former weights was written to")
-        self._weights.load({name: self._locations[name] for name in names}, on_piece)
+        locations = {name: self._locations[name] for name in names}
+        self._weights.load(locations, on_piece)
+        if self._weights.differing(locations):
+            raise OSError(None, "the file of the former weights has other numbers now")
 
     def record(self, locations: Mapping[str, TensorLocation]) -> None:
         """These tensors are loaded now; files that hold no others are closed."""

@@ -95,9 +95,8 @@ def header_length(first_8_bytes: bytes) -> int:
         raise HeaderError(f"no safetensors header: it begins with {LENGTH_BYTES} bytes of length")
     length = int.from_bytes(first_8_bytes, "little")
     if not 0 < length <= MAX_HEADER_BYTES:
-        raise HeaderError(
-            f"no safetensors header: a length of {length:,} bytes; {MAX_HEADER_BYTES:,} at most"
-        )
+        # Not what it is: of another file, these are its first characters.
+        raise HeaderError(f"no safetensors header: it begins with its length, at most {MAX_HEADER_BYTES:,}")
     return length
 
 
@@ -175,6 +174,8 @@ def read_object(text: bytes) -> dict[str, Any]:
     """
     try:
         value = _DECODER.decode(text.decode())
+    except UnicodeError as error:  # whose text quotes the bytes
+        raise HeaderError("not JSON: not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"not JSON: {error}") from error
     if not isinstance(value, dict):

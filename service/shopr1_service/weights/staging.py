@@ -9,6 +9,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ import torch
 from shopr1_client.errors import FieldError, InvalidWeightsError
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.weights.checkpoint import Shard
+from shopr1_service.weights.constants import contradiction
 from shopr1_service.weights.conversion import Conversion, plan_conversion
 from shopr1_service.weights.files import AnonymousTempFile
 from shopr1_service.weights.safetensors_header import TensorEntry
+from shopr1_service.weights.samples import Sampler, digest_of, sample_of
 from shopr1_service.weights.tensors import (
     PIECE_BYTES,
     Buffers,
@@ -62,6 +65,7 @@ class StagedWeights:
         self._conversion = Conversion()
         self._entries: dict[str, TensorEntry] = {}
         self._given: dict[str, TensorLocation] = {}
+        self._sampler = Sampler()
         self._is_discarded = False
         self._counting = threading.Lock()
 
@@ -69,8 +73,10 @@ class StagedWeights:
     def contents(self) -> UpdateContents:
         """Contents of the update, after `check`."""
         signatures = {location.file.signature for location in self._given.values()}
-        files = frozenset(each for each in signatures if each is not None)
-        return UpdateContents(frozenset(self.locations), files)
+        samples = {name: each.sample for name, each in self.locations.items() if each.sample is not None}
+        return UpdateContents(
+            frozenset(self.locations), frozenset(each for each in signatures if each), digest_of(samples)
+        )
 
     def expect(self, entries: Sequence[TensorEntry]) -> None:
         """Tensors whose bytes will be appended in this order."""
@@ -104,8 +110,9 @@ class StagedWeights:
         buffers = Buffers()
         run_in_threads(lambda piece: self._check_piece(*piece, buffers), list(self._pieces()))
         self._check_integers()
+        self._check_constants()
         self.locations = {
-            target: self._given[name]
+            target: replace(self._given[name], sample=self._sampler.sample(name))
             for name, target in self._conversion.renamed.items()
             if self._weights.find(target) is not None
         } | self._merged()
@@ -163,6 +170,7 @@ class StagedWeights:
         if not _is_finite(own := given.to(dtype)):
             message = f"values too large for {own.dtype}" if _is_finite(given) else "NaN or infinite values"
             raise_if_any([{"location": name, "message": message}], InvalidWeightsError)
+        self._sampler.add(name, own, first, math.prod(self._entries[name].shape))
         if location.file is not self._file:
             with self._counting:
                 self.num_bytes += given.nbytes
@@ -175,6 +183,13 @@ class StagedWeights:
                 continue
             if not torch.equal(self._read(name).double(), own[target].cpu().double()):
                 raise_if_any([{"location": name, "message": message}], InvalidWeightsError)
+
+    def _check_constants(self) -> None:
+        """The policy computes them from its config, so they must be the same."""
+        model = self._weights.model
+        for name, target in self._conversion.constants.items():
+            if (flaw := contradiction(model, target, self._stored(name))) is not None:
+                raise_if_any([{"location": name, "message": flaw}], InvalidWeightsError)
 
     def _merged(self) -> dict[str, TensorLocation]:
         """Locations of the tensors that operations make, one after the other."""
@@ -191,9 +206,19 @@ class StagedWeights:
 
     def _read(self, name: str) -> torch.Tensor:
         """A whole tensor, in the model's dtype."""
-        entry, own = self._entries[name], self._weights.find(self._conversion.targets[name])
-        values = Buffers().read(self._given[name], 0, math.prod(entry.shape)).view(entry.shape)
-        return values if own is None else values.to(own.dtype)
+        values, own = self._stored(name), self._weights.find(self._conversion.targets[name])
+        values = values if own is None else values.to(own.dtype)
+        if (checked := self._sampler.sample(name)) is not None and not torch.equal(
+            sample_of(values), checked
+        ):
+            message = "it was written to after it was checked"
+            raise_if_any([{"location": name, "message": message}], InvalidWeightsError)
+        return values
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A whole tensor, as it is in its file."""
+        entry = self._entries[name]
+        return Buffers().read(self._given[name], 0, math.prod(entry.shape)).view(entry.shape)
 
     def _check_ties(self) -> None:
         """Keep one of the tensors that share memory in the model; they must be equal."""

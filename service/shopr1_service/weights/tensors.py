@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shopr1_service.weights.files import AnonymousTempFile, OpenFile, Signature
+from shopr1_service.weights.samples import sample_of
 
 PIECE_BYTES = 4 * 2**20
 """Memory that each thread uses: small enough for its core's cache."""
@@ -28,11 +29,16 @@ _Job = TypeVar("_Job")
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """A tensor in a file: its numbers from byte `start` on, row-major, without gaps."""
+    """A tensor in a file: its numbers from byte `start` on, row-major, without gaps.
+
+    Attributes:
+        sample: some of its numbers, as `sample_of` gives them, in the model's dtype.
+    """
 
     file: OpenFile
     start: int
     dtype: torch.dtype
+    sample: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class UpdateContents:
     Attributes:
         names: of tensors.
         files: of the checkpoint; empty if it was none.
+        digest: of samples of the numbers.
     """
 
     names: frozenset[str]
     files: frozenset[Signature]
+    digest: str = ""
 
 
 class Weights:
@@ -110,6 +118,14 @@ class Weights:
 
         run_in_threads(load, jobs)
 
+    def differing(self, locations: Mapping[str, TensorLocation]) -> list[str]:
+        """Names of tensors that have other numbers than the samples of what they were loaded from."""
+        return [
+            name
+            for name, location in locations.items()
+            if location.sample is not None and not torch.equal(sample_of(self.tensors[name]), location.sample)
+        ]
+
 
 def store(tensor: Tensor, file: AnonymousTempFile) -> TensorLocation:
     """Append a tensor to a file.
@@ -120,7 +136,7 @@ def store(tensor: Tensor, file: AnonymousTempFile) -> TensorLocation:
     start = file.num_bytes
     for piece in pieces(tensor, tensor.element_size()):
         file.append(bytes_of(piece.cpu()))
-    return TensorLocation(file, start, tensor.dtype)
+    return TensorLocation(file, start, tensor.dtype, sample_of(tensor))
 
 
 def is_ignored(name: str, patterns: Sequence[str]) -> bool:

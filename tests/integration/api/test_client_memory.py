@@ -146,7 +146,7 @@ async def _run(steps: list[tuple[str, int]]) -> None:
         assert {await task for task in waiting} <= {200, 400, 413, 422, 429, None}
         assert (await client.delete("/labels")).status_code == 200
         await until_free(client)
-        for account in (Account.UPLOADS, Account.LABELS, Account.ADAPTERS, Account.ROLLOUT_LOG):
+        for account in (Account.LABELS, Account.ADAPTERS, Account.ROLLOUT_LOG):
             assert await used(client, account) == 0
         assert await used(client, Account.ANSWERS) <= 600_000 / 8
 

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def succeeds(*command: str) -> bool:
     return False
 
 
-# --- a plain Debian ---------------------------------------------------------------------------------
+# --- root file systems --------------------------------------------------------------------------------
 
 
 def archive() -> str | None:
@@ -50,9 +50,47 @@ def archive() -> str | None:
 
 def plain_debian(folder: Path, mirror: str) -> Path:
     """A tar file of a minimal root file system with apt and without Python."""
+    return _packed(_debian(folder, mirror))
+
+
+# The extension modules of Python's library are linked with these.
+_PYTHON_LIBRARIES = (
+    *("ca-certificates", "netbase", "tzdata", "libbz2-1.0", "libexpat1", "libffi8", "libgdbm6"),
+    *("liblzma5", "libncursesw6", "libnsl2", "libreadline8", "libsqlite3-0", "libssl3", "libuuid1", "zlib1g"),
+)
+
+
+def python_slim(folder: Path, mirror: str) -> Path | None:
+    """The same as python:3.11-slim is made: with a Python that was built from source, below /usr/local.
+
+    None: this machine's Python is Debian's own, so there is none to copy.
+    """
+    source = Path(sys.base_prefix)
+    if source == Path("/usr"):
+        return None
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    root = _debian(folder, mirror, *_PYTHON_LIBRARIES)
+    local = root / "usr" / "local"
+    unused = shutil.ignore_patterns("site-packages", "test", "__pycache__", "config-*")
+    shutil.copytree(source / "lib" / version, local / "lib" / version, symlinks=True, ignore=unused)
+    (local / "lib" / version / "site-packages").mkdir()
+    for library in (source / "lib").glob("libpython*"):
+        shutil.copy2(library, local / "lib", follow_symlinks=False)
+    shutil.copy2(source / "bin" / version, local / "bin")
+    (local / "bin" / "python3").symlink_to(version)
+    output("chroot", str(root), "ldconfig")
+    return _packed(root)
+
+
+def _debian(folder: Path, mirror: str, *packages: str) -> Path:
     root = folder / "root"
-    output("debootstrap", "--variant=minbase", SUITE, str(root), mirror)
-    tar = folder / "root.tar"
+    include = [f"--include={','.join(packages)}"] if packages else []
+    output("debootstrap", "--variant=minbase", *include, SUITE, str(root), mirror)
+    return root
+
+
+def _packed(root: Path) -> Path:
+    tar = root.with_suffix(".tar")
     output("tar", "--directory", str(root), "--create", "--file", str(tar), ".")
     shutil.rmtree(root)
     return tar
@@ -134,12 +172,12 @@ def build(builder: str, folder: Path) -> None:
     output(str(ROOT / "docker" / "build.sh"), env=environment)
 
 
-def configuration(builder: str) -> dict[str, Any]:
+def configuration(builder: str, image: str = IMAGE) -> dict[str, Any]:
     """The image's configuration: user, entry point etc."""
     if builder == "buildah":
-        found = json.loads(output("buildah", "inspect", "--type", "image", IMAGE))["Docker"]["config"]
+        found = json.loads(output("buildah", "inspect", "--type", "image", image))["Docker"]["config"]
     else:
-        found = json.loads(output(builder, "image", "inspect", IMAGE))[0]["Config"]
+        found = json.loads(output(builder, "image", "inspect", image))[0]["Config"]
     return dict(found)
 
 
@@ -190,12 +228,19 @@ class Engine:
 class Chroot:
     """buildah without a container runtime: only the root file system and the user differ."""
 
-    def __init__(self) -> None:
-        self._entrypoint = configuration("buildah")["Entrypoint"]
-        self._container = output("buildah", "from", IMAGE).strip()
+    def __init__(self, image: str = IMAGE) -> None:
+        self._entrypoint = configuration("buildah", image)["Entrypoint"]
+        self._container = output("buildah", "from", image).strip()
+
+    def copy(self, file: str, path: str) -> None:
+        """Copy a file of this machine into the container."""
+        output("buildah", "copy", "--quiet", self._container, file, path)
 
     def run(self, program: str, *arguments: str) -> list[str]:
-        return [*self._run(), program, *arguments]
+        return self.run_with((), program, *arguments)
+
+    def run_with(self, flags: Sequence[str], program: str, *arguments: str) -> list[str]:
+        return [*self._run(*flags), program, *arguments]
 
     def serve(self, *flags: str) -> list[str]:
         return [*self._run(*flags), *self._entrypoint]

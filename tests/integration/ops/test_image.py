@@ -1,15 +1,12 @@
-"""The image: built from a plain Debian, run as deployed, and compared with the checkout.
+"""The image from a plain Debian and from Python's slim image: run as deployed, compared with the checkout.
 
-Takes some minutes and 6 GB. On Debian it needs `apt-get install buildah debootstrap`; with podman and runc it
-also runs the containers with a read-only root.
+Takes minutes and 6 GB for each. On Debian it needs `apt-get install buildah debootstrap`. With podman and
+runc it also runs the containers with a read-only root.
 """
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -35,33 +32,6 @@ SAME = 1e-5
 another build of torch and number of threads. A different token, template or weight changes far more."""
 WRITABLE = {"/cache", "/tmp", "/var/tmp", "/run/lock", "/dev/shm", "/dev/mqueue"}
 BUILD_TOOLS = ("gcc", "cc", "g++", "make", "pip", "git", "curl")
-
-
-def skip_unless_possible() -> tuple[str, str]:
-    """A builder and the mirror of Debian."""
-    builder, mirror = containers.find_builder(), containers.archive()
-    if builder is None:
-        pytest.skip("no builder of images: apt-get install buildah")
-    if os.geteuid() != 0 or not shutil.which("debootstrap"):
-        pytest.skip("needs root and debootstrap: apt-get install debootstrap")
-    if mirror is None:
-        pytest.skip(f"this machine's apt has no {containers.SUITE}")
-    return builder, mirror
-
-
-@pytest.fixture(scope="module")
-def builder() -> Iterator[str]:
-    """The builder of the image, which is removed afterwards."""
-    builder, mirror = skip_unless_possible()
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for name, value in containers.use_storage(Path(folder)).items():
-            patch.setenv(name, value)
-        try:
-            containers.import_root(builder, containers.plain_debian(Path(folder), mirror))
-            containers.build(builder, Path(folder))
-            yield builder
-        finally:
-            containers.remove_all(builder)
 
 
 @pytest.fixture(scope="module", params=["engine", "chroot"])

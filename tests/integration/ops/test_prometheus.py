@@ -58,8 +58,8 @@ def groups(prompt: str) -> list[dict[str, Any]]:
     ]
 
 
-def burst(url: str, number: int) -> dict[str, list[Any]]:
-    """Rewards of the runs. Also sends a duplicate request, and one that gets a fallback reward."""
+def burst(url: str, number: int, *, has_fallback: bool = True) -> dict[str, list[Any]]:
+    """Rewards of the runs. Also sends a duplicate request, and perhaps one that gets a fallback reward."""
     headers = {"Authorization": f"Bearer {SCORE_KEY}"}
     with httpx.Client(base_url=url, headers=headers, timeout=WAIT_S) as client:
 
@@ -76,7 +76,8 @@ def burst(url: str, number: int) -> dict[str, list[Any]]:
             send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]})
         prompt = f"{number} {LONG}"
         asked = {"query": [prompt + answer()], "prompts": [prompt], "labels": [TERMINATE]}
-        send("fallback", "/dialects/openrlhf/get_reward", asked)
+        if has_fallback:
+            send("fallback", "/dialects/openrlhf/get_reward", asked)
     return rewards
 
 
@@ -99,7 +100,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     directory = tmp_path_factory.mktemp("prometheus")
     with (
         serving(create_app(settings, UpdatableEngine.opener(lambda: policy_of(tiny_model())))) as url,
-        prometheus(directory, url.removeprefix("http://"), METRICS_KEY) as running,
+        prometheus(directory, url.removeprefix("http://"), api_key=METRICS_KEY) as running,
     ):
         until(lambda: httpx.get(f"{url}/health/ready").is_success or None, "the service is ready")
         rewards: dict[str, list[Any]] = {run: [] for run in RUNS}

@@ -25,7 +25,7 @@ _NORM = safetensors.torch.save({"model.norm.weight": torch.ones(576)})
 def running(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has seen both engines score, before an update and after it."""
     directory = tmp_path_factory.mktemp("prometheus")
-    with prometheus(directory, cluster.removeprefix("http://"), KEYS["metrics"]) as running:
+    with prometheus(directory, cluster.removeprefix("http://"), api_key=KEYS["metrics"]) as running:
         score_all(cluster, "before")
         wait_for(running, "sum(shopr1_rollouts_total)", NUM_BODIES)
         with client_of(cluster, "admin") as client:

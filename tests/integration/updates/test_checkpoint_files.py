@@ -1,10 +1,12 @@
 """Checkpoints that their trainer writes to, replaces or deletes while the service needs them."""
 
+import functools
 import itertools
 import os
+import random
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import pytest
 import torch
 
 from shopr1_service.weights.checkpoint import CheckpointDirectory, Shard
-from shopr1_service.weights.files import CheckpointFile
+from shopr1_service.weights.files import CheckpointFile, ListedDirectory
 from shopr1_service.weights.staging import StagedWeights
 from tests.support.http import WAIT_S, metric, problem
-from tests.support.models import one_thread
+from tests.support.models import one_thread, tiny_model
+from tests.support.staging import check_equal
 from tests.support.updating import (
     HEAD,
     HUGE,
@@ -185,6 +188,146 @@ async def test_checkpoints_are_not_mixed(service: Service, tmp_path: Path, max_s
     assert await service.numbers() in expected
 
 
+class Steps:
+    """Actions at chosen steps of an update: whenever it lists, looks for, opens or reads files."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, actions: Sequence[tuple[int, Callable[[], object]]]
+    ) -> None:
+        self.num_steps = 0
+        self._left = sorted(actions, key=lambda each: each[0])
+        self._lock = threading.Lock()
+        for owner, name in [
+            (ListedDirectory, "names_now"),
+            (ListedDirectory, "is_at"),
+            (CheckpointDirectory, "has"),
+            (CheckpointFile, "__init__"),
+            (CheckpointFile, "read_into"),
+            (CheckpointFile, "is_at"),
+        ]:
+            patch.setattr(owner, name, self._stepping(getattr(owner, name)))
+
+    def _stepping(self, method: Any) -> Any:
+        def stepping(*args: Any) -> Any:
+            result = method(*args)
+            self._take()
+            return result
+
+        return stepping
+
+    def _take(self) -> None:
+        with self._lock:  # several threads read
+            self.num_steps += 1
+            while self._left and self._left[0][0] <= self.num_steps:
+                self._left.pop(0)[1]()
+
+
+NUM_PLANS = 60
+
+
+async def test_every_order_of_replacements(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are replaced one after the other, each at any step of an update, in any order, all or some.
+
+    Afterwards the policy has the weights of exactly one save, or those of before if the update was refused.
+    """
+    models = {"old": changed_model(1), "new": changed_model(2)}
+    for name, model in models.items():
+        saved(tmp_path / name, model, max_shard_size="60KB")
+    names = sorted(path.name for path in (tmp_path / "new").glob("model*"))
+    assert len(names) > 3  # an index and several shards
+    with monkeypatch.context() as patch:
+        steps = Steps(patch, [])
+        done(await service.update("old", "first"))
+    outcomes, rng = set(), random.Random(19)
+    for number in range(NUM_PLANS):
+        latest, source = tmp_path / f"latest-{number}", tmp_path / f"source-{number}"
+        shutil.copytree(tmp_path / "old", latest)
+        shutil.copytree(tmp_path / "new", source)
+        done(await service.upload(file_of(tiny_model()), "before"))
+        chosen = rng.sample(names, rng.randint(1, len(names)))
+        actions = [
+            # Also after the last step, in which the weights are loaded.
+            (rng.randint(1, steps.num_steps + 3), functools.partial((source / name).rename, latest / name))
+            for name in chosen
+        ]
+        with monkeypatch.context() as patch:
+            Steps(patch, actions)
+            response = await service.update(latest.name, f"{number}")
+        if response.status_code == 200:
+            check_equal(service.policy.model, models["old"])
+        else:
+            assert "replaced" in problem(response, 422, "invalid_weights")["detail"]
+            check_equal(service.policy.model, tiny_model())
+        outcomes.add(response.status_code)
+    assert outcomes == {200, 422}
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+async def test_weights_that_change_with_their_time_set_back(
+    service: Service, tmp_path: Path, is_torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file system may show it that keeps times for a while: only the numbers tell."""
+    file = Path(saved(tmp_path / "new", changed_model())) / "model.safetensors"
+    status, other = file.stat(), file_of(changed_model(2), format="pt")
+    assert status.st_size == len(other)
+
+    def write() -> None:
+        with file.open("r+b") as stream:
+            stream.write(other[: len(other) // 2] if is_torn else other)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    service.policy.backup.save(list(service.policy.weights.tensors))
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            before_the_swap(patch, service, write)
+            found = flaws(await service.update("new"))
+    [(name, message)] = found.items()
+    assert message == f"{name} was written to after it was checked"
+    done(await service.upload(file_of(changed_model(3))))
+
+
+async def test_rollback_to_a_checkpoint_with_its_time_set_back(service: Service, tmp_path: Path) -> None:
+    """A rollback to other numbers than those of before would be worse than none."""
+    file = Path(saved(tmp_path / "new", changed_model())) / "model.safetensors"
+    done(await service.update("new", "1"))
+    status = file.stat()
+    file.write_bytes(file_of(changed_model(2), format="pt"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    names = list(service.policy.weights.tensors)
+    assert service.policy.backup.missing(names) == []
+    with pytest.raises(OSError, match="has other numbers now"):
+        service.policy.backup.restore(names, lambda: None)
+
+
+async def test_adapter_that_is_replaced_at_any_step(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(saved_adapter(tmp_path / "lora")) / "adapter_model.safetensors"
+    other = Path(saved_adapter(tmp_path / "other", seed=5)) / file.name
+    contents, expected = [file.read_bytes(), other.read_bytes()], []
+    with monkeypatch.context() as patch:
+        steps = Steps(patch, [])
+        for name in ("lora", "other"):
+            done(await service.load_adapter(name, name))
+            expected.append(await service.numbers(adapter=name))
+    statuses = []
+    for step in range(1, steps.num_steps // 2 + 1):
+        file.write_bytes(contents[0])
+        (tmp_path / "part").write_bytes(contents[1])
+        with monkeypatch.context() as patch:
+            Steps(patch, [(step, functools.partial((tmp_path / "part").rename, file))])
+            response = await service.load_adapter("a", "lora")
+        statuses.append(response.status_code)
+        if response.status_code == 200:  # before anything was read of it, or after all was
+            assert await service.numbers(adapter="a") in expected
+        else:
+            assert flaws(response).keys() == {file.name}
+    # All but those before the directory was listed, and after the file was looked at for the last time.
+    assert set(statuses[1:-3]) == {422}
+
+
 @pytest.mark.parametrize("fate", ["left", "deleted", "replaced", "overwritten"])
 async def test_rollback_to_a_checkpoint(service: Service, tmp_path: Path, fate: str) -> None:
     directory = Path(saved(tmp_path / "new", changed_model()))
@@ -224,7 +367,7 @@ def hanging(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Opening a checkpoint's file takes as long as this lasts."""
     is_over = threading.Event()
 
-    def hang(_file: CheckpointFile, path: Path) -> None:
+    def hang(_file: CheckpointFile, path: Path, _roots: Any) -> None:
         assert is_over.wait(WAIT_S)
         raise FileNotFoundError(path)
 

@@ -18,6 +18,7 @@ from shopr1_service.settings import Settings
 from tests.support.models import MIXTURES, Reference, byte_level, random_ids, rules, tiny_model
 
 GROUP = TokenGroup(PromptKey(random_ids(12, seed=1)), [CompletionTokens(random_ids(8, seed=2), range(8))])
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -75,12 +76,20 @@ def test_further_head_is_refused_unless_ignored(tmp_path: Path) -> None:
 
 
 def test_buffers_of_former_versions_are_not_weights(tmp_path: Path) -> None:
-    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    buffers = {FREQUENCIES: (1e4 ** -(torch.arange(4) / 4)).half()}
     assert values(load(saved(tmp_path / "tiny", {}, buffers))) == pytest.approx(expected(), abs=1e-4)
     names = ["transformer.h.0.attn.bias", "layers.0.attention.masked_bias", "blk.0.attn_rot_embd.weight"]
     refuse_unused(names, ())
     with pytest.raises(PolicyError, match="q_proj"):
         refuse_unused(["model.layers.0.self_attn.q_proj.bias"], ())
+
+
+def test_frequencies_that_contradict_the_config_are_refused_unless_ignored(tmp_path: Path) -> None:
+    """As of a model whose config was copied from another one."""
+    directory = saved(tmp_path / "tiny", {}, {FREQUENCIES: 5e5 ** -(torch.arange(4) / 4)})
+    with pytest.raises(PolicyError, match=rf"tensor {FREQUENCIES} of the checkpoint: .* rotary frequencies"):
+        load(directory)
+    assert values(load(directory, "*.inv_freq")) == pytest.approx(expected(), abs=1e-4)
 
 
 # --- other places ------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Checkpoint directories of real files, links, pipes and sockets."""
 
+import errno
 import json
 import os
+import shutil
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from shopr1_client.errors import StorageError
+from shopr1_service.policy.adapters.lora_config import AdapterError, parse_config
+from shopr1_service.weights import checkpoint as checkpoint_module
 from shopr1_service.weights.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -25,6 +30,7 @@ from shopr1_service.weights.checkpoint import (
     resolve_below,
 )
 from shopr1_service.weights.files import CheckpointFile
+from shopr1_service.weights.paths import real_path
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WEIGHTS = {
@@ -386,9 +392,10 @@ def test_errors_of_the_system_are_reported(directory: Path, monkeypatch: pytest.
 def test_a_link_that_is_created_after_the_check_is_not_followed(directory: Path) -> None:
     save(directory / "real")
     (directory / "link").symlink_to("real")
-    assert CheckpointFile(directory / "real").read(0, 8) == (directory / "real").read_bytes()[:8]
+    opened = CheckpointFile(directory / "real", [directory])
+    assert opened.read(0, 8) == (directory / "real").read_bytes()[:8]
     with pytest.raises(OSError, match="symbolic links"):
-        CheckpointFile(directory / "link")
+        CheckpointFile(directory / "link", [directory])
 
 
 # --- indices ----------------------------------------------------------------------------------------
@@ -476,7 +483,7 @@ def test_a_shard_that_is_missing(directory: Path) -> None:
         (b'{"weight_map": {}}', "weight_map must be an object with tensors"),
         (b'{"weight_map": ["w"]}', "weight_map must be an object with tensors"),
         (b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "not JSON: duplicate key 'w'"),
-        (b'{"weight_map": {"\\ud800": "a.safetensors"}}', "not JSON: 'utf-8' codec"),
+        (b'{"weight_map": {"\\ud800": "a.safetensors"}}', "not JSON: not UTF-8"),
         (b'{"metadata": NaN}', "not JSON: NaN"),
         (b'{"metadata": ' + b"[" * 10**5, "not JSON: "),
         (b'{"weight_map": {"' + b"w" * 1025 + b'": "a.safetensors"}}', "a tensor's name is too long"),
@@ -612,3 +619,187 @@ def test_files_that_are_not_read_may_change(directory: Path) -> None:
     checkpoint.weights()
     (directory / "trainer_state.json").write_text("{ }")
     checkpoint.check_unchanged()
+
+
+def into_empty(directory: Path) -> None:
+    directory.rename(directory.with_name("moved"))
+    directory.mkdir()
+
+
+def into_links(directory: Path) -> None:
+    """Another directory with the same files, and perhaps others beside them."""
+    directory.rename(directory.with_name("moved"))
+    shutil.copytree(directory.with_name("moved"), directory, copy_function=os.link)
+
+
+def into_another(directory: Path) -> None:
+    """A whole checkpoint: as long as nothing of the former one was read, all of it could be used."""
+    directory.rename(directory.with_name("moved"))
+    shutil.copytree(directory.with_name("moved"), directory)
+
+
+@pytest.mark.parametrize("change", [into_empty, into_links, into_another])
+@pytest.mark.parametrize("num_read", [0, 1, 3])
+def test_directory_that_changes_while_it_is_read(
+    directory: Path, change: Callable[[Path], None], num_read: int
+) -> None:
+    save_shards(directory)
+    (directory / "config.json").write_text("{}")
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    for name in (INDEX_FILE, FIRST, SECOND)[:num_read]:
+        checkpoint.read(name, MAX_INDEX_BYTES)
+    change(directory)
+    with pytest.raises(CheckpointError, match=r"replaced|is not there"), checkpoint.unchanged():
+        checkpoint.weights()
+
+
+def test_files_that_were_looked_for_must_not_appear(directory: Path) -> None:
+    save(directory / SINGLE_FILE)
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    assert not checkpoint.has("config.json")
+    checkpoint.weights()
+    checkpoint.check_unchanged()
+    (directory / "trainer_state.json").write_text("{}")
+    checkpoint.check_unchanged()
+    (directory / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json appeared while") as caught:
+        checkpoint.check_unchanged()
+    assert caught.value.location == "config.json"
+
+
+@pytest.mark.parametrize("name", [INDEX_FILE, FIRST, SECOND])
+def test_file_that_is_replaced_before_it_is_opened(directory: Path, name: str) -> None:
+    """By then it is of another save than the files that were listed beside it."""
+    save_shards(directory)
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    replace(directory / name, (directory / name).read_bytes())
+    with pytest.raises(CheckpointError, match="was replaced or written to while it was read") as caught:
+        checkpoint.weights()
+    assert caught.value.location == name
+
+
+@pytest.mark.parametrize(
+    "name", [f".{SECOND}.aB3xY9", f"{SECOND}.tmp", f".{SECOND}.part", f"{INDEX_FILE}.incomplete"]
+)
+def test_copy_under_way(directory: Path, name: str) -> None:
+    """As of rsync: some files are of the former checkpoint yet, and nothing else shows it."""
+    save_shards(directory)
+    for other in ("optimizer.bin.tmp", ".trainer_state.json.aB3xY9", f"{FIRST}.backup", "notes.part"):
+        (directory / other).write_bytes(b"")
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    checkpoint.weights()
+    checkpoint.check_unchanged()
+    (directory / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="a copy is under way") as caught:
+        checkpoint.check_unchanged()
+    assert caught.value.location == name
+
+
+# --- links that are made between the check and the opening ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [SINGLE_FILE, INDEX_FILE, "config.json", "tokenizer.json", ADAPTER_CONFIG_FILE]
+)
+@pytest.mark.parametrize("part", ["file", "directory", "parent"])
+def test_part_that_becomes_a_link_out_of_the_roots(
+    root: Path, tmp_path: Path, name: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, outside = root / "run" / "step-1", tmp_path / "outside" / "run" / "step-1"
+    for each in (directory, outside):
+        each.mkdir(parents=True)
+    save(directory / name)
+    (outside / name).write_text("confidential")
+
+    def swap(path: Path, roots: Sequence[Path]) -> Path | None:
+        real = real_path(path, roots)
+        below = {"file": f"run/step-1/{name}", "directory": "run/step-1", "parent": "run"}[part]
+        (root / below).rename(tmp_path / "moved")
+        (root / below).symlink_to(tmp_path / "outside" / below)
+        return real
+
+    checkpoint = CheckpointDirectory("run/step-1", [root])
+    monkeypatch.setattr(checkpoint_module, "real_path", swap)
+    with pytest.raises(CheckpointError, match=r"symbolic links|Not a directory") as caught:
+        checkpoint.read(name, MAX_INDEX_BYTES)
+    assert "confidential" not in str(caught.value)
+    assert (directory / name).read_text() == "confidential"
+
+
+def test_directory_that_becomes_a_link_before_it_is_listed(
+    root: Path, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside").mkdir()
+
+    def swap(path: str, roots: Sequence[Path]) -> Path:
+        real = resolve_below(path, roots)
+        directory.rmdir()
+        directory.symlink_to(tmp_path / "outside")
+        return real
+
+    monkeypatch.setattr(checkpoint_module, "resolve_below", swap)
+    with pytest.raises(CheckpointError, match=r"symbolic links|Not a directory"):
+        CheckpointDirectory("step-1", [root])
+
+
+# --- faults -----------------------------------------------------------------------------------------
+
+
+def failing_with(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "preadv", fail)
+
+
+def test_disk_that_fails_is_no_fault_of_the_checkpoint(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(directory / SINGLE_FILE)
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    failing_with(monkeypatch, errno.EIO)
+    with pytest.raises(StorageError, match=f"{SINGLE_FILE} cannot be read: Input/output error"):
+        checkpoint.weights()
+
+
+def test_change_is_the_reason_for_other_errors(directory: Path) -> None:
+    save(directory / SINGLE_FILE)
+    checkpoint = CheckpointDirectory("step-1", [directory.parent])
+    [shard] = checkpoint.weights()
+    os.truncate(directory / SINGLE_FILE, shard.data_start)
+    with pytest.raises(CheckpointError, match="was replaced or written to"), checkpoint.unchanged():
+        shard.file.read(shard.data_start, 8)
+    with pytest.raises(ZeroDivisionError), CheckpointDirectory("step-1", [directory.parent]).unchanged():
+        raise ZeroDivisionError
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [SINGLE_FILE, INDEX_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"confidential\n" * 10,
+        b'{"weight_map": "confidential"}',
+        b'{"weight_map": {"w": "confidential"}}',
+        b'{"peft_type": "confidential", "r": "confidential"}',
+        b"confidential\xff",
+        b'{"w": NaN, "v": confidential}',
+        (30).to_bytes(8, "little") + b'{"w": {"dtype": "confidential"}}',
+    ],
+)
+def test_errors_quote_no_content(directory: Path, name: str, content: bytes) -> None:
+    (directory / name).write_bytes(content)
+    if name == INDEX_FILE:
+        error: Exception = refused(directory)
+    elif name == SINGLE_FILE:
+        error = refused(directory)
+        assert str(int.from_bytes(b"confiden", "little")) not in str(error).replace(",", "")
+    else:
+        save_adapter(directory)
+        (directory / name).write_bytes(content)
+        with pytest.raises((CheckpointError, AdapterError)) as caught:
+            parse_config(CheckpointDirectory("step-1", [directory.parent]).adapter()[0])
+        error = caught.value
+    assert "confiden" not in f"{error}{vars(error)}"

@@ -1,18 +1,22 @@
 """Checkpoints of another policy: the same shapes, and yet other numbers."""
 
+import errno
 import json
 import logging
+import os
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shopr1_client.errors import InvalidWeightsError
 from shopr1_service.weights.checkpoint import CheckpointDirectory, CheckpointError
 from shopr1_service.weights.compatibility import check_compatible
+from tests.support.http import problem
 from tests.support.models import (
     FAMILIES,
     byte_fallback,
@@ -185,7 +189,8 @@ async def test_another_architecture(service: Service, tmp_path: Path) -> None:
     path = saved(tmp_path / "new", tiny_model("qwen2"))
     async with Unchanged(service):
         found = flaws(await service.update(path))
-    assert found[f"{CONFIG}: model_type"] == "it is 'qwen2', the policy's 'llama'"
+    # Not what it is in the file: errors show no more of a file than its keys.
+    assert found[f"{CONFIG}: model_type"] == "it differs from the policy's, 'llama'"
 
 
 @pytest.mark.anyio
@@ -248,3 +253,129 @@ def test_errors_do_not_quote_damaged_files(tmp_path: Path, name: str) -> None:
     assert caught.value.detail.startswith(f"{name} cannot be read: ")
     assert "confidential" not in f"{caught.value.detail}{caught.value.errors}"
     assert str(tmp_path) not in caught.value.detail
+
+
+# --- contents of files, and files of other names -----------------------------------------------------
+
+
+def with_options(directory: Path, name: str, **options: Any) -> None:
+    tiny_model().config.save_pretrained(directory)
+    byte_level().save_pretrained(directory)
+    path = directory / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_act": "confidential"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 20261128.5}},
+        {"password": "confidential"},  # pragma: allowlist secret
+        {"nested": {"token": ["confidential", 20261128.5]}},
+        {"model_type": "qwen2", "secret": {"confidential": "confidential"}},
+    ],
+)
+def test_values_of_a_config_are_not_shown(tmp_path: Path, options: dict[str, Any]) -> None:
+    with_options(tmp_path, CONFIG, **options)
+    with pytest.raises(InvalidWeightsError) as caught:
+        check(tmp_path)
+    shown = f"{caught.value.detail}{caught.value.errors}"
+    assert "20261128" not in shown
+    assert "confidential" not in shown.replace("secret.confidential", "")  # that is a key
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"\ud800" + "x" * 10_000: 1},
+        {f"key{number}": number for number in range(10_000)},
+        {"to_dict": 1, "hidden_act": "gelu"},
+        {"get_text_config": 1, "model_type": "qwen2"},
+        {"deep": json.loads("[" * 900 + "]" * 900), "deeper": json.loads('{"a":' * 900 + "1" + "}" * 900)},
+    ],
+)
+def test_odd_configs_give_short_errors(tmp_path: Path, options: dict[str, Any]) -> None:
+    with_options(tmp_path, CONFIG, **options)
+    with pytest.raises(InvalidWeightsError) as caught:
+        check(tmp_path)
+    assert len(caught.value.detail.encode()) < 2000
+    assert len(json.dumps(caught.value.errors, ensure_ascii=False).encode()) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("tokenizer_config.json", "vocab_file"),
+        ("tokenizer_config.json", "tokenizer_file"),
+        ("tokenizer_config.json", "fast_tokenizer_files"),
+        ("tokenizer_config.json", "vocab"),
+        ("tokenizer_config.json", "merges"),
+        ("tokenizer_config.json", "gguf_file"),
+        ("tokenizer_config.json", "init_inputs"),
+        (CONFIG, "configuration_files"),
+    ],
+)
+def test_files_of_other_names_are_not_opened(
+    tmp_path: Path, name: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers never sees a key by which it could be led out of the copies."""
+    directory, outside, seen = tmp_path / "new", tmp_path / "outside.json", list[Any]()
+    outside.write_text(byte_level_json())
+    with_options(directory, name, **{key: [str(outside)] if key.endswith("s") else str(outside)})
+    read = AutoTokenizer.from_pretrained
+
+    def spy(copies: str, **options: Any) -> Any:
+        seen.append(json.loads(Path(copies, name).read_text()))
+        return read(copies, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", spy)
+    check(directory)
+    assert key not in seen[0]
+    assert seen[0].keys() > {"model_type" if name == CONFIG else "eos_token"}
+
+
+def test_tokens_are_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of vocab.json are tokens, one of which may be called "files"."""
+    with_options(tmp_path, CONFIG)
+    (tmp_path / "vocab.json").write_text('{"files": 0, "vocab": 1}')
+    seen = []
+
+    def spy(copies: str, **_: Any) -> Any:
+        seen.append(Path(copies, "vocab.json").read_text())
+        return byte_level()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", spy)
+    check(tmp_path)
+    assert seen == ['{"files": 0, "vocab": 1}']
+
+
+# --- a full disk -----------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", [CONFIG, TOKENIZER, None])
+async def test_full_disk_is_one_of_the_service(
+    service: Service, tmp_path: Path, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the checkpoint, which can be read."""
+    path = saved(tmp_path / "new", changed_model())
+    write, make = Path.write_bytes, tempfile.TemporaryDirectory
+
+    def full_write(file: Path, content: bytes) -> int:
+        if file.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, content)
+
+    def full_make(**options: Any) -> Any:
+        if name is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make(**options)
+
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full_write)
+            patch.setattr(tempfile, "TemporaryDirectory", full_make)
+            refused = problem(await service.update(path), 507, "storage")
+    what = "copies of the checkpoint's config and tokenizer"
+    assert refused["detail"] == f"{what} cannot be kept in staging_dir: No space left on device"
+    done(await service.update(path))

@@ -145,19 +145,29 @@ def test_gpt2_as_on_the_hub() -> None:
 def test_buffers_that_transformers_ignores() -> None:
     sent, model = changed_model(), tiny_model()
     tensors = weights_of(sent)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.full((4,), torch.nan)
+    frequencies = 1e4 ** -(torch.arange(4) / 4)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = frequencies.bfloat16()
     loaded(model, *tensors.items(), is_partial=False)
     check_equal(model, sent)
 
 
-@pytest.mark.parametrize("name", ["attn.attention.bias", "attn.masked_bias", "attn.causal_mask"])
+MASK = torch.ones(1, 1, 8, 8).tril()
+CONSTANTS = {"attn.attention.bias": MASK, "attn.causal_mask": MASK, "attn.masked_bias": torch.tensor(-1e9)}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_of_former_versions(name: str) -> None:
     """As GPT-Neo, GPT-J and CodeGen have them on hubs; transformers warns of them."""
     kind, options = KINDS["gpt_neo"]
     sent, model = changed_model(kind=kind, **options), tiny_model(kind, **options)
-    tensors = {**weights_of(sent), f"transformer.h.0.{name}": torch.ones(1, 1, 8, 8)}
+    name = f"transformer.h.0.{name}"
+    tensors = {**weights_of(sent), name: CONSTANTS[name.removeprefix("transformer.h.0.")]}
     loaded(model, *tensors.items(), is_partial=False)
     check_equal(model, sent)
+    # These numbers are of no mask.
+    assert flaws(tiny_model(kind, **options), {**tensors, name: torch.full((1, 1, 8, 8), 2.0)}).keys() == {
+        name
+    }
 
 
 @pytest.mark.parametrize("name", MIXTURES)

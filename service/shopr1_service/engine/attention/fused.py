@@ -9,13 +9,19 @@ and no mask is built. In the prefix part, query heads that share a key-value hea
 Dimensions: A query heads, K key-value heads, T tokens of the row, D head size, S segments, R longest segment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from shopr1_service.engine.attention.kernels import attend, banded, wide
+from shopr1_service.engine.attention.options import PLAIN, AttentionOptions
 from shopr1_service.engine.prefix_cache import Chunk, Segment, starts_of
+
+_NUM_BLOCK_TOKENS = 512
+"""Tokens whose windows are cut together: the mask of a block is at most so wide beyond the window."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,43 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class _Share:
-    """Consecutive tokens of the row that have the same prefix."""
+    """Consecutive tokens of the row that have the same prefix.
+
+    Attributes:
+        positions: of the tokens, counted from the end of the prefix.
+    """
 
     start: int
-    end: int
+    positions: Sequence[int]
     chunks: Sequence[Chunk]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.positions)
+
+    @cached_property
+    def num_prefix_tokens(self) -> int:
+        return sum(map(len, self.chunks))
+
+    def blocks(self) -> "Iterator[_Share]":
+        for first in range(0, len(self.positions), _NUM_BLOCK_TOKENS):
+            positions = self.positions[first : first + _NUM_BLOCK_TOKENS]
+            yield _Share(self.start + first, positions, self.chunks)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Keys of a chunk, from `first` to before `last`, that tokens of a share see.
+
+    Attributes:
+        mask_N_W: of the share's N tokens; None if each of them sees all the keys.
+    """
+
+    share: _Share
+    chunk: Chunk
+    first: int
+    last: int
+    mask_N_W: Tensor | None = None
 
 
 class FusedAttention:
@@ -49,27 +87,45 @@ class FusedAttention:
         starts = starts_of(segments)
         self._buckets = _buckets(segments, starts, device)
         self._shares = _shares(segments, starts)
+        self._parts: dict[int | None, list[_Part]] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        options: AttentionOptions = PLAIN,
+    ) -> Tensor:
         """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
-        out, lse = self._own_part(query, key, value, scale)
-        for share in self._shares:
-            _add_prefix_part(share, layer, query, out, lse, scale)
+        out, lse = self._own_part(query, key, value, scale, options)
+        for part in self._parts_within(options.window, query):
+            _add_prefix_part(part, layer, query, out, lse, scale, options.softcap)
+        if options.sinks_A is not None:
+            # The share of all weights that is left to keys: Σ exp(score) / (Σ exp(score) + exp(sink)).
+            out = out * torch.sigmoid(lse - options.sinks_A.to(lse.dtype)[:, None])[..., None]
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
+    def _parts_within(self, window: int | None, like: Tensor) -> list[_Part]:
+        """The parts of prefixes that tokens see: the same in all layers with this window."""
+        if window not in self._parts:
+            self._parts[window] = [part for share in self._shares for part in _parts(share, window, like)]
+        return self._parts[window]
+
     def _own_part(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: AttentionOptions
     ) -> tuple[Tensor, Tensor]:
         """Causal attention within each segment: [1, A, T, D], widened, and its log-sum-exp [1, A, T]."""
         num_groups = query.shape[1] // key.shape[1]
         if len(self._buckets) == 1 and len(self._buckets[0].tokens_S_R) == 1:
-            return _attend(query, _repeat(key, num_groups), _repeat(value, num_groups), scale, is_causal=True)
-        out_A_T_D = torch.empty_like(query[0], dtype=_wide(query.dtype))
+            return _attend_own(query, _repeat(key, num_groups), _repeat(value, num_groups), scale, options)
+        out_A_T_D = torch.empty_like(query[0], dtype=wide(query.dtype))
         lse_A_T = out_A_T_D.new_empty(out_A_T_D.shape[:2])
         for bucket in self._buckets:
             rows = [tensor[0, :, bucket.tokens_S_R].transpose(0, 1) for tensor in (query, key, value)]
             query_S, key_S, value_S = rows[0], _repeat(rows[1], num_groups), _repeat(rows[2], num_groups)
-            out_S_A_R_D, lse_S_A_R = _attend(query_S, key_S, value_S, scale, is_causal=True)
+            out_S_A_R_D, lse_S_A_R = _attend_own(query_S, key_S, value_S, scale, options)
             out_A_T_D[:, bucket.tokens_N] = out_S_A_R_D.transpose(0, 1).flatten(1, 2)[:, bucket.cells_N]
             lse_A_T[:, bucket.tokens_N] = lse_S_A_R.transpose(0, 1).flatten(1, 2)[:, bucket.cells_N]
         return out_A_T_D[None], lse_A_T[None]
@@ -96,55 +152,95 @@ def _bucket(places: Sequence[tuple[int, int]], device: torch.device) -> _Bucket:
 
 def _shares(segments: Sequence[Segment], starts: Sequence[int]) -> list[_Share]:
     shares: list[_Share] = []
-    for i, segment in enumerate(segments):
+    for segment, start in zip(segments, starts, strict=False):
+        positions = range(len(segment.ids))
         if shares and shares[-1].chunks is segment.prefix:
-            shares[-1] = _Share(shares[-1].start, starts[i + 1], segment.prefix)
+            last = shares.pop()
+            shares.append(_Share(last.start, [*last.positions, *positions], segment.prefix))
         else:
-            shares.append(_Share(starts[i], starts[i + 1], segment.prefix))
+            shares.append(_Share(start, positions, segment.prefix))
     return [share for share in shares if share.chunks]
 
 
-def _add_prefix_part(
-    share: _Share, layer: int, query: Tensor, out: Tensor, lse: Tensor, scale: float | None
-) -> None:
-    """Merge attention to a prefix into `out` and `lse`, in place."""
-    place = slice(share.start, share.end)
-    for chunk in share.chunks:
-        key, value = chunk.keys[layer], chunk.values[layer]
-        num_kv_heads = key.shape[1]
-        query_1_K_N_D = query[:, :, place].reshape(1, num_kv_heads, -1, query.shape[-1])
-        out_1_K_N_D, lse_1_K_N = _attend(query_1_K_N_D, key, value, scale, is_causal=False)
-        prefix_out = out_1_K_N_D.reshape(1, query.shape[1], -1, query.shape[-1])
-        prefix_lse = lse_1_K_N.reshape(1, query.shape[1], -1)
-        own_lse = lse[:, :, place]
-        # exp(lse_prefix − lse_both) is a sigmoid of the difference, which cannot overflow.
-        weight = torch.sigmoid(prefix_lse - own_lse)[..., None]
-        out[:, :, place] = torch.lerp(out[:, :, place], prefix_out, weight)
-        lse[:, :, place] = torch.logaddexp(own_lse, prefix_lse)
+def _parts(share: _Share, window: int | None, like: Tensor) -> Iterator[_Part]:
+    """The parts of a prefix that the tokens of a share see.
+
+    In a window these are keys that all tokens of a block see, without a mask, and a band of at most as many
+    keys as the block's positions lie apart.
+    """
+    if window is None:
+        for chunk in share.chunks:
+            yield _Part(share, chunk, 0, len(chunk))
+        return
+    for block in share.blocks():
+        # Keys are counted from the beginning of the prefix; a token at `position` sees those from here on:
+        first_seen = [share.num_prefix_tokens + position - window + 1 for position in block.positions]
+        seen_by_some, seen_by_all = max(0, min(first_seen)), max(0, max(first_seen))
+        start = 0
+        for chunk in share.chunks:
+            middle = min(max(seen_by_all - start, 0), len(chunk))
+            begin = min(max(seen_by_some - start, 0), middle)
+            if begin < middle:
+                queries_N = torch.tensor(block.positions) + share.num_prefix_tokens
+                mask_N_W = banded(queries_N, torch.arange(start + begin, start + middle), window, like)
+                yield _Part(block, chunk, begin, middle, mask_N_W)
+            if middle < len(chunk):
+                yield _Part(block, chunk, middle, len(chunk))
+            start += len(chunk)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, is_causal: bool
+def _attend_own(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """Fused attention and its log-sum-exp, in fp32 or wider."""
-    ops = torch.ops.aten
-    if query.device.type == "cpu":
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, scale=scale
+    """Causal attention of segments of one length to themselves, in blocks where a window cuts them."""
+    num_tokens, window, softcap = query.shape[2], options.window, options.softcap
+    if window is None or num_tokens <= window:
+        return attend(query, key, value, scale, is_causal=True, softcap=softcap)
+    outs, lses = [], []
+    for start in range(0, num_tokens, _NUM_BLOCK_TOKENS):
+        end, first = min(start + _NUM_BLOCK_TOKENS, num_tokens), max(0, start - window + 1)
+        mask_R_W = banded(torch.arange(start, end), torch.arange(first, end), window, query)
+        seen = slice(first, end)
+        out, lse = attend(
+            *(query[:, :, start:end], key[:, :, seen], value[:, :, seen], scale),
+            mask_R_W=mask_R_W,
+            softcap=softcap,
         )
-    elif query.dtype in (torch.float16, torch.bfloat16):
-        out, lse, *_ = ops._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)
-    else:
-        out, lse, *_ = ops._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, is_causal, scale=scale
-        )
-        lse = lse[..., : query.shape[2]]  # the kernel pads it
-    wide = _wide(query.dtype)
-    return out.to(wide), lse.to(wide)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _add_prefix_part(
+    part: _Part,
+    layer: int,
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    softcap: float | None,
+) -> None:
+    """Merge attention to a part of a prefix into `out` and `lse`, in place."""
+    place, seen = slice(part.share.start, part.share.end), slice(part.first, part.last)
+    key, value = part.chunk.keys[layer][:, :, seen], part.chunk.values[layer][:, :, seen]
+    num_kv_heads = key.shape[1]
+    query_1_K_N_D = query[:, :, place].reshape(1, num_kv_heads, -1, query.shape[-1])
+    # The rows of the query heads that share a key-value head follow each other.
+    mask = None if part.mask_N_W is None else _stacked(part.mask_N_W, query.shape[1] // num_kv_heads)
+    out_1_K_N_D, lse_1_K_N = attend(query_1_K_N_D, key, value, scale, mask_R_W=mask, softcap=softcap)
+    prefix_out = out_1_K_N_D.reshape(1, query.shape[1], -1, query.shape[-1])
+    prefix_lse = lse_1_K_N.reshape(1, query.shape[1], -1)
+    own_lse = lse[:, :, place]
+    # exp(lse_prefix − lse_both) is a sigmoid of the difference, which cannot overflow.
+    weight = torch.sigmoid(prefix_lse - own_lse)[..., None]
+    out[:, :, place] = torch.lerp(out[:, :, place], prefix_out, weight)
+    lse[:, :, place] = torch.logaddexp(own_lse, prefix_lse)
+
+
+def _stacked(mask_N_W: Tensor, num_groups: int) -> Tensor:
+    """The mask of the rows of several query heads, aligned as the mask of one."""
+    aligned = torch.as_strided(mask_N_W, (len(mask_N_W), mask_N_W.stride(0)), (mask_N_W.stride(0), 1))
+    return aligned.repeat(num_groups, 1)[:, : mask_N_W.shape[1]]
 
 
 def _repeat(tensor_S_K_T_D: Tensor, num_groups: int) -> Tensor:

@@ -4,8 +4,9 @@ Several segments follow each other in one row of tokens. A token attends to the 
 without a mask, and causally to its own segment. The device decides between two implementations: `fused.py`
 and `matmul.py`.
 
-Attention beyond plain scaled dot products (sliding window, softcap, sinks, bias, chosen keys) is refused, and
-so is every option that is not known here; the self-check then chooses another forward strategy.
+Sliding windows, softcaps, sinks and values shorter than keys are computed (`options.py`). Other attention
+(biases, chunks, chosen keys) is refused, and so is every option that is not known here; the self-check then
+chooses another forward strategy.
 
 Dimensions: A query heads, K key-value heads, T tokens of the row, D head size.
 """
@@ -22,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from shopr1_service.engine.attention.fused import FusedAttention
 from shopr1_service.engine.attention.matmul import MatmulAttention
+from shopr1_service.engine.attention.options import AttentionOptions
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.engine.prefix_cache import Segment
 
@@ -31,9 +33,8 @@ _numbers = itertools.count()
 MIN_MATMUL_TOKENS = 64
 """Average tokens of a segment from which matrix products are faster than fused attention."""
 
-Kernel = Callable[[int, Tensor, Tensor, Tensor, float | None], Tensor]
-"""Layer, queries [1, A, T, D], keys and values [1, K, T, D], scale → [1, T, A, D]."""
-
+Kernel = Callable[[int, Tensor, Tensor, Tensor, float | None, AttentionOptions], Tensor]
+"""Layer, queries [1, A, T, D], keys and values [1, K, T, D], scale, options → [1, T, A, D]."""
 
 _HARMLESS_OPTIONS = frozenset(
     {
@@ -117,24 +118,38 @@ class SharedPrefixAttention:
         layout = self._layout
         if layout is None or attention_mask is not None or query.shape[0] != 1:
             raise UnsupportedAttentionError("not a packed row")
-        _refuse_extras(module, options)
+        given = _read_options(module, options)
+        num_dimensions = value.shape[-1]
+        value = _padded(value, key.shape[-1])
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layout.records:
             # Copies: the model's tensors may be views of larger ones.
             layout.recorded[layer] = (_copy(key), _copy(value))
-        return layout.kernel(layer, query, key, value, scaling), None
+        return layout.kernel(layer, query, key, value, scaling, given)[..., :num_dimensions], None
 
 
-def _refuse_extras(module: nn.Module, options: dict[str, Any]) -> None:
-    """Refuse what plain causal attention does not have.
+def _read_options(module: nn.Module, options: dict[str, Any]) -> AttentionOptions:
+    """The options that are computed here; all others are refused.
 
     An option that is ignored makes another model of it: without its `indices`, sparse attention is dense.
     """
     if not (options.pop("is_causal", True) in (True, None) and getattr(module, "is_causal", True)):
         raise UnsupportedAttentionError("attention that is not causal")
+    window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
+    sinks_A = options.pop("s_aux", None)
+    if not (window is None or (isinstance(window, int) and window > 0)):
+        raise UnsupportedAttentionError(f"attention with sliding_window = {window!r}")
     for name, value in options.items():
         if value is not None and name not in _HARMLESS_OPTIONS:
             raise UnsupportedAttentionError(f"attention with {name}")
+    return AttentionOptions(window, softcap, sinks_A)
+
+
+def _padded(value: Tensor, num_dimensions: int) -> Tensor:
+    """Values with zeros up to the size of keys: fused kernels take no other."""
+    if value.shape[-1] > num_dimensions:
+        raise UnsupportedAttentionError("values longer than keys")
+    return nn.functional.pad(value, (0, num_dimensions - value.shape[-1]))
 
 
 def _positions(segments: Sequence[Segment]) -> Tensor:

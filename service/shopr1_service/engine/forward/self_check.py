@@ -112,6 +112,44 @@ def choose_forward(
     return verdict
 
 
+def depends_on_weights(model: PreTrainedModel) -> bool:
+    """Whether the check of another checkpoint of this architecture may end otherwise.
+
+    Ties between the keys that a model chooses by their content are broken by the sequence's length, and
+    weights decide whether there are any.
+    """
+    return Reach.of(model).num_chosen is not None
+
+
+def confirms(model: PreTrainedModel, random_ids: Sequence[int], forward: Forward) -> bool:
+    """Whether a strategy that an earlier check has chosen agrees with independent forwards on one prompt.
+
+    That shows a defect of the machine or of the weights. The rest of the check is about the architecture's
+    code, which has not changed.
+
+    Args:
+        random_ids: at most `MAX_SHORT_TOKENS` are used.
+    """
+    if len(random_ids) <= _NUM_SUFFIX_TOKENS:
+        return False
+    short = list(random_ids[:MAX_SHORT_TOKENS])
+    group = _check_groups(short)[0]
+    reference = IndependentForward(model)
+    [expected] = reference.batch([group])
+
+    def run() -> Tensor:
+        [states_T_H] = reference.hidden_states(short[:1], [Suffix(short[1:], range(-1, len(short) - 1))])
+        return states_T_H
+
+    tolerance = tolerance_of(trunk_of(model), run(), run, num_draws=_NUM_SHORT_DRAWS)
+    try:
+        actual = [states for _ in range(2) for states in forward.batch([group])]  # then from the cache
+    except Exception as error:  # an architecture may raise anything
+        logger.info("%s with %s fails: %r", type(model).__name__, forward.name, error)
+        return False
+    return tolerance.allows(torch.cat(_errors(actual, [expected, expected])))
+
+
 @dataclass
 class _Long:
     """Two long sequences with a common beginning, and their states at all positions.

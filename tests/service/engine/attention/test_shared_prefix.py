@@ -58,8 +58,6 @@ def attend(layer: Layer | None = None, **options: Any) -> Tensor:
         {"block_indices": torch.zeros(1)},
         {"indices": torch.zeros(1)},
         {"sinks": torch.zeros(1)},
-        {"s_aux": torch.zeros(1)},
-        {"softcap": 30.0},
         {"sliding_window": 0},
         {"position_bias": torch.zeros(1)},
         {"cu_seq_lens_q": torch.zeros(1)},
