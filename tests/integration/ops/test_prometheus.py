@@ -59,12 +59,12 @@ def groups(prompt: str) -> list[dict[str, Any]]:
 
 
 def burst(url: str, number: int, *, has_fallback: bool = True) -> dict[str, list[Any]]:
-    """Rewards of the runs. Also sends a duplicate request, and perhaps one that gets a fallback reward."""
+    """Rewards of the runs. Also sends a request twice, and perhaps one that gets a fallback reward."""
     headers = {"Authorization": f"Bearer {SCORE_KEY}"}
     with httpx.Client(base_url=url, headers=headers, timeout=WAIT_S) as client:
 
-        def send(run: str, path: str, body: object) -> Any:
-            response = client.post(path, json=body, headers={"X-Run-ID": run})
+        def send(run: str, path: str, body: object, **more: str) -> Any:
+            response = client.post(path, json=body, headers={"X-Run-ID": run, **more})
             assert response.is_success, response.text
             return response.json()
 
@@ -73,7 +73,8 @@ def burst(url: str, number: int, *, has_fallback: bool = True) -> dict[str, list
             scored = send(run, "/score", {"groups": groups(f"{run} {number}: ")})
             rewards[run] = [reward for each in scored["groups"] for reward in each["rewards"]]
         for _ in range(2):
-            send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]})
+            key = {"Idempotency-Key": f"twice-{number}"}
+            send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]}, **key)
         prompt = f"{number} {LONG}"
         asked = {"query": [prompt + answer()], "prompts": [prompt], "labels": [TERMINATE]}
         if has_fallback:

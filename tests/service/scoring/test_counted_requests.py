@@ -18,7 +18,7 @@ def test_requests_without_a_key_are_all_counted() -> None:
 
 def test_keys_are_forgotten_after_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("shopr1_service.scoring.counted_requests.time.monotonic", lambda: clock[0])
     counted = CountedRequests()
     for clock[0], is_new in ((100.0, True), (699.9, False), (700.0, True), (1299.9, False)):
         assert counted.add(b"a") is is_new
