@@ -167,7 +167,7 @@ class AdapterUpdates:
     ) -> tuple[Version, list[Version]]:
         """New version, and older ones that were unloaded.
 
-        Runs on the engine's thread, also if the caller has gone: it releases `memory`, which the policy shares.
+        Runs on the engine's thread, also if the caller has gone: so it releases `memory`.
         """
         with memory:
             return self._install_held(adapter, request, base, memory)
