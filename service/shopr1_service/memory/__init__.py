@@ -1,1 +1,1 @@
-"""What clients make the service keep in memory."""
+"""The memory that clients take: its budget, and the sizes of what is kept."""

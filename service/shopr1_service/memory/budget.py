@@ -1,8 +1,8 @@
 """The budget of memory for what clients send, and for what the service keeps because of it.
 
-Each thing that is kept is a `Hold` in one of the accounts, from before it is stored until it is gone. What
-would exceed the budget is refused: with 429 if it fits as soon as other requests are answered, with 413 if it
-never will. Kept answers are given up before anything is refused.
+Each thing that is kept is a `Hold` in one of the accounts, from before it is stored until it is gone. The
+budget refuses more: with 429 if it fits as soon as other requests are answered, with 413 if it never will.
+Kept answers are given up before anything is refused.
 
 Sizes are estimates (`sizes.py`). The accounts do not count the policy, the prefix cache, and what the service
 needs without any client.

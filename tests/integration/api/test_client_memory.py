@@ -83,7 +83,7 @@ async def test_a_body_that_never_fits_is_too_large(is_chunked: bool) -> None:
         assert (await post(client, body("page"))).status_code == 200
 
 
-async def test_what_is_made_of_a_request_counts_and_not_only_its_body() -> None:
+async def test_tokens_and_answers_count_and_not_only_bodies() -> None:
     """A token takes forty times its bytes in the body."""
     async with running(max_client_memory_bytes=2**20) as client:
         many = {"groups": [group(*[answer(rationale="b" * 100)] * 100)]}

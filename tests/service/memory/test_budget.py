@@ -50,7 +50,7 @@ def test_holds_are_counted_by_account_until_they_are_released() -> None:
     assert (budget.num_bytes(Account.REQUESTS), budget.num_bytes(Account.LABELS)) == (0, 30)
 
 
-def test_what_fits_later_is_overloaded() -> None:
+def test_a_hold_that_fits_later_is_overloaded() -> None:
     budget = MemoryBudget(MAX_BYTES)
     other, mine = budget.hold(Account.REQUESTS, 800), budget.hold(Account.REQUESTS, 100)
     with pytest.raises(OverloadedError, match="200 bytes of memory are needed, 900 are in use") as caught:
@@ -62,7 +62,7 @@ def test_what_fits_later_is_overloaded() -> None:
     assert total(budget) == 300
 
 
-def test_what_never_fits_is_too_large() -> None:
+def test_a_hold_that_never_fits_is_too_large() -> None:
     budget = MemoryBudget(MAX_BYTES)
     with pytest.raises(TooLargeError, match=r"1001 bytes of memory; .* max_client_memory_bytes = 1000"):
         budget.hold(Account.REQUESTS, 1001)
@@ -76,7 +76,7 @@ def test_what_never_fits_is_too_large() -> None:
     held.grow(101)
 
 
-def test_what_stays_leaves_room_for_requests() -> None:
+def test_lasting_holds_leave_room_for_requests() -> None:
     budget = MemoryBudget(MAX_BYTES)
     budget.hold(Account.ADAPTERS, 500)
     budget.hold(Account.LABELS, 250)
@@ -108,7 +108,7 @@ def test_answers_are_kept_where_nothing_would_help() -> None:
 
 
 @pytest.mark.parametrize("account", [Account.RUNS, Account.ROLLOUT_LOG])
-def test_what_is_bounded_elsewhere_is_never_refused(account: Account) -> None:
+def test_accounts_that_are_bounded_elsewhere_are_never_refused(account: Account) -> None:
     budget = MemoryBudget(MAX_BYTES)
     budget.hold(account, 2000)
     assert budget.num_bytes(account) == 2000
