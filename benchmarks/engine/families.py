@@ -59,6 +59,7 @@ _LATENT = {
     "num_key_value_heads": 9,
     "q_lora_rank": 256,
     "kv_lora_rank": 128,
+    "head_dim": 32,
     "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,

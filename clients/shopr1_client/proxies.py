@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import httpx
 
+from shopr1_client.connections import AsyncTransport, Transport
 from shopr1_client.errors import SettingsError
 
 DIRECT = "direct"
@@ -112,15 +113,15 @@ def sync_connections(urls: Sequence[str], choice: str | None) -> Connections:
     Raises:
         SettingsError: a proxy's URL is malformed, or SOCKS is not installed.
     """
-    return _connections(urls, choice, httpx.HTTPTransport, _ProxiedTransport)
+    return _connections(urls, choice, Transport, _ProxiedTransport)
 
 
 def async_connections(urls: Sequence[str], choice: str | None) -> Connections:
     """`sync_connections` for an asynchronous client."""
-    return _connections(urls, choice, httpx.AsyncHTTPTransport, _AsyncProxiedTransport)
+    return _connections(urls, choice, AsyncTransport, _AsyncProxiedTransport)
 
 
-class _ProxiedTransport(httpx.HTTPTransport):
+class _ProxiedTransport(Transport):
     def __init__(self, proxy: Proxy) -> None:
         super().__init__(proxy=proxy.url)
         self._note = _note(proxy)
@@ -134,7 +135,7 @@ class _ProxiedTransport(httpx.HTTPTransport):
         return response
 
 
-class _AsyncProxiedTransport(httpx.AsyncHTTPTransport):
+class _AsyncProxiedTransport(AsyncTransport):
     def __init__(self, proxy: Proxy) -> None:
         super().__init__(proxy=proxy.url)
         self._note = _note(proxy)

@@ -145,7 +145,8 @@ class Settings(BaseSettings):
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 540.0
     """Seconds a request may take; then it gets 504. `X-Request-Timeout` can ask for less."""
     receive_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """Seconds a request's head may take to arrive, and then its body."""
+    """Seconds a request's head may take to arrive, and then its body; and how long a client may take nothing
+    of its answer."""
     engine_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds after which a forward pass counts as hanging; the process then ends with exit code 1."""
     read_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0

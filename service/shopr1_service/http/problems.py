@@ -12,7 +12,8 @@ The classes, with their statuses and codes, are in `shopr1_client.errors`. Raise
     429                      `scheduling/scheduler.py` when the request queue is full; on Ray
                              `cluster/remote_engines.py` when every engine's is; `memory/budget.py` for what
                              does not fit into it now
-    503                      `state.py` while loading or ending, `scheduling/` when the engine has failed
+    503                      `state.py` while loading or ending, `scheduling/` when the engine has failed,
+                             `middleware/availability.py` at the end and where file descriptors run short
     504                      `deadline.py`
     507                      `weights/`, `updates/`: no space for new weights, or a failing disk
 """

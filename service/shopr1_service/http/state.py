@@ -11,6 +11,7 @@ from prometheus_client import Metric
 from shopr1_client.errors import NotReadyError
 from shopr1_client.wire_policy import PolicyState
 from shopr1_service.errors import RETRY_AFTER_S
+from shopr1_service.http.middleware.availability import OpenRequests
 from shopr1_service.monitoring.end_token_watch import EndTokenWatch
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_log import open_rollout_log
@@ -40,6 +41,7 @@ class State:
     def __init__(self, settings: Settings, startup: LoadProgress | None = None) -> None:
         self.settings = settings
         self.shutdown = asyncio.Event()
+        self.open_requests = OpenRequests()
         self.recipes = RecipeBook(settings.recipe)
         self.metrics = Metrics(
             max_runs=settings.max_runs,
