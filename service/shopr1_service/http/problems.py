@@ -44,7 +44,7 @@ from shopr1_client.errors import (
     TooLargeError,
     summary,
 )
-from shopr1_client.wire_base import is_union_tag
+from shopr1_client.field_messages import field_path, plain_message
 from shopr1_service.http.deadline import ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, RequestValidationError):  # raised while the body was read
         return await _on_invalid(request, error.__cause__)
+    if isinstance(error.__cause__, ProblemError):
+        return await _on_problem(request, error.__cause__)
     problem_class = _BY_STATUS.get(error.status_code, InternalError)
     # FastAPI hides why a body could not be decoded behind a general sentence.
     detail = _DECODING_ERRORS.get(type(error.__cause__), str(error.detail))
@@ -166,16 +168,9 @@ def _invalid(details: Sequence[Any]) -> ProblemError:
     if details and details[0]["type"] == "json_invalid":
         reason = details[0]["ctx"]["error"].removesuffix(" at")  # some of the decoder's messages end so
         return MalformedBodyError(f"{reason} at character {details[0]['loc'][-1]}")
-    errors: list[FieldError] = [{"location": _path(d["loc"]), "message": d["msg"]} for d in details]
+    errors: list[FieldError] = [{"location": _path(d["loc"]), "message": plain_message(d)} for d in details]
     return InvalidRequestError(summary(errors) or "the request is not valid", errors=errors)
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`groups[1].completions[0].text` from pydantic's location, without its union tags."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not is_union_tag(part):
-            path += f".{part}"
-    return path.removeprefix(".").removeprefix("body").removeprefix(".") or "body"
+    return field_path(location).removeprefix("body").removeprefix(".") or "body"
