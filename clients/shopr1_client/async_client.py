@@ -3,16 +3,17 @@
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Self, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel
 
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.connections import RESENDABLE
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.request_splitting import Part, check, merge, relocated
-from shopr1_client.transport import failure, parse
+from shopr1_client.transport import failure, idempotency_headers, parse
 from shopr1_client.updates.plan import Answer, Change, Source, UpdateOptions, plan
 from shopr1_client.updates.updater import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
@@ -125,7 +126,9 @@ class AsyncClient(BaseClient):
 
     async def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
         try:
-            answer = await self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
+            answer = await self._try(
+                ScoreResponse, "POST", "/score", part.urls, part.body, idempotency_headers()
+            )
         except ProblemError as error:
             raise relocated(error, part) from None
         check(part, answer)
@@ -133,18 +136,33 @@ class AsyncClient(BaseClient):
         return answer
 
     async def _try(
-        self, model: type[_Model], method: str, path: str, urls: Sequence[str], body: bytes | None = None
+        self,
+        model: type[_Model],
+        method: str,
+        path: str,
+        urls: Sequence[str],
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> _Model:
         retries, servers = self._tries(urls)
         async for attempt in retries:
             with attempt:
-                return await self._send(model, method, next(servers) + path, body)
+                return await self._send(model, method, next(servers) + path, body, headers)
         raise AssertionError("the last attempt raises")
 
-    async def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
+    async def _send(
+        self,
+        model: type[_Model],
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> _Model:
         assert self._http is not None  # see `_connected`
         try:
-            response = await self._http.request(method, url, content=body)
+            response = await self._http.request(
+                method, url, content=body, headers=headers, extensions={RESENDABLE: True}
+            )
         except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, StrictInt, Tag
 
 from shopr1_client.data_set_values import to_json_types
 from shopr1_client.wire_base import (
+    IN_PIECES,
     MESSAGES,
     OBJECT,
     STRING,
@@ -30,7 +31,7 @@ TokenId = Annotated[StrictInt, Field(ge=0)]
 class TokenIds(RequestModel):
     """Token ids of the policy's tokenizer. The preferred form: re-tokenising text can give other ids."""
 
-    token_ids: list[TokenId]
+    token_ids: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class Text(RequestModel):
@@ -48,7 +49,7 @@ class Message(RequestModel):
 
 Prompt = Annotated[
     Annotated[UnicodeText, Tag(STRING)]
-    | Annotated[list[Message], Tag(MESSAGES)]
+    | Annotated[list[Message], IN_PIECES, Tag(MESSAGES)]
     | Annotated[TokenIds, Tag(TOKEN_IDS)],
     by_type(
         {STRING: str, MESSAGES: list, TOKEN_IDS: (dict, TokenIds)},
@@ -109,6 +110,7 @@ class Group(PromptOptions):
     ]
     completions: Annotated[
         list[Completion],
+        IN_PIECES,
         Field(
             description="Text is tokenised separately, without special tokens, and appended to the prompt."
         ),
@@ -119,7 +121,7 @@ class ScoreRequest(PromptOptions):
     """Groups to score. Its options for prompts are defaults of those of its groups."""
 
     recipe: Annotated[str | None, Field(description="Default: the service's default recipe.")] = None
-    groups: list[Group]
+    groups: Annotated[list[Group], IN_PIECES]
     policy_version: Annotated[
         Demand | None,
         Field(description="Score with this version of the policy, or with one that is new enough; else 409."),
@@ -274,6 +276,9 @@ class Limits(AnswerModel):
     max_groups: int
     max_completions_per_group: int
     max_request_tokens: Annotated[int, Field(description="Prompts and completions of one request together.")]
+    max_text_chars: Annotated[
+        int, Field(description="Characters of one prompt, with all its messages, or of one completion.")
+    ] = 2**20
 
 
 class RejectedPath(AnswerModel):

@@ -1,16 +1,38 @@
 """Base classes and types of the wire models."""
 
-from collections.abc import Mapping
-from typing import Annotated
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+_PIECE = 64
+"""Items of a list that are validated at a time: pydantic lets no other thread run before they are."""
+_MAX_KEYS = 64
+"""More keys than any object has. Each unknown key is an error with its name."""
 
 
 class RequestModel(BaseModel):
     """Base of requests: unknown keys are rejected, so that a misspelt one does not become a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_keys(cls, value: Any) -> Any:  # noqa: ANN401  # of any type before validation
+        if isinstance(value, dict) and len(value) > _MAX_KEYS:
+            template = "has {num_keys} keys; none has more than {max_keys}"
+            raise PydanticCustomError("keys", template, {"num_keys": len(value), "max_keys": _MAX_KEYS})
+        return value
 
 
 class AnswerModel(BaseModel):
@@ -54,6 +76,34 @@ def by_type(
         return next((tag for tag, kinds in types.items() if isinstance(value, kinds)), None)
 
     return Discriminator(tag, custom_error_type=code, custom_error_message=message)
+
+
+def matches(pattern: str, rule: str) -> Callable[[str], str]:
+    """A validator of text that matches a pattern as a whole; `rule` is the error in words."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise PydanticCustomError("pattern", "{rule}", {"rule": rule})
+        return text
+
+    return check
+
+
+def _in_pieces(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:  # noqa: ANN401  # see above
+    if not isinstance(items, list) or len(items) <= _PIECE:
+        return validate(items)
+    validated: list[Any] = []
+    for start in range(0, len(items), _PIECE):
+        try:
+            validated += validate(items[start : start + _PIECE])
+        except ValidationError:
+            return validate(items[: start + _PIECE])  # raises it, with the places in the whole list
+    return validated
+
+
+IN_PIECES = WrapValidator(_in_pieces)
+"""For lists that may be long: their items are validated some at a time, up to the first wrong ones."""
 
 
 def _check_unicode(text: str) -> str:

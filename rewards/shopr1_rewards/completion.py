@@ -12,7 +12,7 @@ characters in the raw text.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from shopr1_rewards.format_error import FormatError, FormatFailure, InvalidFormatError
@@ -141,16 +141,23 @@ def _answers(text: str, check: Check) -> Iterator[_Answer]:
     """Valid answers from left to right, each after the end of the previous one."""
     previous_end = 0
     # An object nests at most MAX_DEPTH levels, so that no text is parsed more often than that.
-    for start, _ in object_spans(text, _KEYS):
+    for start, end in object_spans(text, _KEYS):
         if start < previous_end:
             continue
         try:
-            envelope, end = _parse_envelope(text, start)
+            check_depth(text, start)
+            # Alone: to report a syntax error, `json` counts the lines of the whole text before it.
+            envelope, _ = _parse_envelope(text[start:end], 0)
         except InvalidFormatError:
             continue
         if check(envelope) is None:
-            yield _Answer(Span(start, end), envelope)
+            yield _Answer(Span(start, end), _moved(envelope, start))
             previous_end = end
+
+
+def _moved(envelope: Envelope, offset: int) -> Envelope:
+    start, end = envelope.rationale_span
+    return replace(envelope, rationale_span=Span(start + offset, end + offset))
 
 
 def _considered(text: str, answers: Sequence[_Answer]) -> Span:

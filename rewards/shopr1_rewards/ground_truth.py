@@ -12,6 +12,9 @@ from shopr1_rewards.recipe import AttributeRecipe, Component, OnFlaw, Recipe
 from shopr1_rewards.similarity import rouge_l_f1
 from shopr1_rewards.strict_json import check_text, load
 
+MAX_VALUE_CHARS = 8192
+"""Longest value of an attribute. Comparing an answer with it takes time in proportion to both lengths."""
+
 
 def read_ground_truth(value: str | Mapping[str, Any], recipe: Recipe) -> Action:
     """The human's action from an object or from a JSON string.
@@ -22,7 +25,8 @@ def read_ground_truth(value: str | Mapping[str, Any], recipe: Recipe) -> Action:
 
     Raises:
         GroundTruthError: not an action of the recipe's action space, or one that could not earn its reward:
-            an empty attribute that has a weight, a value without tokens; `field` names the key.
+            an empty attribute that has a weight, a value without tokens; or a value that is longer than
+            `MAX_VALUE_CHARS`. `field` names the key.
     """
     types = recipe.action_space.types
     fields = _load_object(value) if isinstance(value, str) else value
@@ -41,6 +45,8 @@ def read_ground_truth(value: str | Mapping[str, Any], recipe: Recipe) -> Action:
 
 def _why_not_earnable(value: str, attribute: AttributeRecipe, recipe: Recipe) -> str | None:
     """The reason why an answer with exactly this value would not earn what the attribute can earn."""
+    if len(value) > MAX_VALUE_CHARS:
+        return f"has {len(value)} characters; at most {MAX_VALUE_CHARS} are compared"
     components = recipe.components
     presence = attribute.presence if Component.ATTRIBUTE in components else 0.0
     weight = recipe.action_space.value_weight(attribute) if Component.VALUE in components else 0.0

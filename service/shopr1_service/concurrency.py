@@ -1,15 +1,49 @@
-"""Calls that may take minutes or never return, on threads that the end of the process does not wait for."""
+"""Work beside the event loop: on threads that stop when nobody waits for their result any more.
+
+Foreign calls that may never return run on threads that the end of the process does not wait for.
+"""
 
 import asyncio
 import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from shopr1_client.errors import StorageError
 
 _Result = TypeVar("_Result")
+
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+
+
+class StoppedError(Exception):
+    """The caller does not wait for the work any more: its deadline has passed, or its client has gone."""
+
+
+def checkpoint() -> None:
+    """Raise `StoppedError` if the caller of `in_pool` was cancelled; called between pieces of long work."""
+    stop = _stop.get()
+    if stop is not None and stop.is_set():
+        raise StoppedError
+
+
+async def in_pool(pool: Executor | None, work: Callable[[], _Result]) -> _Result:
+    """Call `work` on a thread of `pool` with the caller's context variables; return its result.
+
+    Without a pool it is the event loop's own.
+
+    If the call is cancelled, the work ends at its next `checkpoint`.
+    """
+    stop, context = threading.Event(), contextvars.copy_context()
+    context.run(_stop.set, stop)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, context.run, work)
+    except asyncio.CancelledError:
+        stop.set()
+        raise
 
 
 async def in_daemon_thread(work: Callable[[], _Result], name: str) -> _Result:

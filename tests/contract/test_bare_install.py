@@ -63,7 +63,7 @@ def test_the_wheel_has_the_command(wheel: Path) -> None:
 # --- a bare environment -----------------------------------------------------------------------------
 
 ALLOWED = {
-    *("shopr1", "httpx", "pydantic", "rapidfuzz", "stamina", "tenacity"),
+    *("shopr1", "httpx", "pydantic", "stamina", "tenacity"),
     *("anyio", "certifi", "h11", "httpcore", "idna", "sniffio", "typing-extensions"),
     *("annotated-types", "pydantic-core", "typing-inspection"),
 }
@@ -119,7 +119,7 @@ def test_a_trainer_scores_without_torch(bare_python: Path) -> None:
 def test_the_base_install_is_small(bare_python: Path) -> None:
     listing = "from importlib.metadata import distributions as all\nfor d in all(): print(d.metadata['Name'])"
     installed = {name.lower().replace("_", "-") for name in run_bare(bare_python, "-c", listing)}
-    assert {"shopr1", "httpx", "pydantic", "rapidfuzz", "stamina"} <= installed <= ALLOWED
+    assert {"shopr1", "httpx", "pydantic", "stamina"} <= installed <= ALLOWED
 
 
 def test_the_command_names_the_missing_extra(bare_python: Path) -> None:

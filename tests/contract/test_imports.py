@@ -59,7 +59,7 @@ def test_import_contracts() -> None:
 
 @pytest.mark.parametrize("file", sources("shopr1_rewards"), ids=lambda file: file.stem)
 def test_dependencies_of_the_rewards(file: Path) -> None:
-    allowed = {"shopr1_rewards", "pydantic", "pydantic_core", "rapidfuzz"}
+    allowed = {"shopr1_rewards", "pydantic", "pydantic_core"}
     assert third_party(file) <= allowed | ({"torch"} if file.name == "self_certainty.py" else set())
 
 

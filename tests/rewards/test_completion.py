@@ -580,6 +580,8 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "no answers, never closed": lambda n: CHAIN * (n // 10),
     "no answers, and a long string": lambda n: CHAIN * 60 + '"' + "a" * n + '"' + "}" * 60,
     "a brace in every string": lambda n: '{"{":"{",' * n,
+    "no answers, for their syntax": lambda n: '{"rationale":x,"action":1}' * (n // 26),
+    "no answers, for their syntax, nested": lambda n: '{"action":"","rationale":' * (n // 9) + "}" * (n // 9),
     "thinking": lambda n: "<think>{</think>" * n,
 }
 PER_PLACE = pytest.mark.parametrize("hostile", HOSTILE.values(), ids=list(HOSTILE))
@@ -606,7 +608,7 @@ def work(text: str, which: Which, monkeypatch: pytest.MonkeyPatch) -> int:
         try:
             members, end = scan(text, start)
         except json.JSONDecodeError as error:
-            counted += error.pos - start
+            counted += error.pos - start + error.pos  # `json` counts the lines before an error
             raise
         counted += end - start
         return members, end

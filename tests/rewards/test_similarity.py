@@ -1,11 +1,15 @@
+import sys
 import unicodedata
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from shopr1_rewards import Tokenizer, rouge_l_f1, tokenize
+from shopr1_rewards import Tokenizer, rouge_l_f1, similarity, tokenize
 from tests.support.completions import slow_f1
 
 REFERENCE = RougeScorer(["rougeL"], use_stemmer=False)
@@ -86,6 +90,17 @@ def test_f1_equals_that_of_a_slow_lcs(left: list[str], right: list[str], repeat:
     left, right = left * repeat, right * repeat
     expected = float(slow_f1(left, right))
     assert rouge_l_f1(" ".join(left), " ".join(right), Tokenizer.WHITESPACE) == expected
+
+
+@given(TOKENS, TOKENS, st.integers(1, 6))
+def test_the_lcs_is_googles(left: list[str], right: list[str], repeat: int) -> None:
+    # Google's rounds precision and recall first; the LCS behind both is the same number.
+    predicted, truth = (" ".join(tokens * repeat).replace("é", "e") for tokens in (left, right))
+    lcs = rouge_l_f1(predicted, truth) * (len(left) + len(right)) * repeat / 2
+    if left and right:
+        score = REFERENCE.score(truth, predicted)["rougeL"]
+        assert round(lcs) == round(score.precision * len(left) * repeat)
+        assert lcs == pytest.approx(round(lcs), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -303,3 +318,69 @@ def test_tokens_are_made_of_letters_marks_and_numbers(text: str) -> None:
         return
     assert {unicodedata.category(char)[0] for char in "".join(tokens)} <= set("LMN")
     assert not any(unicodedata.category(token[0])[0] == "M" for token in tokens)
+
+
+# --- work --------------------------------------------------------------------------------------------
+
+MARKS = "\u0301\u0316"  # of two classes, in the wrong order
+LONG = {
+    "words": "a b ",
+    "one word": "é",
+    "marks": f"e{MARKS}",
+    "marks only": MARKS,
+    "ideographs": "茶",
+    "numbers": "1½",
+    "symbols": "™ ",
+    "joiners": "a\u200d",
+    "blank": "\u2003",
+}
+
+
+def lines(work: Callable[[], object]) -> int:
+    """Lines of Python that run."""
+    counted = 0
+
+    def count(frame: Any, event: str, argument: object) -> Any:
+        nonlocal counted
+        counted += event == "line"
+        return count
+
+    sys.settrace(count)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return counted
+
+
+@pytest.mark.parametrize("piece", LONG.values(), ids=list(LONG))
+def test_work_is_linear_in_the_predicted_value(piece: str) -> None:
+    # Counted, not timed. The library's sorting of marks has a test of its own.
+    truth = piece * 20
+    short, long = (lines(lambda: rouge_l_f1(piece * n, truth)) for n in (1000, 2000))  # noqa: B023
+    assert long <= 2.2 * short + 1000
+
+
+@given(st.text(st.sampled_from("e茶 한가ﬁ½" + MARKS + "\u0344\u0345\u0327"), max_size=600))
+@example("e" + MARKS * 200)
+@example("\u0344" + MARKS * 200)
+def test_marks_in_order_are_normalised_alike(text: str) -> None:
+    for form in ("NFC", "NFKC"):
+        ordered = similarity._ordered(form, text)
+        assert unicodedata.normalize(form, ordered) == unicodedata.normalize(form, text)
+
+
+def test_marks_are_sorted_before_they_are_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The library's own sorting is quadratic: 200,000 marks took half a minute, without another thread's turn.
+    given: list[str] = []
+
+    def normalize(form: Any, text: str) -> str:
+        given.append(text)
+        return unicodedata.normalize(form, text)
+
+    library = SimpleNamespace(**vars(unicodedata) | {"normalize": normalize})
+    monkeypatch.setattr(similarity, "unicodedata", library)
+    tokenize("e" + MARKS * 1000)
+    classes = [unicodedata.combining(char) for char in max(given, key=len)]
+    assert len(classes) == 2001
+    assert classes == sorted(classes)

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 
 import pytest
 
 from shopr1_client.errors import StorageError
-from shopr1_service.concurrency import in_daemon_thread, read_foreign
+from shopr1_service.concurrency import StoppedError, checkpoint, in_daemon_thread, in_pool, read_foreign
 
 pytestmark = pytest.mark.anyio
 
@@ -66,3 +67,41 @@ async def test_a_timeout_of_the_file_system_itself_is_raised() -> None:
 
     with pytest.raises(TimeoutError, match="NFS"):
         await read_foreign(read, LONG_S)
+
+
+# --- work that stops ----------------------------------------------------------------------------------
+
+
+async def test_the_result_of_a_pool_and_the_callers_context() -> None:
+    variable.set("the caller's")
+    with ThreadPoolExecutor(1) as pool:
+        assert await in_pool(pool, variable.get) == "the caller's"
+        with pytest.raises(ZeroDivisionError):
+            await in_pool(pool, lambda: 1 // 0)
+
+
+async def test_cancelled_work_ends_at_its_next_checkpoint() -> None:
+    begun, cancelled, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        checkpoint()
+        begun.set()
+        assert cancelled.wait(LONG_S)
+        try:
+            checkpoint()
+        except StoppedError:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(1) as pool:
+        task = asyncio.ensure_future(in_pool(pool, work))
+        assert await asyncio.to_thread(begun.wait, LONG_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled.set()
+        assert await asyncio.to_thread(stopped.wait, LONG_S)
+
+
+def test_a_checkpoint_of_any_other_work_does_nothing() -> None:
+    checkpoint()

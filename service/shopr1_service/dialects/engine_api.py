@@ -29,12 +29,13 @@ from shopr1_client.wire_base import AnswerModel
 from shopr1_client.wire_policy import AdapterName, AdapterRequest, UpdateRequest, VersionName
 from shopr1_service.dialects.requests import TrainerRequest
 from shopr1_service.http import examples
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.problem_responses import BODY, CHANGE_PROBLEMS, problem_responses
 from shopr1_service.http.problems import extending_problems
 from shopr1_service.http.state import AppState, State
 
 TAG = "engines"
-router = APIRouter(tags=[TAG])
+router = APIRouter(tags=[TAG], route_class=JsonRoute)
 
 _UNLOAD_PROBLEMS = problem_responses(*BODY, NotFoundError, NotReadyError)
 _FLUSHED = (

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from shopr1_client.errors import InternalError, MalformedBodyError
+from shopr1_client.wire_base import IN_PIECES
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_contradiction, is_missing
 from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
@@ -29,13 +30,14 @@ from shopr1_service.dialects.results import (
     score_rollouts,
 )
 from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.json_body import JsonRoute, raw_body
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
 
 DIALECT = Dialect("nemo_gym", timeout_s=55.0)
 """verifiers gives up after 60 s. NeMo Gym itself waits without limit."""
 
-router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG])
+router = APIRouter(prefix="/dialects/nemo_gym", tags=[TAG], route_class=JsonRoute)
 
 _LABEL_FIELDS = ("ground_truth", "expected_answer", "label")
 # Fields of an earlier response, which are sent again when a rollout is verified again.
@@ -81,7 +83,7 @@ class VerifyAnswer(BaseModel):
 class VerifyResponses(TrainerRequest):
     """Responses of `/verify`, without their large parts."""
 
-    verify_responses: list[dict[str, Any]]
+    verify_responses: Annotated[list[dict[str, Any]], IN_PIECES]
 
 
 class AggregateMetrics(BaseModel):
@@ -119,7 +121,7 @@ async def verify(
     A rollout that cannot be scored has `_ng_failure_class`, `failure_reason` and `mask_sample`, also in
     `instance_config`. With `nemo_gym_unscorable = "error"` it is a problem, `unscorable`, instead.
     """
-    echo: dict[str, Any] = await request.json()
+    echo: dict[str, Any] = raw_body(request)
     _refuse_unless_writable(echo)
     unscorable: float | Literal["error"] = "error" if state.settings.nemo_gym_unscorable == "error" else 0.0
     [result] = await score_rollouts(_rollouts(body, state), DIALECT, unscorable, request, state)

@@ -12,17 +12,18 @@ from fastapi import APIRouter, Body, Request
 from pydantic import BaseModel, Field
 
 from shopr1_client.reward_logs import PREFIX, log_keys
-from shopr1_client.wire_base import UnicodeText
+from shopr1_client.wire_base import IN_PIECES, UnicodeText
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, TrainerResult, score_rollouts
 from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.state import AppState, State
 
 DIALECT = Dialect("openrlhf", timeout_s=170.0)
 """OpenRLHF gives up after 180 s, and tries again."""
 
-router = APIRouter(prefix="/dialects/openrlhf", tags=[TAG])
+router = APIRouter(prefix="/dialects/openrlhf", tags=[TAG], route_class=JsonRoute)
 
 
 class GetReward(TrainerRequest):
@@ -30,12 +31,13 @@ class GetReward(TrainerRequest):
 
     query: Annotated[
         list[str],
+        IN_PIECES,
         Field(
             description="Prompt and completion, special tokens written out. Padding before the prompt is "
             "ignored."
         ),
     ]
-    prompts: Annotated[list[UnicodeText], Field(description="The templated prompts.")]
+    prompts: Annotated[list[UnicodeText], IN_PIECES, Field(description="The templated prompts.")]
     labels: Annotated[
         list[Any],
         Field(

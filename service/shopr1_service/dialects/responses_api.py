@@ -4,15 +4,15 @@ Only what can be scored exactly is accepted. Tools and reasoning change the toke
 that the text does not show: they are refused, unless the response has token ids.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError
 
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.wire import Message, TokenId, TokenIds
-from shopr1_client.wire_base import MESSAGES, OBJECT, STRING, TEXT, UnicodeText, by_type
+from shopr1_client.wire_base import IN_PIECES, MESSAGES, OBJECT, STRING, TEXT, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions, TemplateArguments
 from shopr1_service.dialects.requests import TrainerRequest
 
@@ -33,7 +33,7 @@ def _from_digits(value: Any) -> Any:  # noqa: ANN401  # the id refuses whatever 
 
 _TokenId = Annotated[TokenId, BeforeValidator(_from_digits, json_schema_input_type=TokenId | _Digits)]
 _Content = Annotated[
-    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], Tag(MESSAGES)],
+    Annotated[UnicodeText, Tag(STRING)] | Annotated[list[_Part], IN_PIECES, Tag(MESSAGES)],
     by_type({STRING: str, MESSAGES: list}, "content_kind", "must be a string or a list of texts"),
 ]
 
@@ -62,7 +62,9 @@ def _from_json(value: Any) -> Any:  # noqa: ANN401  # the models refuse whatever
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value or "null")
+        return read_json(value or "null")
+    except DuplicateKeyError as error:
+        raise PydanticCustomError("duplicate_key", "{message}", {"message": str(error)}) from None
     except (ValueError, RecursionError):
         raise PydanticCustomError("json", "must be a JSON object in a string") from None
 
@@ -84,7 +86,7 @@ class CreateParams(TrainerRequest):
     """The chat, as parameters of the Responses API."""
 
     input: Annotated[
-        Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], Tag(MESSAGES)],
+        Annotated[UnicodeText, Tag(STRING)] | Annotated[list[InputMessage], IN_PIECES, Tag(MESSAGES)],
         by_type({STRING: str, MESSAGES: list}, "input_kind", "must be a string or a list of messages"),
     ]
     instructions: UnicodeText | None = None
@@ -113,8 +115,8 @@ class OutputText(TrainerRequest):
 class _WithIds(TrainerRequest):
     """The token ids of a call of the policy, on the last item of its output; both or none of them count."""
 
-    prompt_token_ids: list[_TokenId] | None = None
-    generation_token_ids: list[_TokenId] | None = None
+    prompt_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] | None = None
+    generation_token_ids: Annotated[list[_TokenId], Field(fail_fast=True)] | None = None
 
     @property
     def ids(self) -> tuple[TokenIds, TokenIds] | None:
@@ -134,7 +136,7 @@ class OutputMessage(_WithIds):
     """The policy's message."""
 
     type: Literal["message"]
-    content: list[OutputText]
+    content: Annotated[list[OutputText], IN_PIECES]
 
 
 def _kind_of_item(value: object) -> str:
@@ -162,7 +164,7 @@ def _num_calls(output: Sequence[_WithIds]) -> int:
 class PolicyResponse(TrainerRequest):
     """The policy's response, in the form of the Responses API. No message is an empty completion."""
 
-    output: Annotated[list[OutputItem], AfterValidator(_check_single)]
+    output: Annotated[list[OutputItem], IN_PIECES, AfterValidator(_check_single)]
 
     @property
     def text(self) -> str:

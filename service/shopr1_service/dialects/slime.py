@@ -12,6 +12,7 @@ from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, RolloutReader, TextOrMessages, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.state import AppState
 
 DIALECT = Dialect("slime", timeout_s=110.0)
@@ -20,7 +21,7 @@ DIALECT = Dialect("slime", timeout_s=110.0)
 _OPTIONS = PromptOptions(add_special_tokens=False, continue_final_message=False)
 """slime adds a generation prompt to all messages, and tokenises text without special tokens."""
 
-router = APIRouter(prefix="/dialects/slime", tags=[TAG])
+router = APIRouter(prefix="/dialects/slime", tags=[TAG], route_class=JsonRoute)
 
 
 class RemoteRm(TrainerRequest):

@@ -155,6 +155,7 @@ INFO: dict[str, Any] = {
         "max_groups": 1024,
         "max_completions_per_group": 256,
         "max_request_tokens": 4194304,
+        "max_text_chars": 1048576,
     },
     "default_recipe": _RECIPE_REF,
     "recipes": [_RECIPE_REF],

@@ -8,18 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from shopr1_client.errors import FieldError, TooLargeError
-from shopr1_client.wire import Completion, Group, Limits, ScoreRequest, Text, TokenIds
+from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds
 from shopr1_client.wire_base import is_unicode
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
 from shopr1_rewards import Action, GroundTruthError, Judgement, Recipe, judge, read_ground_truth
 from shopr1_rewards.format_error import FormatError, FormatFailure
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.core import (
     CodecError,
     PreparedGroup,
     PreparedRollout,
     Tokens,
 )
-from shopr1_service.field_errors import raise_if_any
+from shopr1_service.field_errors import field_problem, raise_if_any
 from shopr1_service.policy.prompts.tokenizer import Codec
 
 _NO_TOKENS = Tokens("", (), ())
@@ -43,7 +44,7 @@ class _Preparation:
         rollouts = [
             self._rollout(tokens, truth, f"{path}.completions[{j}]")
             for j, tokens in enumerate(given)
-            if truth is not None
+            if truth is not None and tokens is not None
         ]
         is_needed = self.wants_ids or any(rollout.measured for rollout in rollouts)
         warnings = list(_end_warnings(rollouts))
@@ -79,12 +80,18 @@ class _Preparation:
             return ()
         return self._within_embedding(ids, path)
 
-    def _given(self, completion: Completion, path: str) -> Tokens | str:
-        if isinstance(completion, TokenIds):
+    def _given(self, completion: Completion, path: str) -> Tokens | str | None:
+        checkpoint()
+        if not isinstance(completion, TokenIds):
+            return completion.text if isinstance(completion, Text) else completion
+        try:
             return self.codec.decode(self._checked(completion, path))
-        return completion.text if isinstance(completion, Text) else completion
+        except CodecError as error:
+            self._refuse(f"{path}.token_ids", str(error))
+            return None
 
     def _rollout(self, given: Tokens | str, truth: Action, path: str) -> PreparedRollout:
+        checkpoint()
         text = given if isinstance(given, str) else given.text
         judgement = judge(text, truth, self.recipe, self.codec.end_tokens)
         span = judgement.certainty_span
@@ -150,8 +157,9 @@ def prepare(
     Raises:
         TooLargeError: the request exceeds a limit.
         InvalidRequestError: names every bad field.
+        StoppedError: nobody waits for the result any more.
     """
-    _check_counts(request, limits)
+    check_size(request, limits)
     preparation = _Preparation(codec, recipe, request, wants_ids, limits.max_request_tokens)
     for i, group in enumerate(request.groups):
         preparation.add(group, f"groups[{i}]")
@@ -171,9 +179,15 @@ def _end_warnings(rollouts: Sequence[PreparedRollout]) -> Iterator[ScoreWarning]
         yield ScoreWarning(code=WarningCode.UNKNOWN_END_TOKEN, message=message)
 
 
-def _check_counts(request: ScoreRequest, limits: Limits) -> None:
+def check_size(request: ScoreRequest, limits: Limits) -> None:
+    """Refuse a request by its size, before any work on its content.
+
+    Raises:
+        TooLargeError: names the field and the limit.
+    """
     if len(request.groups) > limits.max_groups:
         raise TooLargeError(f"{len(request.groups)} groups, max_groups = {limits.max_groups}")
+    num_ids = 0
     for i, group in enumerate(request.groups):
         num_completions = len(group.completions)
         if num_completions > limits.max_completions_per_group:
@@ -181,3 +195,30 @@ def _check_counts(request: ScoreRequest, limits: Limits) -> None:
                 f"groups[{i}] has {num_completions} completions, "
                 f"max_completions_per_group = {limits.max_completions_per_group}"
             )
+        for path, item in _texts_of(group, f"groups[{i}]"):
+            num_ids += len(item.token_ids) if isinstance(item, TokenIds) else 0
+            if num_ids > limits.max_request_tokens:
+                message = f"the request has more than max_request_tokens = {limits.max_request_tokens}"
+                raise TooLargeError(f"{message}, up to {path}")
+            if (num_chars := _num_chars(item)) > limits.max_text_chars:
+                message = f"has {num_chars} characters, max_text_chars = {limits.max_text_chars}"
+                raise field_problem(TooLargeError, path, f"{path} {message}")
+
+
+def _texts_of(group: Group, path: str) -> Iterator[tuple[str, Prompt | Completion]]:
+    yield f"{path}.prompt", group.prompt
+    for j, completion in enumerate(group.completions):
+        yield f"{path}.completions[{j}]", completion
+
+
+def _num_chars(item: Prompt | Completion) -> int:
+    """Characters of a text; a message of a chat counts as one more."""
+    match item:
+        case str():
+            return len(item)
+        case Text():
+            return len(item.text)
+        case TokenIds():
+            return 0
+        case _:
+            return sum(len(message.role) + len(message.content) + 1 for message in item)

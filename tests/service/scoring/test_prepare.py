@@ -1,5 +1,9 @@
 """Preparing a request: every error at once, limits, and which tokens are needed."""
 
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,7 +11,8 @@ import pytest
 from shopr1_client.errors import InvalidRequestError, TooLargeError
 from shopr1_client.wire import Limits, ScoreRequest
 from shopr1_rewards import load_recipe
-from shopr1_service.core import PreparedGroup
+from shopr1_service.concurrency import in_pool
+from shopr1_service.core import CodecError, PreparedGroup, Tokens
 from shopr1_service.policy.fake import CharacterCodec
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.settings import Settings
@@ -56,12 +61,105 @@ def test_all_errors_of_a_request_are_named() -> None:
         ("max_groups", "2 groups, max_groups = 1"),
         ("max_completions_per_group", r"groups\[0\] has 2 completions, max_completions_per_group = 1"),
         ("max_request_tokens", "more than max_request_tokens = 1"),
+        ("max_text_chars", r"groups\[0\]\.prompt has 4 characters, max_text_chars = 1"),
     ],
 )
 def test_limits(limit: str, message: str) -> None:
     only: dict[str, Any] = {limit: 1}
     with pytest.raises(TooLargeError, match=message):
         prepared(group(answer(), answer()), group(answer()), **only)
+
+
+LONG = "x" * 100
+LONG_CHAT = [{"role": "u", "content": "x" * 48}, {"role": "u", "content": "x" * 48}]  # a message is one more
+
+
+@pytest.mark.parametrize(
+    ("too_long", "field"),
+    [
+        (group(answer(), prompt=LONG + "x"), "prompt"),
+        (group(answer(), prompt=[*LONG_CHAT, {"role": "u", "content": ""}]), "prompt"),
+        (group("", LONG + "x"), "completions[1]"),
+        (group({"text": LONG + "x"}), "completions[0]"),
+    ],
+)
+def test_a_text_that_is_too_long_is_named(too_long: Any, field: str) -> None:
+    with pytest.raises(TooLargeError, match="characters, max_text_chars = 100") as caught:
+        prepared(group(LONG), too_long, max_text_chars=100)
+    assert [error["location"] for error in caught.value.errors] == [f"groups[1].{field}"]
+
+
+@pytest.mark.parametrize("longest", [group(LONG, prompt=LONG), group({"text": LONG}, prompt=LONG_CHAT)])
+def test_a_text_may_be_as_long_as_the_limit(longest: Any) -> None:
+    prepared(longest, max_text_chars=100)
+
+
+class NoCodec(CharacterCodec):
+    """A codec that must not be used."""
+
+    def decode(self, ids: Sequence[int]) -> Tokens:
+        raise AssertionError
+
+    def encode_text(self, text: str) -> Tokens:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "too_long",
+    [
+        [group({"token_ids": [1] * 5}, {"token_ids": [1] * 6})],
+        [group({"token_ids": [1] * 5}, prompt={"token_ids": [1] * 6})],
+        [group(answer()), group({"token_ids": [1] * 11})],
+        [group(answer(rationale=LONG * 10))],
+    ],
+)
+def test_nothing_is_done_for_a_request_beyond_the_limits(too_long: Any) -> None:
+    limits = Settings().limits.model_copy(update={"max_request_tokens": 10, "max_text_chars": 1000})
+    request = ScoreRequest.model_validate({"groups": too_long})
+    with pytest.raises(TooLargeError):
+        prepare(request, RECIPE, NoCodec(), limits, wants_ids=True)
+
+
+def test_ids_that_cannot_be_decoded_are_named() -> None:
+    class Refusing(CharacterCodec):
+        def decode(self, ids: Sequence[int]) -> Tokens:
+            raise CodecError("too many")
+
+    request = ScoreRequest.model_validate({"groups": [group(answer(), {"token_ids": [1]})]})
+    with pytest.raises(InvalidRequestError) as caught:
+        prepare(request, RECIPE, Refusing(), Settings().limits, wants_ids=False)
+    assert caught.value.errors == [{"location": "groups[0].completions[1].token_ids", "message": "too many"}]
+
+
+@pytest.mark.anyio
+async def test_preparing_ends_when_nobody_waits_for_it() -> None:
+    started, cancelled, ended = threading.Event(), threading.Event(), threading.Event()
+    texts: list[str] = []
+
+    class Slow(CharacterCodec):
+        def encode_text(self, text: str) -> Tokens:
+            texts.append(text)
+            started.set()
+            assert cancelled.wait(60)
+            return super().encode_text(text)
+
+    request = ScoreRequest.model_validate({"groups": [group(*[answer()] * 9)]})
+
+    def work() -> None:
+        try:
+            prepare(request, RECIPE, Slow(), Settings().limits, wants_ids=False)
+        finally:
+            ended.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        task = asyncio.ensure_future(in_pool(pool, work))
+        await asyncio.to_thread(started.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled.set()
+        assert await asyncio.to_thread(ended.wait, 60)
+    assert len(texts) == 1
 
 
 # --- options of prompts, and warnings -----------------------------------------------------------------

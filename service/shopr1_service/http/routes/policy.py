@@ -24,12 +24,13 @@ from shopr1_client.wire_policy import (
 )
 from shopr1_service.http import examples
 from shopr1_service.http.deadline import ClientDisconnectedError
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.problem_responses import CHANGE_PROBLEMS, problem_responses
 from shopr1_service.http.state import AppState
 
 TAG = "policy"
-router = APIRouter(tags=[TAG])
-stream_router = APIRouter(tags=[TAG])
+router = APIRouter(tags=[TAG], route_class=JsonRoute)
+stream_router = APIRouter(tags=[TAG], route_class=JsonRoute)
 """Routes with bodies of any size: they are streamed; their header bounds them."""
 
 Version = Annotated[VersionName, Query(description="The version's name, as it appears in every response.")]

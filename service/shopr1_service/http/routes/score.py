@@ -7,11 +7,12 @@ from fastapi import APIRouter, Body, Header, Request
 from shopr1_client.errors import PolicyVersionError
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.http import examples
+from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.problem_responses import SCORING, problem_responses
 from shopr1_service.http.scoring import score_request
 from shopr1_service.http.state import AppState
 
-router = APIRouter(tags=["score"])
+router = APIRouter(tags=["score"], route_class=JsonRoute)
 
 _TIMEOUT = Header(
     alias="X-Request-Timeout",
@@ -39,4 +40,4 @@ async def score(
     A completion that is not valid JSON is scored 0, with the reason. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
-    return await score_request(body, request, state, timeout_s)
+    return (await score_request(body, request, state, timeout_s)).response

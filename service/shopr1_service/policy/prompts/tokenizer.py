@@ -12,6 +12,7 @@ cases):
   character. Unigram gives all bytes of a run of unknown characters the whole run. Word-piece offsets leave
   out the space that decoding gives to the next word. They are used only where the tokenizer normalises the
   text, so that it cannot be decoded.
+- `Tokenizer.decode` and `Tokenizer.encode` hold the GIL; their batch methods release it.
 - `DecodeStream` reports a character when its last byte arrives, and does not say which token has which part
   of that text. It reports nothing for an incomplete last character, raises for bytes that are no character
   (byte fallback), and takes quadratic time for a long run of them.
@@ -26,13 +27,18 @@ from transformers import PreTrainedTokenizerBase
 from shopr1_client.wire import Message
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
 from shopr1_rewards.completion import strip_end
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.core import CodecError, Tokens
+from shopr1_service.policy.prompts.byte_runs import REPLACEMENT, ByteVocabulary, run_offsets
 from shopr1_service.policy.prompts.chat import DEFAULTS, ChatRenderer, Warn, ignore
 from shopr1_service.policy.prompts.end_tokens import special_texts
 
-_REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to it
 _MAX_WINDOW = 8
 """Tokens after which incomplete bytes are taken as broken: UTF-8 needs 4 bytes at most."""
+_MAX_PREFIXES = 4096
+"""Tokens of which every prefix may be decoded, which takes quadratic time and memory."""
+_SHORT = 256
+"""Tokens or characters that the library may convert without releasing the GIL, which has a price too."""
 
 
 class Codec(Protocol):
@@ -78,7 +84,11 @@ class Codec(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> Tokens:
-        """The text and offsets of ids. Special tokens are part of the text."""
+        """The text and offsets of ids. Special tokens are part of the text.
+
+        Raises:
+            CodecError: too many ids of a decoder whose offsets take quadratic time.
+        """
         ...
 
 
@@ -110,6 +120,7 @@ class PolicyTokenizer:
         self._context = self._backend.encode("a", add_special_tokens=False).ids
         self._context_text = self._decode(self._context)
         self._texts_inside: dict[int, str | None] = {}
+        self._bytes = ByteVocabulary(self._backend)
         self.num_ids = num_ids
         ends = (*(self._decode([token_id]) for token_id in end_ids), *end_texts)
         self.end_tokens = tuple(dict.fromkeys(ends))
@@ -122,11 +133,11 @@ class PolicyTokenizer:
         if decoded.text == text:
             return decoded
         # The tokenizer normalises the text: only the library knows the characters.
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=False)
         return Tokens(text, encoding.ids, encoding.offsets)
 
     def encode_ids(self, text: str) -> Sequence[int]:
-        # The library's only call that computes no offsets and releases the GIL.
+        # The library's only call that computes no offsets.
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)
         ids: Sequence[int] = encoding.ids
         return ids
@@ -137,7 +148,8 @@ class PolicyTokenizer:
         ids = self.encode_ids(text)
         has_bos = self._bos is None or list(ids[:1]) == [self._bos]
         if options.add_special_tokens:
-            with_special: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=True)
+            with_special: list[int] = encoding.ids
             return with_special[1:] if has_bos and with_special[:2] == [self._bos] * 2 else with_special
         if options.add_special_tokens is None and not has_bos:
             warn(_no_bos(self._decode([self._bos or 0])))
@@ -155,10 +167,15 @@ class PolicyTokenizer:
     def decode(self, ids: Sequence[int]) -> Tokens:
         ids = list(ids)
         text = self._decode(ids)
-        for only_windows in (False, True):
-            tokens = self._offsets_by_windows(ids, only_windows=only_windows)
+        for find_offsets in (self._offsets_by_windows, self._offsets_by_windows_only, self._offsets_by_runs):
+            tokens = find_offsets(ids)
             if tokens is not None and tokens.text == text:
                 return tokens
+        if len(ids) > _MAX_PREFIXES:
+            raise CodecError(
+                f"{len(ids)} token ids of a decoder that takes quadratic time to tell their characters; "
+                f"at most {_MAX_PREFIXES}: send the text instead"
+            )
         return self._offsets_by_prefixes(ids, text)
 
     def _bos_of(self, bos_id: int | None) -> int | None:
@@ -167,9 +184,15 @@ class PolicyTokenizer:
         return bos_id if bos_id is not None and ids[:1] == [bos_id] else None
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._backend.decode(ids, skip_special_tokens=False))
+        if len(ids) <= _SHORT:
+            return str(self._backend.decode(ids, skip_special_tokens=False))
+        [text] = self._backend.decode_batch([ids], skip_special_tokens=False)
+        return str(text)
 
-    def _offsets_by_windows(self, ids: list[int], *, only_windows: bool) -> Tokens | None:
+    def _offsets_by_windows_only(self, ids: list[int]) -> Tokens | None:
+        return self._offsets_by_windows(ids, only_windows=True)
+
+    def _offsets_by_windows(self, ids: list[int], *, only_windows: bool = False) -> Tokens | None:
         """Offsets in linear time: decode windows that end where the bytes are whole characters.
 
         A window begins with the tokens of the window before, because some decoders treat the first token
@@ -179,32 +202,69 @@ class PolicyTokenizer:
         Args:
             only_windows: use a window for every token.
         """
-        text, offsets = "", list[tuple[int, int]]()
+        texts, num_chars, offsets = list[str](), 0, list[tuple[int, int]]()
         context = 0  # first id of the window; ids[context:done] have their offsets already
         done = 0
         for end in range(1, len(ids) + 1):
+            checkpoint()
             piece = self._text_inside(ids[done]) if 0 < done == end - 1 and not only_windows else None
             if piece is not None:
-                offsets.append((len(text), len(text) + len(piece)))
-                text += piece
+                offsets.append((num_chars, num_chars + len(piece)))
+                texts.append(piece)
+                num_chars += len(piece)
                 context, done = done, end
                 continue
             before = self._decode(ids[context:done])
             window = self._decode(ids[context:end])
-            if window.endswith(_REPLACEMENT) and end < len(ids) and end - done < _MAX_WINDOW:
+            if window.endswith(REPLACEMENT) and end < len(ids) and end - done < _MAX_WINDOW:
                 continue
             if not window.startswith(before):
                 return None
             prefixes = [self._decode(ids[context:k]) for k in range(done + 1, end)]
             placed = _place(window, before, [*prefixes, window], self._texts_alone(ids[done:end]))
-            offsets += [(len(text) + a - len(before), len(text) + b - len(before)) for a, b in placed]
-            text += window[len(before) :]
+            shift = num_chars - len(before)
+            offsets += [(shift + first, shift + last) for first, last in placed]
+            texts.append(window[len(before) :])
+            num_chars += len(texts[-1])
             context, done = done, end
-        return Tokens(text, ids, offsets)
+        return Tokens("".join(texts), ids, offsets)
+
+    def _offsets_by_runs(self, ids: list[int]) -> Tokens | None:
+        """Offsets in linear time: from the bytes of each run of tokens that are no whole characters.
+
+        Whole characters before and after a run do not change what it decodes to.
+        """
+        texts, num_chars, offsets = list[str](), 0, list[tuple[int, int]]()
+        context = start = 0  # some decoders treat the first text differently: ids[context:start] has one
+        while start < len(ids):
+            checkpoint()
+            end = next((k for k in range(start, len(ids)) if not self._is_partial(ids[k])), len(ids))
+            end = max(end, start + 1)
+            before = self._decode(ids[context:start])
+            text = self._decode(ids[context:end])[len(before) :]
+            context = start if text else context
+            spans = [(0, len(text))]
+            if end > start + 1 or self._is_partial(ids[start]):
+                found = run_offsets([self._bytes.bytes_of(token_id) for token_id in ids[start:end]], text)
+                if found is None:
+                    return None
+                spans = found
+            offsets += [(num_chars + first, num_chars + last) for first, last in spans]
+            texts.append(text)
+            num_chars += len(text)
+            start = end
+        return Tokens("".join(texts), ids, offsets)
+
+    def _is_partial(self, token_id: int) -> bool:
+        # Bytes before and after a token without text are joined.
+        return not self._text_inside(token_id) or self._bytes.is_byte(token_id)
 
     def _offsets_by_prefixes(self, ids: list[int], text: str) -> Tokens:
         """Offsets from decoding every prefix: right for any decoder, in quadratic time."""
-        prefixes = [self._decode(ids[:end]) for end in range(1, len(ids) + 1)]
+        prefixes = []
+        for end in range(1, len(ids) + 1):
+            checkpoint()
+            prefixes.append(self._decode(ids[:end]))
         return Tokens(text, ids, _place(text, "", prefixes, self._texts_alone(ids)))
 
     def _text_inside(self, token_id: int) -> str | None:
@@ -213,7 +273,7 @@ class PolicyTokenizer:
             text = self._decode([*self._context, token_id])
             piece = text[len(self._context_text) :]
             is_after = bool(self._context_text) and text.startswith(self._context_text)
-            self._texts_inside[token_id] = piece if is_after and _REPLACEMENT not in piece else None
+            self._texts_inside[token_id] = piece if is_after and REPLACEMENT not in piece else None
         return self._texts_inside[token_id]
 
     def _texts_alone(self, ids: list[int]) -> list[str]:
@@ -252,8 +312,8 @@ def _place(text: str, before: str, prefixes: Sequence[str], alone: Sequence[str]
 
 def _is_joined(text: str, start: int, end: int, former: str, prefix: str, piece: str) -> bool:
     """Whether a token has bytes of the character before `start`, which an earlier token has begun."""
-    if not start or _REPLACEMENT not in (former[-1:], prefix[-1:]):
+    if not start or REPLACEMENT not in (former[-1:], prefix[-1:]):
         return False
     completes_it = former[start - 1 : start] != text[start - 1]
-    adds_less_than_alone = former.endswith(_REPLACEMENT) and len(prefix) < len(former) + len(piece)
+    adds_less_than_alone = former.endswith(REPLACEMENT) and len(prefix) < len(former) + len(piece)
     return end <= start or completes_it or adds_less_than_alone

@@ -23,6 +23,7 @@ async def test_info(tmp_path: Path) -> None:
         "max_groups": 3,
         "max_completions_per_group": 4,
         "max_request_tokens": 1000,
+        "max_text_chars": 2000,
     }
     async with running(FakePolicy(max_sequence_tokens=77), recipe=mine, **limits) as client:
         response = await client.get("/info")

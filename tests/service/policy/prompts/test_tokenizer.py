@@ -216,10 +216,27 @@ def test_a_broken_character_belongs_to_the_tokens_that_have_its_bytes(ids: list[
 @given(texts)
 def test_windows_are_enough_for_text(text: str) -> None:
     codec, ids = CODECS["byte_level"], ids_of(TOKENIZERS["byte_level"], text)
-    for only_windows in (False, True):
-        assert codec._offsets_by_windows(ids, only_windows=only_windows) == codec._offsets_by_prefixes(
-            ids, text
-        )
+    expected = codec._offsets_by_prefixes(ids, text)
+    assert codec._offsets_by_windows(ids) == expected
+    assert codec._offsets_by_windows(ids, only_windows=True) == expected
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@settings(max_examples=300)
+@given(text=texts)
+@example(text="茶" * 20)
+def test_bytes_give_the_same_offsets_as_prefixes(name: str, text: str) -> None:
+    ids = spelling(name, b"t", *(bytes([byte]) for byte in text.encode()), b"t")
+    assert CODECS[name]._offsets_by_runs(ids) == CODECS[name]._offsets_by_prefixes(ids, f"t{text}t")
+
+
+@EVERY_KIND
+@settings(max_examples=300)
+@given(ids=any_ids.map(lambda ids: ids * 3))
+def test_bytes_give_the_whole_text_of_any_ids(name: str, ids: list[int]) -> None:
+    found = CODECS[name]._offsets_by_runs(ids)
+    assert found is not None
+    assert found.text == TOKENIZERS[name].backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +293,51 @@ def test_decoding_is_linear_in_the_tokens(name: str, text: str) -> None:
     ids = ids_of(tokenizer, text * 100)
     CountingCodec(tokenizer, NUM_ROWS, []).decode(ids)
     assert CountingCodec.num_decoded < 50 * len(ids)
+
+
+PARTIAL = {
+    "first bytes": [b"\xe8"],
+    "later bytes": [b"\x8c"],
+    "two of three": [b"\xe8", b"\x8c"],
+    "three of four": [b"\xf0", b"\x9f", b"\x98"],
+    "surrogates": [b"\xed", b"\xa0", b"\x80"],
+    "broken and whole": [b"\xf0", b"\x9f", b"\xe8", b"\x8c", b"\xb6", b"\xff"],
+    "whole, and broken at the end of each": [*(bytes([byte]) for byte in "茶".encode() * 9), b"\xc3"],
+}
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("pieces", PARTIAL.values(), ids=list(PARTIAL))
+def test_decoding_parts_of_characters_is_linear_in_the_tokens(name: str, pieces: list[bytes]) -> None:
+    # Counted like above. With every prefix decoded, twice as many tokens were four times the work.
+    class CountingCodec(PolicyTokenizer):
+        num_decoded = 0
+
+        def _decode(self, ids: list[int]) -> str:
+            self.num_decoded += len(ids)
+            return super()._decode(ids)
+
+    def work(num_tokens: int) -> int:
+        codec = CountingCodec(TOKENIZERS[name], NUM_ROWS, [])
+        run = [*spelling(name, b"t"), *spelling(name, *pieces) * (num_tokens // len(pieces))]
+        before = codec.num_decoded
+        tokens = codec.decode(run)
+        covered = {i for start, end in tokens.offsets for i in range(start, end)}
+        assert covered == set(range(len(tokens.text)))
+        return codec.num_decoded - before
+
+    short, long = work(3000), work(6000)
+    assert long <= 2.2 * short
+    assert long < 60 * 6000
+
+
+def test_a_decoder_that_takes_quadratic_time_is_refused_long_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = PolicyTokenizer(word_piece(), NUM_ROWS, [])
+    monkeypatch.setattr(codec, "_offsets_by_windows", lambda ids, **_: None)
+    monkeypatch.setattr(codec, "_offsets_by_runs", lambda ids: None)
+    assert len(codec.decode([1] * 4096).ids) == 4096
+    with pytest.raises(CodecError, match="4097 token ids of a decoder"):
+        codec.decode([1] * 4097)
 
 
 # --- where the library does not follow the rule -----------------------------------------------------
