@@ -194,6 +194,10 @@ class Settings(_Sources):
     max_text_chars: PositiveInt = 2**20
     """Characters of one prompt, with all its messages, or of one completion."""
 
+    max_client_memory_bytes: PositiveInt = 4 * 2**30
+    """Memory for what clients send and make the service keep: requests, kept answers, labels, adapters.
+    Beyond it requests get 429 with `Retry-After`, or 413 if they never fit."""
+
     max_labels: PositiveInt = 1_000_000
     """Capacity of the label store (`PUT /labels`), of all runs; a label takes some hundred bytes."""
 

@@ -57,7 +57,10 @@ class EngineReplica:
         self._name = name
         self._failure: BaseException | None = None
         self._following: asyncio.Task[None] | None = None
-        self._metrics = Metrics(max_queue_tokens=self._settings.max_queue_tokens)
+        self._metrics = Metrics(
+            max_queue_tokens=self._settings.max_queue_tokens,
+            max_client_memory_bytes=self._settings.max_client_memory_bytes,
+        )
         check_paths(self._settings)  # of this machine
         policy = load_policy(self._settings)
         self._engine = UpdatableEngine(policy, self._settings, self._metrics, self._fail)

@@ -6,10 +6,12 @@ The classes, with their statuses and codes, are in `shopr1_client.errors`. Raise
     401, 403                 `middleware/auth.py`
     404, 405                 Starlette's router; the routes for unknown recipes and adapters
     408                      `middleware/body_limits.py`
-    413                      `middleware/body_limits.py`; `scoring/` and `updates/` for their own limits
+    413                      `middleware/body_limits.py`; `scoring/` and `updates/` for their own limits;
+                             `memory/budget.py` for what never fits into it
     409                      `policy/versions.py`, `updates/`
     429                      `scheduling/scheduler.py` when the request queue is full; on Ray
-                             `cluster/remote_engines.py` when every engine's is
+                             `cluster/remote_engines.py` when every engine's is; `memory/budget.py` for what
+                             does not fit into it now
     503                      `state.py` while loading or ending, `scheduling/` when the engine has failed,
                              `middleware/availability.py` at the end and where file descriptors run short
     504                      `deadline.py`
@@ -36,6 +38,7 @@ from shopr1_client.errors import (
     MalformedBodyError,
     MethodNotAllowedError,
     NotFoundError,
+    OverloadedError,
     ProblemError,
     RequestTimeoutError,
     TooLargeError,
@@ -47,6 +50,7 @@ from shopr1_service.http.deadline import ClientDisconnectedError
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-ID"
+RETRY_AFTER_HEADER = "Retry-After"
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that has disconnected. It appears in metrics only: nobody reads the
 response."""
@@ -59,6 +63,7 @@ _BY_STATUS: dict[int, type[ProblemError]] = {
         MethodNotAllowedError,
         RequestTimeoutError,
         TooLargeError,
+        OverloadedError,
     )
 }
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
@@ -103,7 +108,7 @@ def problem_response(
     extend: ExtendProblem = getattr(endpoint, _EXTENSION, lambda _: {})
     headers = headers or {}
     if problem.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
+        headers[RETRY_AFTER_HEADER] = str(math.ceil(problem.retry_after_s))
     return Response(
         orjson.dumps(problem.to_problem(correlation_id.get()) | extend(problem)),
         status_code=problem.status,
