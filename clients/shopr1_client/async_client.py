@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Self, TypeVar, Unpack
 
 import httpx
@@ -13,7 +13,7 @@ from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
 from shopr1_client.connections import RESENDABLE
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.request_splitting import Part, check, merge, relocated
-from shopr1_client.transport import failure, parse
+from shopr1_client.transport import failure, idempotency_headers, parse
 from shopr1_client.updates.plan import Answer, Change, Source, UpdateOptions, plan
 from shopr1_client.updates.updater import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
@@ -40,13 +40,16 @@ class AsyncClient(BaseClient):
     ) -> ScoreResponse:
         """Score any number of groups."""
         async with self._connected() as client:
+            if client._must_learn(request):
+                client._learn(await client._infos())
             try:
                 return await client._score(request, on_progress)
             except TooLargeError:
                 if not client._learn(await client._infos()):
                     raise
-                self._limits = client._limits
                 return await client._score(request, on_progress)
+            finally:
+                self._limits, self._has_learned = client._limits, client._has_learned
 
     async def info(self) -> Info:
         """The service's policy, limits and recipes."""
@@ -126,7 +129,9 @@ class AsyncClient(BaseClient):
 
     async def _score_part(self, part: Part, on_progress: OnProgress) -> ScoreResponse:
         try:
-            answer = await self._try(ScoreResponse, "POST", "/score", part.urls, part.body)
+            answer = await self._try(
+                ScoreResponse, "POST", "/score", part.urls, part.body, idempotency_headers()
+            )
         except ProblemError as error:
             raise relocated(error, part) from None
         check(part, answer)
@@ -134,18 +139,33 @@ class AsyncClient(BaseClient):
         return answer
 
     async def _try(
-        self, model: type[_Model], method: str, path: str, urls: Sequence[str], body: bytes | None = None
+        self,
+        model: type[_Model],
+        method: str,
+        path: str,
+        urls: Sequence[str],
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> _Model:
         retries, servers = self._tries(urls)
         async for attempt in retries:
             with attempt:
-                return await self._send(model, method, next(servers) + path, body)
+                return await self._send(model, method, next(servers) + path, body, headers)
         raise AssertionError("the last attempt raises")
 
-    async def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
+    async def _send(
+        self,
+        model: type[_Model],
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> _Model:
         assert self._http is not None  # see `_connected`
         try:
-            response = await self._http.request(method, url, content=body, extensions={RESENDABLE: True})
+            response = await self._http.request(
+                method, url, content=body, headers=headers, extensions={RESENDABLE: True}
+            )
         except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, Self, TypeVar, Unpack
 
@@ -13,7 +13,7 @@ from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
 from shopr1_client.connections import RESENDABLE
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.request_splitting import Part, check, merge, relocated
-from shopr1_client.transport import failure, parse
+from shopr1_client.transport import failure, idempotency_headers, parse
 from shopr1_client.updates.plan import Answer, Source, UpdateOptions, plan
 from shopr1_client.updates.updater import Updater
 from shopr1_client.wire import Health, Info, ScoreRequest, ScoreResponse
@@ -36,6 +36,8 @@ class Client(BaseClient):
 
     def score(self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None) -> ScoreResponse:
         """Score any number of groups."""
+        if self._must_learn(request):
+            self._learn(self._infos())
         try:
             return self._score(request, on_progress)
         except TooLargeError:
@@ -121,7 +123,9 @@ class Client(BaseClient):
         self, part: Part, on_progress: OnProgress, is_over: Callable[[], bool] = lambda: False
     ) -> ScoreResponse:
         try:
-            answer = self._try(ScoreResponse, "POST", "/score", part.urls, part.body, is_over)
+            answer = self._try(
+                ScoreResponse, "POST", "/score", part.urls, part.body, idempotency_headers(), is_over
+            )
         except ProblemError as error:
             raise relocated(error, part) from None
         check(part, answer)
@@ -136,17 +140,27 @@ class Client(BaseClient):
         path: str,
         urls: Sequence[str],
         body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> _Model:
         retries, servers = self._tries(urls, is_over)
         for attempt in retries:
             with attempt:
-                return self._send(model, method, next(servers) + path, body)
+                return self._send(model, method, next(servers) + path, body, headers)
         raise AssertionError("the last attempt raises")
 
-    def _send(self, model: type[_Model], method: str, url: str, body: bytes | None = None) -> _Model:
+    def _send(
+        self,
+        model: type[_Model],
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> _Model:
         try:
-            response = self._http.request(method, url, content=body, extensions={RESENDABLE: True})
+            response = self._http.request(
+                method, url, content=body, headers=headers, extensions={RESENDABLE: True}
+            )
         except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)

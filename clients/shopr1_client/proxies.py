@@ -4,9 +4,11 @@ On clusters `HTTP_PROXY` is often set, and its proxy does not reach the cluster'
 private hosts are therefore reached directly, unless a proxy is given explicitly.
 """
 
+import contextlib
 import ipaddress
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
@@ -97,14 +99,25 @@ def without_passwords(urls: str) -> str:
 def is_private(host: str) -> bool:
     """Whether a host is one of a private network: by its address, or by a name that public DNS cannot have.
 
-    >>> [is_private(host) for host in ("10.1.2.3", "::1", "reward", "reward.ml.svc", "example.org")]
-    [True, True, True, True, False]
+    >>> [is_private(host) for host in ("10.1.2.3", "127.1", "::1", "reward", "reward.ml.svc", "example.org")]
+    [True, True, True, True, True, False]
     """
+    name = host.lower().rstrip(".")
+    if (address := _address(name)) is not None:
+        return not address.is_global
+    return "." not in name or name.endswith(_PRIVATE_SUFFIXES)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is, in every form that `getaddrinfo` reads; None: it is a name."""
     try:
-        return not ipaddress.ip_address(host).is_global
+        address = ipaddress.ip_address(host)
     except ValueError:
-        name = host.lower().rstrip(".")
-        return "." not in name or name.endswith(_PRIVATE_SUFFIXES)
+        with contextlib.suppress(OSError, ValueError):
+            return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, 0x7f000001, 0177.0.0.1, 2130706433
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def sync_connections(urls: Sequence[str], choice: str | None) -> Connections:

@@ -1,6 +1,7 @@
 """HTTP details that both clients share: headers, timeouts, parsing of answers, errors, retries."""
 
 import re
+import uuid
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from shopr1_client.proxies import NOTE
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+IDEMPOTENCY_HEADER = "Idempotency-Key"
 _CONNECT_TIMEOUT_S = 10.0
 _HEADER_VALUE = re.compile(r"[!-~]([ -~]*[!-~])?")
 _TRANSIENT_STATUSES = frozenset({408, 429, 502, 503, 504})
@@ -50,6 +52,11 @@ def headers(api_key: str | None, timeout_s: float, run: str | None = None) -> di
         "X-Run-ID": run,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def idempotency_headers() -> dict[str, str]:
+    """Headers of all tries of one request: the service counts its rollouts once."""
+    return {IDEMPOTENCY_HEADER: uuid.uuid4().hex}
 
 
 def check_header_value(value: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from shopr1_client.wire import Group, GroupScore, Reason
+from shopr1_client.wire import Group, GroupScore, Reason, ScoreResponse
 from shopr1_client.wire_policy import VersionDemand, VersionInfo
 from shopr1_client.wire_prompt import ScoreWarning
 from shopr1_rewards import Action, Judgement, Recipe, Span
@@ -275,13 +275,45 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class RolloutFacts:
+    """Facts about a scored completion that its reward does not have.
+
+    Attributes:
+        repetition_ratio: `repetition_ratio` of its measured tokens.
+        unknown_end: the special token at its end that alone makes its format invalid, or None.
+        decoded: its text, if it was sent as token ids.
+    """
+
+    repetition_ratio: float = 0.0
+    unknown_end: str | None = None
+    decoded: str | None = None
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """Facts about a scored group that its score does not have. `truth` is the human's action."""
+
+    truth: Action
+    rollouts: Sequence[RolloutFacts]
+
+
+@dataclass(frozen=True)
+class ScoredRequest:
+    """A response, and the facts that observers get with it. Without prompts and tokens: some are kept."""
+
+    response: ScoreResponse
+    recipe: Recipe
+    facts: Sequence[GroupFacts]
+
+
+@dataclass(frozen=True)
 class ScoredGroup:
-    """A group as it was sent, as it was prepared, and its score."""
+    """A group as it was sent, and its score."""
 
     origin: Origin
     recipe: Recipe
     group: Group
-    prepared: PreparedGroup
+    facts: GroupFacts
     score: GroupScore
 
 

@@ -18,7 +18,8 @@ from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.problem_responses import problem_responses
-from shopr1_service.http.state import AppState
+from shopr1_service.http.state import AppState, State
+from shopr1_service.monitoring.logs import current_run
 from shopr1_service.scoring.label_store import ContradictionError, Label
 from shopr1_service.scoring.recipe_book import RecipeBook
 
@@ -53,7 +54,7 @@ class Labels(RequestModel):
 
 
 class LabelCount(BaseModel):
-    """Size of the label store."""
+    """Number of a run's labels."""
 
     num_labels: int
 
@@ -64,19 +65,20 @@ class LabelCount(BaseModel):
 async def put_labels(
     body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState
 ) -> LabelCount:
-    """Adds ground truths; one for a prompt that is registered already replaces the old one.
+    """Adds ground truths of the request's run; one for a prompt that is registered replaces the old one.
 
+    Rollouts find the labels of their own run only, and requests without a run those of requests without one.
     Each ground truth is checked against its recipe, and all are registered or none. Two different ones for a
     prompt in one request are refused. They are kept in memory: register them again after a restart.
     """
     labels = _checked(body, state.recipes)
     try:
-        num_changed = state.labels.put(labels)
+        num_changed = state.labels.put(current_run.get(), labels)
     except ContradictionError as error:
         raise InvalidRequestError(summary(errors := _contradiction(labels, error)), errors=errors) from None
     if num_changed:
         logger.warning("%d prompts that had a label before now have a different one", num_changed)
-    return LabelCount(num_labels=len(state.labels))
+    return _count(state)
 
 
 @router.get(
@@ -86,20 +88,24 @@ async def put_labels(
     responses=problem_responses(InternalError),
 )
 async def get_labels(state: AppState) -> LabelCount:
-    """How many prompts have a registered ground truth."""
-    return LabelCount(num_labels=len(state.labels))
+    """How many prompts have a registered ground truth in the request's run."""
+    return _count(state)
 
 
 @router.delete(
     "/labels",
     operation_id="deleteLabels",
-    summary="Forget all registered ground truths",
+    summary="Forget the registered ground truths of a run",
     responses=problem_responses(InternalError),
 )
 async def delete_labels(state: AppState) -> LabelCount:
-    """Removes all of them."""
-    state.labels.clear()
-    return LabelCount(num_labels=len(state.labels))
+    """Removes all of the request's run."""
+    state.labels.clear(current_run.get())
+    return _count(state)
+
+
+def _count(state: State) -> LabelCount:
+    return LabelCount(num_labels=state.labels.num_labels(current_run.get()))
 
 
 def _checked(body: Labels, recipes: RecipeBook) -> list[tuple[Prompt, Label]]:

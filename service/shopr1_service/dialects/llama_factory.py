@@ -11,10 +11,11 @@ from pydantic import BaseModel, Field
 
 from shopr1_client.wire_base import IN_PIECES, UnicodeText
 from shopr1_service.dialects import examples
-from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest
+from shopr1_service.dialects.requests import Paths, Rollout, RolloutReader, TrainerRequest, run_name
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
 from shopr1_service.http.json_body import JsonRoute
 from shopr1_service.http.state import AppState, State
+from shopr1_service.monitoring.logs import current_run
 
 DIALECT = Dialect("llama_factory", timeout_s=None)
 """LLaMA-Factory waits without limit: the service's own deadline is the only one."""
@@ -53,7 +54,7 @@ async def score_evaluation(
 ) -> ScoreEvaluationAnswer:
     """Rewards of rollouts, for `reward_model_type: api`.
 
-    The prompt is the longest registered one (`PUT /labels`) that a text begins with; the rest is the
+    The prompt is the longest one of the run (`PUT /labels`) that a text begins with; the rest is the
     completion. A rollout that cannot be scored makes the whole answer a problem, `unscorable`, unless the
     service's `llama_factory_unscorable` names a number for it.
     """
@@ -69,11 +70,12 @@ async def score_evaluation(
 
 def _rollouts(body: ScoreEvaluation, state: State) -> list[Rollout]:
     reader = RolloutReader(state)
+    run = current_run.get()
     for i, text in enumerate(body.messages):
         path = f"messages[{i}]"
-        found = state.labels.split(text)
+        found = state.labels.split(run, text)
         if found is None:
-            reader.add_error(path, "begins with no registered prompt (PUT /labels)")
+            reader.add_error(path, f"begins with no prompt that {run_name(run)} has registered (PUT /labels)")
         else:
             reader.rollouts.append(Rollout(*found, Paths(path, path, path)))
     return reader.finish()

@@ -13,6 +13,7 @@ from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.state import State
+from shopr1_service.monitoring.logs import current_run
 from shopr1_service.scoring.label_store import Label
 
 Prompt = str | list[Message]
@@ -32,6 +33,11 @@ TextOrMessages = Annotated[
     by_type({STRING: str, MESSAGES: list}, "prompt_kind", "must be a string or a list of messages"),
 ]
 """A prompt: a string is used as it is, messages go through the policy's chat template."""
+
+
+def run_name(run: str) -> str:
+    """A run in a message about labels: each has its own."""
+    return f"run {run!r}" if run else "the run without an id"
 
 
 class Paths(NamedTuple):
@@ -91,9 +97,10 @@ class RolloutReader:
 
     def _label(self, label: object, prompt: Prompt, path: str) -> Label | None:
         if is_missing(label):
-            found = self.state.labels.get(prompt)
+            run = current_run.get()
+            found = self.state.labels.get(run, prompt)
             if found is None:
-                self.add_error(path, "no label, and none is registered for the prompt (PUT /labels)")
+                self.add_error(path, f"no label, and {run_name(run)} has none for the prompt (PUT /labels)")
             return found
         try:
             return parse_label(label, self.state.recipes)

@@ -71,12 +71,12 @@ async def score_rollouts(
         UnscorableError: a rollout has no reward, and no number replaces it.
         ProblemError: as `score_request` raises it, with the paths of the trainer's request.
     """
-    rewards = await _rewards(rollouts, dialect, request, state)
+    rewards, is_counted = await _rewards(rollouts, dialect, request, state)
     if unscorable == "error":
         _raise_if_unscorable(rewards, rollouts)
         unscorable = 0.0  # not used: every rollout has a reward
     for reward in rewards:
-        if reward.reason is not None:
+        if is_counted and reward.reason is not None:
             state.metrics.record_fallback(dialect.name, reward.reason)
     return [
         TrainerResult(
@@ -91,12 +91,14 @@ async def score_rollouts(
 
 async def _rewards(
     rollouts: Sequence[Rollout], dialect: Dialect, request: Request, state: State
-) -> list[Reward]:
+) -> tuple[list[Reward], bool]:
+    """Rewards in the order of the rollouts, and whether they were counted."""
     grouping = Grouping(rollouts)
     recipe = rollouts[0].label.recipe if rollouts else None
     body = ScoreRequest(recipe=recipe, groups=grouping.groups)
     try:
-        return grouping.in_order(await score_request(body, request, state, dialect.timeout_s))
+        response, is_counted = await score_request(body, request, state, dialect.timeout_s)
+        return grouping.in_order(response), is_counted
     except InvalidRequestError as error:
         raise_if_any(_in_trainer_paths(error, grouping.indices, rollouts))
         raise

@@ -35,10 +35,10 @@ async def run_until_deadline(
     tasks: set[asyncio.Future[Any]] = {task, disconnect, end}
     try:
         await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if disconnect.done():  # even with a result: nobody receives it
+            raise ClientDisconnectedError
         if task.done():
             return task.result()
-        if disconnect.done():
-            raise ClientDisconnectedError
         if end.done():
             raise NotReadyError("the service is shutting down; not scored", retry_after_s=RETRY_AFTER_S)
         raise DeadlineExceededError(f"not scored within {timeout_s:g} s; what was still queued is dropped")
@@ -47,6 +47,8 @@ async def run_until_deadline(
         for each in tasks:
             each.cancel()
         await asyncio.wait(tasks)
+        if not task.cancelled():
+            task.exception()  # read, or asyncio warns where it was not raised
 
 
 async def _wait_for_disconnect(request: Request) -> None:

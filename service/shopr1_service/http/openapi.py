@@ -9,10 +9,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from shopr1_client.errors import DeadlineExceededError
+from shopr1_client.transport import IDEMPOTENCY_HEADER
 from shopr1_client.wire import Problem
 from shopr1_service.http.middleware.auth import OPEN_PATHS
 from shopr1_service.http.middleware.run_id import RUN_HEADER
 from shopr1_service.http.problem_responses import SCHEMA_REF
+from shopr1_service.http.request_keys import IDEMPOTENCY_PATTERN
 
 TAGS = [
     {"name": "score", "description": "The reward."},
@@ -38,6 +40,8 @@ SECURITY_SCHEMES = {
     },
 }
 
+LABELS_PATH = "/labels"
+
 METRICS_CONTENT: dict[str, Any] = {
     "description": "Metrics in Prometheus text format.",
     "content": {
@@ -52,10 +56,21 @@ RUN_PARAMETER: dict[str, Any] = {
     "name": RUN_HEADER,
     "in": "header",
     "required": False,
-    "description": "The training run that the request belongs to: metrics and logs distinguish runs. "
+    "description": "The training run that the request belongs to: metrics, logs and labels distinguish runs. "
     "For clients that cannot send headers, `/run/<id>` before any path does the same.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{0,64}$"},
     "example": "grpo-7",
+}
+
+KEY_PARAMETER: dict[str, Any] = {
+    "name": IDEMPOTENCY_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "A key of this request, such as a UUID, the same at every try: its rollouts count once. "
+    "Without it, an `X-Request-ID` of the client serves. Requests without either are different samples, even "
+    "with the same content.",
+    "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_PATTERN}$"},
+    "example": "5f0c1d5e7d0a4c3f9b1f8e2a6c7d4b90",
 }
 
 
@@ -78,7 +93,7 @@ def build_document(app: FastAPI, answers: Mapping[str, Any]) -> dict[str, Any]:
                 operation["security"] = []
             _drop_default_validation_error(operation)
             _add_example(operation, answers)
-            _add_run(operation)
+            _add_headers(path, operation)
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
     return document
@@ -103,10 +118,13 @@ def _add_example(operation: dict[str, Any], answers: Mapping[str, Any]) -> None:
         operation["responses"]["200"]["content"]["application/json"]["example"] = example
 
 
-def _add_run(operation: dict[str, Any]) -> None:
-    """Add the run header, which middleware reads, to the routes that score: those that can be late."""
-    if str(DeadlineExceededError.status) in operation["responses"]:
-        operation.setdefault("parameters", []).append(deepcopy(RUN_PARAMETER))
+def _add_headers(path: str, operation: dict[str, Any]) -> None:
+    """Add the headers of the routes that score, which are those that can be late, and of the label store."""
+    is_scoring = str(DeadlineExceededError.status) in operation["responses"]
+    added = [RUN_PARAMETER] if is_scoring or path == LABELS_PATH else []
+    added += [KEY_PARAMETER] if is_scoring else []
+    if added:
+        operation.setdefault("parameters", []).extend(deepcopy(added))
 
 
 def to_yaml(document: dict[str, Any]) -> str:

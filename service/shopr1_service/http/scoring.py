@@ -1,25 +1,36 @@
 """Scores a request: the common part of every route that scores."""
 
-import hashlib
-import json
 from functools import partial
+from typing import NamedTuple
 
 from asgi_correlation_id import correlation_id
 from fastapi import Request
 
-from shopr1_client.errors import MalformedBodyError
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.core import Origin
 from shopr1_service.http.deadline import run_until_deadline
+from shopr1_service.http.middleware.body_limits import MEMORY
 from shopr1_service.http.middleware.request_recorder import SIZES
+from shopr1_service.http.request_keys import content_key, own_key
 from shopr1_service.http.state import State
+from shopr1_service.memory.budget import Hold
+from shopr1_service.memory.sizes import request_bytes
 from shopr1_service.monitoring.logs import current_run
+
+
+class Answer(NamedTuple):
+    """The response to a request, and whether it was counted: False if an earlier try of it was."""
+
+    response: ScoreResponse
+    is_counted: bool
 
 
 async def score_request(
     body: ScoreRequest, request: Request, state: State, timeout_s: float | None = None
-) -> ScoreResponse:
+) -> Answer:
     """Score a request until its deadline, or until its client disconnects.
+
+    Its rollouts are counted when there is a response and a client to receive it.
 
     Args:
         timeout_s: seconds that the client waits; at most, and by default, `request_timeout_s`.
@@ -32,22 +43,22 @@ async def score_request(
     request.scope[SIZES] = {"num_groups": len(body.groups), "num_rollouts": num_rollouts}
     longest_s = state.settings.request_timeout_s
     origin = Origin(correlation_id.get() or "", current_run.get())
-    start = partial(state.scorer.score, body, origin)
+    memory: Hold = request.scope[MEMORY]
+    memory.grow(request_bytes(body))
+    content = content_key(body, origin.run)
+    key = own_key(request, content)
+    scorer = state.scorer
     # Requests with `include` have large responses and come from people, who do not send duplicates.
     if body.include:
-        work = start()
+        work = scorer.compute(body, memory=memory)
     else:
-        key = _key(body, state.engine.settled_number, origin.run)
-        work = state.deduplicator.score(key, start)
-    response = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.shutdown)
-    return response.model_copy(update={"request_id": origin.request_id})
-
-
-def _key(body: ScoreRequest, settled_number: int, run: str) -> bytes:
-    """Digest that is equal for duplicate requests, by whichever route they arrive."""
-    try:
-        # Escapes half surrogate pairs, which pydantic's own JSON refuses.
-        text = json.dumps([settled_number, run, body.model_dump()])
-    except RecursionError:  # reading JSON takes fewer frames than writing it
-        raise MalformedBodyError("the body is nested too deeply") from None
-    return hashlib.blake2b(text.encode()).digest()
+        start = partial(scorer.compute, body, memory=memory)
+        version = b"%d:" % scorer.engine.settled_number
+        work = state.deduplicator.score(version + content, start)
+    scored = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.shutdown)
+    is_counted = state.counted.add(key)
+    if is_counted:
+        scorer.observe(body, origin, scored)
+    else:
+        state.metrics.record_retry()
+    return Answer(scored.response.model_copy(update={"request_id": origin.request_id}), is_counted)

@@ -18,6 +18,7 @@ from shopr1_service.monitoring.rollout_log import open_rollout_log
 from shopr1_service.policy.load_progress import LoadProgress
 from shopr1_service.scheduling.engine_client import EngineClient, OnFatal, OpenEngine
 from shopr1_service.scheduling.request_dedup import RequestDeduplicator
+from shopr1_service.scoring.counted_requests import CountedRequests
 from shopr1_service.scoring.label_store import LabelStore
 from shopr1_service.scoring.recipe_book import RecipeBook
 from shopr1_service.scoring.scorer import Scorer
@@ -42,10 +43,15 @@ class State:
         self.shutdown = asyncio.Event()
         self.open_requests = OpenRequests()
         self.recipes = RecipeBook(settings.recipe)
-        self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
+        self.metrics = Metrics(
+            max_runs=settings.max_runs,
+            max_queue_tokens=settings.max_queue_tokens,
+            max_client_memory_bytes=settings.max_client_memory_bytes,
+        )
         self.deduplicator = RequestDeduplicator(self.metrics)
+        self.counted = CountedRequests()
         self.adapter_paths: dict[str, str] = {}  # of adapters loaded by SGLang's and vLLM's routes
-        self.labels = LabelStore(settings.max_labels)
+        self.labels = LabelStore(settings.max_labels, self.metrics.memory)
         self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None
         self._startup = startup or LoadProgress()

@@ -38,8 +38,8 @@ class EndTokenWatch:
         run = scored.origin.run
         counts = self._runs.setdefault(run, _Counts())
         self._runs.move_to_end(run)
-        counts.num_completions += len(scored.prepared.rollouts)
-        counts.unknown_ends.update(filter(None, (r.unknown_end for r in scored.prepared.rollouts)))
+        counts.num_completions += len(scored.facts.rollouts)
+        counts.unknown_ends.update(filter(None, (facts.unknown_end for facts in scored.facts.rollouts)))
         if counts.num_completions >= MIN_COMPLETIONS:
             self._warn(run, counts)
         if counts.num_completions >= _MAX_COMPLETIONS:

@@ -95,7 +95,7 @@ def make_entry(scored: ScoredGroup, index: int, *, with_text: bool) -> Entry:
         origin=scored.origin,
         index=index,
         recipe=scored.recipe,
-        truth=scored.prepared.truth,
+        truth=scored.facts.truth,
         score=scored.score,
         prompt=scored.group.prompt if with_text else None,
         completions=_texts(scored) if with_text else None,
@@ -103,8 +103,8 @@ def make_entry(scored: ScoredGroup, index: int, *, with_text: bool) -> Entry:
 
 
 def _texts(scored: ScoredGroup) -> list[str]:
-    rollouts = zip(scored.group.completions, scored.prepared.rollouts, strict=True)
-    return [_text(sent, rollout.tokens.text) for sent, rollout in rollouts]
+    rollouts = zip(scored.group.completions, scored.facts.rollouts, strict=True)
+    return [_text(sent, facts.decoded or "") for sent, facts in rollouts]
 
 
 def _text(sent: Completion, decoded: str) -> str:

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from shopr1_client.reward_logs import terms
-from shopr1_client.wire import Reason, Reward, Status
+from shopr1_client.wire import Details, Reason, Reward, Status
 from shopr1_client.wire_prompt import WarningCode
-from shopr1_rewards import Judgement, Recipe, needs_policy
-from shopr1_service.core import PreparedRollout, ScoredGroup
+from shopr1_rewards import Recipe, needs_policy
+from shopr1_service.core import RolloutFacts, ScoredGroup
+from shopr1_service.memory.budget import Account, MemoryBudget
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 
 INVALID = "invalid"
@@ -40,6 +41,9 @@ _RATIO_BUCKETS = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 _OUTCOMES = ((Status.SCORED.value, ""), *((Status.UNSCORABLE.value, reason.value) for reason in Reason))
 _NGRAM = 4
+
+_SERIES_BYTES = {Counter: 800, Histogram: 4_200}
+"""Memory of one series. A histogram has a counter for each of its 10 to 16 buckets."""
 
 _Family = TypeVar("_Family", Counter, Histogram)
 
@@ -107,7 +111,8 @@ class _Families:
 class _RecipeSeries:
     """Series of one run with one recipe. Those that ratios are made of are 0 from the start."""
 
-    def __init__(self, families: _Families, run: str, recipe: Recipe) -> None:
+    def __init__(self, families: _Families, run: str, recipe: Recipe, memory: MemoryBudget) -> None:
+        self.memory = memory.hold(Account.RUNS)
         self._families = families
         self._labels = (run, recipe.name)
         self._series: dict[tuple[object, ...], Any] = {}  # a look-up by labels is slow
@@ -128,19 +133,20 @@ class _RecipeSeries:
     def record_warning(self, code: WarningCode) -> None:
         self._of(self._families.warnings, code.value).inc()
 
-    def record(self, true_type: str, rollout: PreparedRollout, reward: Reward) -> None:
+    def record(self, true_type: str, facts: RolloutFacts, reward: Reward) -> None:
         self._of(
             self._families.rollouts, reward.status.value, reward.reason.value if reward.reason else ""
         ).inc()
         if reward.reward is None:
             return
         self._record_reward(true_type, reward, reward.reward)
-        self._record_action(true_type, rollout.judgement)
-        if rollout.judgement.failure is not None:
-            self._of(self._families.format_errors, rollout.judgement.failure.error.value).inc()
-            self._of(self._families.unknown_ends).inc(rollout.unknown_end is not None)
+        self._record_action(true_type, reward.details)
+        if reward.details.format_error is not None:
+            self._of(self._families.format_errors, reward.details.format_error).inc()
+            self._of(self._families.unknown_ends).inc(facts.unknown_end is not None)
         elif self._has_rationales:
-            self._record_rationale(rollout)
+            self._of(self._families.lengths).observe(reward.details.num_rationale_tokens)
+            self._of(self._families.repetitions).observe(facts.repetition_ratio)
 
     def _record_reward(self, true_type: str, reward: Reward, value: float) -> None:
         self._of(self._families.rewards, true_type).observe(value)
@@ -149,30 +155,24 @@ class _RecipeSeries:
         if reward.details.self_certainty_nats is not None:
             self._of(self._families.certainties, true_type).observe(reward.details.self_certainty_nats)
 
-    def _record_action(self, true_type: str, judgement: Judgement) -> None:
-        self._of(self._families.actions, true_type, _predicted_type(judgement)).inc()
-        if judgement.is_exact_match:
+    def _record_action(self, true_type: str, details: Details) -> None:
+        self._of(self._families.actions, true_type, _predicted_type(details)).inc()
+        if details.exact_match:
             self._of(self._families.exact_matches, true_type).inc()
-
-    def _record_rationale(self, rollout: PreparedRollout) -> None:
-        ids = rollout.tokens.ids
-        self._of(self._families.lengths).observe(len(rollout.measured))
-        ratio = repetition_ratio([ids[index] for index in rollout.measured])
-        self._of(self._families.repetitions).observe(ratio)
 
     def _of(self, family: _Family, *labels: str) -> _Family:
         key = (family, *labels)
         if key not in self._series:
             self._series[key] = family.labels(*self._labels, *labels)
+            self.memory.grow(_SERIES_BYTES[type(family)])
         series: _Family = self._series[key]
         return series
 
 
-def _predicted_type(judgement: Judgement) -> str:
-    prediction = judgement.prediction
-    if prediction is None:
+def _predicted_type(details: Details) -> str:
+    if details.predicted_action is None:
         return INVALID
-    return prediction.action.type if prediction.is_known_type else UNKNOWN
+    return UNKNOWN if details.unknown_action_type else details.predicted_action["type"]
 
 
 class TrainingMetrics:
@@ -180,10 +180,12 @@ class TrainingMetrics:
 
     Args:
         max_runs: runs with series of their own; requests without a run's name are a run, too.
+        memory: counts the series.
     """
 
-    def __init__(self, registry: CollectorRegistry, max_runs: int) -> None:
+    def __init__(self, registry: CollectorRegistry, max_runs: int, memory: MemoryBudget) -> None:
         self._max_runs = max_runs
+        self._memory = memory
         self._families = _Families(registry)
         self._runs: OrderedDict[str, dict[str, _RecipeSeries]] = OrderedDict()  # the longest silent first
         self._measured_tokens = Counter(
@@ -202,8 +204,8 @@ class TrainingMetrics:
         self._last_scored.set_now(scored.origin.run)
         for warning in scored.score.warnings:
             series.record_warning(warning.code)
-        for rollout, reward in zip(scored.prepared.rollouts, scored.score.rewards, strict=True):
-            series.record(scored.prepared.truth.type, rollout, reward)
+        for facts, reward in zip(scored.facts.rollouts, scored.score.rewards, strict=True):
+            series.record(scored.facts.truth.type, facts, reward)
             if reward.details.self_certainty_nats is not None:
                 self._measured_tokens.inc(reward.details.num_rationale_tokens)
 
@@ -212,12 +214,14 @@ class TrainingMetrics:
         self._runs.move_to_end(run)
         if recipe.name not in recipes:
             self._make_room()
-            recipes[recipe.name] = _RecipeSeries(self._families, run, recipe)
+            recipes[recipe.name] = _RecipeSeries(self._families, run, recipe, self._memory)
         return recipes[recipe.name]
 
     def _make_room(self) -> None:
         while len(self._runs) > self._max_runs:
-            run, _ = self._runs.popitem(last=False)
+            run, gone = self._runs.popitem(last=False)
+            for series in gone.values():
+                series.memory.release()
             self._last_scored.remove(run)
             self._families.remove(run)
 

@@ -1,22 +1,32 @@
-"""Ground truths by prompt, for trainers that cannot send a label with a rollout.
+"""Ground truths by run and prompt, for trainers that cannot send a label with a rollout.
+
+Each run has a table of its own: labels that one run registers or removes change no reward of another.
 
 The key of a prompt is a digest: of its text, or of the canonical JSON of its messages. A label takes a few
-hundred bytes, regardless of the prompt's length. The table is in memory and belongs to the event loop.
+hundred bytes, regardless of the prompt's length. The tables are in memory and belong to the event loop.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
+from shopr1_service.memory.budget import Account, MemoryBudget
 
 TextPrompt = str | Sequence[Message]
 
 _DIGEST_BYTES = 16  # of 10^6 prompts, two agree with a probability of 10^-27
+
+
+_LABEL_BYTES = 220
+"""A label without its truth: key, object, and their place in the table."""
+_LENGTH_BYTES = 40
+_TABLE_BYTES = 600
 
 
 class Label(NamedTuple):
@@ -63,22 +73,34 @@ def _text_hasher() -> "hashlib.blake2b":
     return hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"text")
 
 
+@dataclass
+class _Table:
+    """Labels of one run."""
+
+    labels: dict[bytes, Label] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)  # of the text prompts in bytes, distinct, ascending
+    num_truth_bytes: int = 0
+    num_bytes: int = 0
+
+
 class LabelStore:
-    """Labels by prompt.
+    """Labels by run and prompt.
 
     Args:
-        max_labels: capacity.
+        max_labels: capacity, of all runs together.
+        memory: counts the labels.
     """
 
-    def __init__(self, max_labels: int) -> None:
+    def __init__(self, max_labels: int, memory: MemoryBudget) -> None:
         self._max_labels = max_labels
-        self._labels: dict[bytes, Label] = {}
-        self._lengths: list[int] = []  # of the text prompts in bytes, distinct, ascending
+        self._memory = memory.hold(Account.LABELS)
+        self._tables: dict[str, _Table] = {}
 
-    def __len__(self) -> int:
-        return len(self._labels)
+    def num_labels(self, run: str) -> int:
+        """Number of labels of a run."""
+        return len(self._table(run).labels)
 
-    def put(self, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
+    def put(self, run: str, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
         """Add labels, replacing those of the same prompts from earlier calls. If it fails, none is added.
 
         Returns:
@@ -86,11 +108,12 @@ class LabelStore:
 
         Raises:
             ContradictionError: two labels of one prompt differ.
-            TooLargeError: too many labels.
+            TooLargeError: too many labels, or no memory for them.
         """
+        table = self._table(run)
         new: dict[bytes, Label] = {}
         positions: dict[bytes, int] = {}
-        lengths = set(self._lengths)
+        lengths = set(table.lengths)
         for i, (prompt, label) in enumerate(labels):
             digest = prompt_digest(prompt)
             first = positions.setdefault(digest, i)
@@ -98,39 +121,67 @@ class LabelStore:
                 raise ContradictionError(first, i)
             if isinstance(prompt, str):
                 lengths.add(len(prompt.encode()))
-        num_labels = len(self) + sum(digest not in self._labels for digest in new)
-        if num_labels > self._max_labels:
-            raise TooLargeError(f"{num_labels} labels, max_labels = {self._max_labels}")
-        num_changed = sum(self._labels.get(digest, label) != label for digest, label in new.items())
-        self._labels |= new
-        self._lengths = sorted(lengths)
+        num_new = sum(digest not in table.labels for digest in new)
+        self._check_capacity(table, num_new)
+        num_changed = sum(table.labels.get(digest, label) != label for digest, label in new.items())
+        added = (_truth_bytes(label) - _truth_bytes(table.labels.get(key)) for key, label in new.items())
+        num_truth_bytes = table.num_truth_bytes + sum(added)
+        num_bytes = _table_bytes(len(table.labels) + num_new, len(lengths), num_truth_bytes)
+        self._memory.grow(num_bytes - table.num_bytes)
+        table.labels |= new
+        table.lengths = sorted(lengths)
+        table.num_truth_bytes, table.num_bytes = num_truth_bytes, num_bytes
+        if new:
+            self._tables[run] = table
         return num_changed
 
-    def get(self, prompt: TextPrompt) -> Label | None:
-        """The label of exactly this prompt."""
-        return self._labels.get(prompt_digest(prompt))
+    def get(self, run: str, prompt: TextPrompt) -> Label | None:
+        """The run's label of exactly this prompt."""
+        return self._table(run).labels.get(prompt_digest(prompt))
 
-    def split(self, text: str) -> tuple[str, str, Label] | None:
-        """The longest text prompt that `text` begins with, the rest of `text`, and the prompt's label.
+    def split(self, run: str, text: str) -> tuple[str, str, Label] | None:
+        """The longest text prompt of a run that `text` begins with, the rest of it, and the prompt's label.
 
         Hashes `text` once: the digest of each prefix extends that of the shorter one.
         """
+        table = self._table(run)
         data = text.encode(errors="surrogatepass")  # prompts are Unicode, a completion may not be
         hasher, done = _text_hasher(), 0
         found: tuple[int, Label] | None = None
-        for length in self._lengths:
+        for length in table.lengths:
             if length > len(data):
                 break
             hasher.update(data[done:length])
             done = length
-            if (label := self._labels.get(hasher.digest())) is not None:
+            if (label := table.labels.get(hasher.digest())) is not None:
                 found = length, label
         if found is None:
             return None
         length, label = found
         return data[:length].decode(), data[length:].decode(errors="surrogatepass"), label
 
-    def clear(self) -> None:
-        """Remove all labels."""
-        self._labels.clear()
-        self._lengths.clear()
+    def clear(self, run: str) -> None:
+        """Remove all labels of a run."""
+        self._memory.grow(-self._table(run).num_bytes)
+        self._tables.pop(run, None)
+
+    def _table(self, run: str) -> _Table:
+        """The run's table; a new one, which is not stored, if it has none."""
+        return self._tables.get(run) or _Table()
+
+    def _check_capacity(self, table: _Table, num_new: int) -> None:
+        num_held = sum(len(each.labels) for each in self._tables.values())
+        if num_held + num_new > self._max_labels:
+            num_others = num_held - len(table.labels)
+            others = f", {num_others} of them of other runs" if num_others else ""
+            raise TooLargeError(f"{num_held + num_new} labels{others}, max_labels = {self._max_labels}")
+
+
+def _table_bytes(num_labels: int, num_lengths: int, num_truth_bytes: int) -> int:
+    if not num_labels:
+        return 0
+    return _TABLE_BYTES + _LABEL_BYTES * num_labels + _LENGTH_BYTES * num_lengths + num_truth_bytes
+
+
+def _truth_bytes(label: Label | None) -> int:
+    return sys.getsizeof(label.truth) if label is not None else 0

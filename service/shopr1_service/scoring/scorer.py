@@ -5,10 +5,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.wire import (
     Details,
+    Group,
     GroupScore,
     Include,
     PolicyRef,
@@ -17,6 +19,7 @@ from shopr1_client.wire import (
     ScoreResponse,
     Status,
     TokenCertainty,
+    TokenIds,
 )
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import Recipe, measured_terms, total
@@ -24,17 +27,23 @@ from shopr1_service.core import (
     BatchKey,
     Certainty,
     GroupCertainties,
+    GroupFacts,
     Observer,
     Origin,
     PreparedGroup,
     PreparedRollout,
     Progress,
+    RolloutFacts,
     ScoredGroup,
+    ScoredRequest,
     Target,
     Unmeasurable,
 )
+from shopr1_service.memory.budget import Account, Hold, MemoryBudget
+from shopr1_service.memory.sizes import prepared_bytes
 from shopr1_service.monitoring.metrics import Metrics, Phase
 from shopr1_service.monitoring.spans import span
+from shopr1_service.monitoring.training_metrics import repetition_ratio
 from shopr1_service.scheduling.engine_client import EngineClient
 from shopr1_service.scoring.prepare import prepare
 from shopr1_service.scoring.recipe_book import RecipeBook, reference
@@ -66,27 +75,42 @@ class Scorer:
         self._metrics = metrics
         self._preparers = ThreadPoolExecutor(_NUM_PREPARE_THREADS, "prepare")
 
-    async def score(
-        self, request: ScoreRequest, origin: Origin, progress: Progress | None = None
-    ) -> ScoreResponse:
+    async def score(self, request: ScoreRequest, origin: Origin) -> ScoreResponse:
+        """Score every rollout of a request, and tell the observers. Raises as `compute`."""
+        scored = await self.compute(request)
+        self.observe(request, origin, scored)
+        return scored.response.model_copy(update={"request_id": origin.request_id})
+
+    async def compute(
+        self, request: ScoreRequest, progress: Progress | None = None, *, memory: Hold | None = None
+    ) -> ScoredRequest:
         """Score every rollout of a request. If cancelled, its queued groups are dropped.
+
+        The response has no request id: several requests may share it.
 
         Args:
             progress: is kept up to date.
+            memory: the request's. It is shared while this lasts, and grows by what is made of the request.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is wrong.
             PolicyVersionError: the demanded version is not loaded in time.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue or the memory is full.
             NotReadyError: the engine has failed, or the service is shutting down.
         """
+        with memory.shared() if memory else MemoryBudget().hold(Account.REQUESTS) as shared:
+            return await self._compute(request, progress, shared)
+
+    async def _compute(self, request: ScoreRequest, progress: Progress | None, memory: Hold) -> ScoredRequest:
         recipe = self._recipe(request.recipe)
         target = _target(request)
         await self.engine.new_versions.wait_for(target)
         self.engine.refuse_if_full()
         loop = asyncio.get_running_loop()
         in_context = copy_context().run  # logs and traces name the request
-        groups = await loop.run_in_executor(self._preparers, in_context, self._prepare, request, recipe)
+        work = partial(in_context, self._prepare, request, recipe)
+        groups, num_bytes = await loop.run_in_executor(self._preparers, work)
+        memory.grow(num_bytes)
         token_groups = [group.token_group() for group in groups]
         key = BatchKey(recipe.self_certainty, target)
         measured = await self.engine.compute_certainties(token_groups, key, progress)
@@ -94,14 +118,20 @@ class Scorer:
             _group_score(group, measurements, recipe, request.include)
             for group, measurements in zip(groups, measured, strict=True)
         ]
-        for sent, prepared, group_score in zip(request.groups, groups, scores, strict=True):
-            self._notify(ScoredGroup(origin, recipe, sent, prepared, group_score))
-        return ScoreResponse(
-            request_id=origin.request_id,
+        response = ScoreResponse(
+            request_id="",
             recipe=reference(recipe),
             policy=self._newest(measured, target),
             groups=scores,
         )
+        facts = [_facts(sent, prepared) for sent, prepared in zip(request.groups, groups, strict=True)]
+        return ScoredRequest(response, recipe, facts)
+
+    def observe(self, request: ScoreRequest, origin: Origin, scored: ScoredRequest) -> None:
+        """Tell the observers of each group of a request that gets this response."""
+        groups = zip(request.groups, scored.facts, scored.response.groups, strict=True)
+        for sent, facts, score in groups:
+            self._notify(ScoredGroup(origin, scored.recipe, sent, facts, score))
 
     def close(self) -> None:
         """End the threads; work that has not started is dropped."""
@@ -133,10 +163,12 @@ class Scorer:
             adapter=newest.adapter,
         )
 
-    def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
+    def _prepare(self, request: ScoreRequest, recipe: Recipe) -> tuple[list[PreparedGroup], int]:
+        """The prepared groups, and the memory that they and their answer take."""
         wants_ids = Include.TOKEN_IDS in request.include
         with self._metrics.phase(Phase.PREPARE), span("prepare"):
-            return prepare(request, recipe, self.engine.codec, self._limits, wants_ids=wants_ids)
+            groups = prepare(request, recipe, self.engine.codec, self._limits, wants_ids=wants_ids)
+            return groups, prepared_bytes(request, groups)
 
 
 def _target(request: ScoreRequest) -> Target:
@@ -161,6 +193,18 @@ def _group_score(
         warnings=list(group.warnings),
         prompt_token_ids=list(group.prompt_ids) if Include.TOKEN_IDS in include else None,
     )
+
+
+def _facts(sent: Group, prepared: PreparedGroup) -> GroupFacts:
+    rollouts = [
+        RolloutFacts(
+            repetition_ratio([rollout.tokens.ids[index] for index in rollout.measured]),
+            rollout.unknown_end,
+            rollout.tokens.text if isinstance(completion, TokenIds) else None,
+        )
+        for completion, rollout in zip(sent.completions, prepared.rollouts, strict=True)
+    ]
+    return GroupFacts(prepared.truth, rollouts)
 
 
 def _reward(

@@ -112,7 +112,10 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
 def _add_middleware(app: FastAPI, settings: Settings, state: State, tracer: "Tracer | None") -> None:
     """Add middleware from the inside out: a request passes the last one first."""
     app.add_middleware(
-        BodyLimits, max_body_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
+        BodyLimits,
+        max_body_bytes=settings.max_body_bytes,
+        timeout_s=settings.receive_timeout_s,
+        memory=state.metrics.memory,
     )
     app.add_middleware(RunId)
     app.add_middleware(Authentication, keys=ApiKeys.of(settings))

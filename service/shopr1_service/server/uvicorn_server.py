@@ -8,8 +8,6 @@ import logging
 import resource
 import signal
 import socket
-import ssl
-from collections.abc import Mapping
 from typing import Any
 
 import uvicorn
@@ -21,6 +19,9 @@ from shopr1_service.policy.load_progress import LoadProgress
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.server.app import create_app
 from shopr1_service.server.http_protocol import Connection, connection_class
+from shopr1_service.server.listeners import listening, url
+from shopr1_service.server.path_checks import check_paths
+from shopr1_service.server.tls import tls_options
 from shopr1_service.settings import Settings
 from shopr1_service.updates.updatable_engine import UpdatableEngine
 
@@ -65,6 +66,11 @@ class _Server(uvicorn.Server):
         for listener in [listener for server in self.servers for listener in server.sockets]:
             with socket.fromfd(listener.fileno(), listener.family, listener.type) as shared:
                 shared.listen(_SOCKET_BACKLOG)
+        for listener in sockets or ():  # uvicorn names only sockets of its own
+            logger.info(
+                "running on %s (Press CTRL+C to quit)",
+                url(listener, self.config.host, is_tls=self.config.is_ssl),
+            )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._state.drain()
@@ -89,14 +95,17 @@ def serve(settings: Settings) -> int:
         The exit code: 0, or 1 if the policy cannot be loaded or its engine fails or hangs for good.
 
     Raises:
-        SettingsError: the service would be open to strangers, or certificate and key do not match.
+        SettingsError: the service would be open to strangers, a path of the settings cannot be used, or the
+            port is in use.
     """
     check_exposure(settings)
     with logging_to_stderr(settings):
-        return _serve(settings)
+        check_paths(settings)
+        with listening(settings.host, settings.port, _SOCKET_BACKLOG) as sockets:
+            return _serve(settings, sockets)
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, sockets: list[socket.socket]) -> int:
     logger.info("settings", extra={"settings": settings.model_dump(mode="json")})
     _allow_many_connections()
     failures: list[BaseException] = []
@@ -123,7 +132,7 @@ def _serve(settings: Settings) -> int:
             backlog=_ACCEPTS_PER_TURN,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
-            **_tls(settings),
+            **tls_options(settings),
         ),
         app.state.shopr1,
         settings.shutdown_grace_s,
@@ -131,7 +140,7 @@ def _serve(settings: Settings) -> int:
     )
     # uvicorn raises the signal that stopped it again when it is done; a clean end is exit code 0.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
-    server.run()
+    server.run(sockets)
     return 1 if failures else 0
 
 
@@ -150,20 +159,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _tls(settings: Settings) -> Mapping[str, Any]:
-    """Uvicorn's options for HTTPS; none without a certificate."""
-    cert, key = settings.tls_cert_file, settings.tls_private_key_file
-    if cert is None and key is None:
-        return {}
-    if cert is None or key is None:
-        raise SettingsError("tls_cert_file and tls_private_key_file must be given together")
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"TLS: cannot use {str(cert)!r} with its private key: {error}") from error
-    return {"ssl_certfile": cert, "ssl_keyfile": key}
 
 
 def _allow_many_connections() -> None:

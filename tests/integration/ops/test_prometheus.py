@@ -59,12 +59,12 @@ def groups(prompt: str) -> list[dict[str, Any]]:
 
 
 def burst(url: str, number: int, *, has_fallback: bool = True) -> dict[str, list[Any]]:
-    """Rewards of the runs. Also sends a duplicate request, and perhaps one that gets a fallback reward."""
+    """Rewards of the runs. Also sends a request twice, and perhaps one that gets a fallback reward."""
     headers = {"Authorization": f"Bearer {SCORE_KEY}"}
     with httpx.Client(base_url=url, headers=headers, timeout=WAIT_S) as client:
 
-        def send(run: str, path: str, body: object) -> Any:
-            response = client.post(path, json=body, headers={"X-Run-ID": run})
+        def send(run: str, path: str, body: object, **more: str) -> Any:
+            response = client.post(path, json=body, headers={"X-Run-ID": run, **more})
             assert response.is_success, response.text
             return response.json()
 
@@ -73,7 +73,8 @@ def burst(url: str, number: int, *, has_fallback: bool = True) -> dict[str, list
             scored = send(run, "/score", {"groups": groups(f"{run} {number}: ")})
             rewards[run] = [reward for each in scored["groups"] for reward in each["rewards"]]
         for _ in range(2):
-            send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]})
+            key = {"Idempotency-Key": f"twice-{number}"}
+            send("twice", "/score", {"groups": [group(answer(), prompt=f"twice {number}")]}, **key)
         prompt = f"{number} {LONG}"
         asked = {"query": [prompt + answer()], "prompts": [prompt], "labels": [TERMINATE]}
         if has_fallback:
@@ -138,6 +139,7 @@ def test_the_shipped_configuration_is_valid() -> None:
     promtool("check", "config", "--syntax-only", CONFIG)
 
 
+@pytest.mark.timeout(900)  # hours of samples, with rules over six hours
 def test_alerts_fire_on_faults_but_not_on_healthy_or_idle_services() -> None:
     promtool("test", "rules", RULES_TEST)
     tested = set(re.findall(r'alertname="(\w+)"', RULES_TEST.read_text("utf-8")))

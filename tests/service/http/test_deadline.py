@@ -1,14 +1,13 @@
 """Deadlines, clients that disconnect, and full queues: over a real socket."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.broken_connections import leaving
 from tests.support.held import Held
 from tests.support.http import WAIT_S, answer, group, problem, served
 
@@ -74,31 +73,13 @@ def test_the_work_of_a_client_that_disconnects_is_dropped(policy: Held) -> None:
     with served(policy) as url, ThreadPoolExecutor() as pool:
         running = pool.submit(post, url, "a")
         policy.has_begun.wait(WAIT_S)
-        with leaving(url, "b"):
+        with leaving(url, "/score", {"groups": [group(answer(), prompt="b")]}):
             until(url, WAITING, len("b") + len(answer()))
         until(url, WAITING, 0)
         until(url, 'shopr1_requests_total{method="POST",route="/score",status="499"}', 1)
         policy.gate.set()
         assert running.result().is_success
     assert policy.prompts == ["a"]
-
-
-class leaving:  # noqa: N801  # reads as what it does: `with leaving(url, …)`
-    """A client that sends a request and disconnects at the end of the block, before the response."""
-
-    def __init__(self, url: str, prompt: str) -> None:
-        self._url = httpx.URL(url)
-        self._request = httpx.Request(
-            "POST", f"{url}/score", json={"groups": [group(answer(), prompt=prompt)]}
-        )
-
-    def __enter__(self) -> None:
-        self._socket = socket.create_connection((self._url.host, self._url.port or 80))
-        headers = "".join(f"{name}: {value}\r\n" for name, value in self._request.headers.items())
-        self._socket.sendall(f"POST /score HTTP/1.1\r\n{headers}\r\n".encode() + self._request.read())
-
-    def __exit__(self, *_error: Any) -> None:
-        self._socket.close()
 
 
 def test_a_full_queue_refuses_with_retry_after(policy: Held) -> None:

@@ -3,20 +3,19 @@
 import pytest
 
 from shopr1_client.wire import Group, GroupScore
-from shopr1_rewards import Action, judge, load_recipe
-from shopr1_service.core import Origin, PreparedGroup, PreparedRollout, ScoredGroup, Tokens
+from shopr1_rewards import Action, load_recipe
+from shopr1_service.core import GroupFacts, Origin, RolloutFacts, ScoredGroup
 from shopr1_service.monitoring.end_token_watch import MIN_COMPLETIONS, EndTokenWatch
 
 RECIPE = load_recipe("shop_r1")
 TRUTH = Action("terminate", {})
-NOTHING = PreparedRollout(judge("{}", TRUTH, RECIPE), Tokens("", (), ()), ())
 
 
 def scored(*ends: str | None, run: str = "r") -> ScoredGroup:
-    rollouts = [PreparedRollout(NOTHING.judgement, NOTHING.tokens, (), end) for end in ends]
+    facts = GroupFacts(TRUTH, [RolloutFacts(unknown_end=end) for end in ends])
     group = Group(prompt="page", ground_truth="{}", completions=[])
     score = GroupScore(id=None, policy_version="0", policy_number=0, rewards=[])
-    return ScoredGroup(Origin("id", run), RECIPE, group, PreparedGroup(None, TRUTH, (), rollouts), score)
+    return ScoredGroup(Origin("id", run), RECIPE, group, facts, score)
 
 
 def test_more_than_half_of_a_runs_completions_are_a_warning_once(caplog: pytest.LogCaptureFixture) -> None:

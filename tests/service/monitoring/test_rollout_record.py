@@ -123,8 +123,8 @@ async def test_half_surrogate_pairs_can_be_read_again(tmp_path: Path) -> None:
     assert (line["completion"], line["prompt"][0]["content"]) == ("a?b", "é")
 
 
-async def test_a_repeated_request_is_logged_once(tmp_path: Path) -> None:
+async def test_equal_samples_have_a_line_each_and_tries_of_a_request_one(tmp_path: Path) -> None:
     async with running(rollout_log=tmp_path) as client:
-        for _ in range(3):
-            await score(client, group(answer()))
-    assert len(lines(tmp_path)) == 1
+        for request_id in ("a", "b", "a", "c", "b"):
+            await post(client, {"groups": [group(answer())]}, **{"X-Request-ID": request_id})
+    assert [line["request_id"] for line in lines(tmp_path)] == ["a", "b", "c"]

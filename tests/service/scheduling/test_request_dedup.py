@@ -1,4 +1,4 @@
-"""Duplicate requests: one computation, one response, and no wrong one."""
+"""Requests with the same content: one computation, one response, and no wrong one. Each is counted."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,22 +6,31 @@ from typing import Any
 
 import pytest
 
-from shopr1_client.wire import GroupScore, Reward, ScoreResponse, Status
+from shopr1_client.wire import Details, GroupScore, Reward, ScoreResponse, Status
+from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
-from shopr1_service.core import Certainty, Progress, TokenGroup, Unmeasurable, Version
+from shopr1_service.core import Certainty, Progress, ScoredRequest, TokenGroup, Unmeasurable, Version
+from shopr1_service.memory.budget import Account
+from shopr1_service.memory.sizes import scored_bytes
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
-from shopr1_service.scheduling import request_dedup as module
 from shopr1_service.scheduling.request_dedup import RequestDeduplicator
 from tests.support.http import answer, group, metric, post, running, score
 
 pytestmark = pytest.mark.anyio
 
 
-def response_of(name: str, num_rollouts: int, status: Status) -> ScoreResponse:
-    """A response; only the number and the status of its rewards matter here."""
-    group = GroupScore.model_construct(rewards=[Reward.model_construct(status=status)] * num_rollouts)
-    return ScoreResponse.model_construct(request_id=name, groups=[group])
+def result_of(name: str, num_rollouts: int, status: Status) -> ScoredRequest:
+    """A result; only the name of its response, and number and status of its rewards matter here."""
+    details = Details.model_construct(format_message=None, predicted_action=None)
+    reward = Reward.model_construct(status=status, message=None, details=details)
+    group = GroupScore.model_construct(id=None, rewards=[reward] * num_rollouts)
+    response = ScoreResponse.model_construct(request_id=name, groups=[group])
+    return ScoredRequest(response, load_recipe("shop_r1"), [])
+
+
+def name_of(result: ScoredRequest) -> str:
+    return result.response.request_id
 
 
 class Work:
@@ -38,7 +47,7 @@ class Work:
         self._error = error
         self._status = status
 
-    async def __call__(self, progress: Progress) -> ScoreResponse:
+    async def __call__(self, progress: Progress) -> ScoredRequest:
         self.num_started += 1
         progress.num_waiting = self.num_waiting
         number = self.num_started
@@ -49,7 +58,7 @@ class Work:
             raise
         if self._error is not None:
             raise self._error
-        return response_of(str(number), self._num_rollouts, self._status)
+        return result_of(str(number), self._num_rollouts, self._status)
 
 
 async def settle() -> None:
@@ -58,7 +67,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def ask(deduplicator: RequestDeduplicator, work: Work, key: bytes = b"k") -> "asyncio.Task[ScoreResponse]":
+def ask(deduplicator: RequestDeduplicator, work: Work, key: bytes = b"k") -> "asyncio.Task[ScoredRequest]":
     return asyncio.ensure_future(deduplicator.score(key, work))
 
 
@@ -69,9 +78,9 @@ async def test_duplicates_share_work_and_response() -> None:
     await settle()
     assert work.num_started == 2
     work.may_end.set()
-    assert {(await task).request_id for task in tasks} == {"1"}
-    assert (await other).request_id == "2"
-    assert (await deduplicator.score(b"k", work)).request_id == "1"  # also later
+    assert {name_of(await task) for task in tasks} == {"1"}
+    assert name_of(await other) == "2"
+    assert name_of(await deduplicator.score(b"k", work)) == "1"  # also later
     assert work.num_started == 2
 
 
@@ -83,7 +92,7 @@ async def test_work_continues_while_one_client_waits() -> None:
     await settle()
     assert work.num_cancelled == 0
     work.may_end.set()
-    assert (await second).request_id == "1"
+    assert name_of(await second) == "1"
     assert first.cancelled()
 
 
@@ -97,7 +106,7 @@ async def test_work_is_cancelled_with_its_last_client_and_restarted_for_the_next
     await settle()
     assert (work.num_started, work.num_cancelled) == (2, 1)
     work.may_end.set()
-    assert (await late).request_id == "2"
+    assert name_of(await late) == "2"
 
 
 async def test_started_work_is_finished_for_the_next_duplicate() -> None:
@@ -111,7 +120,7 @@ async def test_started_work_is_finished_for_the_next_duplicate() -> None:
     await settle()
     assert (work.num_started, work.num_cancelled) == (1, 0)
     work.may_end.set()
-    assert (await again).request_id == "1"
+    assert name_of(await again) == "1"
 
 
 async def test_errors_reach_all_clients_and_are_not_kept() -> None:
@@ -131,19 +140,20 @@ async def test_kept_responses_expire(monkeypatch: pytest.MonkeyPatch) -> None:
     deduplicator, work = RequestDeduplicator(Metrics()), Work()
     work.may_end.set()
     for clock[0], expected in ((100.0, "1"), (699.9, "1"), (700.0, "2")):
-        assert (await deduplicator.score(b"k", work)).request_id == expected
+        assert name_of(await deduplicator.score(b"k", work)) == expected
 
 
 async def test_unscorable_rollouts_are_tried_again() -> None:
     deduplicator, work = RequestDeduplicator(Metrics()), Work(status=Status.UNSCORABLE)
     work.may_end.set()
     for expected in ("1", "2"):
-        assert (await deduplicator.score(b"k", work)).request_id == expected
+        assert name_of(await deduplicator.score(b"k", work)) == expected
 
 
-async def test_the_number_of_kept_rollouts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_KEPT_ROLLOUTS", 10)
-    deduplicator, work = RequestDeduplicator(Metrics()), Work(num_rollouts=4)
+async def test_the_memory_of_kept_results_is_bounded() -> None:
+    num_bytes = scored_bytes(result_of("a", 4, Status.SCORED))
+    metrics = Metrics(max_client_memory_bytes=8 * (2 * num_bytes + 1))  # an eighth is for them: two fit
+    deduplicator, work = RequestDeduplicator(metrics), Work(num_rollouts=4)
     work.may_end.set()
     for key in (b"a", b"b", b"c"):
         await deduplicator.score(key, work)
@@ -153,6 +163,28 @@ async def test_the_number_of_kept_rollouts_is_bounded(monkeypatch: pytest.Monkey
     assert work.num_started == 3
     await deduplicator.score(b"a", work)  # was evicted by c
     assert work.num_started == 4
+    assert metrics.memory.num_bytes(Account.ANSWERS) == 2 * num_bytes
+    large = Work(num_rollouts=100)
+    large.may_end.set()
+    await deduplicator.score(b"large", large)  # would take all: it is not kept, and the others are
+    assert metrics.memory.num_bytes(Account.ANSWERS) == 2 * num_bytes
+
+
+async def test_kept_results_make_room_for_requests() -> None:
+    num_bytes = scored_bytes(result_of("a", 1, Status.SCORED))
+    metrics = Metrics(max_client_memory_bytes=80 * num_bytes)
+    deduplicator, work = RequestDeduplicator(metrics), Work()
+    work.may_end.set()
+    for key in (b"a", b"b", b"c"):
+        await deduplicator.score(key, work)
+    with metrics.memory.hold(Account.REQUESTS, 79 * num_bytes):
+        assert metrics.memory.num_bytes(Account.ANSWERS) == num_bytes
+        await deduplicator.score(b"d", work)  # there is no room to keep it
+        assert metrics.memory.num_bytes(Account.ANSWERS) == num_bytes
+    await deduplicator.score(b"c", work)
+    assert work.num_started == 4
+    await deduplicator.score(b"a", work)
+    assert work.num_started == 5
 
 
 # --- over HTTP --------------------------------------------------------------------------------------
@@ -168,18 +200,18 @@ class Counting(FakePolicy):
         return super().certainties(groups, rules, version)
 
 
-async def test_a_repeated_request_is_computed_once() -> None:
+async def test_equal_requests_are_computed_once_and_counted_each() -> None:
     policy = Counting()
     body: Any = {"groups": [group(answer(), answer(rationale="no"))]}
     async with running(policy) as client:
-        first = (await post(client, body, **{"X-Request-ID": "one"})).json()
-        second = (await post(client, body, **{"X-Request-ID": "two"})).json()
-        assert [first.pop("request_id"), second.pop("request_id")] == ["one", "two"]
+        first, second = [(await post(client, body)).json() for _ in range(2)]
+        assert first.pop("request_id") != second.pop("request_id")
         assert first == second
         assert policy.num_completions == 2
         assert await metric(client, "shopr1_repeated_requests_total", how="answered") == 1
-        assert await metric(client, "shopr1_rollouts_total") == 2
+        assert await metric(client, "shopr1_rollouts_total") == 4
         await post(client, {**body, "recipe": "shop_r1"})  # another body
         await score(client, *body["groups"], include=["tokens"])
         await score(client, *body["groups"], include=["tokens"])  # is not kept
+        assert await metric(client, "shopr1_rollouts_total") == 10
     assert policy.num_completions == 8

@@ -113,7 +113,7 @@ def test_certificate_and_key_come_together(certificate: tuple[Path, Path], tmp_p
     for given, match in [
         ({"tls_cert_file": cert}, "must be given together"),
         ({"tls_private_key_file": key}, "must be given together"),
-        ({"tls_cert_file": cert, "tls_private_key_file": other}, "cannot use"),
+        ({"tls_cert_file": cert, "tls_private_key_file": other}, "cannot read"),
         ({"tls_cert_file": cert, "tls_private_key_file": cert}, "cannot use"),
     ]:
         with pytest.raises(SettingsError, match=match):
@@ -133,7 +133,7 @@ KEEP_ALIVES_S = {
 
 def test_clients_close_idle_connections_first(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[uvicorn.Config] = []
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self: configs.append(self.config))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
     assert server.serve(Settings(port=free_port())) == 0
     httpx_s = httpx.Limits().keepalive_expiry
     assert httpx_s is not None

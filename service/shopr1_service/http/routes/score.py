@@ -40,4 +40,4 @@ async def score(
     A completion that is not valid JSON is scored 0, with the reason. One that cannot be scored has
     `reward: null`, `status: unscorable` and a reason: it is never given a 0 or NaN.
     """
-    return await score_request(body, request, state, timeout_s)
+    return (await score_request(body, request, state, timeout_s)).response

@@ -23,18 +23,24 @@ SCORING = {
 pytestmark = pytest.mark.anyio
 
 
-def parameters() -> dict[str, Any]:
+def parameters(name: str = "X-Run-ID") -> dict[str, Any]:
+    """The description of this header by route."""
     return {
         path: parameter
         for path, methods in DOCUMENT["paths"].items()
         for operation in methods.values()
         for parameter in operation.get("parameters", [])
-        if parameter["name"] == "X-Run-ID"
+        if parameter["name"] == name
     }
 
 
-def test_only_routes_that_score_accept_a_run_id() -> None:
-    assert parameters().keys() == SCORING
+def test_routes_that_score_and_the_labels_accept_a_run_id() -> None:
+    assert parameters().keys() == {*SCORING, "/labels"}
+    assert all("X-Run-ID" in str(operation) for operation in DOCUMENT["paths"]["/labels"].values())
+
+
+def test_routes_that_score_accept_a_key_of_the_request() -> None:
+    assert parameters("Idempotency-Key").keys() == SCORING
 
 
 @pytest.mark.parametrize("run", ["", "a", "grpo-7", "A.b_c-9", "x" * 64])
