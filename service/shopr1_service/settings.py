@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     max_body_values: PositiveInt = 5 * 2**20
     """Numbers, strings and other values of one body, counted by its commas, with those inside strings."""
     max_text_chars: PositiveInt = 2**20
-    """Characters of one prompt, with all its messages, or of one completion."""
+    """Characters of one completion, or of one prompt, with its roles and 16 more for each message."""
 
     max_labels: PositiveInt = 1_000_000
     """Capacity of the label store (`PUT /labels`), of all runs; a label takes some hundred bytes."""

@@ -23,6 +23,8 @@ _Result = TypeVar("_Result")
 
 MAX_INLINE_BYTES = 64 * 2**10
 """Body up to which the work on it takes less than a thread's turn."""
+MAX_KEYS = 65_536
+"""Most keys of an object: each step of the libraries with one takes all of them at once."""
 _NUM_BYTES, _RAW = "shopr1.num_body_bytes", "shopr1.raw_body"
 
 
@@ -90,4 +92,7 @@ def _read(body: bytes, field: Any, max_values: int) -> tuple[Any, Any]:  # noqa:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # A function of Python's and not `dict`: only between such functions can other threads run.
+    if len(pairs) > MAX_KEYS:
+        detail = f"an object has {len(pairs)} keys, at most {MAX_KEYS} are read"
+        raise HTTPException(TooLargeError.status, detail)
     return dict(pairs)

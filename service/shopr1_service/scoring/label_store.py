@@ -3,12 +3,13 @@
 Each run has a table of its own: labels that one run registers or removes change no reward of another.
 
 The key of a prompt is a digest: of its text, or of the canonical JSON of its messages. A label takes a few
-hundred bytes, regardless of the prompt's length. The tables are in memory and belong to the event loop.
+hundred bytes, regardless of the prompt's length. The tables are in memory.
 """
 
 import hashlib
 import json
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
+from shopr1_service.concurrency import checkpoint
 
 TextPrompt = str | Sequence[Message]
 
@@ -83,6 +85,7 @@ class LabelStore:
 
     def __init__(self, max_labels: int) -> None:
         self._max_labels = max_labels
+        self._lock = threading.Lock()
         self._tables: dict[str, _Table] = {}
 
     def num_labels(self, run: str) -> int:
@@ -99,11 +102,16 @@ class LabelStore:
             ContradictionError: two labels of one prompt differ.
             TooLargeError: too many labels.
         """
+        with self._lock:  # large bodies come on threads
+            return self._put(run, labels)
+
+    def _put(self, run: str, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
         table = self._table(run)
         new: dict[bytes, Label] = {}
         positions: dict[bytes, int] = {}
         lengths = set(table.lengths)
         for i, (prompt, label) in enumerate(labels):
+            checkpoint()
             digest = prompt_digest(prompt)
             first = positions.setdefault(digest, i)
             if new.setdefault(digest, label) != label:
