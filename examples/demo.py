@@ -6,6 +6,7 @@ scores `sessions.jsonl` with the client library, and stops the server again.
 
 import argparse
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -94,7 +95,9 @@ def why(reward: Reward) -> str:
 
 
 def table(group: Group, rewards: list[Reward]) -> Table:
-    title = f"{group.id}: the human did {group.ground_truth}"
+    truth = group.ground_truth  # JSON, or its text
+    action = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
+    title = f"{group.id}: the human did {action}"
     result = Table(title=title, title_justify="left", show_lines=True)
     for name in ("predicted", *rewards[0].components, "reward", "why"):
         result.add_column(name, justify="left" if name in ("predicted", "why") else "right", overflow="fold")

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.meters import interleaved_s
 from benchmarks.report import Report
 from benchmarks.workloads import Shape
-from shopr1_service.engine.forward.base import Forward, Suffix
+from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix
+from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.prefix_cache import PrefixCache
@@ -59,6 +60,7 @@ _LATENT = {
     "num_key_value_heads": 9,
     "q_lora_rank": 256,
     "kv_lora_rank": 128,
+    "head_dim": 32,
     "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
@@ -73,6 +75,28 @@ ARCHITECTURES = (
     Architecture("gpt_oss", {**_WINDOW, **_EXPERTS, "layer_types": _ALTERNATING}),
     Architecture("deepseek_v3", _LATENT),
 )
+_STATES = {"mamba_n_heads": 18, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
+_LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
+HYBRIDS = (
+    Architecture("lfm2", {"layer_types": ["conv", "full_attention"] * 4}),
+    Architecture("bamba", {"attn_layer_indices": [3, 7], **_STATES}),
+    Architecture("falcon_h1", {"mamba_d_ssm": 1152, **_STATES}),
+    Architecture(
+        "qwen3_next",
+        {
+            "layer_types": _LINEAR,
+            "linear_num_value_heads": 9,
+            "linear_num_key_heads": 9,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 768,
+            "shared_expert_intermediate_size": 768,
+        },
+    ),
+)
+"""Recurrent states and convolutions: each completion runs on a copy of the prompt's cache."""
 
 
 class Measured:
@@ -113,6 +137,16 @@ def measure(architecture: Architecture, llama: PreTrainedModel, shape: Shape, re
     report.add(shape, f"{name} shared_prefix / llama", shared_s / llama_s, "x")
 
 
+def measure_hybrid(architecture: Architecture, shape: Shape, report: Report) -> None:
+    """Time on copies of the prompt's cache, against each completion with its whole prompt."""
+    model = architecture.build()
+    expanded = Measured(ExpandedForward(model), shape)
+    independent = Measured(IndependentForward(model), shape)
+    expanded_s, independent_s = interleaved_s(NUM_ROUNDS, expanded.run_again, independent.run_again)
+    report.add(shape, f"{architecture.kind} expanded", expanded_s, "s")
+    report.add(shape, f"{architecture.kind} independent / expanded", independent_s / expanded_s, "x")
+
+
 def _ids(num: int, *, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(3, _SIZES["vocab_size"], (num,), generator=generator).tolist()
@@ -131,6 +165,8 @@ def main() -> None:
     llama = Architecture("llama").build()
     for architecture in ARCHITECTURES:
         measure(architecture, llama, shape, report)
+    for architecture in HYBRIDS:  # slow on a CPU: a shorter prompt
+        measure_hybrid(architecture, Shape(min(shape.P, 1000), shape.G, shape.R), report)
     report.write(arguments.output / "families.csv")
 
 

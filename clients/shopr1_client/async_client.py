@@ -10,6 +10,7 @@ import httpx
 from pydantic import BaseModel
 
 from shopr1_client.base import DEFAULT_TIMEOUT_S, BaseClient, OnProgress
+from shopr1_client.connections import RESENDABLE
 from shopr1_client.errors import ProblemError, ShopR1Error, TooLargeError
 from shopr1_client.request_splitting import Part, check, merge, relocated
 from shopr1_client.transport import failure, idempotency_headers, parse
@@ -159,7 +160,9 @@ class AsyncClient(BaseClient):
     ) -> _Model:
         assert self._http is not None  # see `_connected`
         try:
-            response = await self._http.request(method, url, content=body, headers=headers)
+            response = await self._http.request(
+                method, url, content=body, headers=headers, extensions={RESENDABLE: True}
+            )
         except httpx.RequestError as error:
             raise failure(f"{method} {url}", error) from error
         return parse(model, response)

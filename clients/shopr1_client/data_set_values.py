@@ -5,6 +5,9 @@ scalars of their own, dates that were read from text, missing values in many for
 type becomes an object that names its type, `{"datetime": "2026-05-01 00:00:00"}`. Where the reward needs
 text, the service refuses it; elsewhere it ignores it, like every other key. It is never turned into text,
 because the original text is lost: `2026-05-01` and `2026-05-01T00:00` give the same date.
+
+A text that a library has made of another value cannot be recognised: of a field with `"a"` and `3.50` in two
+rows, `polars.read_ndjson` makes `"a"` and `"3.5"`.
 """
 
 import json

@@ -239,7 +239,7 @@ class InternalError(ProblemError):
 
 
 class NotReadyError(ProblemError):
-    """The policy is loading, or the service is shutting down."""
+    """The policy is loading, the service is shutting down, or it has no room for more connections."""
 
     code, status, title = "not_ready", 503, "Not ready"
 

@@ -4,15 +4,18 @@ On clusters `HTTP_PROXY` is often set, and its proxy does not reach the cluster'
 private hosts are therefore reached directly, unless a proxy is given explicitly.
 """
 
+import contextlib
 import ipaddress
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import httpx
 
+from shopr1_client.connections import AsyncTransport, Transport
 from shopr1_client.errors import SettingsError
 
 DIRECT = "direct"
@@ -96,14 +99,25 @@ def without_passwords(urls: str) -> str:
 def is_private(host: str) -> bool:
     """Whether a host is one of a private network: by its address, or by a name that public DNS cannot have.
 
-    >>> [is_private(host) for host in ("10.1.2.3", "::1", "reward", "reward.ml.svc", "example.org")]
-    [True, True, True, True, False]
+    >>> [is_private(host) for host in ("10.1.2.3", "127.1", "::1", "reward", "reward.ml.svc", "example.org")]
+    [True, True, True, True, True, False]
     """
+    name = host.lower().rstrip(".")
+    if (address := _address(name)) is not None:
+        return not address.is_global
+    return "." not in name or name.endswith(_PRIVATE_SUFFIXES)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is, in every form that `getaddrinfo` reads; None: it is a name."""
     try:
-        return not ipaddress.ip_address(host).is_global
+        address = ipaddress.ip_address(host)
     except ValueError:
-        name = host.lower().rstrip(".")
-        return "." not in name or name.endswith(_PRIVATE_SUFFIXES)
+        with contextlib.suppress(OSError, ValueError):
+            return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, 0x7f000001, 0177.0.0.1, 2130706433
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 def sync_connections(urls: Sequence[str], choice: str | None) -> Connections:
@@ -112,15 +126,15 @@ def sync_connections(urls: Sequence[str], choice: str | None) -> Connections:
     Raises:
         SettingsError: a proxy's URL is malformed, or SOCKS is not installed.
     """
-    return _connections(urls, choice, httpx.HTTPTransport, _ProxiedTransport)
+    return _connections(urls, choice, Transport, _ProxiedTransport)
 
 
 def async_connections(urls: Sequence[str], choice: str | None) -> Connections:
     """`sync_connections` for an asynchronous client."""
-    return _connections(urls, choice, httpx.AsyncHTTPTransport, _AsyncProxiedTransport)
+    return _connections(urls, choice, AsyncTransport, _AsyncProxiedTransport)
 
 
-class _ProxiedTransport(httpx.HTTPTransport):
+class _ProxiedTransport(Transport):
     def __init__(self, proxy: Proxy) -> None:
         super().__init__(proxy=proxy.url)
         self._note = _note(proxy)
@@ -134,7 +148,7 @@ class _ProxiedTransport(httpx.HTTPTransport):
         return response
 
 
-class _AsyncProxiedTransport(httpx.AsyncHTTPTransport):
+class _AsyncProxiedTransport(AsyncTransport):
     def __init__(self, proxy: Proxy) -> None:
         super().__init__(proxy=proxy.url)
         self._note = _note(proxy)

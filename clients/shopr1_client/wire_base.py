@@ -1,5 +1,6 @@
 """Base classes and types of the wire models."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -75,6 +76,18 @@ def by_type(
         return next((tag for tag, kinds in types.items() if isinstance(value, kinds)), None)
 
     return Discriminator(tag, custom_error_type=code, custom_error_message=message)
+
+
+def matches(pattern: str, rule: str) -> Callable[[str], str]:
+    """A validator of text that matches a pattern as a whole; `rule` is the error in words."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise PydanticCustomError("pattern", "{rule}", {"rule": rule})
+        return text
+
+    return check
 
 
 def _in_pieces(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:  # noqa: ANN401  # see above

@@ -3,10 +3,18 @@
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StrictInt, Tag, model_validator
+from pydantic import AfterValidator, Field, StrictInt, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from shopr1_client.wire_base import NUMBER, STRING, AnswerModel, RequestModel, UnicodeText, by_type
+from shopr1_client.wire_base import (
+    NUMBER,
+    STRING,
+    AnswerModel,
+    RequestModel,
+    UnicodeText,
+    by_type,
+    matches,
+)
 
 BASE = "base"
 """As an adapter's name: the policy's own weights and no adapter."""
@@ -15,7 +23,13 @@ ADAPTER_CONFIG_KEY = "adapter_config"
 BASE_SAMPLE_KEY = "base_sample"
 """In the same place, optional: JSON of `TensorSample` by the name of the sender's base weights."""
 
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+_ADAPTER_NAME = "[A-Za-z0-9._-]{1,128}"
+
+AdapterName = Annotated[
+    str,
+    AfterValidator(matches(_ADAPTER_NAME, "must be 1 to 128 of A-Z a-z 0-9 . _ -")),
+    Field(json_schema_extra={"pattern": f"^{_ADAPTER_NAME}$"}),
+]
 VersionName = Annotated[UnicodeText, Field(min_length=1, max_length=256)]
 
 

@@ -10,8 +10,8 @@ Every answer has the digest of its recipe, so that a logged reward can be traced
 
 import hashlib
 import json
-import reprlib
 import tomllib
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cached_property
 from importlib import resources
@@ -30,21 +30,18 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from shopr1_rewards.errors import RecipeError
+from shopr1_rewards.names import RECIPE_NAME, name_flaw, recipe_name_flaw
+from shopr1_rewards.recipe_flaws import DARS, NUMBER, flaw, impossible
 from shopr1_rewards.similarity import Tokenizer
-
-_IMPOSSIBLE = "impossible"
 
 # Strict: a quoted number or a boolean in a recipe is a mistake, not a weight. Bounded: rewards stay finite.
 Weight = Annotated[float, Field(strict=True, ge=-1e9, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 # Beyond these bounds the logits' quotients overflow, or all distributions are uniform to rounding.
 Temperature = Annotated[float, Field(strict=True, ge=1e-3, le=1e3, allow_inf_nan=False)]
-
-Name = Annotated[str, Field(pattern=r"\S")]
-"""Name of an action type or attribute: not blank."""
 
 
 class Component(StrEnum):
@@ -141,9 +138,20 @@ class Vocabulary(StrEnum):
     """The tokenizer's tokens, without padding rows of the head."""
 
 
-def _impossible(message: str) -> PydanticCustomError:
-    """An error of several keys together."""
-    return PydanticCustomError(_IMPOSSIBLE, "{message}", {"message": message})
+def _checked(find_flaw: Callable[[str], str | None]) -> AfterValidator:
+    def check(name: str) -> str:
+        if message := find_flaw(name):
+            raise PydanticCustomError("name", "{message}", {"message": message})
+        return name
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, _checked(name_flaw)]
+"""Name of an action type or attribute."""
+RecipeName = Annotated[
+    str, _checked(recipe_name_flaw), Field(json_schema_extra={"pattern": f"^{RECIPE_NAME}$"})
+]
 
 
 class _Part(BaseModel):
@@ -165,7 +173,7 @@ class FormatRecipe(_Part):
     @model_validator(mode="after")
     def _check_which(self) -> Self:
         if self.reading is Reading.STRICT and self.which is not Which.FIRST:
-            raise _impossible(f"which = {self.which.value!r} requires reading = 'tolerant'")
+            raise impossible(f"which = {self.which.value!r} requires reading = 'tolerant'")
         return self
 
 
@@ -186,7 +194,7 @@ class SimilarityRecipe(_Part):
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:
         if self.thresholded(1.0) == 0:
-            raise _impossible(
+            raise impossible(
                 "nothing exceeds threshold = 1; threshold_is = 'inclusive' asks for equal tokens"
             )
         return self
@@ -209,12 +217,9 @@ class SelfCertaintyRecipe(_Part):
     vocabulary: Vocabulary = Vocabulary.HEAD
 
 
-# Tags of unions appear in pydantic's error locations; the brackets distinguish them from keys.
-_NUMBER, _DARS = "<number>", "<dars>"
-
 ValueWeight = Annotated[
-    Annotated[Weight, Tag(_NUMBER)] | Annotated[Literal["dars"], Tag(_DARS)],
-    Discriminator(lambda value: _DARS if isinstance(value, str) else _NUMBER),
+    Annotated[Weight, Tag(NUMBER)] | Annotated[Literal["dars"], Tag(DARS)],
+    Discriminator(lambda value: DARS if isinstance(value, str) else NUMBER),
 ]
 
 
@@ -236,7 +241,7 @@ class ActionTypeRecipe(_Part):
     @classmethod
     def _type_is_taken(cls, attributes: dict[str, AttributeRecipe]) -> dict[str, AttributeRecipe]:
         if "type" in attributes:
-            raise ValueError("'type' names the action's type and cannot be an attribute")
+            raise impossible("'type' names the action's type and cannot be an attribute")
         return attributes
 
 
@@ -265,7 +270,7 @@ class ActionSpace(_Part):
 
 def _check_unique(components: tuple[Component, ...]) -> tuple[Component, ...]:
     if len(set(components)) < len(components):
-        raise ValueError("a component is listed twice")
+        raise impossible("a component is listed twice")
     return components
 
 
@@ -283,7 +288,7 @@ _SHOP_R1 = (
 class Recipe(_Part):
     """A complete reward. Frozen; `recipes/shop_r1.toml` explains each number."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: RecipeName
     source: str = ""
     components: Components = _SHOP_R1
     """The terms of the reward, in the order in which they are added and shown."""
@@ -296,7 +301,7 @@ class Recipe(_Part):
     def _check_types(self) -> Self:
         folded = {name.casefold() for name in self.action_space.types}
         if self.format.action_types is ActionTypes.CASEFOLD and len(folded) < len(self.action_space.types):
-            raise _impossible(
+            raise impossible(
                 "format.action_types = 'casefold': two names of action_space.types are equal then"
             )
         return self
@@ -360,31 +365,12 @@ def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tomllib.loads(toml.removeprefix("\ufeff")))  # a byte order mark
     except ValidationError as error:
-        flaws = "; ".join(_flaw(details) for details in error.errors())
+        flaws = "; ".join(flaw(details) for details in error.errors())
         raise RecipeError(f"{origin}: {flaws}") from error
     except RecursionError:
         raise RecipeError(f"{origin}: not a recipe: nested too deeply") from None
     except ValueError as error:  # also of an integer with thousands of digits
         raise RecipeError(f"{origin}: not TOML: {error}") from error
-
-
-def _flaw(details: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in details["loc"] if part not in (_NUMBER, _DARS))
-    if details["type"] == "extra_forbidden":
-        return f"unknown key {key!r}"
-    if details["type"] == "missing":
-        return f"missing key {key!r}"
-    where = f"{key}: " if key else ""
-    if details["type"] == _IMPOSSIBLE:
-        return where + details["msg"]
-    return f"{where}{details['msg']} (got {_shortened(details['input'])})"
-
-
-def _shortened(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python writes no integer with thousands of digits
-        return "an integer with thousands of digits"
 
 
 def _shipped() -> Traversable:

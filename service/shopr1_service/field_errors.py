@@ -15,3 +15,9 @@ def field_problem(problem: type[ProblemError], location: str | None, message: st
     """The problem for one bad field; `location` is None where no field is at fault."""
     errors: list[FieldError] = [] if location is None else [{"location": location, "message": message}]
     return problem(message, errors=errors)
+
+
+def field_problems(locations: Sequence[str], message: str) -> InvalidRequestError:
+    """The problem for several fields with the same flaw."""
+    errors: list[FieldError] = [{"location": location, "message": message} for location in locations]
+    return InvalidRequestError(summary(errors), errors=errors)

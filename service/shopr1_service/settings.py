@@ -5,16 +5,20 @@ Sources, in order of precedence: the command line, the environment (`SHOPR1_PORT
 and the message names both.
 """
 
+import contextlib
+import difflib
 import json
 import os
+import reprlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -23,6 +27,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from shopr1_client.field_messages import plain_message
+from shopr1_client.json_text import read_json
 from shopr1_client.wire import Limits
 from shopr1_client.wire_prompt import IsoDate, PromptOptions, TemplateArguments
 from shopr1_service.errors import SettingsError
@@ -31,6 +37,9 @@ ENV_PREFIX = "SHOPR1_"
 CLIENT_PREFIX = "SHOPR1_CLIENT_"
 """Prefix of the trainer shims' variables, which may be set on the same machine."""
 CONFIG_VARIABLE = "SHOPR1_CONFIG"
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 300
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -57,12 +66,32 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-class Settings(BaseSettings):
+class _Sources(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, validate_default=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line, environment, TOML file; no `.env` file that happens to be there."""
+        return (init_settings, env_settings, _TomlSource(settings_cls))
+
+
+class _LogFormatOnly(_Sources):
+    model_config = SettingsConfigDict(extra="ignore")
+
+    log_format: LogFormat = LogFormat.AUTO
+
+
+class Settings(_Sources):
     """Frozen after start."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True
-    )
+    model_config = SettingsConfigDict(extra="forbid")
 
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -145,7 +174,8 @@ class Settings(BaseSettings):
     request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 540.0
     """Seconds a request may take; then it gets 504. `X-Request-Timeout` can ask for less."""
     receive_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """Seconds a request's head may take to arrive, and then its body."""
+    """Seconds a request's head may take to arrive, and then its body; and how long a client may take nothing
+    of its answer."""
     engine_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds after which a forward pass counts as hanging; the process then ends with exit code 1."""
     read_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
@@ -163,6 +193,10 @@ class Settings(BaseSettings):
     """Numbers, strings and other values of one body, counted by its commas, with those inside strings."""
     max_text_chars: PositiveInt = 2**20
     """Characters of one completion, or of one prompt, with its roles and 16 more for each message."""
+
+    max_client_memory_bytes: PositiveInt = 4 * 2**30
+    """Memory for what clients send and make the service keep: requests, kept answers, labels, adapters.
+    Beyond it requests get 429 with `Retry-After`, or 413 if they never fit."""
 
     max_labels: PositiveInt = 1_000_000
     """Capacity of the label store (`PUT /labels`), of all runs; a label takes some hundred bytes."""
@@ -190,14 +224,28 @@ class Settings(BaseSettings):
     """Number of these files; the oldest is deleted."""
     rollout_log_text: bool = False
     """Write prompts and completions into them too."""
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: PositiveInt = 30
     """Seconds for open requests to finish after SIGTERM."""
+
+    @field_validator(
+        *("api_key_file", "tls_cert_file", "tls_private_key_file", "staging_dir", "cache_dir"),
+        *("rollout_log", "policy", "revision", "chat_template"),
+        mode="before",
+    )
+    @classmethod
+    def _check_not_empty(cls, value: object) -> object:
+        if value == "":  # as a path it would be the working directory
+            raise ValueError("must not be empty")
+        return value
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
     def _from_json(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
+        try:
+            return read_json(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
 
     @field_validator(
         *("api_keys", "chat_templates", "end_tokens", "ignored_tensors", "policy_roots"), mode="before"
@@ -233,24 +281,15 @@ class Settings(BaseSettings):
     def limits(self) -> Limits:
         return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line, environment, TOML file; no `.env` file that happens to be there."""
-        return (init_settings, env_settings, _TomlSource(settings_cls))
-
 
 class _TomlSource(TomlConfigSettingsSource):
     """The TOML file, which may begin with a byte order mark."""
 
     def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
         return tomllib.loads(file_path.read_text("utf-8-sig"))
+
+
+_Kind = TypeVar("_Kind", bound=_Sources)
 
 
 def load_settings(options: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
@@ -260,38 +299,74 @@ def load_settings(options: Mapping[str, Any] | None = None, config: Path | None 
         config: a TOML file; default: the one that `SHOPR1_CONFIG` names, if it is set.
 
     Raises:
-        SettingsError: an unknown key or a malformed value, anywhere.
+        SettingsError: an unknown key or a malformed value. It names it, its value, and where it was given.
     """
+    options = options or {}
     _refuse_unknown_variables()
-    _refuse_private_options(options or {})
+    _refuse_private_options(options)
+    source = "" if config else f" ({CONFIG_VARIABLE})"
     config = config or _config_from_environment()
     if config is not None and not config.is_file():
-        raise SettingsError(f"no such file of settings: {str(config)!r}")
-
-    class Configured(Settings):
-        model_config = SettingsConfigDict(toml_file=config)
-
+        raise SettingsError(f"no such file of settings: {str(config)!r}{source}")
     try:
-        return Configured(**(options or {}))
+        return _load(Settings, options, config)
     except ValidationError as error:
-        raise SettingsError("; ".join(map(_message, error.errors()))) from error
+        raise SettingsError("; ".join(_messages(error, options, config))) from error
     except RecursionError:
         raise SettingsError(f"{config}: nested too deeply") from None
+    except OSError as error:
+        raise SettingsError(f"{config}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # also of an integer with thousands of digits
         raise SettingsError(f"{config}: not TOML: {error}") from error
 
 
-def _message(details: Mapping[str, Any]) -> str:
-    key = str(details["loc"][0])  # the rest names members of unions: settings are flat
-    if details["type"] == "extra_forbidden":
-        return f"unknown setting {key!r} (value {_shown(key, details['input'])})"
-    return f"{key}: {details['msg']} (got {_shown(key, details['input'])})"
+def wanted_log_format(options: Mapping[str, Any], config: Path | None) -> LogFormat:
+    """The format of log lines, as well as it can be found out where other settings are wrong."""
+    given = {name: value for name, value in options.items() if name == "log_format"}
+    for file in (config or _config_from_environment(), None):
+        with contextlib.suppress(ValueError, OSError, RecursionError):
+            return _load(_LogFormatOnly, given, file).log_format
+    return LogFormat.AUTO
+
+
+def _load(kind: type[_Kind], options: Mapping[str, Any], config: Path | None) -> _Kind:
+    class Configured(kind):  # type: ignore[misc, valid-type]  # a base that is a variable
+        model_config = SettingsConfigDict(toml_file=config)
+
+    return cast("_Kind", Configured(**options))
+
+
+def _messages(error: ValidationError, options: Mapping[str, Any], config: Path | None) -> Iterator[str]:
+    """A sentence for each wrong setting."""
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for details in error.errors():
+        by_key.setdefault(str(details["loc"][0]), []).append(details)
+    for key, flaws in by_key.items():
+        given = f"{_shown(key, flaws[0]['input'])}{_place(key, options, config)}"
+        if flaws[0]["type"] == "extra_forbidden":
+            yield f"unknown setting {key!r} (value {given}){_closest(key, Settings.model_fields)}"
+        else:  # a union has an error for each of its members
+            rules = dict.fromkeys(map(plain_message, flaws))
+            yield f"{key}: {' or '.join(rules)} (got {given})"
+
+
+def _place(key: str, options: Mapping[str, Any], config: Path | None) -> str:
+    """Where a setting was given; nothing for the command line, which the reader has just written."""
+    if key in options:
+        return ""
+    variable = next((name for name in os.environ if name.upper() == f"{ENV_PREFIX}{key.upper()}"), None)
+    return f" in {variable}" if variable else f" in {config}"
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1, 0.75)
+    return f"; is {found[0]} meant?" if found else ""
 
 
 def _shown(name: str, value: object) -> str:
     """A value for an error message, hidden where it may be a secret."""
     try:
-        return "…" if "key" in name.lower() else repr(value)
+        return "…" if "key" in name.lower() else _SHORT.repr(value)
     except ValueError:  # Python writes no integer with thousands of digits
         return "an integer with thousands of digits"
 
@@ -313,4 +388,5 @@ def _refuse_unknown_variables() -> None:
     for name, value in os.environ.items():
         is_ours = name.upper().startswith(ENV_PREFIX) and not name.upper().startswith(CLIENT_PREFIX)
         if is_ours and name.upper() not in known:
-            raise SettingsError(f"unknown environment variable {name} (value {_shown(name, value)})")
+            closest = _closest(name.upper(), known)
+            raise SettingsError(f"unknown environment variable {name} (value {_shown(name, value)}){closest}")

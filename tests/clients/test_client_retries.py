@@ -193,8 +193,6 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(score: Score) -
     assert actual == expected
 
 
-# The first error cancels the other parts. One that is connecting then leaves its socket to the collector.
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 @both
 def test_a_failed_server_is_replaced_by_another(score: Score, caplog: pytest.LogCaptureFixture) -> None:
     request = request_of(*(f"prompt {i}" for i in range(40)))

@@ -1,6 +1,7 @@
 """The choice of a proxy, against httpx's own, and what both clients do with one."""
 
 import asyncio
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,24 @@ each = pytest.mark.parametrize("info", [sync_info, async_info], ids=["sync", "as
         ("fd00::7", True),
         ("fe80::1", True),
         ("8.8.8.8", False),
+        ("127.1", True),
+        ("127.0.1", True),
+        ("10.7", True),
+        ("0", True),
+        ("2130706433", True),
+        ("0x7f000001", True),
+        ("0x7F.1", True),
+        ("0177.0.0.1", True),
+        ("127.0.0.1.", True),
+        ("192.168.257", True),
+        ("::ffff:10.0.0.7", True),
+        ("::ffff:8.8.8.8", False),
+        ("fe80::1%eth0", True),
+        ("8.8", False),
+        ("8.526344", False),
+        ("134744072", False),
+        ("127.1.example.org", False),
+        ("300.1.2.3", False),
         ("2001:4860:4860::8888", False),
         ("node17", True),
         ("reward.ml.svc", True),
@@ -109,8 +128,17 @@ def test_public_hosts_have_the_proxy_that_httpx_chooses(
     assert found is None or found.source in environment
 
 
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "0177.0.0.1", "10.7"])
+def test_a_short_address_connects_to_a_private_one(host: str) -> None:
+    """The system's resolver reads these forms as addresses."""
+    addresses = {found[4][0] for found in socket.getaddrinfo(host, 80, socket.AF_INET)}
+    assert len(addresses) == 1
+    assert all(is_private(str(address)) for address in addresses)
+
+
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:8000", "http://[::1]", "http://node17:8000", "https://10.1.2.3"]
+    "url",
+    ["http://127.0.0.1:8000", "http://127.1:8000", "http://[::1]", "http://node17:8000", "https://10.1.2.3"],
 )
 def test_private_hosts_have_none_unless_it_is_given(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", PROXY)

@@ -1,5 +1,6 @@
 """The demo against a running server: it prints the rewards that were computed by hand."""
 
+import json
 import os
 import re
 import subprocess
@@ -65,6 +66,8 @@ def test_numbers_of_every_row(printed: str) -> None:
 def test_one_table_per_session(printed: str) -> None:
     titles = [line for line in printed.splitlines() if ": the human did " in line]
     assert [title.partition(":")[0] for title in titles] == list(EXPECTED_TERMS)
+    actions = [json.loads(title.partition(" did ")[2]) for title in titles]
+    assert [action["type"] for action in actions] == ["type_and_submit", "click", "terminate"]
     header = "predicted format action_type attribute value self_certainty reward why"
     assert [" ".join(re.findall(r"\w+", line)) for line in printed.splitlines() if line.startswith("┃")] == [
         header

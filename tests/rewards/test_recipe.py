@@ -246,11 +246,14 @@ def test_impossible_value_is_refused_with_key_and_value(old: str, new: str, key:
             edited("[action_space.types.terminate]\nreward = 0.3", "[action_space.types.terminate]"),
             "missing key 'action_space.types.terminate.reward'",
         ),
-        (TOML[: TOML.index("[action_space.types.")] + "types = {}", "action_space.types: Dictionary should"),
+        (
+            TOML[: TOML.index("[action_space.types.")] + "types = {}",
+            "action_space.types: must not be empty (got {})",
+        ),
         (TOML[: TOML.index("[action_space.types.")], "missing key 'action_space.types'"),
         (
             edited("attributes.text", "attributes.type"),
-            "action_space.types.type_and_submit.attributes: Value error, 'type' names the action's type",
+            "action_space.types.type_and_submit.attributes: 'type' names the action's type",
         ),
         ("name =", "not TOML: "),
         (TOML + "[format]", "not TOML: "),
@@ -277,10 +280,25 @@ def test_recipe_that_is_none(toml: str, message: str) -> None:
             'which = "after_thinking"',
             "format: which = 'after_thinking' requires reading = 'tolerant'",
         ),
-        ("attributes.text", 'attributes.""', "action_space.types.type_and_submit.attributes."),
-        ("attributes.text", 'attributes." \\t"', "action_space.types.type_and_submit.attributes. \t"),
-        ("types.terminate", 'types.""', "action_space.types."),
-        ("types.terminate", 'types." "', "action_space.types. "),
+        (
+            "attributes.text",
+            'attributes.""',
+            'action_space.types.type_and_submit.attributes."": must not be blank',
+        ),
+        (
+            "attributes.text",
+            'attributes." \\t"',
+            r'action_space.types.type_and_submit.attributes." \t": must not be blank',
+        ),
+        ("types.terminate", 'types.""', 'action_space.types."": must not be blank'),
+        ("types.terminate", 'types." "', 'action_space.types." ": must not be blank'),
+        ("types.terminate", 'types."end\\u200b"', r'action_space.types."end\u200b": has the invisible char'),
+        ("types.terminate", 'types." end"', 'action_space.types." end": must not begin or end with a space'),
+        (
+            "attributes.text",
+            'attributes."te\u00adxt"',
+            r'action_space.types.type_and_submit.attributes."te\u00adxt": has the invisible character U+00AD',
+        ),
     ],
 )
 def test_recipe_that_cannot_work_is_refused(old: str, new: str, message: str) -> None:
@@ -337,10 +355,10 @@ def test_every_flaw_is_named() -> None:
 @pytest.mark.parametrize(
     ("components", "message"),
     [
-        ('["format", "politeness"]', "components.1: Input should be 'format', 'action_type'"),
-        ('["format", "value", "format"]', "components: Value error, a component is listed twice"),
-        ("[]", "components: Tuple should have at least 1 item"),
-        ('"format"', "components: Input should be a valid tuple"),
+        ('["format", "politeness"]', "components[1]: must be 'format', 'action_type'"),
+        ('["format", "value", "format"]', "components: a component is listed twice"),
+        ("[]", "components: must not be empty"),
+        ('"format"', "components: must be a list"),
     ],
 )
 def test_components_that_are_none(components: str, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from shopr1_service.errors import SettingsError
-from shopr1_service.settings import DType, Settings, load_settings
+from shopr1_service.settings import DType, Settings, load_settings, wanted_log_format
 
 KEYS = "one-0123456789abc,two-0123456789abc"
 
@@ -78,6 +78,7 @@ def test_defaults() -> None:
         "max_groups": 1024,
         "max_completions_per_group": 256,
         "max_request_tokens": 4_194_304,
+        "max_client_memory_bytes": 4_294_967_296,
         "max_body_values": 5_242_880,
         "max_text_chars": 1_048_576,
         "max_labels": 1_000_000,
@@ -241,9 +242,10 @@ def test_a_setting_that_was_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         patch.setenv("SHOPR1_TENSOR_PARALLEL", "4")
         with pytest.raises(SettingsError, match=r"^unknown environment variable SHOPR1_TENSOR_PARALLEL "):
             load_settings()
-    use_config(monkeypatch, tmp_path / "shopr1.toml", "tensor_parallel = 4")
-    with pytest.raises(SettingsError, match=r"^unknown setting 'tensor_parallel' \(value 4\)$"):
+    path = use_config(monkeypatch, tmp_path / "shopr1.toml", "tensor_parallel = 4")
+    with pytest.raises(SettingsError) as caught:
         load_settings()
+    assert str(caught.value) == f"unknown setting 'tensor_parallel' (value 4 in {path})"
 
 
 MALFORMED: list[tuple[str, str]] = [
@@ -262,6 +264,7 @@ MALFORMED: list[tuple[str, str]] = [
     ("log_level", "INFO"),
     ("shutdown_grace_s", "0"),
     ("max_labels", "0"),
+    ("max_client_memory_bytes", "0"),
     ("openrlhf_unscorable", "zero"),
     ("slime_unscorable", "nan"),
     ("llama_factory_unscorable", "-inf"),
@@ -289,6 +292,83 @@ def test_malformed_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: 
 def test_malformed_type_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toml: str) -> None:
     use_config(monkeypatch, tmp_path / "shopr1.toml", toml)
     with pytest.raises(SettingsError, match=toml.split()[0]):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": "http"}, "port: must be an integer (got 'http')"),
+        ({"port": "70000"}, "port: must be at most 65535 (got '70000')"),
+        ({"max_groups": "0"}, "max_groups: must be greater than 0 (got '0')"),
+        ({"log_level": "loud"}, "log_level: must be 'debug', 'info', 'warning' or 'error' (got 'loud')"),
+        ({"slime_unscorable": "zero"}, "slime_unscorable: must be 'error' or must be a number (got 'zero')"),
+        ({"max_grups": "3"}, "unknown setting 'max_grups' (value '3'); is max_groups meant?"),
+        ({"staging_dir": ""}, "staging_dir: must not be empty (got '')"),
+        ({"policy": ""}, "policy: must not be empty (got '')"),
+        (
+            {"chat_template_kwargs": '{"a": 1, "a": 2}'},
+            """chat_template_kwargs: a: the key occurs twice (got '{"a": 1, "a": 2}')""",
+        ),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: must be an object (got [1])"),
+        ({"api_key_file": ""}, "api_key_file: must not be empty (got …)"),
+        ({"memory_share": "2"}, "memory_share: must be at most 1 (got '2')"),
+        ({"deterministic": "maybe"}, "deterministic: must be true or false (got 'maybe')"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_messages_name_setting_rule_and_value(options: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(options)
+    assert str(caught.value).replace(".0 (", " (") == message
+
+
+def test_messages_name_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = use_config(monkeypatch, tmp_path / "shopr1.toml", "port = -1\nmax_groups = 0")
+    monkeypatch.setenv("SHOPR1_PORT", "http")
+    monkeypatch.setenv("SHOPR1_MAX_RUNS", "x")
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"max_runs": "y"})
+    assert str(caught.value).split("; ") == [
+        "port: must be an integer (got 'http' in SHOPR1_PORT)",
+        f"max_groups: must be greater than 0 (got 0 in {path})",
+        "max_runs: must be an integer (got 'y')",
+    ]
+
+
+def test_long_values_are_shortened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_config(monkeypatch, tmp_path / "shopr1.toml", f"port = {list(range(10_000))}")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert len(str(caught.value)) < 1000
+
+
+def test_the_log_format_that_is_wanted_where_other_settings_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert wanted_log_format({"port": "http"}, None) == "auto"
+    assert wanted_log_format({"log_format": "loud"}, None) == "auto"
+    assert wanted_log_format({"log_format": "text", "port": "http"}, None) == "text"
+    path = use_config(monkeypatch, tmp_path / "shopr1.toml", "log_format = 'json'\nprot = 1")
+    assert wanted_log_format({}, None) == "json"
+    monkeypatch.delenv("SHOPR1_CONFIG")
+    assert wanted_log_format({}, path) == "json"
+    assert wanted_log_format({"log_format": "text"}, path) == "text"
+    monkeypatch.setenv("SHOPR1_LOG_FORMAT", "text")
+    for broken in (b"port =", b"\xff", b"log_format = " + b"[" * 900):
+        path.write_bytes(broken)
+        assert wanted_log_format({}, path) == "text"
+    assert wanted_log_format({}, tmp_path / "missing.toml") == "text"
+
+
+def test_a_config_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = use_config(monkeypatch, tmp_path / "shopr1.toml", "port = 1")
+
+    def refuse(*_args: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SettingsError, match=f"^{re.escape(str(path))}: cannot be read: Permission denied$"):
         load_settings()
 
 

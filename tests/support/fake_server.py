@@ -2,10 +2,14 @@
 
 HELD     prints `held`, and scores after a line on standard input
 CENSUS   prints the number of asyncio tasks
+
+`MAX_OPEN_FILES` in the environment limits its file descriptors.
 """
 
 import asyncio
 import gc
+import os
+import resource
 import sys
 from collections.abc import Sequence
 from unittest import mock
@@ -47,6 +51,8 @@ def say(line: str) -> None:
 
 
 def main() -> int:
+    if max_files := os.environ.get("MAX_OPEN_FILES"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(max_files), int(max_files)))
     gc.collect()
     gc.freeze()  # excludes objects of the imports from every count
     with (

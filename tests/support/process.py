@@ -6,10 +6,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -103,15 +103,29 @@ class Process:
 @contextlib.contextmanager
 def process(*command: str, **environment: str) -> Iterator[Process]:
     """Run a process with these arguments to Python. It must exit with code 0."""
+    yield from _process(command, None, environment)
+
+
+@contextlib.contextmanager
+def logging_process(log: Path, *command: str, **environment: str) -> Iterator[Process]:
+    """`process` whose standard error is this file."""
+    with log.open("w") as stderr:
+        yield from _process(command, stderr, environment)
+
+
+def _process(
+    command: Sequence[str], stderr: IO[str] | None, environment: Mapping[str, str]
+) -> Iterator[Process]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     pipes = subprocess.Popen(
         [sys.executable, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         cwd=_ROOT,
-        env={**os.environ, **environment, "SHOPR1_PORT": str(port), "SHOPR1_LOG_LEVEL": "error"},
+        env={**os.environ, "SHOPR1_LOG_LEVEL": "error", **environment, "SHOPR1_PORT": str(port)},
     )
     with pipes:
         try:

@@ -33,7 +33,7 @@ def binary(name: str) -> str:
 def promtool(*arguments: str | Path, given: str = "") -> str:
     """Output of promtool, which must succeed."""
     done = subprocess.run(
-        [binary("promtool"), *arguments], input=given, capture_output=True, text=True, timeout=WAIT_S
+        [binary("promtool"), *arguments], input=given, capture_output=True, text=True, timeout=5 * WAIT_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -3,13 +3,13 @@
 The data set's column `ground_truth` has the human's action, as an object or as a JSON string.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swift.rewards import AsyncORM, orms
 
 from shopr1_client.grouping import Rollout
+from shopr1_client.json_text import read_json
 from shopr1_client.trainers.service import Service, arguments, chat
 from shopr1_client.wire import Text, TokenIds
 from shopr1_client.wire_prompt import PromptOptions
@@ -59,7 +59,7 @@ def _completion(text: str, ids: Ids) -> Text | TokenIds:
 
 def _options(template_arguments: Any, tools: Any) -> PromptOptions:  # noqa: ANN401  # of a row
     """The row's arguments of the chat template; tools are a list, or one as JSON."""
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    tools = read_json(tools) if isinstance(tools, str) and tools else tools
     given = {**arguments(template_arguments), **({"tools": tools} if tools else {})}
     return PromptOptions(chat_template_kwargs=given or None)
 

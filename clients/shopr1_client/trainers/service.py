@@ -1,6 +1,5 @@
 """Common part of the shims: from a trainer's rollouts to rewards."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from shopr1_client.async_client import AsyncClient
 from shopr1_client.client import Client
 from shopr1_client.errors import FieldError, UnscorableError
 from shopr1_client.grouping import Grouping, Rollout
+from shopr1_client.json_text import read_json
 from shopr1_client.trainers.settings import ClientSettings
 from shopr1_client.wire import Message, Reward, ScoreRequest, ScoreResponse, TokenIds
 from shopr1_client.wire_policy import VersionDemand
@@ -128,7 +128,7 @@ def arguments(value: Any) -> dict[str, Any]:  # noqa: ANN401  # of a data set or
 
     A column of objects has the keys of all rows, with None in rows without the key.
     """
-    found = json.loads(value) if isinstance(value, str) and value else value
+    found = read_json(value) if isinstance(value, str) and value else value
     return {name: argument for name, argument in (found or {}).items() if argument is not None}
 
 

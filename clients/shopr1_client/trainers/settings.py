@@ -1,6 +1,5 @@
 """Settings of the shims, from arguments and the environment. All are checked together, at every use."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -9,8 +8,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shopr1_client.base import checked_urls
 from shopr1_client.errors import SettingsError
+from shopr1_client.field_messages import plain_message
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.proxies import DIRECT, SCHEMES, url_flaw, without_passwords
 from shopr1_client.transport import check_header_value
+from shopr1_client.wire_base import matches
 from shopr1_client.wire_prompt import TemplateArguments
 
 PREFIX = "SHOPR1_CLIENT_"
@@ -37,7 +39,9 @@ def _check_proxy(proxy: str) -> str:
 
 def _from_json(value: object) -> object:
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return read_json(value) if isinstance(value, str) else value
+    except DuplicateKeyError:
+        raise
     except (ValueError, RecursionError):
         raise ValueError("must be a JSON object") from None
 
@@ -71,7 +75,12 @@ class ClientSettings(BaseModel):
     api_key: HeaderValue | None = Field(default=None, repr=False)
     recipe: str | None = None
     unscorable: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    run: (
+        Annotated[
+            str, AfterValidator(matches(r"[A-Za-z0-9._-]{1,64}", "must be 1 to 64 of A-Z a-z 0-9 . _ -"))
+        ]
+        | None
+    ) = None
     demand: Literal["exact", "at_least"] | None = None
     demand_wait_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEFAULT_DEMAND_WAIT_S
     chat_template_kwargs: Annotated[TemplateArguments, BeforeValidator(_from_json)] | None = None
@@ -104,7 +113,7 @@ def _message(error: Any, values: Mapping[str, Any], sources: Mapping[str, str]) 
     name = error["loc"][0]
     # Keys and passwords are secrets.
     shown = "not valid" if name == "api_key" else without_passwords(repr(values[name]))
-    return f"{sources[name]} is {shown}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{sources[name]} is {shown}: {plain_message(error)}"
 
 
 def _refuse_unknown(known: Any) -> None:  # noqa: ANN401

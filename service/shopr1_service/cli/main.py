@@ -1,37 +1,16 @@
 """The `shopr1` command.
 
 Typer, not pydantic-settings' CLI: that would cover `serve` only, and put the help of 45 settings into it.
+
+Nothing is imported before a command needs it: help and errors of usage come at once.
 """
 
-import asyncio
-import contextlib
-import os
 import sys
-import threading
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
-import orjson
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from shopr1_client import Client, ShopR1Error
-from shopr1_rewards import RecipeError, load_recipe
-from shopr1_service.cli.score_file import (
-    InputLine,
-    ScoreCall,
-    ScoredLine,
-    read_input,
-    read_output,
-    score_lines,
-)
-from shopr1_service.cli.summary_table import summary
-from shopr1_service.errors import RolloutFileError, ServiceError, SettingsError
-from shopr1_service.settings import Settings, load_settings
 
 app = typer.Typer(
     help="The Shop-R1 reward service.",
@@ -41,8 +20,6 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Show and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-
-_errors = Console(stderr=True)
 
 PolicyOption = Annotated[
     str | None,
@@ -62,8 +39,10 @@ def main() -> None:
     """Entry point: one line for an expected error, and exit code 2."""
     try:
         app()
-    except (ServiceError, RecipeError, ShopR1Error) as error:
-        _errors.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        _print_error(str(error))
         sys.exit(2)
 
 
@@ -72,32 +51,29 @@ def serve(
     policy: PolicyOption = None,
     recipe: RecipeOption = None,
     host: Annotated[str | None, typer.Option(help="Default: 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="Default: 8000.")] = None,
+    port: Annotated[str | None, typer.Option(metavar="INTEGER", help="Default: 8000.")] = None,
     config: ConfigOption = None,
     options: SetOption = None,
 ) -> None:
     """Serve rewards over HTTP until SIGTERM."""
-    settings = _settings(config, options, policy=policy, recipe=recipe, host=host, port=port)
-    _disable_progress_bars()
-    from shopr1_service.server.uvicorn_server import serve as run  # imports torch
+    from shopr1_service.cli.serve_command import serve_until_a_signal
 
-    code = run(settings)
-    if any(thread.daemon for thread in threading.enumerate()):
-        # An abandoned load or forward pass. It cannot be stopped, and an interpreter that exits while a
-        # thread is inside torch is aborted.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code)
+    given = _given(options, policy=policy, recipe=recipe, host=host, port=port)
+    raise typer.Exit(serve_until_a_signal(given, config))
 
 
 @app.command()
 def score(
-    rollouts: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL, one group per line.")],
+    rollouts: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="JSONL, one group per line.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="JSONL of rewards; resumed if it exists. Default: standard output."
+            "-o",
+            "--output",
+            dir_okay=False,
+            help="JSONL of rewards; resumed if it exists. Default: standard output.",
         ),
     ] = None,
     url: Annotated[str | None, typer.Option(help="A running server. Default: score in this process.")] = None,
@@ -107,19 +83,23 @@ def score(
     options: SetOption = None,
 ) -> None:
     """Score a file of rollouts, offline or with a running server."""
-    lines = read_input(rollouts)
-    done = read_output(output, lines) if output else []
-    with _score_call(url, config, options, policy, recipe) as call, _open(output) as sink:
-        recipe_name = recipe if url else None
-        former = done[-1] if done else None
-        fresh = score_lines(lines[len(done) :], call, recipe_name, sink, former)
-        scored = [*done, *_with_progress(fresh, len(lines), len(done))]
-    _print_summary(lines, scored)
+    from shopr1_service.cli.score_command import in_this_process, score_to_file, with_server
+
+    if url is not None:
+        _refuse_with_url(policy=policy, config=config, set=options)
+        score_to_file(rollouts, output, with_server(url), recipe)
+    else:
+        given = _given(options, policy=policy, recipe=recipe)
+        score_to_file(rollouts, output, in_this_process(given, config))
 
 
 @recipe_app.command()
 def show(name: Annotated[str, typer.Argument(help="Name or TOML file.")] = "shop_r1") -> None:
     """Print a recipe with all its numbers, defaults filled in, as JSON."""
+    import orjson
+
+    from shopr1_rewards import load_recipe
+
     recipe = load_recipe(name)
     content = {"digest": recipe.digest, **recipe.model_dump(mode="json")}
     typer.echo(orjson.dumps(content, option=orjson.OPT_INDENT_2))
@@ -128,6 +108,8 @@ def show(name: Annotated[str, typer.Argument(help="Name or TOML file.")] = "shop
 @recipe_app.command()
 def check(file: Annotated[str, typer.Argument(help="Name or TOML file.")]) -> None:
     """Check a recipe; exit code 2 and the offending key if it is not valid."""
+    from shopr1_rewards import load_recipe
+
     recipe = load_recipe(file)
     typer.echo(f"{recipe.name} is valid: {recipe.digest}")
 
@@ -139,77 +121,45 @@ def openapi() -> None:
     from shopr1_service.policy.fake import FakePolicy
     from shopr1_service.scheduling.local_engine import LocalEngine
     from shopr1_service.server.app import create_app
+    from shopr1_service.settings import load_settings
 
     typer.echo(to_yaml(create_app(load_settings(), LocalEngine.opener(FakePolicy)).openapi()), nl=False)
 
 
-def _settings(config: Path | None, options: Sequence[str] | None, **named: Any) -> Settings:  # noqa: ANN401
-    given = {name: value for name, value in named.items() if value is not None}
+def _given(options: Sequence[str] | None, **named: str | None) -> dict[str, Any]:
+    """The settings of the command line by name."""
+    from shopr1_service.errors import SettingsError
+
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for option in options or ():
         name, separator, value = option.partition("=")
         if not separator:
             raise SettingsError(f"--set {option!r}: must be KEY=VALUE")
+        if name in given:
+            raise SettingsError(f"--set {option!r}: {name} is given twice")
         given[name] = value
-    return load_settings(given, config)
+    return given
 
 
-def _disable_progress_bars() -> None:
-    """Keep transformers' progress bars out of logs; tqdm reads the variable when it is imported."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+def _refuse_with_url(**named: object) -> None:
+    """Refuse options that would have no effect: the server has a policy and settings of its own."""
+    for name, value in named.items():
+        if value:
+            raise typer.BadParameter(
+                "cannot be used with --url: the server has its own", param_hint=f"--{name}"
+            )
 
 
-@contextlib.contextmanager
-def _score_call(
-    url: str | None,
-    config: Path | None,
-    options: Sequence[str] | None,
-    policy: str | None,
-    recipe: str | None,
-) -> Iterator[ScoreCall]:
-    """A function that scores a request with a running server, or with an engine in this process."""
-    if url is not None:
-        with Client(url) as client:
-            # A wrong URL fails at once; a server that goes away later is waited for.
-            client.wait_until_ready(timeout_s=0)
-            yield client.score
-        return
-    _disable_progress_bars()
-    from shopr1_service.core import Origin
-    from shopr1_service.monitoring.metrics import Metrics
-    from shopr1_service.policy.loading import load_policy  # imports torch
-    from shopr1_service.scheduling.local_engine import LocalEngine
-    from shopr1_service.scoring.recipe_book import RecipeBook
-    from shopr1_service.scoring.scorer import Scorer
+def _is_expected(error: Exception) -> bool:
+    from shopr1_client.errors import ShopR1Error
+    from shopr1_rewards.errors import RecipeError
+    from shopr1_service.errors import ServiceError
 
-    settings = _settings(config, options, policy=policy, recipe=recipe)
-    recipes = RecipeBook(settings.recipe)
-    with _errors.status("Loading the policy …"):
-        metrics = Metrics()
-        scorer = Scorer(LocalEngine(load_policy(settings), settings, metrics), recipes, settings, metrics)
-    with asyncio.Runner() as runner, contextlib.closing(scorer):
-        yield lambda request: runner.run(scorer.score(request, Origin(uuid.uuid4().hex)))
+    return isinstance(error, ServiceError | RecipeError | ShopR1Error)
 
 
-def _open(output: Path | None) -> contextlib.AbstractContextManager[TextIO]:
-    if output is None:
-        return contextlib.nullcontext(sys.stdout)
-    try:
-        return output.open("a", encoding="utf-8")
-    except OSError as error:
-        raise RolloutFileError(f"{output}: {error.strerror}") from error
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
 
-
-def _with_progress(scored: Iterator[ScoredLine], num_lines: int, num_done: int) -> Iterator[ScoredLine]:
-    """Show a progress bar. Not rich's `track`: in the end it forgets what was completed before it began."""
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_errors) as progress:
-        task = progress.add_task("scoring", total=num_lines, completed=num_done)
-        for line in scored:
-            yield line
-            progress.advance(task)
-
-
-def _print_summary(lines: Sequence[InputLine], scored: Sequence[ScoredLine]) -> None:
-    groups = [line.group for line in lines]
-    _errors.print(summary(groups, [line.group.rewards for line in scored]))
+    Console(stderr=True).print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)

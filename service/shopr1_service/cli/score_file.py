@@ -6,8 +6,8 @@ output is kept if it belongs to the same input, recipe and policy; a truncated l
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -15,8 +15,9 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shopr1_client.errors import InvalidRequestError
+from shopr1_client.field_messages import field_path, plain_message
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.wire import Group, GroupScore, PolicyRef, RecipeRef, ScoreRequest, ScoreResponse
-from shopr1_client.wire_base import is_union_tag
 from shopr1_service.errors import RolloutFileError
 
 GROUPS_PER_REQUEST = 8
@@ -45,24 +46,42 @@ class InputLine:
     group: Group
 
 
+@contextmanager
+def naming(file: Path | str) -> Iterator[None]:
+    """Within this context errors of the file system become a `RolloutFileError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RolloutFileError(f"{file}: {error.strerror or error}") from error
+
+
+def refuse_if_same(rollouts: Path, output: Path | None) -> None:
+    """Refuse to append rewards to the rollouts themselves."""
+    if output is not None and output.exists() and output.samefile(rollouts):
+        raise RolloutFileError(f"{output}: is the file of the rollouts; name another one for the rewards")
+
+
 def read_input(path: Path) -> list[InputLine]:
     """All groups of a file.
 
     Raises:
         RolloutFileError: names the first malformed line and its error.
     """
-    lines = path.read_bytes().splitlines()
+    with naming(path):
+        lines = path.read_bytes().splitlines()
     return [_input_line(path, i, raw) for i, raw in enumerate(lines, 1) if raw.strip()]
 
 
 def _input_line(path: Path, number: int, raw: bytes) -> InputLine:
     try:
         # Python's json keeps half surrogate pairs, as HTTP bodies do: a policy's output may hold them.
-        group = Group.model_validate(json.loads(raw))
+        group = Group.model_validate(read_json(raw))
+    except DuplicateKeyError as error:
+        raise RolloutFileError(f"{path}:{number}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        location = ".".join(str(part) for part in first["loc"] if not is_union_tag(part))
-        raise RolloutFileError(f"{path}:{number}: {location}: {first['msg']}") from None
+        where = "".join(f"{part}: " for part in (field_path(first["loc"]),) if part)
+        raise RolloutFileError(f"{path}:{number}: {where}{plain_message(first)}") from None
     except (ValueError, RecursionError) as error:
         raise RolloutFileError(f"{path}:{number}: not JSON: {error}") from None
     return InputLine(number, hashlib.sha256(raw).hexdigest(), group)
@@ -74,9 +93,10 @@ def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
     Raises:
         RolloutFileError: the output belongs to another input.
     """
-    if not path.exists():
+    if not path.is_file():  # nor can a pipe or a device be read
         return []
-    content = path.read_bytes()
+    with naming(path):
+        content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     scored = [_scored_line(path, i, raw) for i, raw in enumerate(whole.splitlines(), 1)]
     if len(scored) > len(lines):
@@ -85,7 +105,8 @@ def read_output(path: Path, lines: Sequence[InputLine]) -> list[ScoredLine]:
         if done.input_sha256 != line.sha256:
             raise RolloutFileError(f"{path}:{i}: was scored from another input line than {line.number}")
     if len(whole) < len(content):
-        path.write_bytes(whole)
+        with naming(path):
+            path.write_bytes(whole)
     return scored
 
 
@@ -93,7 +114,10 @@ def _scored_line(path: Path, number: int, raw: bytes) -> ScoredLine:
     try:
         return ScoredLine.model_validate_json(raw)
     except ValidationError as error:
-        raise RolloutFileError(f"{path}:{number}: not an output of this command: {error}") from None
+        first = error.errors()[0]
+        where = field_path(first["loc"]) or "the line"
+        flaw = f"{where}: {plain_message(first)}"
+        raise RolloutFileError(f"{path}:{number}: not an output of this command: {flaw}") from None
 
 
 def score_lines(
@@ -130,8 +154,9 @@ def score_lines(
                 policy=response.policy,
                 group=group,
             )
-            output.write(scored.model_dump_json() + "\n")
-            output.flush()
+            with naming(getattr(output, "name", "the output")):
+                output.write(scored.model_dump_json() + "\n")
+                output.flush()
             former = scored
             yield scored
 

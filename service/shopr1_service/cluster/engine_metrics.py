@@ -12,6 +12,8 @@ from shopr1_service.monitoring.metrics import ENGINE_FAMILIES, Metrics
 LABEL = "engine"
 _SCRAPED = ENGINE_FAMILIES | {
     "shopr1_ready",
+    "shopr1_client_memory_bytes",
+    "shopr1_max_client_memory_bytes",
     "shopr1_rejected_requests",
     "shopr1_phase_duration_seconds",
     "process_resident_memory_bytes",

@@ -15,6 +15,7 @@ from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.policy.prompts.tokenizer import Codec
+from shopr1_service.server.path_checks import check_paths
 from shopr1_service.settings import Settings
 from shopr1_service.updates.adapter_updates import AdapterFiles
 from shopr1_service.updates.updatable_engine import UpdatableEngine
@@ -46,6 +47,9 @@ class EngineReplica:
     Args:
         settings: output of `Settings.model_dump`.
         name: unique name of this engine.
+
+    Raises:
+        SettingsError: a path of the settings cannot be used on this machine.
     """
 
     def __init__(self, settings: Mapping[str, Any], name: str) -> None:
@@ -53,7 +57,11 @@ class EngineReplica:
         self._name = name
         self._failure: BaseException | None = None
         self._following: asyncio.Task[None] | None = None
-        self._metrics = Metrics(max_queue_tokens=self._settings.max_queue_tokens)
+        self._metrics = Metrics(
+            max_queue_tokens=self._settings.max_queue_tokens,
+            max_client_memory_bytes=self._settings.max_client_memory_bytes,
+        )
+        check_paths(self._settings)  # of this machine
         policy = load_policy(self._settings)
         self._engine = UpdatableEngine(policy, self._settings, self._metrics, self._fail)
         self._metrics.watch(lambda: self._failure is None, lambda: self._engine.heartbeat_age_s)

@@ -4,13 +4,13 @@ Only what can be scored exactly is accepted. Tools and reasoning change the toke
 that the text does not show: they are refused, unless the response has token ids.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError
 
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.wire import Message, TokenId, TokenIds
 from shopr1_client.wire_base import IN_PIECES, MESSAGES, OBJECT, STRING, TEXT, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions, TemplateArguments
@@ -62,7 +62,9 @@ def _from_json(value: Any) -> Any:  # noqa: ANN401  # the models refuse whatever
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value or "null")
+        return read_json(value or "null")
+    except DuplicateKeyError as error:
+        raise PydanticCustomError("duplicate_key", "{message}", {"message": str(error)}) from None
     except (ValueError, RecursionError):
         raise PydanticCustomError("json", "must be a JSON object in a string") from None
 

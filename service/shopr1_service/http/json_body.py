@@ -1,11 +1,14 @@
-"""Large bodies, read beside the event loop: a health check must not wait until they are parsed.
+"""Bodies, read strictly, and large ones beside the event loop: a health check must not wait for them.
 
 The library's parser and validator hold the interpreter's lock from their first byte to their last, also on
 another thread. So the number of JSON values is bounded before they are parsed, objects are built by a Python
 function, which lets other threads run, and long lists are validated in pieces (`wire_base.IN_PIECES`).
+
+A key that an object has twice is refused, and so is a query parameter that is given twice: FastAPI would take
+the last one without a word.
 """
 
-import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
@@ -16,7 +19,9 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from shopr1_client.errors import TooLargeError
+from shopr1_client.json_text import DuplicateKeyError, TooManyKeysError, read_json
 from shopr1_service.concurrency import in_pool
+from shopr1_service.field_errors import field_problems
 from shopr1_service.http.state import state_of
 
 _Result = TypeVar("_Result")
@@ -36,6 +41,7 @@ class JsonRoute(APIRoute):
         field = self.body_field
 
         async def handle(request: Request) -> Response:
+            _refuse_repeated_parameters(request)
             return await handler(_JsonRequest(request, field))
 
         return handle
@@ -77,22 +83,26 @@ def _read(body: bytes, field: Any, max_values: int) -> tuple[Any, Any]:  # noqa:
 
     Raises:
         HTTPException: too many values.
-        RequestValidationError: they are not the model's; FastAPI makes it the cause of an `HTTPException`.
+        RequestValidationError: they are not the model's. FastAPI makes it the cause of an `HTTPException`.
+        InvalidRequestError: an object has a key twice; likewise.
     """
     num_values = body.count(b",") + 1  # with those inside strings
     if num_values > max_values:
         detail = f"the body has up to {num_values} JSON values, by its commas; max_body_values = {max_values}"
         raise HTTPException(TooLargeError.status, detail)
-    raw = json.loads(body, object_pairs_hook=_object if len(body) > MAX_INLINE_BYTES else None)
+    try:
+        raw = read_json(body, MAX_KEYS)
+    except TooManyKeysError as error:
+        raise HTTPException(TooLargeError.status, str(error)) from None
+    except DuplicateKeyError as error:
+        raise field_problems(error.locations, error.message) from None
     value, errors = field.validate(raw, {}, loc=("body",))
     if errors:
         raise RequestValidationError(errors)
     return raw, value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # A function of Python's and not `dict`: only between such functions can other threads run.
-    if len(pairs) > MAX_KEYS:
-        detail = f"an object has {len(pairs)} keys, at most {MAX_KEYS} are read"
-        raise HTTPException(TooLargeError.status, detail)
-    return dict(pairs)
+def _refuse_repeated_parameters(request: Request) -> None:
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    if repeated := [name for name, num in counts.items() if num > 1]:
+        raise field_problems(repeated, "the query parameter occurs twice")

@@ -50,9 +50,12 @@ def _problem_response(problems: Sequence[type[ProblemError]]) -> dict[str, Any]:
     return response
 
 
-BODY = (MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, InternalError)
+BODY = (
+    *(MalformedBodyError, RequestTimeoutError, TooLargeError, InvalidRequestError, OverloadedError),
+    InternalError,
+)
 """Problems of every route that takes a body."""
-SCORING = (*BODY, OverloadedError, NotReadyError, DeadlineExceededError)
+SCORING = (*BODY, NotReadyError, DeadlineExceededError)
 """Problems of every route that scores."""
 CHANGE_PROBLEMS = problem_responses(
     *BODY, UpdateConflictError, InvalidWeightsError, NotReadyError, StorageError

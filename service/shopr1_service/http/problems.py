@@ -6,11 +6,14 @@ The classes, with their statuses and codes, are in `shopr1_client.errors`. Raise
     401, 403                 `middleware/auth.py`
     404, 405                 Starlette's router; the routes for unknown recipes and adapters
     408                      `middleware/body_limits.py`
-    413                      `middleware/body_limits.py`; `scoring/` and `updates/` for their own limits
+    413                      `middleware/body_limits.py`; `scoring/` and `updates/` for their own limits;
+                             `memory/budget.py` for what never fits into it
     409                      `policy/versions.py`, `updates/`
     429                      `scheduling/scheduler.py` when the request queue is full; on Ray
-                             `cluster/remote_engines.py` when every engine's is
-    503                      `state.py` while loading or ending, `scheduling/` when the engine has failed
+                             `cluster/remote_engines.py` when every engine's is; `memory/budget.py` for what
+                             does not fit into it now
+    503                      `state.py` while loading or ending, `scheduling/` when the engine has failed,
+                             `middleware/availability.py` at the end and where file descriptors run short
     504                      `deadline.py`
     507                      `weights/`, `updates/`: no space for new weights, or a failing disk
 """
@@ -35,17 +38,19 @@ from shopr1_client.errors import (
     MalformedBodyError,
     MethodNotAllowedError,
     NotFoundError,
+    OverloadedError,
     ProblemError,
     RequestTimeoutError,
     TooLargeError,
     summary,
 )
-from shopr1_client.wire_base import is_union_tag
+from shopr1_client.field_messages import field_path, plain_message
 from shopr1_service.http.deadline import ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-ID"
+RETRY_AFTER_HEADER = "Retry-After"
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that has disconnected. It appears in metrics only: nobody reads the
 response."""
@@ -58,6 +63,7 @@ _BY_STATUS: dict[int, type[ProblemError]] = {
         MethodNotAllowedError,
         RequestTimeoutError,
         TooLargeError,
+        OverloadedError,
     )
 }
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
@@ -102,7 +108,7 @@ def problem_response(
     extend: ExtendProblem = getattr(endpoint, _EXTENSION, lambda _: {})
     headers = headers or {}
     if problem.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(problem.retry_after_s))
+        headers[RETRY_AFTER_HEADER] = str(math.ceil(problem.retry_after_s))
     return Response(
         orjson.dumps(problem.to_problem(correlation_id.get()) | extend(problem)),
         status_code=problem.status,
@@ -125,6 +131,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, RequestValidationError):  # raised while the body was read
         return await _on_invalid(request, error.__cause__)
+    if isinstance(error.__cause__, ProblemError):
+        return await _on_problem(request, error.__cause__)
     problem_class = _BY_STATUS.get(error.status_code, InternalError)
     # FastAPI hides why a body could not be decoded behind a general sentence.
     detail = _DECODING_ERRORS.get(type(error.__cause__), str(error.detail))
@@ -160,16 +168,9 @@ def _invalid(details: Sequence[Any]) -> ProblemError:
     if details and details[0]["type"] == "json_invalid":
         reason = details[0]["ctx"]["error"].removesuffix(" at")  # some of the decoder's messages end so
         return MalformedBodyError(f"{reason} at character {details[0]['loc'][-1]}")
-    errors: list[FieldError] = [{"location": _path(d["loc"]), "message": d["msg"]} for d in details]
+    errors: list[FieldError] = [{"location": _path(d["loc"]), "message": plain_message(d)} for d in details]
     return InvalidRequestError(summary(errors) or "the request is not valid", errors=errors)
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """`groups[1].completions[0].text` from pydantic's location, without its union tags."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not is_union_tag(part):
-            path += f".{part}"
-    return path.removeprefix(".").removeprefix("body").removeprefix(".") or "body"
+    return field_path(location).removeprefix("body").removeprefix(".") or "body"

@@ -11,9 +11,12 @@ from shopr1_service.concurrency import checkpoint
 from shopr1_service.core import Origin
 from shopr1_service.http.deadline import run_until_deadline
 from shopr1_service.http.json_body import beside_loop
+from shopr1_service.http.middleware.body_limits import MEMORY
 from shopr1_service.http.middleware.request_recorder import SIZES
 from shopr1_service.http.request_keys import content_key, own_key
 from shopr1_service.http.state import State
+from shopr1_service.memory.budget import Hold
+from shopr1_service.memory.sizes import request_bytes
 from shopr1_service.monitoring.logs import current_run
 from shopr1_service.scoring.prepare import check_size
 
@@ -44,15 +47,18 @@ async def score_request(
     longest_s = state.settings.request_timeout_s
     origin = Origin(correlation_id.get() or "", current_run.get())
     check_size(body, state.settings.limits)  # before any other work on its texts
+    memory: Hold = request.scope[MEMORY]
+    memory.grow(request_bytes(body))
     content = await beside_loop(request, partial(content_key, body, origin.run))
     key = own_key(request, content)
     scorer = state.scorer
     # Requests with `include` have large responses and come from people, who do not send duplicates.
     if body.include:
-        work = scorer.compute(body)
+        work = scorer.compute(body, memory=memory)
     else:
+        start = partial(scorer.compute, body, memory=memory)
         version = b"%d:" % scorer.engine.settled_number
-        work = state.deduplicator.score(version + content, partial(scorer.compute, body))
+        work = state.deduplicator.score(version + content, start)
     scored = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.shutdown)
     is_counted = state.counted.add(key)
     if is_counted:

@@ -11,6 +11,7 @@ from prometheus_client import Metric
 from shopr1_client.errors import NotReadyError
 from shopr1_client.wire_policy import PolicyState
 from shopr1_service.errors import RETRY_AFTER_S
+from shopr1_service.http.middleware.availability import OpenRequests
 from shopr1_service.monitoring.end_token_watch import EndTokenWatch
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_log import open_rollout_log
@@ -40,12 +41,17 @@ class State:
     def __init__(self, settings: Settings, startup: LoadProgress | None = None) -> None:
         self.settings = settings
         self.shutdown = asyncio.Event()
+        self.open_requests = OpenRequests()
         self.recipes = RecipeBook(settings.recipe)
-        self.metrics = Metrics(max_runs=settings.max_runs, max_queue_tokens=settings.max_queue_tokens)
+        self.metrics = Metrics(
+            max_runs=settings.max_runs,
+            max_queue_tokens=settings.max_queue_tokens,
+            max_client_memory_bytes=settings.max_client_memory_bytes,
+        )
         self.deduplicator = RequestDeduplicator(self.metrics)
         self.counted = CountedRequests()
         self.adapter_paths: dict[str, str] = {}  # of adapters loaded by SGLang's and vLLM's routes
-        self.labels = LabelStore(settings.max_labels)
+        self.labels = LabelStore(settings.max_labels, self.metrics.memory)
         self._rollout_log = open_rollout_log(settings, self.metrics)
         self._scorer: Scorer | None = None
         self._startup = startup or LoadProgress()

@@ -60,6 +60,20 @@ def logging_to_stderr(settings: Settings) -> Iterator[None]:
         logging.captureWarnings(False)
 
 
+def writes_json(log_format: LogFormat) -> bool:
+    """Whether lines on standard error are JSON."""
+    return isinstance(_formatter(log_format, sys.stderr), JsonFormatter)
+
+
+def write_as_json(message: str, error: BaseException | None = None) -> None:
+    """Write the line of an error that ends the process before logging has begun, or after it has ended."""
+    exc_info = (type(error), error, error.__traceback__) if error else None
+    record = logging.LogRecord("shopr1_service", logging.CRITICAL, __file__, 0, "%s", (message,), exc_info)
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    handler.emit(record)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per line, in ASCII, so that all readers agree on where a line ends."""
 

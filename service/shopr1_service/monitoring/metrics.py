@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,6 +28,7 @@ from prometheus_client.registry import Collector
 from shopr1_client.wire import PolicyInfo, Reason
 from shopr1_service import __version__
 from shopr1_service.core import EngineStats, ScoredGroup
+from shopr1_service.memory.budget import UNLIMITED, Account, MemoryBudget
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 from shopr1_service.monitoring.training_metrics import TrainingMetrics
 
@@ -156,14 +158,25 @@ class Metrics:
     Args:
         max_runs: training runs with series of their own (`TrainingMetrics`).
         max_queue_tokens: the queue's capacity.
+        max_client_memory_bytes: limit of `memory`.
+
+    Attributes:
+        memory: the budget of what clients make this process keep, whose accounts are among the metrics.
     """
 
-    def __init__(self, *, max_runs: int = 32, max_queue_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        max_runs: int = 32,
+        max_queue_tokens: int = 0,
+        max_client_memory_bytes: int = UNLIMITED,
+    ) -> None:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self._make = make = _Factory(self.registry)
-        self._training = TrainingMetrics(self.registry, max_runs)
+        self.memory = MemoryBudget(max_client_memory_bytes, lambda: self.record_rejection("memory"))
+        self._training = TrainingMetrics(self.registry, max_runs, self.memory)
         self.policy = PolicyMetrics(make)
         self._last_stats = EngineStats()
         self._requests = make.counter("requests", "Answered HTTP requests.", "method", "route", "status")
@@ -193,7 +206,9 @@ class Metrics:
             max_queue_tokens
         )
         self._rejections = make.counter("rejected_requests", "Rejected requests by reason.", "reason")
-        self._rejections.labels("queue_full")  # 0 before the first, so that rates have a value
+        for reason in ("queue_full", "memory"):  # 0 before the first, so that rates have a value
+            self._rejections.labels(reason)
+        self._watch_memory()
         self._repeats = make.counter(
             "repeated_requests",
             "Requests with the content of another one: joined it, or answered from its result.",
@@ -218,6 +233,14 @@ class Metrics:
         ready.set_function(lambda: float(is_ready()))
         heartbeat = self._make.gauge("engine_heartbeat_timestamp_seconds", "Time of the engine's heartbeat.")
         heartbeat.set_function(lambda: time.time() - heartbeat_age_s())
+
+    def _watch_memory(self) -> None:
+        used = self._make.gauge(
+            "client_memory_bytes", "Memory that clients make this process keep.", "account"
+        )
+        for account in Account:
+            used.labels(account.value).set_function(partial(self.memory.num_bytes, account))
+        self._make.gauge("max_client_memory_bytes", "Limit of this memory.").set(self.memory.max_bytes)
 
     def record_request(self, method: str, route: str, status: int, duration_s: float) -> None:
         self._requests.labels(method, route, str(status)).inc()

@@ -16,6 +16,7 @@ from collections import deque
 from enum import StrEnum
 
 from shopr1_service.core import ScoredGroup
+from shopr1_service.memory.budget import Account
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_record import Entry, make_entry
 from shopr1_service.monitoring.rotating_jsonl import RotatingJsonl
@@ -70,7 +71,7 @@ class RolloutLog:
         self._with_text = with_text
         self._changed = threading.Condition()  # guards the next three
         self._queue: deque[Entry] = deque()
-        self._num_queued_bytes = 0
+        self._memory = metrics.memory.hold(Account.ROLLOUT_LOG)
         self._is_closed = False
         self._num_dropped = 0  # in this outage; used by the writer's thread only
         for loss in Loss:
@@ -93,6 +94,7 @@ class RolloutLog:
         with self._changed:
             num_left = sum(left.num_rollouts for left in self._queue)
             self._queue.clear()
+            self._memory.resize(0)
         if num_left:
             self._metrics.record_rollout_log_dropped(Loss.SHUTDOWN, num_left)
             logger.error(
@@ -101,10 +103,10 @@ class RolloutLog:
 
     def _put(self, new: Entry) -> bool:
         with self._changed:
-            if self._queue and self._num_queued_bytes + new.num_bytes > MAX_QUEUED_BYTES:
+            if self._queue and self._memory.num_bytes + new.num_bytes > MAX_QUEUED_BYTES:
                 return False
             self._queue.append(new)
-            self._num_queued_bytes += new.num_bytes
+            self._memory.grow(new.num_bytes)
             self._changed.notify()
             return True
 
@@ -127,7 +129,7 @@ class RolloutLog:
             if not self._queue:
                 return None
             taken = self._queue.popleft()
-            self._num_queued_bytes -= taken.num_bytes
+            self._memory.grow(-taken.num_bytes)
             return taken
 
     def _drop(self, entry: Entry, loss: Loss, reason: str) -> None:

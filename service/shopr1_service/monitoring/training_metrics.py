@@ -20,6 +20,7 @@ from shopr1_client.wire import Details, Reason, Reward, Status
 from shopr1_client.wire_prompt import WarningCode
 from shopr1_rewards import Recipe, needs_policy
 from shopr1_service.core import RolloutFacts, ScoredGroup
+from shopr1_service.memory.budget import Account, MemoryBudget
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 
 INVALID = "invalid"
@@ -40,6 +41,9 @@ _RATIO_BUCKETS = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
 _OUTCOMES = ((Status.SCORED.value, ""), *((Status.UNSCORABLE.value, reason.value) for reason in Reason))
 _NGRAM = 4
+
+_SERIES_BYTES = {Counter: 800, Histogram: 4_200}
+"""Memory of one series. A histogram has a counter for each of its 10 to 16 buckets."""
 
 _Family = TypeVar("_Family", Counter, Histogram)
 
@@ -107,7 +111,8 @@ class _Families:
 class _RecipeSeries:
     """Series of one run with one recipe. Those that ratios are made of are 0 from the start."""
 
-    def __init__(self, families: _Families, run: str, recipe: Recipe) -> None:
+    def __init__(self, families: _Families, run: str, recipe: Recipe, memory: MemoryBudget) -> None:
+        self.memory = memory.hold(Account.RUNS)
         self._families = families
         self._labels = (run, recipe.name)
         self._series: dict[tuple[object, ...], Any] = {}  # a look-up by labels is slow
@@ -159,6 +164,7 @@ class _RecipeSeries:
         key = (family, *labels)
         if key not in self._series:
             self._series[key] = family.labels(*self._labels, *labels)
+            self.memory.grow(_SERIES_BYTES[type(family)])
         series: _Family = self._series[key]
         return series
 
@@ -174,10 +180,12 @@ class TrainingMetrics:
 
     Args:
         max_runs: runs with series of their own; requests without a run's name are a run, too.
+        memory: counts the series.
     """
 
-    def __init__(self, registry: CollectorRegistry, max_runs: int) -> None:
+    def __init__(self, registry: CollectorRegistry, max_runs: int, memory: MemoryBudget) -> None:
         self._max_runs = max_runs
+        self._memory = memory
         self._families = _Families(registry)
         self._runs: OrderedDict[str, dict[str, _RecipeSeries]] = OrderedDict()  # the longest silent first
         self._measured_tokens = Counter(
@@ -206,12 +214,14 @@ class TrainingMetrics:
         self._runs.move_to_end(run)
         if recipe.name not in recipes:
             self._make_room()
-            recipes[recipe.name] = _RecipeSeries(self._families, run, recipe)
+            recipes[recipe.name] = _RecipeSeries(self._families, run, recipe, self._memory)
         return recipes[recipe.name]
 
     def _make_room(self) -> None:
         while len(self._runs) > self._max_runs:
-            run, _ = self._runs.popitem(last=False)
+            run, gone = self._runs.popitem(last=False)
+            for series in gone.values():
+                series.memory.release()
             self._last_scored.remove(run)
             self._families.remove(run)
 

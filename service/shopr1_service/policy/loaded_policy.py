@@ -19,6 +19,7 @@ from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.field_errors import field_problem
+from shopr1_service.memory.budget import Hold
 from shopr1_service.policy.adapters.lora import Adapter, unused_layers
 from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from shopr1_service.policy.versions import VersionTable
@@ -67,6 +68,7 @@ class LoadedPolicy:
         self._renew = renew
         self._probe = probe
         self._adapters: dict[int, Adapter] = {}  # by the number of the version
+        self._adapter_memory: dict[int, Hold] = {}  # the same
 
     @property
     def info(self) -> PolicyInfo:
@@ -103,14 +105,17 @@ class LoadedPolicy:
             self._roll_back(locations)
             raise
         self.backup.record(locations)
-        self._adapters.clear()
+        self._release(self._adapters.keys())
         self.versions = self.versions.with_base(name, time.time())
         return self.versions.base
 
     def add_adapter(
-        self, adapter: Adapter, version: Version, *, max_kept: int, is_default: bool
+        self, adapter: Adapter, version: Version, *, max_kept: int, is_default: bool, memory: Hold
     ) -> list[Version]:
         """Load an adapter; returns its older versions that were unloaded.
+
+        Args:
+            memory: the adapter's; shared until it is unloaded.
 
         Raises:
             InvalidWeightsError: the policy cannot compute with it, or does not call its layers.
@@ -122,6 +127,7 @@ class LoadedPolicy:
             raise
         former = self.versions
         self._adapters[version.number] = adapter
+        self._adapter_memory[version.number] = memory.shared()
         self.versions = former.with_adapter(version, max_kept=max_kept, is_default=is_default)
         gone = [old for old in former.loaded() if old not in self.versions.loaded()]
         self._forget(gone)
@@ -152,8 +158,13 @@ class LoadedPolicy:
 
     def _forget(self, gone: Iterable[Version]) -> None:
         for version in gone:
-            self._adapters.pop(version.number, None)
+            self._release([version.number])
             self._cache.forget(version)
+
+    def _release(self, numbers: Iterable[int]) -> None:
+        for number in [number for number in numbers if number in self._adapters]:
+            del self._adapters[number]
+            self._adapter_memory.pop(number).release()
 
     def _load(self, locations: Mapping[str, TensorLocation]) -> None:
         try:

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 from shopr1_client.wire import Status
 from shopr1_service.core import Progress, ScoredRequest
+from shopr1_service.memory.budget import Account, Hold
+from shopr1_service.memory.sizes import scored_bytes
 from shopr1_service.monitoring.metrics import Metrics
 
 KEEP_S = 600.0
 """Longer than any trainer repeats one request."""
-MAX_KEPT_ROLLOUTS = 65_536
 
 Start = Callable[[Progress], Awaitable[ScoredRequest]]
 
@@ -39,10 +40,7 @@ class _InProgress:
 class _Kept:
     scored: ScoredRequest
     until_s: float
-
-    @property
-    def num_rollouts(self) -> int:
-        return sum(len(group.rewards) for group in self.scored.response.groups)
+    memory: Hold
 
 
 class RequestDeduplicator:
@@ -52,7 +50,8 @@ class RequestDeduplicator:
         self._metrics = metrics
         self._running: dict[bytes, _InProgress] = {}
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # oldest first
-        self._num_kept_rollouts = 0
+        self._memory = metrics.memory
+        self._memory.evict_with(self._evict)
 
     async def score(self, key: bytes, start: Start) -> ScoredRequest:
         """The result for a request with the same content, if there is one, else the result of `start`."""
@@ -86,13 +85,24 @@ class RequestDeduplicator:
             del self._running[key]
         # Reading the exception keeps asyncio from warning that it was never retrieved.
         if not task.cancelled() and task.exception() is None and _is_scored(task.result()):
-            self._keep(key, _Kept(task.result(), time.monotonic() + KEEP_S))
+            self._keep(key, task.result())
 
-    def _keep(self, key: bytes, kept: _Kept) -> None:
-        self._kept[key] = kept
-        self._num_kept_rollouts += kept.num_rollouts
-        while self._num_kept_rollouts > MAX_KEPT_ROLLOUTS:
+    def _keep(self, key: bytes, scored: ScoredRequest) -> None:
+        """Keep a result if there is memory; beyond the share of kept results the oldest ones go."""
+        num_bytes, max_bytes = scored_bytes(scored), self._memory.max_answers_bytes
+        if num_bytes > max_bytes:
+            return
+        while self._memory.num_bytes(Account.ANSWERS) + num_bytes > max_bytes:
             self._forget_oldest()
+        memory = self._memory.try_hold(Account.ANSWERS, num_bytes)
+        if memory is not None:
+            self._kept[key] = _Kept(scored, time.monotonic() + KEEP_S, memory)
+
+    def _evict(self) -> bool:
+        if self._kept:
+            self._forget_oldest()
+            return True
+        return False
 
     def _forget_old(self) -> None:
         now_s = time.monotonic()
@@ -101,7 +111,7 @@ class RequestDeduplicator:
 
     def _forget_oldest(self) -> None:
         _, kept = self._kept.popitem(last=False)
-        self._num_kept_rollouts -= kept.num_rollouts
+        kept.memory.release()
 
 
 def _is_scored(scored: ScoredRequest) -> bool:

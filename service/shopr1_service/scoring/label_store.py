@@ -9,7 +9,6 @@ hundred bytes, regardless of the prompt's length. The tables are in memory.
 import hashlib
 import json
 import sys
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,11 +16,17 @@ from typing import NamedTuple
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
-from shopr1_service.concurrency import checkpoint
+from shopr1_service.memory.budget import Account, MemoryBudget
 
 TextPrompt = str | Sequence[Message]
 
 _DIGEST_BYTES = 16  # of 10^6 prompts, two agree with a probability of 10^-27
+
+
+_LABEL_BYTES = 220
+"""A label without its truth: key, object, and their place in the table."""
+_LENGTH_BYTES = 40
+_TABLE_BYTES = 600
 
 
 class Label(NamedTuple):
@@ -74,6 +79,8 @@ class _Table:
 
     labels: dict[bytes, Label] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)  # of the text prompts in bytes, distinct, ascending
+    num_truth_bytes: int = 0
+    num_bytes: int = 0
 
 
 class LabelStore:
@@ -81,47 +88,54 @@ class LabelStore:
 
     Args:
         max_labels: capacity, of all runs together.
+        memory: counts the labels.
     """
 
-    def __init__(self, max_labels: int) -> None:
+    def __init__(self, max_labels: int, memory: MemoryBudget) -> None:
         self._max_labels = max_labels
-        self._lock = threading.Lock()
+        self._memory = memory.hold(Account.LABELS)
         self._tables: dict[str, _Table] = {}
 
     def num_labels(self, run: str) -> int:
         """Number of labels of a run."""
         return len(self._table(run).labels)
 
-    def put(self, run: str, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
+    def put(
+        self, run: str, labels: Iterable[tuple[TextPrompt, Label]], digests: Sequence[bytes] | None = None
+    ) -> int:
         """Add labels, replacing those of the same prompts from earlier calls. If it fails, none is added.
+
+        Args:
+            digests: `prompt_digest` of each prompt, if they are known.
 
         Returns:
             How many labels from earlier calls were replaced by different ones.
 
         Raises:
             ContradictionError: two labels of one prompt differ.
-            TooLargeError: too many labels.
+            TooLargeError: too many labels, or no memory for them.
         """
-        with self._lock:  # large bodies come on threads
-            return self._put(run, labels)
-
-    def _put(self, run: str, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
         table = self._table(run)
         new: dict[bytes, Label] = {}
         positions: dict[bytes, int] = {}
         lengths = set(table.lengths)
         for i, (prompt, label) in enumerate(labels):
-            checkpoint()
-            digest = prompt_digest(prompt)
+            digest = prompt_digest(prompt) if digests is None else digests[i]
             first = positions.setdefault(digest, i)
             if new.setdefault(digest, label) != label:
                 raise ContradictionError(first, i)
             if isinstance(prompt, str):
                 lengths.add(len(prompt.encode()))
-        self._check_capacity(table, sum(digest not in table.labels for digest in new))
+        num_new = sum(digest not in table.labels for digest in new)
+        self._check_capacity(table, num_new)
         num_changed = sum(table.labels.get(digest, label) != label for digest, label in new.items())
+        added = (_truth_bytes(label) - _truth_bytes(table.labels.get(key)) for key, label in new.items())
+        num_truth_bytes = table.num_truth_bytes + sum(added)
+        num_bytes = _table_bytes(len(table.labels) + num_new, len(lengths), num_truth_bytes)
+        self._memory.grow(num_bytes - table.num_bytes)
         table.labels |= new
         table.lengths = sorted(lengths)
+        table.num_truth_bytes, table.num_bytes = num_truth_bytes, num_bytes
         if new:
             self._tables[run] = table
         return num_changed
@@ -153,6 +167,7 @@ class LabelStore:
 
     def clear(self, run: str) -> None:
         """Remove all labels of a run."""
+        self._memory.grow(-self._table(run).num_bytes)
         self._tables.pop(run, None)
 
     def _table(self, run: str) -> _Table:
@@ -165,3 +180,13 @@ class LabelStore:
             num_others = num_held - len(table.labels)
             others = f", {num_others} of them of other runs" if num_others else ""
             raise TooLargeError(f"{num_held + num_new} labels{others}, max_labels = {self._max_labels}")
+
+
+def _table_bytes(num_labels: int, num_lengths: int, num_truth_bytes: int) -> int:
+    if not num_labels:
+        return 0
+    return _TABLE_BYTES + _LABEL_BYTES * num_labels + _LENGTH_BYTES * num_lengths + num_truth_bytes
+
+
+def _truth_bytes(label: Label | None) -> int:
+    return sys.getsizeof(label.truth) if label is not None else 0

@@ -39,6 +39,8 @@ from shopr1_service.core import (
     Target,
     Unmeasurable,
 )
+from shopr1_service.memory.budget import Account, Hold, MemoryBudget
+from shopr1_service.memory.sizes import prepared_bytes
 from shopr1_service.monitoring.metrics import Metrics, Phase
 from shopr1_service.monitoring.spans import span
 from shopr1_service.monitoring.training_metrics import repetition_ratio
@@ -81,25 +83,33 @@ class Scorer:
         await self.observe(request, origin, scored)
         return scored.response.model_copy(update={"request_id": origin.request_id})
 
-    async def compute(self, request: ScoreRequest, progress: Progress | None = None) -> ScoredRequest:
+    async def compute(
+        self, request: ScoreRequest, progress: Progress | None = None, *, memory: Hold | None = None
+    ) -> ScoredRequest:
         """Score every rollout of a request. If cancelled, its queued groups are dropped.
 
         The response has no request id: several requests may share it.
 
         Args:
             progress: is kept up to date.
+            memory: the request's. It is shared while this lasts, and grows by what is made of the request.
 
         Raises:
             InvalidRequestError, TooLargeError: the request is wrong.
             PolicyVersionError: the demanded version is not loaded in time.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue or the memory is full.
             NotReadyError: the engine has failed, or the service is shutting down.
         """
+        with memory.shared() if memory else MemoryBudget().hold(Account.REQUESTS) as shared:
+            return await self._compute(request, progress, shared)
+
+    async def _compute(self, request: ScoreRequest, progress: Progress | None, memory: Hold) -> ScoredRequest:
         recipe = self._recipe(request.recipe)
         target = _target(request)
         await self.engine.new_versions.wait_for(target)
         self.engine.refuse_if_full()
-        groups = await in_pool(self._preparers, partial(self._prepare, request, recipe))
+        groups, num_bytes = await in_pool(self._preparers, partial(self._prepare, request, recipe))
+        memory.grow(num_bytes)
         token_groups = [group.token_group() for group in groups]
         key = BatchKey(recipe.self_certainty, target)
         measured = await self.engine.compute_certainties(token_groups, key, progress)
@@ -151,10 +161,12 @@ class Scorer:
             adapter=newest.adapter,
         )
 
-    def _prepare(self, request: ScoreRequest, recipe: Recipe) -> list[PreparedGroup]:
+    def _prepare(self, request: ScoreRequest, recipe: Recipe) -> tuple[list[PreparedGroup], int]:
+        """The prepared groups, and the memory that they and their answer take."""
         wants_ids = Include.TOKEN_IDS in request.include
         with self._metrics.phase(Phase.PREPARE), span("prepare"):
-            return prepare(request, recipe, self.engine.codec, self._limits, wants_ids=wants_ids)
+            groups = prepare(request, recipe, self.engine.codec, self._limits, wants_ids=wants_ids)
+            return groups, prepared_bytes(request, groups)
 
 
 def _target(request: ScoreRequest) -> Target:

@@ -1,6 +1,7 @@
 """The application: routes, middleware, problems and life cycle put together."""
 
 import asyncio
+import functools
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from shopr1_service.errors import SettingsError
 from shopr1_service.http import examples
 from shopr1_service.http.api_keys import ApiKeys
 from shopr1_service.http.middleware.auth import Authentication
+from shopr1_service.http.middleware.availability import Availability
 from shopr1_service.http.middleware.body_limits import BodyLimits
 from shopr1_service.http.middleware.request_recorder import RequestRecorder
 from shopr1_service.http.middleware.run_id import RunId
@@ -93,7 +95,8 @@ def create_app(
     _add_routes(app, settings)
     _add_middleware(app, settings, state, tracer)
     install_handlers(app)
-    app.openapi = lambda: build_document(app, examples.ANSWERS | trainer_examples.ANSWERS)  # type: ignore[method-assign]  # FastAPI's documented way
+    document = functools.cache(lambda: build_document(app, examples.ANSWERS | trainer_examples.ANSWERS))
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
 
@@ -109,10 +112,14 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
 def _add_middleware(app: FastAPI, settings: Settings, state: State, tracer: "Tracer | None") -> None:
     """Add middleware from the inside out: a request passes the last one first."""
     app.add_middleware(
-        BodyLimits, max_body_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s
+        BodyLimits,
+        max_body_bytes=settings.max_body_bytes,
+        timeout_s=settings.receive_timeout_s,
+        memory=state.metrics.memory,
     )
     app.add_middleware(RunId)
     app.add_middleware(Authentication, keys=ApiKeys.of(settings))
+    app.add_middleware(Availability, open_requests=state.open_requests)
     app.add_middleware(
         RequestRecorder, metrics=state.metrics, has_access_log=settings.access_log, tracer=tracer
     )

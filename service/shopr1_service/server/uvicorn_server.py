@@ -1,13 +1,12 @@
 """Run the application under uvicorn: TLS, limit of open files, graceful shutdown."""
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import resource
 import signal
 import socket
-import ssl
-from collections.abc import Mapping
 from typing import Any
 
 import uvicorn
@@ -18,7 +17,10 @@ from shopr1_service.monitoring.logs import logging_to_stderr
 from shopr1_service.policy.load_progress import LoadProgress
 from shopr1_service.policy.loading import load_policy
 from shopr1_service.server.app import create_app
-from shopr1_service.server.http_protocol import connection_class
+from shopr1_service.server.http_protocol import Connection, connection_class
+from shopr1_service.server.listeners import listening, url
+from shopr1_service.server.path_checks import check_paths
+from shopr1_service.server.tls import tls_options
 from shopr1_service.settings import Settings
 from shopr1_service.updates.updatable_engine import UpdatableEngine
 
@@ -26,26 +28,54 @@ logger = logging.getLogger(__name__)
 
 _SOCKET_BACKLOG = 4096
 """Trainers open a connection for each rollout of a batch, all at once."""
-_KEEP_ALIVE_S = 75
-"""Idle connections stay open for longer than clients reuse them (httpx 5 s, aiohttp 15 s): with uvicorn's own
-5 s, a request that meets the closing of its connection is lost, and neither client sends a POST again."""
+_ACCEPTS_PER_TURN = 32
+"""Connections that the event loop accepts before it serves others. If it runs out of descriptors, it fails so
+many times a second."""
+_KEEP_ALIVE_S = 620
+"""Idle connections stay open for longer than clients reuse them (httpx 5 s, aiohttp 15 s, Go and hyper 90 s,
+load balancers up to 600 s): with uvicorn's own 5 s, a request that meets the closing of its connection is
+lost, and most clients do not send a POST again. Where descriptors run short, they are closed earlier."""
 _ANSWER_S = 2.0
-"""Seconds before the end of the grace time at which open requests are answered with 503."""
+"""Seconds before the end of the grace time at which scoring requests are answered with 503; others half of it
+later."""
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class _Server(uvicorn.Server):
     """Server that ends in order: accepts no more, finishes what is running, and answers the rest in time."""
 
-    def __init__(self, config: uvicorn.Config, state: State, grace_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: State, grace_s: float, connection: type[Connection]
+    ) -> None:
         super().__init__(config)
         self._state = state
         self._grace_s = grace_s
+        self._connection = connection
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        await super().startup(sockets)
+        # asyncio accepts as many connections per turn as the system may queue: the queue is set here.
+        for listener in [listener for server in self.servers for listener in server.sockets]:
+            with socket.fromfd(listener.fileno(), listener.family, listener.type) as shared:
+                shared.listen(_SOCKET_BACKLOG)
+        for listener in sockets or ():  # uvicorn names only sockets of its own
+            logger.info("running on %s", url(listener, self.config.host, is_tls=self.config.is_ssl))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._state.drain()
-        finish_s = self._grace_s - min(_ANSWER_S, self._grace_s / 4)
-        asyncio.get_running_loop().call_later(finish_s, self._state.shutdown.set)
+        loop, answer_s = asyncio.get_running_loop(), min(_ANSWER_S, self._grace_s / 4)
+        loop.call_later(self._grace_s - answer_s, self._state.shutdown.set)
+        loop.call_later(self._grace_s - answer_s / 2, self._state.open_requests.interrupt)
         await super().shutdown(sockets)
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and "socket" in context:
+            # The loop accepts no more for a second.
+            self._connection.open_connections.close_idle(str(error))
+        else:
+            loop.default_exception_handler(context)
 
 
 def serve(settings: Settings) -> int:
@@ -55,14 +85,17 @@ def serve(settings: Settings) -> int:
         The exit code: 0, or 1 if the policy cannot be loaded or its engine fails or hangs for good.
 
     Raises:
-        SettingsError: the service would be open to strangers, or certificate and key do not match.
+        SettingsError: the service would be open to strangers, a path of the settings cannot be used, or the
+            port is in use.
     """
     check_exposure(settings)
     with logging_to_stderr(settings):
-        return _serve(settings)
+        check_paths(settings)
+        with listening(settings.host, settings.port, _SOCKET_BACKLOG) as sockets:
+            return _serve(settings, sockets)
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, sockets: list[socket.socket]) -> int:
     logger.info("settings", extra={"settings": settings.model_dump(mode="json")})
     _allow_many_connections()
     failures: list[BaseException] = []
@@ -74,10 +107,11 @@ def _serve(settings: Settings) -> int:
     startup = LoadProgress()
     open_engine = UpdatableEngine.opener(lambda: load_policy(settings, startup))
     app = create_app(settings, open_engine, on_failure=stop, startup=startup)
+    connection = connection_class(settings.receive_timeout_s)  # after the limit of open files has been raised
     server = _Server(
         uvicorn.Config(
             app,
-            http=connection_class(settings.receive_timeout_s),
+            http=connection,
             ws="none",
             host=settings.host,
             port=settings.port,
@@ -85,17 +119,18 @@ def _serve(settings: Settings) -> int:
             log_config=None,  # its lines are handled like all others
             # uvicorn's access log holds URLs with keys; `http/middleware/request_recorder.py` writes ours
             access_log=False,
-            backlog=_SOCKET_BACKLOG,
+            backlog=_ACCEPTS_PER_TURN,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=settings.shutdown_grace_s,
-            **_tls(settings),
+            **tls_options(settings),
         ),
         app.state.shopr1,
         settings.shutdown_grace_s,
+        connection,
     )
     # uvicorn raises the signal that stopped it again when it is done; a clean end is exit code 0.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
-    server.run()
+    server.run(sockets)
     return 1 if failures else 0
 
 
@@ -114,20 +149,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _tls(settings: Settings) -> Mapping[str, Any]:
-    """Uvicorn's options for HTTPS; none without a certificate."""
-    cert, key = settings.tls_cert_file, settings.tls_private_key_file
-    if cert is None and key is None:
-        return {}
-    if cert is None or key is None:
-        raise SettingsError("tls_cert_file and tls_private_key_file must be given together")
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"TLS: cannot use {str(cert)!r} with its private key: {error}") from error
-    return {"ssl_certfile": cert, "ssl_keyfile": key}
 
 
 def _allow_many_connections() -> None:

@@ -27,6 +27,7 @@ from shopr1_service.concurrency import read_foreign
 from shopr1_service.core import Version
 from shopr1_service.errors import RETRY_UPDATE_AFTER_S
 from shopr1_service.field_errors import field_problem
+from shopr1_service.memory.budget import Account, Hold
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.adapters.base_sample import check_base
 from shopr1_service.policy.adapters.lora import Adapter, AdapterError, build_adapter, parse_config
@@ -58,7 +59,8 @@ class AdapterUpdates:
 
     Raises (every method):
         InvalidWeightsError: not an adapter of this policy.
-        TooLargeError: too many adapters, or it is too large.
+        TooLargeError: too many adapters, it is too large, or there is no memory for it.
+        OverloadedError: there is no memory for it now.
         StorageError: an upload cannot be stored, or files cannot be read, or not in time.
         UpdateConflictError: the policy's own weights changed meanwhile.
         NotReadyError: the service shuts down.
@@ -77,6 +79,7 @@ class AdapterUpdates:
         self._settings = settings
         self._read_timeout_s = settings.read_timeout_s
         self._metrics = metrics.policy
+        self._memory = metrics.memory
         self._new_versions = new_versions
 
     async def from_directory(self, request: AdapterRequest) -> AdapterUpdate:
@@ -143,7 +146,10 @@ class AdapterUpdates:
     async def _load(
         self, adapter: Adapter, request: AdapterRequest, base: Version, start_s: float
     ) -> AdapterUpdate:
-        version, gone = await self._scheduler.between_batches(lambda: self._install(adapter, request, base))
+        memory = self._memory.hold(Account.ADAPTERS, adapter.num_bytes)
+        version, gone = await self._scheduler.between_batches(
+            lambda: self._install(adapter, request, base, memory)
+        )
         self._announce()
         update = AdapterUpdate(
             current=version.info,
@@ -157,9 +163,18 @@ class AdapterUpdates:
         return update
 
     def _install(
-        self, adapter: Adapter, request: AdapterRequest, base: Version
+        self, adapter: Adapter, request: AdapterRequest, base: Version, memory: Hold
     ) -> tuple[Version, list[Version]]:
-        """New version, and older ones that were unloaded. Runs on the engine's thread."""
+        """New version, and older ones that were unloaded.
+
+        Runs on the engine's thread, also if the caller has gone: so it releases `memory`.
+        """
+        with memory:
+            return self._install_held(adapter, request, base, memory)
+
+    def _install_held(
+        self, adapter: Adapter, request: AdapterRequest, base: Version, memory: Hold
+    ) -> tuple[Version, list[Version]]:
         versions = self._policy.versions
         if versions.base is not base:
             raise UpdateConflictError(
@@ -169,7 +184,11 @@ class AdapterUpdates:
         number = versions.num_changes + 1
         version = Version(request.version or str(number), number, request.name, time.time())
         gone = self._policy.add_adapter(
-            adapter, version, max_kept=self._settings.adapter_versions, is_default=request.default
+            adapter,
+            version,
+            max_kept=self._settings.adapter_versions,
+            is_default=request.default,
+            memory=memory,
         )
         return version, gone
 

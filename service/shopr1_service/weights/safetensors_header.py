@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shopr1_client.field_messages import plain_message
+
 DtypeName = Literal["F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
 DTYPES: Mapping[str, torch.dtype] = dict(
     zip(
@@ -159,9 +161,9 @@ def _checked_fields(name: str, fields: object) -> _Fields:
     try:
         return _Fields.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise HeaderError(f"{place or 'fields'}: {first['msg']}", name) from None
+        raise HeaderError(f"{place or 'fields'}: {plain_message(first)}", name) from None
 
 
 def read_object(text: bytes) -> dict[str, Any]:

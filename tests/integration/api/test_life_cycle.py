@@ -1,18 +1,14 @@
 """How a service starts, ends, and notices that its engine hangs: over a real socket."""
 
 import asyncio
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import pytest
 
-from shopr1_client import Client
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.policy.load_progress import LoadProgress, Step
@@ -25,13 +21,13 @@ from tests.support.http import (
     WAIT_S,
     answer,
     client_of,
-    free_port,
     group,
     metric,
     problem,
     score,
     until_ready,
 )
+from tests.support.signalled import Service
 
 
 @pytest.fixture
@@ -39,23 +35,6 @@ def policy() -> Iterator[Held]:
     policy = Held()
     yield policy
     policy.gate.set()
-
-
-class Service:
-    """`server.serve` in the main thread, where signals arrive, and what clients do meanwhile in others."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, policy: FakePolicy, **settings: Any) -> None:
-        monkeypatch.setattr(server, "load_policy", lambda _settings, _startup: policy)
-        self.settings = Settings(port=free_port(), **settings)
-        self.url = f"http://127.0.0.1:{self.settings.port}"
-
-    def post(self, prompt: str = "page") -> httpx.Response:
-        body = {"groups": [group(answer(), prompt=prompt)]}
-        return httpx.post(f"{self.url}/score", json=body, timeout=WAIT_S)
-
-    def ready(self) -> None:
-        with Client(self.url) as client:
-            client.wait_until_ready(WAIT_S)
 
 
 # --- starting ---------------------------------------------------------------------------------------
@@ -165,20 +144,16 @@ def stopped(service: Service, policy: Held, then: Callable[[], None] = lambda: N
     """
 
     def ask() -> list[httpx.Response]:
-        service.ready()
         first = pool.submit(service.post, "first")
         assert policy.has_begun.wait(WAIT_S)
         second = pool.submit(service.post, "second")
         until_waiting(service.url)
-        os.kill(os.getpid(), signal.SIGTERM)
-        until_refused(service.url)
+        service.stop()
         then()
         return [first.result(), second.result()]
 
     with ThreadPoolExecutor() as pool:
-        asked = pool.submit(ask)
-        assert server.serve(service.settings) == 0
-        return asked.result()
+        return service.serve_during(ask)
 
 
 def until_waiting(url: str) -> None:
@@ -188,18 +163,6 @@ def until_waiting(url: str) -> None:
             return
         threading.Event().wait(0.01)
     raise AssertionError("nothing waits")
-
-
-def until_refused(url: str) -> None:
-    for _ in range(int(WAIT_S * 100)):
-        try:
-            httpx.get(f"{url}/health/live")
-        except httpx.ConnectError:
-            return
-        except httpx.RemoteProtocolError:  # it was let in at the very moment of closing
-            pass
-        threading.Event().wait(0.01)
-    raise AssertionError("still listens")
 
 
 def test_running_and_queued_requests_finish_after_sigterm(

@@ -77,9 +77,9 @@ class Supervised:
             finally:
                 process.terminate()
 
-    def ready(self) -> None:
-        with Client(self.url, timeout_s=WAIT_S) as client:
-            client.wait_until_ready(WAIT_S)
+    def ready(self, limit_s: float = WAIT_S) -> None:
+        with Client(self.url, timeout_s=limit_s) as client:
+            client.wait_until_ready(limit_s)
 
     def pid(self) -> int:
         """Process id of the service; 0 while none runs."""

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.ops.supervised import ROOT, Supervised, batches, checkpoint, score_all, until
+from tests.support.http import WAIT_S
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -63,7 +64,7 @@ def test_a_clock_that_jumps(library: Path, tmp_path: Path) -> None:
     requests = batches()
     start_s = time.monotonic()
     with service.running():
-        service.ready()
+        service.ready(3 * WAIT_S)  # each look at the clock reads a file: the start is slow
         before, pid = score_all(service.url, requests[:5]), service.pid()
         for num_days in (1, -400, 0):
             set_clock(clock, f"{num_days:+}d")

@@ -139,6 +139,7 @@ def test_the_shipped_configuration_is_valid() -> None:
     promtool("check", "config", "--syntax-only", CONFIG)
 
 
+@pytest.mark.timeout(900)  # hours of samples, with rules over six hours
 def test_alerts_fire_on_faults_but_not_on_healthy_or_idle_services() -> None:
     promtool("test", "rules", RULES_TEST)
     tested = set(re.findall(r'alertname="(\w+)"', RULES_TEST.read_text("utf-8")))

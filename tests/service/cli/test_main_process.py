@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -48,8 +49,71 @@ def test_serve_refuses_an_unknown_setting() -> None:
         run_process("serve", "--port", "0", env=environment),
     ):
         assert ended.returncode == 2
-        assert re.search(r"error: unknown .*max_grups.* \(value '3'\)", ended.stderr, re.IGNORECASE)
-        assert "Traceback" not in ended.stderr
+        [line] = map(json.loads, ended.stderr.splitlines())
+        assert line["level"] == "critical"
+        assert re.match(r"unknown .*max_grups.* \(value '3'\)", line["message"], re.IGNORECASE)
+
+
+def test_the_error_is_a_line_of_text_where_the_log_is_text() -> None:
+    ended = run_process("serve", "--set", "log_format=text", "--set", "max_grups=3")
+    assert ended.returncode == 2
+    assert ended.stderr == "error: unknown setting 'max_grups' (value '3'); is max_groups meant?\n"
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_serve_on_a_port_in_use(log_format: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ended = run_process("serve", "--port", str(port), "--set", f"log_format={log_format}")
+    message = f"port: cannot listen on {port} on host '127.0.0.1': Address already in use"
+    assert ended.returncode == 2
+    last = ended.stderr.splitlines()[-1]
+    if log_format == "text":
+        assert last == f"error: {message}"
+    else:
+        lines = [json.loads(line) for line in ended.stderr.splitlines()]
+        assert (lines[-1]["level"], lines[-1]["message"]) == ("critical", message)
+    assert "Traceback" not in ended.stderr
+
+
+HEAVY = [
+    "fastapi",
+    "httpx",
+    "pydantic",
+    "rapidfuzz",
+    "shopr1_client",
+    "shopr1_rewards",
+    "torch",
+    "transformers",
+]
+MODULES = """\
+import sys
+from shopr1_service.__main__ import main
+sys.argv = ["shopr1", *{arguments}]
+try:
+    main()
+finally:
+    print(*sorted(set(sys.modules) & set({heavy})), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "imported"),
+    [
+        (["--help"], []),
+        (["serve", "--help"], []),
+        (["scoer"], []),
+        (["recipe", "check", "shop_r1"], ["pydantic", "rapidfuzz", "shopr1_rewards"]),
+    ],
+    ids=" ".join,
+)
+def test_commands_import_only_what_they_need(arguments: list[str], imported: list[str]) -> None:
+    """Help comes at once: torch alone takes seconds."""
+    code = MODULES.format(arguments=arguments, heavy=HEAVY)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=WAIT_S, check=False
+    )
+    assert ended.stderr.split("\n")[-2].split() == imported
 
 
 SERVE_FAKE = """\

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup, Version
+from shopr1_service.memory.budget import Account, MemoryBudget
 from shopr1_service.policy.adapters.lora import build_adapter, parse_config
 from shopr1_service.policy.loaded_policy import LoadedPolicy
 from shopr1_service.policy.versions import VersionTable
@@ -23,6 +24,9 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+MEMORY = MemoryBudget()
+
+
 @pytest.fixture
 def policy() -> LoadedPolicy:
     return policy_of(tiny_model())
@@ -32,7 +36,9 @@ def add_adapter(policy: LoadedPolicy, name: str, *, is_default: bool = False) ->
     number = policy.versions.num_changes + 1
     version = Version(f"v{number}", number, name, 0.0)
     adapter = build_adapter(policy.model, parse_config(ADAPTER_CONFIG), random_tensors(policy.model))
-    assert policy.add_adapter(adapter, version, max_kept=2, is_default=is_default) == []
+    with MEMORY.hold(Account.ADAPTERS, adapter.num_bytes) as memory:
+        gone = policy.add_adapter(adapter, version, max_kept=2, is_default=is_default, memory=memory)
+    assert gone == []
     return version
 
 
@@ -115,3 +121,15 @@ def test_versions_that_are_not_loaded_here(policy: LoadedPolicy) -> None:
         with pytest.raises(ValueError, match="its versions are"):
             policy.sync_versions(table)
     assert policy.versions.loaded() == [version]
+
+
+def test_the_memory_of_adapters_is_held_until_they_are_unloaded(policy: LoadedPolicy) -> None:
+    before = MEMORY.num_bytes(Account.ADAPTERS)
+    first, second = add_adapter(policy, "a"), add_adapter(policy, "b")
+    own = (MEMORY.num_bytes(Account.ADAPTERS) - before) // 2
+    assert own > 0
+    policy.remove_adapters([first])
+    policy.remove_adapters([first])  # it has gone already
+    assert MEMORY.num_bytes(Account.ADAPTERS) - before == own
+    policy.remove_adapters([second])
+    assert MEMORY.num_bytes(Account.ADAPTERS) == before

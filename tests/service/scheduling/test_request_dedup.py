@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from shopr1_client.wire import GroupScore, Reward, ScoreResponse, Status
+from shopr1_client.wire import Details, GroupScore, Reward, ScoreResponse, Status
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, Progress, ScoredRequest, TokenGroup, Unmeasurable, Version
+from shopr1_service.memory.budget import Account
+from shopr1_service.memory.sizes import scored_bytes
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.policy.fake import FakePolicy
-from shopr1_service.scheduling import request_dedup as module
 from shopr1_service.scheduling.request_dedup import RequestDeduplicator
 from tests.support.http import answer, group, metric, post, running, score
 
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.anyio
 
 def result_of(name: str, num_rollouts: int, status: Status) -> ScoredRequest:
     """A result; only the name of its response, and number and status of its rewards matter here."""
-    group = GroupScore.model_construct(rewards=[Reward.model_construct(status=status)] * num_rollouts)
+    details = Details.model_construct(format_message=None, predicted_action=None)
+    reward = Reward.model_construct(status=status, message=None, details=details)
+    group = GroupScore.model_construct(id=None, rewards=[reward] * num_rollouts)
     response = ScoreResponse.model_construct(request_id=name, groups=[group])
     return ScoredRequest(response, load_recipe("shop_r1"), [])
 
@@ -147,9 +150,10 @@ async def test_unscorable_rollouts_are_tried_again() -> None:
         assert name_of(await deduplicator.score(b"k", work)) == expected
 
 
-async def test_the_number_of_kept_rollouts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_KEPT_ROLLOUTS", 10)
-    deduplicator, work = RequestDeduplicator(Metrics()), Work(num_rollouts=4)
+async def test_the_memory_of_kept_results_is_bounded() -> None:
+    num_bytes = scored_bytes(result_of("a", 4, Status.SCORED))
+    metrics = Metrics(max_client_memory_bytes=8 * (2 * num_bytes + 1))  # an eighth is for them: two fit
+    deduplicator, work = RequestDeduplicator(metrics), Work(num_rollouts=4)
     work.may_end.set()
     for key in (b"a", b"b", b"c"):
         await deduplicator.score(key, work)
@@ -159,6 +163,28 @@ async def test_the_number_of_kept_rollouts_is_bounded(monkeypatch: pytest.Monkey
     assert work.num_started == 3
     await deduplicator.score(b"a", work)  # was evicted by c
     assert work.num_started == 4
+    assert metrics.memory.num_bytes(Account.ANSWERS) == 2 * num_bytes
+    large = Work(num_rollouts=100)
+    large.may_end.set()
+    await deduplicator.score(b"large", large)  # would take all: it is not kept, and the others are
+    assert metrics.memory.num_bytes(Account.ANSWERS) == 2 * num_bytes
+
+
+async def test_kept_results_make_room_for_requests() -> None:
+    num_bytes = scored_bytes(result_of("a", 1, Status.SCORED))
+    metrics = Metrics(max_client_memory_bytes=80 * num_bytes)
+    deduplicator, work = RequestDeduplicator(metrics), Work()
+    work.may_end.set()
+    for key in (b"a", b"b", b"c"):
+        await deduplicator.score(key, work)
+    with metrics.memory.hold(Account.REQUESTS, 79 * num_bytes):
+        assert metrics.memory.num_bytes(Account.ANSWERS) == num_bytes
+        await deduplicator.score(b"d", work)  # there is no room to keep it
+        assert metrics.memory.num_bytes(Account.ANSWERS) == num_bytes
+    await deduplicator.score(b"c", work)
+    assert work.num_started == 4
+    await deduplicator.score(b"a", work)
+    assert work.num_started == 5
 
 
 # --- over HTTP --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which requests are counted."""
+"""Requests that count, and tries of one that do not."""
 
 import pytest
 

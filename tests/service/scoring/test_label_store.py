@@ -1,6 +1,9 @@
 """Labels by prompt, against a search of all prompts."""
 
+import contextlib
+import gc
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
+from shopr1_service.memory.budget import Account, MemoryBudget
 from shopr1_service.scoring.label_store import (
     ContradictionError,
     Label,
@@ -32,7 +36,7 @@ RUN = "grpo-7"
 
 def table(*known: str, max_labels: int = 1000) -> LabelStore:
     """A store in which each prompt's label of one run is of its own name."""
-    table = LabelStore(max_labels)
+    table = LabelStore(max_labels, MemoryBudget())
     table.put(RUN, [(prompt, label(prompt)) for prompt in known])
     return table
 
@@ -84,7 +88,7 @@ def test_prompts_are_distinguished() -> None:
 
 
 def test_messages_are_no_beginning_of_a_text() -> None:
-    of_messages = LabelStore(9)
+    of_messages = LabelStore(9, MemoryBudget())
     of_messages.put(RUN, [(MESSAGES, label("x"))])
     assert of_messages.split(RUN, '[["user", "a"], ["assistant", "b"]] and more') is None
     assert of_messages.get(RUN, MESSAGES) == label("x")
@@ -160,3 +164,65 @@ def test_a_run_without_labels_takes_no_memory() -> None:
         store.put(f"run-{i}", [])
         assert store.get(f"run-{i}", "a") is None
     assert store._tables.keys() == {RUN}
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted() -> None:
+    memory = MemoryBudget()
+    texts = [(f"prompt {i}" + "a" * i, label(f"name {i}" * 3)) for i in range(2000)]
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    store = LabelStore(10**6, memory)
+    for start in range(0, 2000, 500):
+        made = [
+            (prompt, Label.of(Action("click", {"name": f"{prompt:.20}"}), "shop_r1"))
+            for prompt, _ in texts[start : start + 500]
+        ]
+        store.put(RUN, made)
+        del made
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert 0.8 <= memory.num_bytes(Account.LABELS) / taken <= 1.6
+    store.clear(RUN)
+    assert memory.num_bytes(Account.LABELS) == 0
+
+
+PUTS = st.lists(
+    st.tuples(st.sampled_from(["", RUN]), st.dictionaries(prompts, texts, max_size=6), st.booleans()),
+    max_size=12,
+)
+
+
+@given(puts=PUTS)
+def test_any_changes_are_counted_as_the_tables_that_they_leave(
+    puts: list[tuple[str, dict[str, str], bool]],
+) -> None:
+    memory = MemoryBudget(40_000)
+    store = LabelStore(20, memory)
+    held: dict[str, dict[str, str]] = {"": {}, RUN: {}}
+    for run, names, is_cleared in puts:
+        if is_cleared:
+            store.clear(run)
+            held[run] = {}
+        with contextlib.suppress(TooLargeError):
+            store.put(run, [(prompt, label(name)) for prompt, name in names.items()])
+            held[run] |= names
+        fresh_memory = MemoryBudget()
+        fresh = LabelStore(100, fresh_memory)
+        for each, own in held.items():
+            fresh.put(each, [(prompt, label(name)) for prompt, name in own.items()])
+        assert memory.num_bytes(Account.LABELS) == fresh_memory.num_bytes(Account.LABELS)
+
+
+def test_labels_without_memory_are_refused_as_a_whole() -> None:
+    memory = MemoryBudget(4000)
+    store = LabelStore(100, memory)
+    store.put(RUN, [("a", label("a"))])
+    held = memory.num_bytes(Account.LABELS)
+    with pytest.raises(TooLargeError, match="max_client_memory_bytes = 4000"):
+        store.put(RUN, [("b", label("b")), ("c", label("c" * 3000))])
+    assert (store.num_labels(RUN), store.get(RUN, "b"), memory.num_bytes(Account.LABELS)) == (1, None, held)

@@ -132,7 +132,7 @@ LINGER_S = 0.3
 @pytest.fixture(params=[100, 2**40], ids=["long body", "by h11"])
 def updatable_server(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch.setattr("shopr1_service.server.http_protocol._LINGER_S", LINGER_S)
-    monkeypatch.setattr("shopr1_service.server.http_protocol.BUFFER_BYTES", request.param)
+    monkeypatch.setattr("shopr1_service.server.long_body.BUFFER_BYTES", request.param)
     app = create_app(
         Settings(receive_timeout_s=TIMEOUT_S), UpdatableEngine.opener(lambda: policy_of(tiny_model()))
     )

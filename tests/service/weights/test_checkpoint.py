@@ -307,7 +307,7 @@ def pointer(_content: bytes) -> bytes:
         (pointer, ": no safetensors header", SINGLE_FILE),
         (longer, " has more bytes after its tensors: ", SINGLE_FILE),
         (absurd, ": no safetensors header", SINGLE_FILE),
-        (other_dtype, ": tensor 'norm.weight': dtype: Input should be 'F64'", "norm.weight"),
+        (other_dtype, ": tensor 'norm.weight': dtype: must be 'F64'", "norm.weight"),
         (other_shape, ": tensor 'embed.weight': data_offsets are ", "embed.weight"),
     ],
 )

@@ -234,28 +234,28 @@ def test_gaps_overlaps_and_wrong_sizes(offsets: list[tuple[int, int]], name: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "F8_E4M3"}, "dtype: Input should be 'F64', 'F32', 'BF16', 'F16', 'I64'"),
-        ({"dtype": "f32"}, "dtype: Input should be 'F64'"),
-        ({"dtype": None}, "dtype: Input should be 'F64'"),
-        ({"dtype": ["F32"]}, "dtype: Input should be 'F64'"),
-        ({"shape": None}, "shape: Input should be a valid list"),
-        ({"shape": [-2, -3]}, "shape.0: Input should be a valid integer"),
-        ({"shape": [2.0, 3]}, "shape.0: Input should be a valid integer"),
-        ({"shape": [True, 6]}, "shape.0: Input should be a valid integer"),
-        ({"shape": ["2", 3]}, "shape.0: Input should be a valid integer"),
-        ({"shape": {"2": 3}}, "shape: Input should be a valid list"),
-        ({"shape": [10**18, 0]}, "shape.0: Input should be a valid integer"),
+        ({"dtype": "F8_E4M3"}, "dtype: must be 'F64', 'F32', 'BF16', 'F16', 'I64'"),
+        ({"dtype": "f32"}, "dtype: must be 'F64'"),
+        ({"dtype": None}, "dtype: must be 'F64'"),
+        ({"dtype": ["F32"]}, "dtype: must be 'F64'"),
+        ({"shape": None}, "shape: must be a list"),
+        ({"shape": [-2, -3]}, "shape.0: must be an integer"),
+        ({"shape": [2.0, 3]}, "shape.0: must be an integer"),
+        ({"shape": [True, 6]}, "shape.0: must be an integer"),
+        ({"shape": ["2", 3]}, "shape.0: must be an integer"),
+        ({"shape": {"2": 3}}, "shape: must be a list"),
+        ({"shape": [10**18, 0]}, "shape.0: must be an integer"),
         ({"shape": [2]}, "data_offsets are [0, 24]; shape, dtype and the tensors before it need [0, 8]"),
         ({"shape": [6, 2**40, 2**40]}, "a shape that no memory can hold"),
         # The product overflows on its way to 0.
         ({"shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}, "a shape that no memory can hold"),
         ({"shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}, "a shape that no memory can hold"),
-        ({"shape": [6] + [1] * 64}, "shape: List should have at most 64 items"),
-        ({"data_offsets": [0]}, "data_offsets: List should have at least 2 items"),
-        ({"data_offsets": [0, 24, 24]}, "data_offsets: List should have at most 2 items"),
-        ({"data_offsets": [-24, 0]}, "data_offsets.0: Input should be a valid integer"),
-        ({"data_offsets": "0,24"}, "data_offsets: Input should be a valid list"),
-        ({"more": 1}, "more: Extra inputs are not permitted"),
+        ({"shape": [6] + [1] * 64}, "shape: must have at most 64 items"),
+        ({"data_offsets": [0]}, "data_offsets: must have at least 2 items"),
+        ({"data_offsets": [0, 24, 24]}, "data_offsets: must have at most 2 items"),
+        ({"data_offsets": [-24, 0]}, "data_offsets.0: must be an integer"),
+        ({"data_offsets": "0,24"}, "data_offsets: must be a list"),
+        ({"more": 1}, "more: unknown field"),
     ],
 )
 def test_a_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
@@ -267,9 +267,9 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        *((value, "fields: Input should be") for value in ("1", "[]", "null", '"F32"')),
-        ("{}", "dtype: Field required"),
-        ('{"dtype": "F32", "shape": []}', "data_offsets: Field required"),
+        *((value, "fields: must be") for value in ("1", "[]", "null", '"F32"')),
+        ("{}", "dtype: it is missing"),
+        ('{"dtype": "F32", "shape": []}', "data_offsets: it is missing"),
     ],
 )
 def test_missing_fields(value: str, message: str) -> None:
@@ -323,7 +323,7 @@ def test_malformed_headers(text: bytes, message: str) -> None:
 def test_numbers_that_python_would_take(number: str) -> None:
     # -0 is 0 for Python alone. It refuses to convert more than 4,300 digits, and takes long for those below.
     error = refused(f'{{"w": {{"dtype": "F32", "shape": [{number}], "data_offsets": [0, 0]}}}}')
-    assert str(error).startswith("tensor 'w': shape.0: Input should be a valid integer")
+    assert str(error).startswith("tensor 'w': shape.0: must be an integer")
 
 
 @pytest.mark.parametrize(

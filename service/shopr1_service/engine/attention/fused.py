@@ -20,7 +20,7 @@ from shopr1_service.engine.attention.kernels import attend, banded, wide
 from shopr1_service.engine.attention.options import PLAIN, AttentionOptions
 from shopr1_service.engine.prefix_cache import Chunk, Segment, starts_of
 
-_NUM_BLOCK_TOKENS = 512
+_NUM_BLOCK_TOKENS = 256
 """Tokens whose windows are cut together: the mask of a block is at most so wide beyond the window."""
 
 

@@ -10,8 +10,8 @@ Dimensions: S batch, A heads, R queries, W keys, D head size.
 import torch
 from torch import Tensor
 
-_MAX_SCORES = 2**24
-"""Scores of one head that are written out at a time."""
+_MAX_SCORES = {"cpu": 2**21, "cuda": 2**28}
+"""Scores that are written out at a time, by device: on a CPU they stay in its caches."""
 _ALIGNMENT = 16
 """CUDA's kernel reads masks in pieces: each row must begin at a multiple of so many elements."""
 
@@ -77,19 +77,20 @@ def _attend_in_the_open(
 ) -> tuple[Tensor, Tensor]:
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    num_rows = max(1, _MAX_SCORES // num_keys)
+    num_rows = max(1, _MAX_SCORES[query.device.type] // (query.shape[0] * query.shape[1] * num_keys))
     parts = []
     for start in range(0, num_queries, num_rows):
-        block = slice(start, min(start + num_rows, num_queries))
-        scores = (query[..., block, :] @ key.mT).to(wide(query.dtype)) * scale
-        scores = softcap * torch.tanh(scores / softcap)
+        end = min(start + num_rows, num_queries)
+        num_seen = end if is_causal else num_keys
+        scores = (query[..., start:end, :] @ key[..., :num_seen, :].mT).to(wide(query.dtype))
+        scores.mul_(scale / softcap).tanh_().mul_(softcap)
         if mask_R_W is not None:
-            scores = scores + mask_R_W[block].to(scores.dtype)
+            scores += mask_R_W[start:end]
         if is_causal:
-            later = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).triu(1)[block]
-            scores = scores.masked_fill(later, -torch.inf)
+            later = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).triu(1)
+            scores[..., start:].masked_fill_(later, -torch.inf)
         lse = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - lse[..., None])
-        parts.append(((weights.to(value.dtype) @ value).to(scores.dtype), lse))
+        weights = scores.sub_(lse[..., None]).exp_()
+        parts.append(((weights.to(value.dtype) @ value[..., :num_seen, :]).to(scores.dtype), lse))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, -2), torch.cat(lses, -1)

@@ -30,7 +30,7 @@ from shopr1_service.http.state import AppState
 
 TAG = "policy"
 router = APIRouter(tags=[TAG], route_class=JsonRoute)
-stream_router = APIRouter(tags=[TAG])
+stream_router = APIRouter(tags=[TAG], route_class=JsonRoute)
 """Routes with bodies of any size: they are streamed; their header bounds them."""
 
 Version = Annotated[VersionName, Query(description="The version's name, as it appears in every response.")]

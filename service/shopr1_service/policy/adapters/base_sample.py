@@ -10,6 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shopr1_client.field_messages import plain_message
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.wire_policy import BASE_SAMPLE_KEY, TensorSample
 from shopr1_service.policy.adapters.lora_config import AdapterError
 from shopr1_service.weights.conversion import NameConverter
@@ -31,8 +33,11 @@ def check_base(model: PreTrainedModel, text: str) -> None:
     """
     try:
         samples = _SAMPLES.validate_json(text)
+        read_json(text)
+    except DuplicateKeyError as error:
+        raise AdapterError(BASE_SAMPLE_KEY, str(error)) from error
     except ValidationError as error:
-        raise AdapterError(BASE_SAMPLE_KEY, str(error.errors(include_url=False)[0]["msg"])) from error
+        raise AdapterError(BASE_SAMPLE_KEY, plain_message(error.errors(include_url=False)[0])) from error
     differing = [name for name, own in _own(model, samples).items() if not _is_equal(samples[name], own)]
     if differing:
         others = f", and so do {len(differing) - 1} more" if len(differing) > 1 else ""

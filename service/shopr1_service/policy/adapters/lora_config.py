@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
+from shopr1_client.field_messages import plain_message
+from shopr1_client.json_text import DuplicateKeyError, read_json
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
 
 Number = TypeVar("Number", int, float)
@@ -121,12 +123,15 @@ def parse_config(text: str | bytes) -> LoraConfig:
     """
     try:
         config = LoraConfig.model_validate_json(text)
+        read_json(text)
+    except DuplicateKeyError as error:
+        raise AdapterError(error.locations[0], error.message) from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"])) or ADAPTER_CONFIG_KEY
         is_extra = first["type"] == "extra_forbidden"
         raise AdapterError(
-            location, _REASONS.get(location, _UNSUPPORTED) if is_extra else first["msg"]
+            location, _REASONS.get(location, _UNSUPPORTED) if is_extra else plain_message(first)
         ) from error
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:

@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from shopr1_client.wire import Message
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
 from shopr1_service.core import CodecError
-from shopr1_service.errors import PolicyError
+from shopr1_service.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -267,15 +267,15 @@ def read_templates(files: Sequence[Path]) -> dict[str, str]:
     """Chat templates by name, the file's without its suffix.
 
     Raises:
-        PolicyError: a file that cannot be read or is not a template, or two of the same name.
+        SettingsError: a file that cannot be read or is not a template, or two of the same name.
     """
     templates: dict[str, str] = {}
     for file in files:
         if file.stem in templates:
-            raise PolicyError(f"chat_templates: two templates are named {file.stem!r}")
+            raise SettingsError(f"chat_templates: two templates are named {file.stem!r}")
         try:
             templates[file.stem] = file.read_text("utf-8")
             _compile_jinja_template(templates[file.stem])
         except Exception as error:  # of the file system, or of the parser
-            raise PolicyError(f"chat_templates: {file}: {error}") from error
+            raise SettingsError(f"chat_templates: {file}: {error}") from error
     return templates

@@ -260,7 +260,8 @@ class SoakClient:
     # --- parts ---
 
     def _retry_headers(self) -> dict[str, str]:
-        return {"X-Run-ID": CUT_RUN, "X-Request-ID": f"{self._random.getrandbits(128):032x}"}
+        key = f"{self._random.getrandbits(128):032x}"
+        return {"X-Run-ID": CUT_RUN, self._random.choice(["X-Request-ID", "Idempotency-Key"]): key}
 
     def _prompt(self) -> str:
         return self._random.choice(PROMPTS) if self._random.random() < 0.8 else self._traffic.fresh_prompt()

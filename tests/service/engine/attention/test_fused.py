@@ -68,7 +68,7 @@ def test_windows_softcaps_and_sinks(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_module, "_NUM_BLOCK_TOKENS", block_tokens)
-        patch.setattr(kernels, "_MAX_SCORES", max_scores)
+        patch.setattr(kernels, "_MAX_SCORES", {"cpu": max_scores})
         check_options(fused, lengths, prefix_lengths, heads, window, softcap, has_sinks=has_sinks)
 
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from shopr1_service.core import Version
+from shopr1_service.memory.budget import Account, MemoryBudget
 from shopr1_service.policy.adapters.lora import AdapterError, build_adapter, parse_config
 from tests.support.models import MIXTURES, MULTIMODAL, one_thread, policy_of, random_ids, tiny_model
 
@@ -104,7 +105,8 @@ def test_adapters_of_a_multimodal_model(name: str, modules: str, tmp_path: Path)
         load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
     )
     assert {layer.a_R_I.shape[0] for layer in adapter.layers.values()} == {3, 4}
-    policy.add_adapter(adapter, Version("1", 1, "mine"), max_kept=1, is_default=False)
+    memory = MemoryBudget().hold(Account.ADAPTERS)
+    policy.add_adapter(adapter, Version("1", 1, "mine"), max_kept=1, is_default=False, memory=memory)
     ids = torch.tensor([IDS])
     with torch.inference_mode():
         with adapter.applied(policy.model):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from shopr1_client.wire import Message
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
 from shopr1_service.core import CodecError
-from shopr1_service.errors import PolicyError
+from shopr1_service.errors import SettingsError
 from shopr1_service.policy.prompts.chat import ChatRenderer, lost_messages, read_templates
 from shopr1_service.policy.prompts.tokenizer import PolicyTokenizer
 from tests.support.models import NUM_ROWS, byte_level
@@ -159,7 +159,7 @@ def test_templates_are_read_from_files(tmp_path: Path) -> None:
         (tmp_path / "none.jinja", "none.jinja: "),
         (tmp_path / "other" / "trim.txt", "two templates are named 'trim'"),
     ):
-        with pytest.raises(PolicyError, match=message):
+        with pytest.raises(SettingsError, match=message):
             read_templates([*files, wrong])
 
 

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from shopr1_service.server import http_protocol
+from shopr1_service.server import long_body
 from shopr1_service.server.http_protocol import connection_class
 from tests.support.http import WAIT_S, serving
 
@@ -37,7 +37,7 @@ Heard = list[Any]
 @pytest.fixture(scope="module", autouse=True)
 def _small_buffers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_protocol, "BUFFER_BYTES", BUFFER_BYTES)
+        patch.setattr(long_body, "BUFFER_BYTES", BUFFER_BYTES)
         yield
 
 
@@ -188,7 +188,7 @@ def test_a_client_that_disconnects_in_the_middle(noting: tuple[str, Heard]) -> N
 
 def test_reading_stops_when_the_application_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit the server would fill its memory."""
-    monkeypatch.setattr(http_protocol, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(long_body, "BUFFER_BYTES", 2**20)
     is_free, num_bytes = threading.Event(), 64 * 2**20
 
     async def wait(request: Request) -> Response:
@@ -239,9 +239,9 @@ def test_h11_keeps_the_number_of_missing_bytes_where_we_read_and_reset_it() -> N
     h11_connection = h11.Connection(h11.SERVER)
     h11_connection.receive_data(head("/digest", 10) + b"abc")
     assert isinstance(h11_connection.next_event(), h11.Request)
-    assert http_protocol.num_bytes_left(h11_connection) == 10
+    assert long_body.num_bytes_left(h11_connection) == 10
     assert isinstance(h11_connection.next_event(), h11.Data)
-    assert http_protocol.num_bytes_left(h11_connection) == 7
+    assert long_body.num_bytes_left(h11_connection) == 7
     h11_connection._reader._remaining = 0  # type: ignore[union-attr]
     assert isinstance(h11_connection.next_event(), h11.EndOfMessage)
 
@@ -249,7 +249,7 @@ def test_h11_keeps_the_number_of_missing_bytes_where_we_read_and_reset_it() -> N
 def test_h11_receives_all_where_the_missing_bytes_are_unknown(
     monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
-    monkeypatch.setattr(http_protocol, "num_bytes_left", lambda _connection: 0)
+    monkeypatch.setattr(long_body, "num_bytes_left", lambda _connection: 0)
     content = body_of(3 * BUFFER_BYTES)
     with connection(server) as client:
         client.sendall(head("/digest", len(content)) + content[:1])
