@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-ray test-trainers lint prose audit architectures bench bench-growth bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -97,6 +97,9 @@ bench: install  ## Speed against full logits and logits_to_keep, as ratios; writ
 bench-growth: install  ## Cost by completions and by prompt length; writes benchmarks/engine/growth.csv and plots
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.engine.bench --growth
+
+bench-families: install  ## Architectures with windows, softcaps, sinks, MLA and recurrent states; writes families.csv
+	$(BIN)/python -m benchmarks.engine.families
 
 architectures: install  ## Every architecture of transformers, built tiny, against fp64; takes half an hour, writes docs/architectures.md
 	$(BIN)/python -m benchmarks.engine.architectures

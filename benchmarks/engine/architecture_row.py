@@ -3,19 +3,22 @@
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.engine.tiny_architectures import MAX_TOKENS, NUM_VOCAB, Architecture, build
+from benchmarks.engine.tiny_architectures import CAUSES, MAX_TOKENS, NUM_VOCAB, Architecture, build
 from shopr1_rewards.recipe import SelfCertaintyRecipe
 from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.errors import PolicyError
+from shopr1_service.policy.architectures import auto_class
 from shopr1_service.policy.factory import build_policy
 from shopr1_service.settings import Settings
 
@@ -57,17 +60,22 @@ def compare(architecture: Architecture) -> Row:
     try:
         model = build(architecture)
     except Exception as error:  # sizes that do not fit together
-        row.remarks.append(_short(error))
+        row.remarks.append(_cause(architecture, error))
         return row
     row.outcome = "failed"
     try:
+        auto_class(model.config)  # as the service chooses the class of a checkpoint
         _fill(row, model)
     except PolicyError as error:
         row.outcome = "refused"
         row.remarks.append(str(error))
     except Exception as error:
-        row.remarks.append(_short(error))
+        row.remarks.append(_cause(architecture, error))
     return row
+
+
+def _cause(architecture: Architecture, error: Exception) -> str:
+    return CAUSES.get(architecture.kind, f"{type(error).__name__}: {error}"[:300])
 
 
 def _fill(row: Row, model: PreTrainedModel) -> None:
@@ -112,7 +120,7 @@ class _Reference:
     def values(self, prompt_ids: Sequence[int], completion: CompletionTokens) -> tuple[Tensor, Tensor]:
         ids = (*prompt_ids, *completion.ids)
         if ids not in self._known:
-            self._known[ids] = (_certainty(self._double, ids), _certainty(self._plain, ids))
+            self._known[ids] = (_double_certainty(self._double, ids), _certainty(self._plain, ids))
         rows = [len(prompt_ids) + index - 1 for index in completion.measured]
         exact_T, fp32_T = self._known[ids]
         return exact_T[rows], fp32_T[rows]
@@ -124,10 +132,44 @@ class _Reference:
         for name in ("eager", "sdpa"):
             try:
                 self._double.set_attn_implementation(name)
-                values.append(_certainty(self._double, ids))
+                values.append(_double_certainty(self._double, ids))
             except Exception:  # it has only one
                 return None
         return float((values[0] - values[1]).abs().max())
+
+
+_WIDER = {torch.float32: torch.float64}
+
+
+class _InDouble(TorchFunctionMode):
+    """Computes in fp64 what a model's own code computes in fp32, where the two cannot be mixed."""
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401  # as torch defines it
+        types: Any,  # noqa: ANN401
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        func = Tensor.double if func is Tensor.float else func
+        options = {
+            name: _WIDER.get(each, each) if name == "dtype" else each for name, each in (kwargs or {}).items()
+        }
+        return func(
+            *(_WIDER.get(each, each) if isinstance(each, torch.dtype) else each for each in args), **options
+        )
+
+
+def _double_certainty(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    try:
+        return _certainty(model, ids)
+    except RuntimeError:  # its own fp32 meets fp64 (inkling2), or fp64's least number does not fit (xglm)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with _InDouble():
+                return _certainty(model, ids)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 @torch.no_grad()
@@ -165,7 +207,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
         decoders.ByteLevel(),
     )
     return PreTrainedTokenizerFast(tokenizer_object=inner)  # type: ignore[no-untyped-call]
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]

@@ -64,17 +64,60 @@ SIZES: Mapping[str, Any] = {
 
 _LATENT: Mapping[str, Any] = {"num_key_value_heads": 4}
 _CONVOLUTION: Mapping[str, Any] = {"layer_types": ["conv", "full_attention"]}
+_AXES: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 _HEADS: Mapping[str, Any] = {"head_dim": 16}
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         (
             *("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "axk1", "axk2", "kimi_k2", "longcat_flash"),
-            *("minicpm3", "glm4_moe_lite", "youtu", "mistral4", "kimi_linear", "bailing_hybrid"),
-            *("dots3_note", "dots3_note_text"),
+            *("minicpm3", "glm4_moe_lite", "youtu", "mistral_large4_text"),
+            "dots3_note_text",
         ),
         _LATENT,
     ),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), _HEADS),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _HEADS),
+    "bailing_hybrid": {**_LATENT, "num_expert_group": 1, "num_experts_per_tok": 2},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(["sliding_attention", "full_attention"], _AXES),
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_output_size": 64},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _AXES},
+    "glm5_next_text": {
+        **_LATENT,
+        "index_topk": 32,
+        "qk_rope_head_dim": 0,
+        "linear_num_heads": 2,
+        "linear_head_dim": 8,
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
+    "granite_docling_vision": {"out_hidden_size": 64},
+    "hunyuan_vl_text": {**_HEADS, "rope_parameters": {**_AXES, "mrope_section": [2, 2, 2, 2]}},
+    "kimi_linear": {**_LATENT, "num_experts_per_tok": 2, "linear_num_heads": 2, "linear_head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mistral4": {**_LATENT, "head_dim": 16},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4, "out_hidden_size": 64},
+    "nemotron": {**_HEADS, "num_key_value_heads": 2},
+    "radio": {"video_temporal_patch_size": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 24,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+    },
+    "step3p5": {"sliding_window": 24},
+    "xmod": {"default_language": "en_XX", "max_position_embeddings": 514},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2": _CONVOLUTION,
     "lfm2_moe": _CONVOLUTION,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -97,6 +140,19 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Further options of single architectures."""
+
+_TIMM = "its image part is timm's, and needs the packages timm and Pillow, which are not installed"
+_AUDIO_CODES = "its tokens are codes of sound; its class takes the config of its decoder only"
+_DRAFTER = "it drafts for Gemma 4 and computes from that model's states and keys, not from tokens alone"
+CAUSES: Mapping[str, str] = {
+    **dict.fromkeys(("gemma3n", "fast_vlm", "perception_lm"), _TIMM),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), _AUDIO_CODES),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTER),
+    "evolla": "transformers lists it, and its own class for such models does not take its config",
+    "inkling_mm_model": "its image part needs the package scipy, which is not installed",
+    "pi0": "it predicts a robot's movements from images and a state, and not tokens",
+}
+"""Why an architecture cannot be built here, or is no language model."""
 
 SECTIONED = frozenset(
     {
@@ -136,8 +192,7 @@ def _first(name: str | tuple[str, ...]) -> str:
 
 def build(architecture: Architecture) -> PreTrainedModel:
     """A tiny model with random weights, fp32."""
-    options = {**_small(AutoConfig.for_model(architecture.kind)), **OPTIONS.get(architecture.kind, {})}
-    config = AutoConfig.for_model(architecture.kind, **options)
+    config = AutoConfig.for_model(architecture.kind, **_small(AutoConfig.for_model(architecture.kind)))
     auto: Any = AutoModelForImageTextToText if architecture.is_image_text else AutoModelForCausalLM
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
@@ -147,7 +202,7 @@ def build(architecture: Architecture) -> PreTrainedModel:
 
 
 def _small(config: Any) -> dict[str, Any]:  # noqa: ANN401  # every architecture has its own
-    """Small sizes for a config and its parts, as arguments to make it with."""
+    """Small sizes for a config and its parts, as arguments to make it with, and their own `OPTIONS`."""
     options: dict[str, Any] = {}
     for name, value in vars(config).items():
         if hasattr(value, "model_type"):
@@ -166,7 +221,7 @@ def _small(config: Any) -> dict[str, Any]:  # noqa: ANN401  # every architecture
         kinds = vars(config).get(name)
         if isinstance(kinds, list) and isinstance(num_layers, int):
             options[name] = _each_kind(kinds, num_layers)
-    return options
+    return {**options, **OPTIONS.get(config.model_type, {})}
 
 
 def _sections(rope: Mapping[str, Any], options: Mapping[str, Any]) -> list[int]:

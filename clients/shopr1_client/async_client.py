@@ -40,13 +40,16 @@ class AsyncClient(BaseClient):
     ) -> ScoreResponse:
         """Score any number of groups."""
         async with self._connected() as client:
+            if client._must_learn(request):
+                client._learn(await client._infos())
             try:
                 return await client._score(request, on_progress)
             except TooLargeError:
                 if not client._learn(await client._infos()):
                     raise
-                self._limits = client._limits
                 return await client._score(request, on_progress)
+            finally:
+                self._limits, self._has_learned = client._limits, client._has_learned
 
     async def info(self) -> Info:
         """The service's policy, limits and recipes."""

@@ -75,6 +75,7 @@ class BaseClient:
         self._retry_for_s = retry_for_s
         self._max_concurrency = max_concurrency
         self._limits = DEFAULT_LIMITS
+        self._has_learned = False
         self._http_options: dict[str, Any] = {
             "headers": headers(api_key, timeout_s, run),
             "timeout": timeout(timeout_s),
@@ -89,12 +90,17 @@ class BaseClient:
     def _split(self, request: ScoreRequest) -> list[Part]:
         return split(request, self._limits, self._urls)
 
+    def _must_learn(self, request: ScoreRequest) -> bool:
+        """Whether to ask for the limits first: a part that is refused would have the others counted twice."""
+        return not self._has_learned and len(self._split(request)) > 1
+
     def _learn(self, infos: Sequence[Info]) -> bool:
         """Adopt the servers' limits, the tightest of each; whether they differ from the known ones."""
         known = self._limits
         if infos:
             limits = [info.limits.model_dump() for info in infos]
             self._limits = Limits(**{name: min(each[name] for each in limits) for name in limits[0]})
+            self._has_learned = True
         return self._limits != known
 
     def _tries(

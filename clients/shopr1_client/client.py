@@ -36,6 +36,8 @@ class Client(BaseClient):
 
     def score(self, request: ScoreRequest, *, on_progress: OnProgress = lambda num: None) -> ScoreResponse:
         """Score any number of groups."""
+        if self._must_learn(request):
+            self._learn(self._infos())
         try:
             return self._score(request, on_progress)
         except TooLargeError:

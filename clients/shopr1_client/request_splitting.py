@@ -33,7 +33,7 @@ MAX_PART_GROUPS = 32
 DEFAULT_LIMITS = Limits(
     max_body_bytes=64 * 2**20, max_groups=1024, max_completions_per_group=256, max_request_tokens=4 * 2**20
 )
-"""The server's defaults, which save a question before the first request."""
+"""The server's defaults, which save a question before a request of one part."""
 
 _ENVELOPE_BYTES = 1024
 _LOCATION = re.compile(r"groups\[(\d+)\](?:\.completions\[(\d+)\])?")

@@ -351,9 +351,10 @@ def _read(name_or_path: str) -> str:
         known = ", ".join(recipe_names())
         raise RecipeError(f"no recipe {name_or_path!r}: neither a file nor one of {known}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{name_or_path}: {error}") from error
+        raise RecipeError(f"{name_or_path}: not UTF-8 text: {error}") from error
     except (OSError, ValueError) as error:  # not readable; not a valid file name
-        raise RecipeError(f"{name_or_path!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"the recipe {name_or_path!r} cannot be read: {reason}") from error
 
 
 def parse_recipe(toml: str, origin: str = "recipe") -> Recipe:

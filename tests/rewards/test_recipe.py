@@ -565,5 +565,16 @@ def test_name_that_cannot_be_a_file(name: str) -> None:
 def test_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError, match=r"mine\.toml: 'utf-8' codec"):
+    with pytest.raises(RecipeError, match=r"mine\.toml: not UTF-8 text: "):
         load_recipe(str(path))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for name, reason in ((str(tmp_path), "Is a directory"), ("a\0b", "embedded null byte")):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name)
+        assert str(caught.value) == f"the recipe {name!r} cannot be read: {reason}"
+    binary = tmp_path / "mine.toml"
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="^" + re.escape(f"{binary}: not UTF-8 text: ")):
+        load_recipe(str(binary))

@@ -160,6 +160,12 @@ def _check_layer(path: str, layer: Module, name: str, config: Any) -> None:  # n
         )
     if name not in _available(layer):
         return
+    if (parameter := getattr(layer, "parameter_name", None)) is not None:  # PEFT makes these of `w1`, too
+        place = path.replace(".base_layer", "")
+        raise UnsendableModelError(
+            f"{place} has an adapter of its parameter {parameter}, as PEFT makes for stacked experts, and "
+            f"services apply adapters to modules only: {_MERGE}"
+        )
     if name not in _adapters_of(layer):
         raise UnsendableModelError(f"{path} computes without its adapter {name!r}: {_MERGE}")
     actual, expected = getattr(layer, "scaling", {}).get(name), _scale(path, name, layer, config)

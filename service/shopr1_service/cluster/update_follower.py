@@ -20,6 +20,7 @@ from shopr1_service.cluster.messages import (
 )
 from shopr1_service.cluster.update_log import Change, Entry, UnloadRequest, UpdateLog
 from shopr1_service.updates.updatable_engine import UpdatableEngine
+from shopr1_service.weights.samples import digest_of, sample_of
 from shopr1_service.weights.tensors import UpdateContents
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,10 @@ class UpdateFollower:
         self._name = name
         self._actor = actor
         self._engine = engine
-        self._log = UpdateLog(engine.versions)
+        tensors = engine.policy.weights.tensors
+        start = digest_of({name: sample_of(tensor) for name, tensor in tensors.items()})
+        self._log = UpdateLog(engine.versions, start=start)
+        self._start = start
         self._log_number = -1
 
     async def catch_up(self) -> None:
@@ -108,6 +112,8 @@ class UpdateFollower:
         return TrialResult(self._engine.versions, answer, taken)
 
     async def _apply_log(self, log: UpdateLog) -> None:
+        if log.start != self._start and self._engine.policy.weights.tensors.keys() - log.replaced:
+            raise BehindError("it was started with other weights than the first engine")
         for entry in log.after(self._engine.versions.num_changes):
             await self._apply_entry(entry)
         await self._engine.scheduler.between_batches(lambda: self._engine.policy.sync_versions(log.table))

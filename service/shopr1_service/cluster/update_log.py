@@ -47,15 +47,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class UpdateLog:
-    """The entries that are still needed, and the version table after all of them."""
+    """The entries that are still needed, and the version table after all of them.
+
+    Attributes:
+        start: digest of the weights that the first engine started with.
+    """
 
     table: VersionTable
     entries: tuple[Entry, ...] = ()
+    start: str = ""
 
     @property
     def number(self) -> int:
         """Number of the last change."""
         return self.table.num_changes
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Names of the tensors that are no longer those of the start."""
+        return frozenset(name for entry in self.entries if entry.taken for name in entry.taken.names)
 
     @property
     def uploads(self) -> frozenset[str]:
@@ -69,7 +79,7 @@ class UpdateLog:
             table: version table of the engine that has applied it.
         """
         entries = (*self.entries, Entry(table.num_changes, change, taken))
-        return UpdateLog(table, tuple(_needed(entries, table))[::-1])
+        return UpdateLog(table, tuple(_needed(entries, table))[::-1], self.start)
 
     def after(self, number: int) -> tuple[Entry, ...]:
         """Entries that an engine whose last change is `number` must still apply."""

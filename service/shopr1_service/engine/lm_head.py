@@ -160,7 +160,12 @@ def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
     Raises:
         UnsupportedModelError: no head gives these logits.
     """
-    expected_T_V = model(input_ids=input_ids, use_cache=False).logits[0]
+    try:
+        expected_T_V = model(input_ids=input_ids, use_cache=False).logits[0]
+    except (TypeError, ValueError) as cause:  # it asks for images, or for a part that is not tokens
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not compute logits from token ids alone: {cause}"
+        ) from cause
     hidden_T_H = trunk_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
     tolerance = _TOLERANCE[expected_T_V.dtype]
     reason = "its output embedding is no plain linear layer"

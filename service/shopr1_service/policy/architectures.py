@@ -34,7 +34,12 @@ def auto_class(config: PretrainedConfig) -> Any:  # noqa: ANN401  # transformers
         raise PolicyError(f"architecture {kind!r} has no next-token logits to score: {reason}")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
-    if causal is None and (multimodal is None or config.is_encoder_decoder):
+    if causal is None and config.is_encoder_decoder:
+        raise PolicyError(
+            f"architecture {kind!r} is no causal language model: an encoder reads its input, and a decoder "
+            "writes another text"
+        )
+    if causal is None and multimodal is None:
         raise PolicyError(f"architecture {kind!r} is not a causal language model that transformers knows")
     if multimodal is None or (causal is not None and not _is_of_class(config, causal, multimodal)):
         return AutoModelForCausalLM

@@ -10,8 +10,9 @@ Knows no files: `policy/loading.py` reads the model and the tokenizer.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -45,6 +46,7 @@ from shopr1_service.engine.forward.self_check import (
     depends_on_weights,
 )
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
+from shopr1_service.engine.forward.unused_copy import unused_copy
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.lm_head import (
     LinearHead,
@@ -107,9 +109,10 @@ def build_policy(
     if max_sequence_tokens is None:
         raise PolicyError("the policy declares no maximum sequence length; set max_sequence_tokens")
     rope = _controlled_rope(model)  # before any forward changes its state
+    unused = unused_copy(model)
     check_positions(model, max_sequence_tokens, longest)
     random_ids, cache = check_ids(model, num_ids, longest, max_sequence_tokens), PrefixCache(UNLIMITED)
-    head, verdict = _checked(model, random_ids, _candidates(model, cache, rope), settings, startup)
+    head, verdict = _checked(model, unused, random_ids, _candidates(model, cache, rope), settings, startup)
     verdict = replace(verdict, forward=_by_length(verdict.forward, rope))
     engine = Engine(
         verdict.forward,
@@ -176,6 +179,7 @@ def _controlled_rope(model: PreTrainedModel) -> LengthDependentRope | None:
 
 def _checked(
     model: PreTrainedModel,
+    unused: PreTrainedModel,
     random_ids: Sequence[int],
     candidates: Sequence[Forward],
     settings: Settings,
@@ -184,13 +188,15 @@ def _checked(
     """The fastest head and forward strategy that agree with the model."""
     try:
         head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
-        return head, _verdict(model, random_ids, candidates, settings, startup)
+        check = partial(choose_forward, model, unused=unused)
+        return head, _verdict(model, check, random_ids, candidates, settings, startup)
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error
 
 
 def _verdict(
     model: PreTrainedModel,
+    check: Callable[..., Verdict],
     random_ids: Sequence[int],
     candidates: Sequence[Forward],
     settings: Settings,
@@ -199,10 +205,10 @@ def _verdict(
     """The outcome of the check that the settings ask for, or of the same one at an earlier start."""
     checked_ids = random_ids[:MAX_SHORT_TOKENS] if settings.self_check == "short" else random_ids
     if settings.cache is None or depends_on_weights(model):
-        verdict = choose_forward(model, checked_ids, candidates, startup.note)
+        verdict = check(checked_ids, candidates, startup.note)
     else:
         outcomes = VerdictCache(settings.cache / VERDICTS)
-        verdict = _known_verdict(model, checked_ids, candidates, outcomes, startup)
+        verdict = _known_verdict(model, check, checked_ids, candidates, outcomes, startup)
     if len(checked_ids) == len(random_ids):
         return verdict
     remark = f"checked up to {len(checked_ids)} tokens of {len(random_ids)}: self_check is short"
@@ -211,6 +217,7 @@ def _verdict(
 
 def _known_verdict(
     model: PreTrainedModel,
+    check: Callable[..., Verdict],
     random_ids: Sequence[int],
     candidates: Sequence[Forward],
     outcomes: VerdictCache,
@@ -223,7 +230,7 @@ def _known_verdict(
             if forward.name == known.forward and confirms(model, random_ids, forward):
                 logger.info("the check at load is known to end with %s", known.forward)
                 return known.verdict(forward)
-    verdict = choose_forward(model, random_ids, candidates, startup.note)
+    verdict = check(random_ids, candidates, startup.note)
     outcomes.put(key, KnownVerdict.of(verdict))
     return verdict
 

@@ -23,7 +23,8 @@ _LONGEST_TABLE = 16_384
 def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The model's limit in tokens, else the tokenizer's; None if neither states one."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = limit or tokenizer.model_max_length
+    if not limit or limit < 0:  # XLNet states -1
+        limit = tokenizer.model_max_length
     if limit >= UNLIMITED:
         return None
     return int(limit) - _num_unused_positions(model)

@@ -60,7 +60,10 @@ class _Server(uvicorn.Server):
             with socket.fromfd(listener.fileno(), listener.family, listener.type) as shared:
                 shared.listen(_SOCKET_BACKLOG)
         for listener in sockets or ():  # uvicorn names only sockets of its own
-            logger.info("running on %s", url(listener, self.config.host, is_tls=self.config.is_ssl))
+            logger.info(
+                "running on %s (Press CTRL+C to quit)",
+                url(listener, self.config.host, is_tls=self.config.is_ssl),
+            )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._state.drain()

@@ -291,14 +291,34 @@ def test_merged_weights_of_what_the_service_cannot_apply(options: dict[str, Any]
     check_scores(lora(**options), merge=True)
 
 
-def test_merged_experts() -> None:
-    """Adapters of parameters, one wrapped into the other."""
-    family = MIXTURES["qwen2_moe"]
-    base = tiny_model(family.kind, **family.options)
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
-    )
-    model = adapted(config, tiny_model(family.kind, **family.options))
+EXPERTS: dict[str, dict[str, Any]] = {
+    # One wrapped into the other.
+    "qwen2_moe": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
+    # Modules of experts that are parameters now: PEFT makes adapters of these, with other ranks and factors.
+    "olmoe": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    "mixtral": {"target_modules": ["w1", "w2", "w3"]},
+}
+
+
+def with_experts(kind: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A base, and a copy with an adapter of its stacked experts."""
+    options = MIXTURES[kind].options
+    config = peft.LoraConfig(r=4, **EXPERTS[kind])
+    return tiny_model(kind, **options), adapted(config, tiny_model(kind, **options))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_adapter_of_stacked_experts_is_refused(kind: str) -> None:
+    cause = r"mlp\.experts has an adapter of its parameter \w+, as .* stacked experts, .* merge=True$"
+    check_refused(with_experts(kind)[1], cause)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_merged_experts(kind: str) -> None:
+    base, model = with_experts(kind)
     check_scores(model, base, merge=True)
 
 

@@ -5,23 +5,19 @@ The client's methods are compiled from the installed file, because importing it 
 
 import ast
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
-import numpy as np
 import pytest
 import requests
-import safetensors.numpy
 
+from tests.integration.trainers.adapters import save_adapter
 from tests.integration.trainers.live import sessions
 from tests.integration.trainers.serving import serving
 
 ADMIN_KEY = "sglang-0123456789abcdef"  # pragma: allowlist secret
-HIDDEN_SIZE = 576
-"""Width of the embedded policy, SmolLM2-135M."""
 
 
 def method(name: str) -> Any:
@@ -43,20 +39,6 @@ class Client:
 
     _make_request = method("_make_request")
     flush_cache = method("flush_cache")
-
-
-def save_adapter(directory: Path) -> Path:
-    """A LoRA adapter of rank 1 for one layer, as PEFT saves it."""
-    directory.mkdir()
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {
-        f"{prefix}.lora_A.weight": np.full((1, HIDDEN_SIZE), 0.1, np.float32),
-        f"{prefix}.lora_B.weight": np.full((HIDDEN_SIZE, 1), 0.1, np.float32),
-    }
-    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
 
 
 @pytest.fixture(scope="module")

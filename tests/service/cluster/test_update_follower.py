@@ -1,5 +1,6 @@
 """Engines that start late or cannot apply a change: none of them ever scores with an old version."""
 
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shopr1_client.wire_policy import UpdateRequest
+from shopr1_service.cluster import engine_replica
 from shopr1_service.cluster.engine_replica import EngineFailedError
 from shopr1_service.cluster.messages import BehindError, Declined, Route
 from shopr1_service.cluster.update_log import Change
@@ -14,6 +16,7 @@ from shopr1_service.core import Version
 from shopr1_service.weights.staging import StagedWeights
 from tests.support.http import WAIT_S
 from tests.support.in_process_cluster import Cluster, agree, measured, running
+from tests.support.models import policy_of
 from tests.support.updating import PART, adapter_file, changed_model, file_of, saved, weights_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(WAIT_S)]
@@ -52,16 +55,20 @@ async def test_an_engine_that_is_behind_declines(cluster: Cluster, tmp_path: Pat
     assert (await agree(cluster))[1:] == ("x", 1)
 
 
+@pytest.mark.parametrize("keeps_time", [False, True])
 async def test_an_engine_that_finds_another_checkpoint_is_taken_out_of_service(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, keeps_time: bool
 ) -> None:
-    """The canary has read the checkpoint before somebody writes to it."""
+    """The canary has read the checkpoint before somebody writes to it, and perhaps sets its time back."""
     path = saved(tmp_path / "new", NEW)
+    status = os.stat(f"{path}/model.safetensors")  # noqa: PTH116
     second = cluster.engines["b"]
     original = second._engine.weights._open
 
     def read(path: str, staged: StagedWeights) -> None:
         saved(Path(path), NEWER)
+        if keeps_time:
+            os.utime(f"{path}/model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
         original(path, staged)
 
     second._engine.weights._open = read  # type: ignore[method-assign]
@@ -78,6 +85,25 @@ async def test_an_engine_that_finds_another_checkpoint_is_taken_out_of_service(
     await cluster.update(path, "y")
     await cluster.start("d")
     assert (await agree(cluster))[1:] == ("y", 2)
+
+
+async def test_an_engine_that_starts_with_other_weights_scores_only_after_an_update(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory of the policy has another checkpoint by then, as `latest` does."""
+    await cluster.load_adapter("lora", adapter_file(4, config=None), version="z")
+    monkeypatch.setattr(engine_replica, "load_policy", lambda _settings: policy_of(changed_model(3)))
+    with pytest.raises(BehindError, match="was started with other weights"):
+        await cluster.start("late")
+    del cluster.engines["late"]
+    part = await cluster.upload(file_of(weights_of(NEWER, PART)))
+    await cluster.change(Change(UpdateRequest(path="-", version="y", partial=True), part))
+    with pytest.raises(BehindError, match="was started with other weights"):
+        await cluster.start("late")
+    del cluster.engines["late"]
+    await cluster.update(saved(tmp_path / "new", NEW), "x")
+    await cluster.start("late")
+    assert (await agree(cluster))[1:] == ("x", 3)
 
 
 async def test_an_engine_that_cannot_read_a_checkpoint_in_time_is_taken_out_of_service(

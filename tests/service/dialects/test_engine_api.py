@@ -1,5 +1,6 @@
 """Bodies as trainers send them to SGLang and vLLM: each does what it says, or is answered with a problem."""
 
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,42 @@ async def test_adapters_that_are_refused(service: Service, engine: str, tmp_path
         refusal(engine, await unload(service, engine, "a"), 404, "not_found")
         refused = await service.http.post(f"{engine}/load_lora_adapter", json={"lora_name": "a"})
         assert refusal(engine, refused, 422, "invalid_request").keys() == {"lora_path"}
+
+
+UPDATES: dict[str, dict[str, str]] = {
+    "/policy/update": {"path": "new", "version": "1"},
+    "/update_weights_from_disk": {"model_path": "new"},
+}
+ADAPTERS: dict[str, dict[str, str]] = {
+    "/policy/adapters": {"path": "new", "name": "a"},
+    "/load_lora_adapter": {"lora_path": "new", "lora_name": "a"},
+    "/v1/load_lora_adapter": {"lora_path": "new", "lora_name": "a"},
+}
+FILES = [
+    *itertools.product(
+        UPDATES, ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    ),
+    *itertools.product(ADAPTERS, ["adapter_config.json", "adapter_model.safetensors"]),
+]
+
+
+@pytest.mark.parametrize(("route", "name"), FILES)
+async def test_links_out_of_the_roots_by_every_route(
+    service: Service, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, route: str, name: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / name
+    outside.write_text('{"confidential": "confidential"}')
+    if route in ADAPTERS:
+        saved_adapter(tmp_path / "new")
+    else:
+        saved(tmp_path / "new", changed_model())
+    (tmp_path / "new" / name).unlink()
+    (tmp_path / "new" / name).symlink_to(outside)
+    async with Unchanged(service):
+        refused = await service.http.post(route, json=(UPDATES | ADAPTERS)[route])
+    assert refused.status_code == 422, refused.text
+    assert refused.json()["detail"] == f"{name} is not there, or a link that leads out of the `policy_roots`"
+    assert "confidential" not in refused.text
 
 
 async def test_adapters_without_a_path(service: Service, tmp_path: Path) -> None:

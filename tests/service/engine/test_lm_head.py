@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -295,6 +296,15 @@ def test_rows_that_the_model_masks_stay_masked(monkeypatch: pytest.MonkeyPatch, 
     of_tokenizer = divergences(hidden_T_H, head, Divergence.KL_U_P, num_vocab=NUM_TOKENS)
     assert of_tokenizer.tolist() == pytest.approx(expected, abs=1e-4)
     assert (divergences(hidden_T_H, head, Divergence.KL_U_P) > 1e30).all()
+
+
+@pytest.mark.parametrize("error", [TypeError("missing 'pixel_values'"), ValueError("pixel_values is None")])
+def test_a_model_that_asks_for_images_is_an_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(model, "forward", Mock(side_effect=error))
+    message = "LlamaForCausalLM does not compute logits from token ids alone: .*pixel_values"
+    with pytest.raises(UnsupportedModelError, match=message):
+        choose_head(model, IDS)
 
 
 def test_model_without_a_trunk_is_an_error() -> None:

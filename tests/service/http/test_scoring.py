@@ -181,6 +181,16 @@ def test_parts_of_a_large_request_have_keys_of_their_own(score: Callable[..., Sc
         assert Samples(url).counts() == {70}
 
 
+@both
+def test_no_part_counts_again_because_another_was_too_large(score: Callable[..., ScoreResponse]) -> None:
+    """By the default limits there are two parts. The server takes the second only."""
+    groups = [group(answer()) for _ in range(34)]
+    with served(max_groups=3) as url:
+        answered = score(url, ScoreRequest.model_validate({"groups": groups}))
+        assert len(answered.groups) == 34
+        assert Samples(url).counts() == {34}
+
+
 @pytest.mark.parametrize("header", ["Idempotency-Key", "X-Request-ID"])
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_request_with_the_same_key_counts_once(tmp_path: Path, path: str, header: str) -> None:

@@ -127,7 +127,9 @@ REFUSED = {
     "prophetnet": "it predicts several next tokens",
     "xlnet": "each token sees those after it",
     "xmod": "set default_language in its config.json",
-    "t5": "is not a causal language model",
+    "t5": "is no causal language model: an encoder reads its input",
+    "udop": "is no causal language model: an encoder reads its input",
+    "clip": "is not a causal language model",
 }
 
 

@@ -168,10 +168,10 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
 
     def spy(
-        model: PreTrainedModel, random_ids: list[int], candidates: list[Forward], *report: Any
+        model: PreTrainedModel, random_ids: list[int], candidates: list[Forward], *report: Any, **unused: Any
     ) -> Verdict:
         seen.append(random_ids)
-        return choose_forward(model, random_ids, candidates, *report)
+        return choose_forward(model, random_ids, candidates, *report, **unused)
 
     monkeypatch.setattr(factory, "choose_forward", spy)
     return seen

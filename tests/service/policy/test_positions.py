@@ -29,6 +29,13 @@ def test_rotary_positions_have_no_end() -> None:
     assert policy_of(model, max_sequence_tokens=64).info.max_sequence_tokens == 64
 
 
+def test_a_negative_limit_is_none() -> None:
+    """XLNet states -1."""
+    model, tokenizer = tiny_model(), byte_level()
+    model.config.max_position_embeddings, tokenizer.model_max_length = -1, 300
+    assert longest_sequence(model, tokenizer) == 300
+
+
 def test_positions_behind_the_padding() -> None:
     """RoBERTa's table of 514 rows places 512 tokens."""
     model = tiny_model("roberta", is_decoder=True, max_position_embeddings=66, pad_token_id=1)

@@ -1,7 +1,9 @@
 """Adapters, loaded and unloaded over HTTP: each gives the numbers of merged weights."""
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ import pytest
 import torch
 
 from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
+from shopr1_service.weights.files import AnonymousTempFile
 from tests.support.adapters import BYPASSED, linear_sizes, merged, random_tensors
 from tests.support.broken_updates import ADAPTER_CONFIG
 from tests.support.http import metric, post, problem
 from tests.support.models import model_of, one_thread, tiny_model
+from tests.support.staging import full_disk
 from tests.support.updating import (
     HUGE,
     Service,
@@ -25,6 +29,7 @@ from tests.support.updating import (
     flaws,
     numbers_of,
     saved_adapter,
+    staged_files,
     updatable,
 )
 
@@ -263,6 +268,53 @@ async def test_an_adapter_that_is_damaged_on_disk(service: Service, tmp_path: Pa
         saved_adapter(tmp_path / "b")
         (tmp_path / "b" / "adapter_config.json").write_text("{")
         problem(await service.load_adapter("a", "b"), 422, "invalid_weights")
+
+
+async def test_full_disk_for_an_adapter(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            full_disk(patch)
+            refused = await service.upload_adapter("a", adapter_file())
+    detail = problem(refused, 507, "storage")["detail"]
+    assert detail == "the adapter cannot be kept in staging_dir: No space left on device"
+    done(await service.upload_adapter("a", adapter_file()))
+
+
+@pytest.mark.parametrize("is_upload", [False, True])
+async def test_disk_that_fails_while_an_adapter_is_read(
+    service: Service, tmp_path: Path, is_upload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_adapter(tmp_path / "lora")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with Unchanged(service):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            if is_upload:
+                refused = await service.upload_adapter("a", adapter_file())
+            else:
+                refused = await service.load_adapter("a", "lora")
+    assert "cannot be read" in problem(refused, 507, "storage")["detail"]
+
+
+async def test_adapter_is_written_down_as_it_arrives(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read again one tensor at a time, and once."""
+    before, read_bytes = staged_files(), list[int]()
+    read_into = AnonymousTempFile.read_into
+
+    def counting(file: AnonymousTempFile, block: memoryview, start: int) -> None:
+        read_bytes.append(block.nbytes)
+        read_into(file, block, start)
+
+    monkeypatch.setattr(AnonymousTempFile, "read_into", counting)
+    done(await service.upload_adapter("a", adapter_file()))
+    sizes = [tensor.nbytes for tensor in random_tensors(tiny_model(), seed=4).values()]
+    assert sorted(read_bytes) == sorted(sizes)
+    assert staged_files() == before
 
 
 async def test_how_many_and_how_large(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Dimensions: A query heads, K key-value heads, T tokens of the row, D head size, 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -41,42 +42,45 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class _Share:
-    """Consecutive tokens of the row that have the same prefix.
+    """Consecutive segments of the row that have the same prefix.
 
     Attributes:
-        positions: of the tokens, counted from the end of the prefix.
+        start: the first segment's start in the row.
+        lengths: of the segments.
     """
 
     start: int
-    positions: Sequence[int]
+    lengths: Sequence[int]
     chunks: Sequence[Chunk]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.positions)
 
     @cached_property
     def num_prefix_tokens(self) -> int:
         return sum(map(len, self.chunks))
 
-    def blocks(self) -> "Iterator[_Share]":
-        for first in range(0, len(self.positions), _NUM_BLOCK_TOKENS):
-            positions = self.positions[first : first + _NUM_BLOCK_TOKENS]
-            yield _Share(self.start + first, positions, self.chunks)
+    @cached_property
+    def positions(self) -> Sequence[int]:
+        """Positions of the tokens, counted from the end of the prefix."""
+        return [position for length in self.lengths for position in range(length)]
+
+    @property
+    def tokens(self) -> slice:
+        """The place of the tokens in the row."""
+        return slice(self.start, self.start + sum(self.lengths))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Keys of a chunk, from `first` to before `last`, that tokens of a share see.
+    """Keys of a chunk that tokens of a row see.
 
     Attributes:
-        mask_N_W: of the share's N tokens; None if each of them sees all the keys.
+        tokens: the place of the tokens in the row.
+        keys: the place of the keys in the chunk.
+        mask_N_W: of the N tokens; None if each of them sees all the keys.
     """
 
-    share: _Share
+    tokens: slice
     chunk: Chunk
-    first: int
-    last: int
+    keys: slice
     mask_N_W: Tensor | None = None
 
 
@@ -100,14 +104,14 @@ class FusedAttention:
     ) -> Tensor:
         """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
         out, lse = self._own_part(query, key, value, scale, options)
-        for part in self._parts_within(options.window, query):
+        for part in self._parts_of(options.window, query):
             _add_prefix_part(part, layer, query, out, lse, scale, options.softcap)
         if options.sinks_A is not None:
             # The share of all weights that is left to keys: Σ exp(score) / (Σ exp(score) + exp(sink)).
             out = out * torch.sigmoid(lse - options.sinks_A.to(lse.dtype)[:, None])[..., None]
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
-    def _parts_within(self, window: int | None, like: Tensor) -> list[_Part]:
+    def _parts_of(self, window: int | None, like: Tensor) -> list[_Part]:
         """The parts of prefixes that tokens see: the same in all layers with this window."""
         if window not in self._parts:
             self._parts[window] = [part for share in self._shares for part in _parts(share, window, like)]
@@ -151,42 +155,49 @@ def _bucket(places: Sequence[tuple[int, int]], device: torch.device) -> _Bucket:
 
 
 def _shares(segments: Sequence[Segment], starts: Sequence[int]) -> list[_Share]:
-    shares: list[_Share] = []
-    for segment, start in zip(segments, starts, strict=False):
-        positions = range(len(segment.ids))
-        if shares and shares[-1].chunks is segment.prefix:
-            last = shares.pop()
-            shares.append(_Share(last.start, [*last.positions, *positions], segment.prefix))
-        else:
-            shares.append(_Share(start, positions, segment.prefix))
-    return [share for share in shares if share.chunks]
+    pairs = zip(segments, starts, strict=False)
+    groups = [list(group) for _, group in groupby(pairs, key=lambda pair: id(pair[0].prefix))]
+    return [
+        _Share(group[0][1], [len(segment.ids) for segment, _ in group], group[0][0].prefix)
+        for group in groups
+        if group[0][0].prefix
+    ]
 
 
 def _parts(share: _Share, window: int | None, like: Tensor) -> Iterator[_Part]:
-    """The parts of a prefix that the tokens of a share see.
-
-    In a window these are keys that all tokens of a block see, without a mask, and a band of at most as many
-    keys as the block's positions lie apart.
-    """
+    """The parts of a prefix that the tokens of a share see."""
     if window is None:
-        for chunk in share.chunks:
-            yield _Part(share, chunk, 0, len(chunk))
+        yield from (_Part(share.tokens, chunk, slice(0, len(chunk))) for chunk in share.chunks)
         return
-    for block in share.blocks():
-        # Keys are counted from the beginning of the prefix; a token at `position` sees those from here on:
-        first_seen = [share.num_prefix_tokens + position - window + 1 for position in block.positions]
-        seen_by_some, seen_by_all = max(0, min(first_seen)), max(0, max(first_seen))
-        start = 0
-        for chunk in share.chunks:
-            middle = min(max(seen_by_all - start, 0), len(chunk))
-            begin = min(max(seen_by_some - start, 0), middle)
-            if begin < middle:
-                queries_N = torch.tensor(block.positions) + share.num_prefix_tokens
-                mask_N_W = banded(queries_N, torch.arange(start + begin, start + middle), window, like)
-                yield _Part(block, chunk, begin, middle, mask_N_W)
-            if middle < len(chunk):
-                yield _Part(block, chunk, middle, len(chunk))
-            start += len(chunk)
+    for first in range(0, len(share.positions), _NUM_BLOCK_TOKENS):
+        positions_N = torch.tensor(share.positions[first : first + _NUM_BLOCK_TOKENS])
+        start = share.start + first
+        tokens = slice(start, start + len(positions_N))
+        yield from _parts_within(share.chunks, tokens, positions_N + share.num_prefix_tokens, window, like)
+
+
+def _parts_within(
+    chunks: Sequence[Chunk], tokens: slice, positions_N: Tensor, window: int, like: Tensor
+) -> Iterator[_Part]:
+    """Keys that all these tokens see, without a mask, and a band that some of them see.
+
+    The band is as wide as the positions lie apart.
+
+    Args:
+        positions_N: of the tokens, counted as those of the keys, from the prefix's first token.
+    """
+    seen_by_some = max(0, int(positions_N.min()) - window + 1)
+    seen_by_all = max(0, int(positions_N.max()) - window + 1)
+    start = 0
+    for chunk in chunks:
+        middle = min(max(seen_by_all - start, 0), len(chunk))
+        begin = min(max(seen_by_some - start, 0), middle)
+        if begin < middle:
+            keys_W = torch.arange(start + begin, start + middle)
+            yield _Part(tokens, chunk, slice(begin, middle), banded(positions_N, keys_W, window, like))
+        if middle < len(chunk):
+            yield _Part(tokens, chunk, slice(middle, len(chunk)))
+        start += len(chunk)
 
 
 def _attend_own(
@@ -221,8 +232,8 @@ def _add_prefix_part(
     softcap: float | None,
 ) -> None:
     """Merge attention to a part of a prefix into `out` and `lse`, in place."""
-    place, seen = slice(part.share.start, part.share.end), slice(part.first, part.last)
-    key, value = part.chunk.keys[layer][:, :, seen], part.chunk.values[layer][:, :, seen]
+    place = part.tokens
+    key, value = part.chunk.keys[layer][:, :, part.keys], part.chunk.values[layer][:, :, part.keys]
     num_kv_heads = key.shape[1]
     query_1_K_N_D = query[:, :, place].reshape(1, num_kv_heads, -1, query.shape[-1])
     # The rows of the query heads that share a key-value head follow each other.

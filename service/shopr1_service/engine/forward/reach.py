@@ -62,9 +62,18 @@ def _named_sizes(config: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401  # e
     for name, value in vars(config).items():
         if _SIZES.search(name):
             yield from ((name, size) for size in _integers(value))
+    if (threshold := block_sparse_tokens(config)) is not None:
+        yield "block_sparse", threshold
     yield from (("compress_rates", rate) for rate in _integers(getattr(config, "compress_rates", None)))
     if getattr(config, "attn_temperature_tuning", False):  # llama4
         yield from (("floor_scale", size) for size in _integers(getattr(config, "floor_scale", None)))
+
+
+def block_sparse_tokens(config: Any) -> int | None:  # noqa: ANN401
+    """Tokens up to which BigBird's attention to some blocks is impossible, and becomes full attention."""
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return None
+    return int((5 + 2 * config.num_random_blocks) * config.block_size)
 
 
 def _is_unused(name: str, config: Any) -> bool:  # noqa: ANN401

@@ -1,10 +1,12 @@
 """The check at load: that the model is causal, and which forward strategy gives its numbers.
 
-Some architectures silently ignore a cache, a mask or positions, some see later tokens, and some remember the
-longest sequence that they have seen. Hidden states of random tokens are therefore compared:
+Some architectures silently ignore a cache, a mask or positions, some see later tokens, some remember the
+longest sequence that they have seen, and some turn into another model at a short one. Hidden states of random
+tokens are therefore compared:
 
 1. of sequences with others that continue them, or end in other tokens: earlier states must not change;
-2. of a short sequence before and after long ones: no pass may change the next;
+2. of a short sequence before and after long ones, and of the longest one by a copy of the model that has
+   computed nothing yet: no pass may change the next;
 3. of each strategy with independent forwards, for short prompts in all arrangements that requests have, and
    for one prompt that is longer than every window, chunk or choice of keys (`reach.py`).
 
@@ -28,7 +30,7 @@ from shopr1_service.engine.forward.base import (
     PromptGroup,
     Suffix,
 )
-from shopr1_service.engine.forward.reach import Reach
+from shopr1_service.engine.forward.reach import Reach, block_sparse_tokens
 from shopr1_service.engine.forward.rounding import (
     SIXTEEN_BITS,
     Tolerance,
@@ -36,6 +38,7 @@ from shopr1_service.engine.forward.rounding import (
     relative_errors,
     tolerance_of,
 )
+from shopr1_service.engine.forward.unused_copy import unused_copy
 from shopr1_service.engine.lm_head import UnsupportedModelError, trunk_of
 from shopr1_service.engine.rope_scaling import has_length_dependent_rope
 
@@ -92,19 +95,21 @@ def choose_forward(
     random_ids: Sequence[int],
     candidates: Sequence[Forward],
     report: Report = lambda _text: None,
+    unused: PreTrainedModel | None = None,
 ) -> Verdict:
     """The first candidate that agrees with independent forwards on these tokens, else these.
 
     Args:
         random_ids: the longest sequence to check; more than `Reach.num_tokens` where possible.
         report: receives a few words before each long pass.
+        unused: an `unused_copy` from before the model's first pass; None: it has not computed anything yet.
 
     Raises:
-        UnsupportedModelError: the model is not causal, or remembers earlier sequences.
+        UnsupportedModelError: the model is not causal, remembers earlier sequences, or is changed by them.
     """
     if len(random_ids) <= _NUM_SUFFIX_TOKENS:
         return Verdict(IndependentForward(model), remarks=("too few tokens are allowed for a check",))
-    check = _SelfCheck(model, random_ids, report)
+    check = _SelfCheck(model, random_ids, report, unused or unused_copy(model))
     check.prove_causality()
     verdict = check.choose(candidates)
     for remark in verdict.remarks:
@@ -134,14 +139,8 @@ def confirms(model: PreTrainedModel, random_ids: Sequence[int], forward: Forward
         return False
     short = list(random_ids[:MAX_SHORT_TOKENS])
     group = _check_groups(short)[0]
-    reference = IndependentForward(model)
-    [expected] = reference.batch([group])
-
-    def run() -> Tensor:
-        [states_T_H] = reference.hidden_states(short[:1], [Suffix(short[1:], range(-1, len(short) - 1))])
-        return states_T_H
-
-    tolerance = tolerance_of(trunk_of(model), run(), run, num_draws=_NUM_SHORT_DRAWS)
+    [expected] = IndependentForward(model).batch([group])
+    tolerance = _tolerance(model, short, _states(model, short), _NUM_SHORT_DRAWS)
     try:
         actual = [states for _ in range(2) for states in forward.batch([group])]  # then from the cache
     except Exception as error:  # an architecture may raise anything
@@ -187,6 +186,7 @@ class _SelfCheck:
     model: PreTrainedModel
     ids: Sequence[int]
     report: Report
+    unused: PreTrainedModel
     remarks: list[str] = field(default_factory=list)
     ties: str = ""
 
@@ -197,7 +197,7 @@ class _SelfCheck:
         self._short = list(self.ids[:MAX_SHORT_TOKENS])
         self._beginnings = dict(self._run_beginnings())  # before any longer sequence
         self._whole_T_H = self._states(self._short)
-        self._short_tolerance = self._tolerance(self._short, self._whole_T_H, _NUM_SHORT_DRAWS)
+        self._short_tolerance = _tolerance(self.model, self._short, self._whole_T_H, _NUM_SHORT_DRAWS)
         self._long: _Long | None = None
 
     # --- causality ---
@@ -209,6 +209,9 @@ class _SelfCheck:
             UnsupportedModelError: a state depends on tokens after it, or on earlier passes.
         """
         whole_T_H = self._whole_T_H
+        if len(self.ids) == len(self._short):
+            unused_T_H = _states(unused_copy(self.unused), self._short)
+            self._refuse_change(self._short, unused_T_H, self._short_tolerance)
         if self._is_length_free:
             for length, states_T_H in self._beginnings.items():
                 num_common = min(length, len(whole_T_H))
@@ -253,8 +256,15 @@ class _SelfCheck:
         )
 
     def _hint(self) -> str:
-        is_decoder = getattr(self.model.config.get_text_config(), "is_decoder", True)
-        return "" if is_decoder else ". Its config has is_decoder = false"
+        config = self.model.config.get_text_config()
+        hints = [] if getattr(config, "is_decoder", True) else [". Its config has is_decoder = false"]
+        if (threshold := block_sparse_tokens(config)) is not None:
+            hints.append(
+                ". Its config has attention_type = 'block_sparse', which the first sequence of up to "
+                f"{threshold} tokens turns into 'original_full' for good: set attention_type to that, or "
+                f"max_sequence_tokens to at most {threshold}"
+            )
+        return "".join(hints)
 
     def _refuse_memory(self, actual_T_H: Tensor, expected_T_H: Tensor) -> None:
         error_T = relative_errors(actual_T_H, expected_T_H)
@@ -262,6 +272,16 @@ class _SelfCheck:
             raise UnsupportedModelError(
                 f"{self._name} remembers earlier sequences: the states of {len(error_T)} tokens change after "
                 f"longer ones; {describe([error_T], self._short_tolerance)}"
+            )
+
+    def _refuse_change(self, ids: Sequence[int], unused_T_H: Tensor, tolerance: Tolerance) -> None:
+        """Refuse a model whose states are not those of its copy that had computed nothing before."""
+        error_T = relative_errors(self._states(ids), unused_T_H)
+        if not tolerance.allows(error_T):
+            raise UnsupportedModelError(
+                f"{self._name} is changed by the sequences that it computes: after shorter ones the states "
+                f"of {len(error_T)} tokens are not those of a freshly loaded model; "
+                f"{describe([error_T], tolerance)}{self._hint()}"
             )
 
     # --- long sequences ---
@@ -292,16 +312,24 @@ class _SelfCheck:
         first = list(self.ids[: num_common + _NUM_SUFFIX_TOKENS])
         # Two lengths: what depends on the length of the row shows as a change of earlier states.
         second = _with_other_end(self.ids, num_common, num_tokens if self._is_length_free else len(first))
-        states = (self._reported("independent", first), self._reported("independent", second))
-        if states[0].dtype in SIXTEEN_BITS:
+        unused = unused_copy(self.unused)
+        self.report(f"independent, {len(first)} tokens")
+        first_T_H = _states(unused, first)
+        self.report(f"independent, {len(second)} tokens")
+        states = (first_T_H, self._states(second))
+        if first_T_H.dtype in SIXTEEN_BITS:
             self.report(f"rounding, {len(first)} tokens")
-        return _Long((first, second), num_common, states, self._tolerance(first, states[0], 1))
+        return _Long((first, second), num_common, states, _tolerance(unused, first, first_T_H, 1))
 
     def _compare_long(self, long: _Long, short_T_H: Tensor) -> None:
         common = slice(0, long.num_common)
-        self._compare(long.states[1][common], long.states[0][common], long.tolerance)
-        if self._is_length_free:
-            self._compare(long.states[0][: len(short_T_H)], short_T_H, long.tolerance)
+        try:
+            self._compare(long.states[1][common], long.states[0][common], long.tolerance)
+            if self._is_length_free:
+                self._compare(long.states[0][: len(short_T_H)], short_T_H, long.tolerance)
+        except UnsupportedModelError:  # the first row was computed by the unused copy
+            self._refuse_change(long.rows[0], long.states[0], long.tolerance)
+            raise
 
     # --- strategies ---
 
@@ -358,18 +386,19 @@ class _SelfCheck:
         if text not in self.remarks:
             self.remarks.append(text)
 
-    def _reported(self, what: str, ids: Sequence[int]) -> Tensor:
-        self.report(f"{what}, {len(ids)} tokens")
-        return self._states(ids)
-
     def _states(self, ids: Sequence[int]) -> Tensor:
-        """The states of an independent forward at all positions, [T, H]."""
-        [states_T_H] = self._reference.hidden_states(ids[:1], [Suffix(ids[1:], range(-1, len(ids) - 1))])
-        return states_T_H
+        return _states(self.model, ids)
 
-    def _tolerance(self, ids: Sequence[int], states_T_H: Tensor, num_draws: int) -> Tolerance:
-        trunk = trunk_of(self.model)
-        return tolerance_of(trunk, states_T_H, lambda: self._states(ids), num_draws=num_draws)
+
+def _states(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """The states of an independent forward at all positions, [T, H]."""
+    suffix = Suffix(ids[1:], range(-1, len(ids) - 1))
+    [states_T_H] = IndependentForward(model).hidden_states(ids[:1], [suffix])
+    return states_T_H
+
+
+def _tolerance(model: PreTrainedModel, ids: Sequence[int], states_T_H: Tensor, num_draws: int) -> Tolerance:
+    return tolerance_of(trunk_of(model), states_T_H, lambda: _states(model, ids), num_draws=num_draws)
 
 
 def _check_groups(random_ids: Sequence[int]) -> list[PromptGroup]:

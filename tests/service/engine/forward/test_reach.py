@@ -32,6 +32,8 @@ DEEPSEEK = FAMILIES["deepseek_v3"].options
         ("mamba2", {**FAMILIES["mamba2"].options, "chunk_size": 40}, Reach(40)),
         ("bamba", {**FAMILIES["bamba"].options, "mamba_chunk_size": 40}, Reach(40)),
         ("qwen3_next", FAMILIES["qwen3_next"].options, Reach(64)),  # chunks of its delta rule
+        ("big_bird", {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}, Reach(28)),
+        ("big_bird", {"attention_type": "original_full", "block_size": 4}, Reach(4)),
         ("doge", {"keep_window_size": 40}, Reach(240, num_chosen=40)),
         ("deepseek_v32", {**DEEPSEEK, "index_topk": 40, "index_head_dim": 16}, Reach(240, num_chosen=40)),
         (

@@ -18,9 +18,11 @@ from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Cause, choose_forward, confirms, depends_on_weights
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
-from shopr1_service.engine.lm_head import UnsupportedModelError, trunk_of
+from shopr1_service.engine.forward.unused_copy import unused_copy
+from shopr1_service.engine.lm_head import UnsupportedModelError, choose_head, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
-from tests.support.models import FAMILIES, model_of, random_ids, tiny_model
+from shopr1_service.errors import PolicyError
+from tests.support.models import FAMILIES, model_of, policy_of, random_ids, tiny_model
 
 CHECK_IDS = random_ids(32, seed=9)  # windows here have 8 tokens
 SUFFIXES = [
@@ -283,6 +285,53 @@ def test_a_model_that_remembers_the_longest_sequence_is_refused(
     model = patched(monkeypatch, tiny_model(), remember)
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM remembers earlier sequences"):
         choose(model, random_ids(num_tokens, seed=9))
+
+
+def turn_at(num_tokens: int) -> Any:
+    """A hook that makes a trunk another model for good at the first sequence of up to so many tokens."""
+
+    def turn(module: Any, _args: object, output: Any) -> Any:
+        num_own = output.last_hidden_state.shape[1]
+        module.has_turned = getattr(module, "has_turned", False) or num_own <= num_tokens
+        if module.has_turned:
+            output.last_hidden_state = output.last_hidden_state.flip(-1)
+        return output
+
+    return turn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "threshold"), [(24, 2), (24, 20), (300, 2), (300, 250)])
+def test_a_model_that_a_shorter_sequence_changes_is_refused(
+    dtype: torch.dtype, num_tokens: int, threshold: int
+) -> None:
+    model = tiny_model(dtype=dtype)
+    trunk_of(model).register_forward_hook(turn_at(threshold))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is changed by the sequences that it"):
+        choose(model, random_ids(num_tokens, seed=9))
+
+
+def test_the_change_may_be_older_than_the_check() -> None:
+    model = tiny_model()
+    trunk_of(model).register_forward_hook(turn_at(10))
+    unused = unused_copy(model)
+    choose_head(model, torch.tensor([random_ids(8)]))
+    with pytest.raises(UnsupportedModelError, match="is changed by the sequences"):
+        choose_forward(model, random_ids(24, seed=9), [], unused=unused)
+
+
+def big_bird(attention_type: str) -> PreTrainedModel:
+    """BigBird with blocks of 4 tokens: its attention to some of them needs more than 28."""
+    options: dict[str, Any] = {"block_size": 4, "num_random_blocks": 1, "attention_type": attention_type}
+    return tiny_model("big_bird", is_decoder=True, **options)
+
+
+def test_block_sparse_attention_that_becomes_full_is_refused() -> None:
+    message = r"BigBirdForCausalLM is changed by .* set attention_type to that, or .* to at most 28$"
+    with pytest.raises(PolicyError, match=message):
+        policy_of(big_bird("block_sparse"))
+    assert policy_of(big_bird("block_sparse"), max_sequence_tokens=28).info.forward == "packed"
+    assert policy_of(big_bird("original_full")).info.forward == "packed"
 
 
 # --- long sequences ---------------------------------------------------------------------------------
