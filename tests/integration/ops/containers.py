@@ -229,7 +229,7 @@ class Chroot:
     """buildah without a container runtime: only the root file system and the user differ."""
 
     def __init__(self, image: str = IMAGE) -> None:
-        self._entrypoint = configuration("buildah", image)["Entrypoint"]
+        self._entrypoint = configuration("buildah", image).get("Entrypoint") or []
         self._container = output("buildah", "from", image).strip()
 
     def copy(self, file: str, path: str) -> None:

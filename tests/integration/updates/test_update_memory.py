@@ -1,12 +1,16 @@
 """An update takes little memory beside the weights: where large ones serve, a second copy would not fit."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
+import torch
 
+from shopr1_client.wire_policy import ADAPTER_CONFIG_KEY
 from tests.support.http import WAIT_S, answer, group
 from tests.support.models import byte_level, tiny_model
 from tests.support.process import EMBEDDED, Process, process
@@ -14,6 +18,9 @@ from tests.support.process import EMBEDDED, Process, process
 NUM_LARGE_TENSORS = 24
 MAX_GROWTH = 0.2
 """Share of the weights' size."""
+MAX_ADAPTER_GROWTH = 1.5
+"""Share of the adapter's size: it stays loaded itself."""
+RANK = 256
 _PIECE_BYTES = 2**20
 
 
@@ -75,6 +82,32 @@ def peak_bytes(service: Process) -> int:
     """The most memory that it has had in use."""
     lines = Path(f"/proc/{service._pipes.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.fixture(scope="module")
+def adapter(directory: Path) -> Path:
+    """An adapter of some 126 MB."""
+    file, sizes = directory / "adapter.safetensors", {"gate": (4096, 1024), "down": (1024, 4096)}
+    tensors = {
+        f"base_model.model.model.layers.{layer}.mlp.{part}_proj.lora_{side}.weight": torch.zeros(shape)
+        for layer in range(NUM_LARGE_TENSORS // 3)
+        for part, (num_outputs, num_inputs) in {**sizes, "up": sizes["gate"]}.items()
+        for side, shape in (("A", (RANK, num_inputs)), ("B", (num_outputs, RANK)))
+    }
+    config = json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK})
+    safetensors.torch.save_file(tensors, file, {ADAPTER_CONFIG_KEY: config})
+    return file
+
+
+def test_growth_by_an_adapter(service: Process, adapter: Path) -> None:
+    """The adapter is in memory, and not the file that was sent beside it."""
+    num_bytes = adapter.stat().st_size
+    forget_peak(service)
+    before_bytes = service.rss_bytes()
+    url = f"{service.url}/policy/adapters/lora"
+    update = httpx.put(url, content=_pieces(adapter), timeout=WAIT_S).raise_for_status().json()
+    assert update["num_bytes"] > 0.99 * num_bytes
+    assert peak_bytes(service) - before_bytes < MAX_ADAPTER_GROWTH * num_bytes
 
 
 @pytest.mark.parametrize(("turn", "way"), list(enumerate([by_path, by_upload, by_path])))

@@ -171,7 +171,7 @@ def test_the_library_accepts_every_accepted_header(text: str) -> None:
 
 def test_some_odd_texts_are_accepted_and_some_refused() -> None:
     # Otherwise the test above would show little.
-    @settings(max_examples=200)
+    @settings(max_examples=1000)
     @given(odd_texts())
     def count(text: str) -> None:
         try:
@@ -182,7 +182,7 @@ def test_some_odd_texts_are_accepted_and_some_refused() -> None:
     outcomes: list[int] = []
     count()
     assert {-1, 0, 1, 2} <= set(outcomes)
-    assert 20 < outcomes.count(-1) < 180
+    assert 100 < outcomes.count(-1) < 900
 
 
 # --- order and byte ranges -------------------------------------------------------------------------------

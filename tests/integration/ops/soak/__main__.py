@@ -47,6 +47,7 @@ def settings(root: Path) -> dict[str, str]:
         "SHOPR1_MAX_SEQUENCE_TOKENS": str(MAX_SEQUENCE_TOKENS),
         "SHOPR1_PREFIX_CACHE_BYTES": str(2**16),
         "SHOPR1_MAX_QUEUE_TOKENS": "3000",
+        "SHOPR1_MAX_CLIENT_MEMORY_BYTES": str(4 * 2**20),
         "SHOPR1_MAX_ADAPTERS": str(len(ADAPTERS)),
         "SHOPR1_ADAPTER_VERSIONS": str(ADAPTER_VERSIONS),
         "SHOPR1_ROLLOUT_LOG": str(root / "rollouts"),
