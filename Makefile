@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -106,6 +106,9 @@ architectures: install  ## Every architecture of transformers, built tiny, again
 
 bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one request; writes benchmarks/serving/trainer_burst.csv
 	$(BIN)/python -m benchmarks.serving.trainer_burst
+
+bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
+	$(BIN)/python -m benchmarks.serving.text_growth
 
 bench-updates: install  ## Weight updates against copies of the same bytes; writes benchmarks/serving/updates.csv
 	$(BIN)/python -m benchmarks.serving.updates

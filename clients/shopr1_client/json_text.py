@@ -38,7 +38,11 @@ class _Ambiguous(dict[str, Any]):
         self.members = members
 
 
-def read_json(text: str | bytes) -> Any:  # noqa: ANN401  # whatever JSON can hold
+class TooManyKeysError(ValueError):
+    """An object has more keys than the reader takes."""
+
+
+def read_json(text: str | bytes, max_keys: int | None = None) -> Any:  # noqa: ANN401  # whatever JSON can hold
     """The value of a JSON text, read by the standard library.
 
     >>> read_json('{"name": [1, 2.5]}')
@@ -51,11 +55,14 @@ def read_json(text: str | bytes) -> Any:  # noqa: ANN401  # whatever JSON can ho
         JSONDecodeError, UnicodeDecodeError: not JSON.
         RecursionError: nested too deeply.
         DuplicateKeyError: an object has a key twice.
+        TooManyKeysError: an object has more than `max_keys`.
     """
     num_ambiguous = 0
 
     def unite(members: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal num_ambiguous
+        if max_keys is not None and len(members) > max_keys:
+            raise TooManyKeysError(f"an object has {len(members)} keys, at most {max_keys} are read")
         # One comparison per object is the least that a check can cost. Between such functions of Python's
         # other threads can run.
         united = dict(members)

@@ -276,9 +276,9 @@ class Limits(AnswerModel):
     max_groups: int
     max_completions_per_group: int
     max_request_tokens: Annotated[int, Field(description="Prompts and completions of one request together.")]
-    max_text_chars: Annotated[
-        int, Field(description="Characters of one prompt, with all its messages, or of one completion.")
-    ] = 2**20
+    max_text_chars: Annotated[int, Field(description="Characters of one completion, or of one prompt.")] = (
+        2**20
+    )
 
 
 class RejectedPath(AnswerModel):

@@ -308,13 +308,14 @@ class ScoredRequest:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group as it was sent, and its score."""
+    """A group as it was sent, and its score. `index` is its number in the request."""
 
     origin: Origin
     recipe: Recipe
     group: Group
     facts: GroupFacts
     score: GroupScore
+    index: int = 0
 
 
 Observer = Callable[[ScoredGroup], None]

@@ -192,7 +192,7 @@ class Settings(_Sources):
     max_body_values: PositiveInt = 5 * 2**20
     """Numbers, strings and other values of one body, counted by its commas, with those inside strings."""
     max_text_chars: PositiveInt = 2**20
-    """Characters of one prompt, with all its messages, or of one completion."""
+    """Characters of one completion, or of one prompt, with its roles and 16 more for each message."""
 
     max_client_memory_bytes: PositiveInt = 4 * 2**30
     """Memory for what clients send and make the service keep: requests, kept answers, labels, adapters.

@@ -80,6 +80,11 @@ class Process:
         num_pages = int(Path(f"/proc/{self._pipes.pid}/statm").read_text().split()[1])
         return num_pages * os.sysconf("SC_PAGE_SIZE")
 
+    def cpu_s(self) -> float:
+        """CPU time of the process, of all its threads."""
+        fields = Path(f"/proc/{self._pipes.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
     def wait_until_scoring(self) -> None:
         """Return when a request with the prompt HELD is being scored."""
         assert self._read() == "held"

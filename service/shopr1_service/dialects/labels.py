@@ -2,25 +2,27 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
 from shopr1_client.errors import FieldError, InternalError, InvalidRequestError, summary
 from shopr1_client.wire import GroundTruth
 from shopr1_client.wire_base import IN_PIECES, RequestModel
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import LabelError, parse_label
 from shopr1_service.dialects.requests import Prompt, TextOrMessages
 from shopr1_service.dialects.results import BODY_PROBLEMS, TAG
 from shopr1_service.field_errors import raise_if_any
-from shopr1_service.http.json_body import JsonRoute
+from shopr1_service.http.json_body import JsonRoute, beside_loop
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
 from shopr1_service.monitoring.logs import current_run
-from shopr1_service.scoring.label_store import ContradictionError, Label
+from shopr1_service.scoring.label_store import ContradictionError, Label, prompt_digest
 from shopr1_service.scoring.recipe_book import RecipeBook
 
 router = APIRouter(tags=[TAG], route_class=JsonRoute)
@@ -63,7 +65,7 @@ class LabelCount(BaseModel):
     "/labels", operation_id="putLabels", summary="Register ground truths by prompt", responses=BODY_PROBLEMS
 )
 async def put_labels(
-    body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], state: AppState
+    body: Annotated[Labels, Body(openapi_examples=examples.LABELS)], request: Request, state: AppState
 ) -> LabelCount:
     """Adds ground truths of the request's run; one for a prompt that is registered replaces the old one.
 
@@ -71,9 +73,9 @@ async def put_labels(
     Each ground truth is checked against its recipe, and all are registered or none. Two different ones for a
     prompt in one request are refused. They are kept in memory: register them again after a restart.
     """
-    labels = _checked(body, state.recipes)
+    labels, digests = await beside_loop(request, partial(_checked, body, state.recipes))
     try:
-        num_changed = state.labels.put(current_run.get(), labels)
+        num_changed = state.labels.put(current_run.get(), labels, digests)
     except ContradictionError as error:
         raise InvalidRequestError(summary(errors := _contradiction(labels, error)), errors=errors) from None
     if num_changed:
@@ -108,16 +110,18 @@ def _count(state: State) -> LabelCount:
     return LabelCount(num_labels=state.labels.num_labels(current_run.get()))
 
 
-def _checked(body: Labels, recipes: RecipeBook) -> list[tuple[Prompt, Label]]:
+def _checked(body: Labels, recipes: RecipeBook) -> tuple[list[tuple[Prompt, Label]], list[bytes]]:
+    """The labels, and the digests of their prompts."""
     labels: list[tuple[Prompt, Label]] = []
     errors: list[FieldError] = []
     for i, entry in enumerate(body.labels):
+        checkpoint()
         try:
             labels.append((entry.prompt, parse_label(entry.ground_truth, recipes)))
         except LabelError as error:
             errors.append({"location": f"labels[{i}].ground_truth{error.path}", "message": str(error)})
     raise_if_any(errors)
-    return labels
+    return labels, [prompt_digest(prompt) for prompt, _ in labels]
 
 
 def _contradiction(labels: Sequence[tuple[Prompt, Label]], error: ContradictionError) -> list[FieldError]:

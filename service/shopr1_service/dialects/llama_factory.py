@@ -3,6 +3,7 @@
 A rollout is one text, with neither a label nor the end of its prompt: both come from the label store.
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
 from asgi_correlation_id import correlation_id
@@ -59,7 +60,7 @@ async def score_evaluation(
     service's `llama_factory_unscorable` names a number for it.
     """
     unscorable = state.settings.llama_factory_unscorable
-    results = await score_rollouts(_rollouts(body, state), DIALECT, unscorable, request, state)
+    results = await score_rollouts(partial(_rollouts, body, state), DIALECT, unscorable, request, state)
     return ScoreEvaluationAnswer(
         id=f"scoreval-{correlation_id.get()}",
         object="score.evaluation",

@@ -10,12 +10,13 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from shopr1_client.errors import InternalError, MalformedBodyError
+from shopr1_client.errors import InternalError, MalformedBodyError, TooLargeError
 from shopr1_client.wire_base import IN_PIECES
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.ground_truth import is_contradiction, is_missing
@@ -30,7 +31,7 @@ from shopr1_service.dialects.results import (
     score_rollouts,
 )
 from shopr1_service.field_errors import raise_if_any
-from shopr1_service.http.json_body import JsonRoute, raw_body
+from shopr1_service.http.json_body import JsonRoute, beside_loop, raw_body
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
 
@@ -45,6 +46,8 @@ _STALE = ("_ng_failure_class", "_ng_failure_judge_error")
 
 _TASK, _ROLLOUT = "_ng_task_index", "_ng_rollout_index"
 _FAILURE = "_ng_failure_class"
+_MAX_NUMBERS = 2**20
+"""Each number is a part of up to fifteen others in the answer, which is written at once."""
 _LARGEST = 1e100  # a larger number is no measurement, and its square could overflow
 
 _Row = Mapping[str, Any]
@@ -122,11 +125,11 @@ async def verify(
     `instance_config`. With `nemo_gym_unscorable = "error"` it is a problem, `unscorable`, instead.
     """
     echo: dict[str, Any] = raw_body(request)
-    _refuse_unless_writable(echo)
+    await beside_loop(request, partial(_refuse_unless_writable, echo))
     unscorable: float | Literal["error"] = "error" if state.settings.nemo_gym_unscorable == "error" else 0.0
-    [result] = await score_rollouts(_rollouts(body, state), DIALECT, unscorable, request, state)
+    [result] = await score_rollouts(partial(_rollouts, body, state), DIALECT, unscorable, request, state)
     answer = {key: value for key, value in echo.items() if key not in _STALE} | _verdict(result, echo)
-    return _echo(answer)
+    return await beside_loop(request, partial(_echo, answer))
 
 
 @router.post(
@@ -138,12 +141,13 @@ async def verify(
 )
 async def aggregate_metrics(
     body: Annotated[VerifyResponses, Body(openapi_examples=examples.NEMO_GYM_METRICS)],
+    request: Request,
 ) -> Response:
     """Mean, maximum, minimum, median and standard deviation of every number, per task and over all.
 
     Rollouts that could not be scored are left out.
     """
-    return _echo(_aggregate(body.verify_responses).model_dump())
+    return await beside_loop(request, partial(_metrics_answer, body.verify_responses))
 
 
 @router.get(
@@ -225,6 +229,14 @@ def _verdict(result: TrainerResult, echo: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- /aggregate_metrics -----------------------------------------------------------------------------
+
+
+def _metrics_answer(rollouts: Sequence[_Row]) -> Response:
+    num_numbers = sum(len(_numbers(rollout)) for rollout in rollouts)
+    if num_numbers > _MAX_NUMBERS:
+        message = f"{num_numbers} numbers, at most {_MAX_NUMBERS}"
+        raise_if_any([{"location": "verify_responses", "message": message}], TooLargeError)
+    return _echo(_aggregate(rollouts).model_dump())
 
 
 def _aggregate(rollouts: Sequence[_Row]) -> AggregateMetrics:

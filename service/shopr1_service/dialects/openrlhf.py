@@ -6,6 +6,7 @@ tokens. The response has the form of OpenRLHF's own server.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
@@ -72,8 +73,8 @@ async def get_reward(
     A completion is what follows its prompt in `query`. A rollout that cannot be scored makes the whole answer
     a problem, `unscorable`, unless the service's `openrlhf_unscorable` names a number for it.
     """
-    rollouts = _rollouts(body, state)
-    results = await score_rollouts(rollouts, DIALECT, state.settings.openrlhf_unscorable, request, state)
+    read = partial(_rollouts, body, state)
+    results = await score_rollouts(read, DIALECT, state.settings.openrlhf_unscorable, request, state)
     return Rewards(
         rewards=[result.reward for result in results],
         scores=[result.logs[f"{PREFIX}exact_match"] for result in results],

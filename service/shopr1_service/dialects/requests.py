@@ -10,6 +10,7 @@ from shopr1_client.wire import Completion, Message, TokenIds
 from shopr1_client.wire import Prompt as AnyPrompt
 from shopr1_client.wire_base import IN_PIECES, MESSAGES, STRING, UnicodeText, by_type
 from shopr1_client.wire_prompt import PromptOptions
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.dialects.ground_truth import LabelError, is_missing, parse_label
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.state import State
@@ -90,6 +91,7 @@ class RolloutReader:
         Args:
             ids: of prompt and completion, as the policy saw and sampled them, if the trainer sends them.
         """
+        checkpoint()
         found = self._label(label, prompt, paths.label)
         if found is not None:
             sent = ids or (prompt, completion)

@@ -1,18 +1,26 @@
 """Scores of rollouts in a trainer's terms: the common output side of the dialects."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from fastapi import Request
 
-from shopr1_client.errors import FieldError, InvalidRequestError, UnscorableError
+from shopr1_client.errors import (
+    FieldError,
+    InvalidRequestError,
+    ProblemError,
+    TooLargeError,
+    UnscorableError,
+)
 from shopr1_client.grouping import Grouping
 from shopr1_client.reward_logs import log_values, terms
 from shopr1_client.wire import Reward, ScoreRequest
 from shopr1_service.dialects.requests import Rollout
 from shopr1_service.field_errors import raise_if_any
+from shopr1_service.http.json_body import beside_loop
 from shopr1_service.http.problem_responses import BODY, SCORING, problem_responses
 from shopr1_service.http.scoring import score_request
 from shopr1_service.http.state import State
@@ -56,7 +64,7 @@ class TrainerResult:
 
 
 async def score_rollouts(
-    rollouts: Sequence[Rollout],
+    read: Callable[[], Sequence[Rollout]],
     dialect: Dialect,
     unscorable: float | Literal["error"],
     request: Request,
@@ -65,12 +73,14 @@ async def score_rollouts(
     """The result of each rollout, in their order.
 
     Args:
+        read: the rollouts of the trainer's request. Called beside the event loop if its body is large.
         unscorable: the number that replaces a missing reward, or "error".
 
     Raises:
         UnscorableError: a rollout has no reward, and no number replaces it.
         ProblemError: as `score_request` raises it, with the paths of the trainer's request.
     """
+    rollouts = await beside_loop(request, read)
     rewards, is_counted = await _rewards(rollouts, dialect, request, state)
     if unscorable == "error":
         _raise_if_unscorable(rewards, rollouts)
@@ -78,6 +88,10 @@ async def score_rollouts(
     for reward in rewards:
         if is_counted and reward.reason is not None:
             state.metrics.record_fallback(dialect.name, reward.reason)
+    return await beside_loop(request, partial(_results, rewards, unscorable))
+
+
+def _results(rewards: Sequence[Reward], unscorable: float) -> list[TrainerResult]:
     return [
         TrainerResult(
             reward=unscorable if reward.reward is None else reward.reward,
@@ -93,19 +107,19 @@ async def _rewards(
     rollouts: Sequence[Rollout], dialect: Dialect, request: Request, state: State
 ) -> tuple[list[Reward], bool]:
     """Rewards in the order of the rollouts, and whether they were counted."""
-    grouping = Grouping(rollouts)
+    grouping = await beside_loop(request, partial(Grouping, rollouts))
     recipe = rollouts[0].label.recipe if rollouts else None
     body = ScoreRequest(recipe=recipe, groups=grouping.groups)
     try:
         response, is_counted = await score_request(body, request, state, dialect.timeout_s)
         return grouping.in_order(response), is_counted
-    except InvalidRequestError as error:
-        raise_if_any(_in_trainer_paths(error, grouping.indices, rollouts))
+    except (InvalidRequestError, TooLargeError) as error:
+        raise_if_any(_in_trainer_paths(error, grouping.indices, rollouts), type(error))
         raise
 
 
 def _in_trainer_paths(
-    error: InvalidRequestError, groups: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
+    error: ProblemError, groups: Sequence[Sequence[int]], rollouts: Sequence[Rollout]
 ) -> list[FieldError]:
     """Errors at the trainer's own paths: it sends a prompt per rollout."""
     return [

@@ -3,6 +3,7 @@
 The decoded body of the response is the reward itself: a number, or with `--reward-key reward` an object.
 """
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
@@ -12,7 +13,7 @@ from shopr1_client.wire_prompt import PromptOptions
 from shopr1_service.dialects import examples
 from shopr1_service.dialects.requests import Paths, RolloutReader, TextOrMessages, TrainerRequest
 from shopr1_service.dialects.results import PROBLEMS, TAG, Dialect, score_rollouts
-from shopr1_service.http.json_body import JsonRoute
+from shopr1_service.http.json_body import JsonRoute, beside_loop
 from shopr1_service.http.state import AppState
 
 DIALECT = Dialect("slime", timeout_s=110.0)
@@ -57,7 +58,8 @@ async def reward(
     """
     reader = RolloutReader(state)
     paths = Paths("prompt", "response", "label")
-    reader.add(body.prompt, body.response, body.label, paths, options=_OPTIONS)
+    add = partial(reader.add, body.prompt, body.response, body.label, paths, options=_OPTIONS)
+    await beside_loop(request, add)
     unscorable = state.settings.slime_unscorable
-    [result] = await score_rollouts(reader.finish(), DIALECT, unscorable, request, state)
+    [result] = await score_rollouts(reader.finish, DIALECT, unscorable, request, state)
     return {"reward": result.reward, **result.logs} if as_object else result.reward

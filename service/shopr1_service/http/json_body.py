@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from shopr1_client.errors import TooLargeError
-from shopr1_client.json_text import DuplicateKeyError, read_json
+from shopr1_client.json_text import DuplicateKeyError, TooManyKeysError, read_json
 from shopr1_service.concurrency import in_pool
 from shopr1_service.field_errors import field_problems
 from shopr1_service.http.state import state_of
@@ -28,6 +28,8 @@ _Result = TypeVar("_Result")
 
 MAX_INLINE_BYTES = 64 * 2**10
 """Body up to which the work on it takes less than a thread's turn."""
+MAX_KEYS = 65_536
+"""Most keys of an object: each step of the libraries with one takes all of them at once."""
 _NUM_BYTES, _RAW = "shopr1.num_body_bytes", "shopr1.raw_body"
 
 
@@ -89,7 +91,9 @@ def _read(body: bytes, field: Any, max_values: int) -> tuple[Any, Any]:  # noqa:
         detail = f"the body has up to {num_values} JSON values, by its commas; max_body_values = {max_values}"
         raise HTTPException(TooLargeError.status, detail)
     try:
-        raw = read_json(body)
+        raw = read_json(body, MAX_KEYS)
+    except TooManyKeysError as error:
+        raise HTTPException(TooLargeError.status, str(error)) from None
     except DuplicateKeyError as error:
         raise field_problems(error.locations, error.message) from None
     value, errors = field.validate(raw, {}, loc=("body",))

@@ -15,7 +15,8 @@ from fastapi import Request
 
 from shopr1_client.errors import InvalidRequestError, MalformedBodyError
 from shopr1_client.transport import IDEMPOTENCY_HEADER
-from shopr1_client.wire import ScoreRequest
+from shopr1_client.wire import Group, ScoreRequest
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.field_errors import field_problem
 from shopr1_service.http.problems import REQUEST_ID_HEADER
 
@@ -26,12 +27,16 @@ _DIGEST_BYTES = 32
 
 def content_key(body: ScoreRequest, run: str) -> bytes:
     """Digest that is equal for requests of a run with the same content, by whichever route they arrive."""
+    hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     try:
-        # Escapes half surrogate pairs, which pydantic's own JSON refuses.
-        text = json.dumps([run, body.model_dump()])
+        for part in ([run, body.model_dump(exclude={"groups"})], *body.groups):
+            checkpoint()
+            plain = part.model_dump() if isinstance(part, Group) else part
+            # Escapes half surrogate pairs, which pydantic's own JSON refuses, and line feeds.
+            hasher.update(f"{json.dumps(plain)}\n".encode())
     except RecursionError:  # reading JSON takes fewer frames than writing it
         raise MalformedBodyError("the body is nested too deeply") from None
-    return _digest(text.encode())
+    return hasher.digest()
 
 
 def own_key(request: Request, content: bytes) -> bytes | None:

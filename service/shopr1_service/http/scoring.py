@@ -6,9 +6,11 @@ from typing import NamedTuple
 from asgi_correlation_id import correlation_id
 from fastapi import Request
 
-from shopr1_client.wire import ScoreRequest, ScoreResponse
+from shopr1_client.wire import GroupScore, ScoreRequest, ScoreResponse
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.core import Origin
 from shopr1_service.http.deadline import run_until_deadline
+from shopr1_service.http.json_body import beside_loop
 from shopr1_service.http.middleware.body_limits import MEMORY
 from shopr1_service.http.middleware.request_recorder import SIZES
 from shopr1_service.http.request_keys import content_key, own_key
@@ -16,6 +18,7 @@ from shopr1_service.http.state import State
 from shopr1_service.memory.budget import Hold
 from shopr1_service.memory.sizes import request_bytes
 from shopr1_service.monitoring.logs import current_run
+from shopr1_service.scoring.prepare import check_size
 
 
 class Answer(NamedTuple):
@@ -43,9 +46,10 @@ async def score_request(
     request.scope[SIZES] = {"num_groups": len(body.groups), "num_rollouts": num_rollouts}
     longest_s = state.settings.request_timeout_s
     origin = Origin(correlation_id.get() or "", current_run.get())
+    check_size(body, state.settings.limits)  # before any other work on its texts
     memory: Hold = request.scope[MEMORY]
     memory.grow(request_bytes(body))
-    content = content_key(body, origin.run)
+    content = await beside_loop(request, partial(content_key, body, origin.run))
     key = own_key(request, content)
     scorer = state.scorer
     # Requests with `include` have large responses and come from people, who do not send duplicates.
@@ -58,7 +62,26 @@ async def score_request(
     scored = await run_until_deadline(work, request, min(timeout_s or longest_s, longest_s), state.shutdown)
     is_counted = state.counted.add(key)
     if is_counted:
-        scorer.observe(body, origin, scored)
+        await scorer.observe(body, origin, scored)
     else:
         state.metrics.record_retry()
     return Answer(scored.response.model_copy(update={"request_id": origin.request_id}), is_counted)
+
+
+def encode_response(response: ScoreResponse) -> bytes:
+    """The JSON of a response, a reward at a time: pydantic lets no other thread run while it writes."""
+    groups = b",".join(_encode_group(group) for group in response.groups)
+    return _with_list(response.model_dump_json(exclude={"groups"}), b"groups", groups)
+
+
+def _encode_group(group: GroupScore) -> bytes:
+    rewards = []
+    for reward in group.rewards:
+        checkpoint()
+        rewards.append(reward.model_dump_json().encode())
+    return _with_list(group.model_dump_json(exclude={"rewards"}), b"rewards", b",".join(rewards))
+
+
+def _with_list(text: str, name: bytes, items: bytes) -> bytes:
+    """The JSON of an object that is not empty, with a list as its last member."""
+    return b'%b,"%b":[%b]}' % (text.encode().removesuffix(b"}"), name, items)

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from enum import StrEnum
 
-from shopr1_service.core import Origin, ScoredGroup
+from shopr1_service.core import ScoredGroup
 from shopr1_service.memory.budget import Account
 from shopr1_service.monitoring.metrics import Metrics
 from shopr1_service.monitoring.rollout_record import Entry, make_entry
@@ -69,8 +69,6 @@ class RolloutLog:
         self._files = files
         self._metrics = metrics
         self._with_text = with_text
-        self._last_origin: Origin | None = None
-        self._index = 0
         self._changed = threading.Condition()  # guards the next three
         self._queue: deque[Entry] = deque()
         self._memory = metrics.memory.hold(Account.ROLLOUT_LOG)
@@ -82,11 +80,8 @@ class RolloutLog:
         self._thread.start()
 
     def observe(self, scored: ScoredGroup) -> None:
-        """Log a group (an `Observer`). Called from the event loop only, with a request's groups in order."""
-        # Clients may send equal request ids, but each request has its own origin object.
-        self._index = self._index + 1 if scored.origin is self._last_origin else 0
-        self._last_origin = scored.origin
-        new = make_entry(scored, self._index, with_text=self._with_text)
+        """Log a group (an `Observer`)."""
+        new = make_entry(scored, with_text=self._with_text)
         if not self._put(new):
             self._metrics.record_rollout_log_dropped(Loss.QUEUE_FULL, new.num_rollouts)
 

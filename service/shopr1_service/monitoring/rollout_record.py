@@ -83,17 +83,16 @@ class Entry:
         return {"prompt": self.prompt if i == 0 else None, "completion": self.completions[i]}
 
 
-def make_entry(scored: ScoredGroup, index: int, *, with_text: bool) -> Entry:
+def make_entry(scored: ScoredGroup, *, with_text: bool) -> Entry:
     """The entry of a group.
 
     Args:
-        index: number of the group in its request.
         with_text: include prompt and completions.
     """
     return Entry(
         time=datetime.now(UTC),
         origin=scored.origin,
-        index=index,
+        index=scored.index,
         recipe=scored.recipe,
         truth=scored.facts.truth,
         score=scored.score,

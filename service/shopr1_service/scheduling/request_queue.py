@@ -11,6 +11,7 @@ them in bursts, and the prompt is computed once. Short prompts are taken several
 A plain data structure; `Scheduler` guards it by a lock.
 """
 
+from bisect import insort
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -99,14 +100,15 @@ class RequestQueue:
     def add(self, groups: Sequence[QueuedGroup]) -> None:
         self.num_tokens += self.num_added_tokens(groups)
         for each in groups:
-            batch = self._batches.setdefault(each.key, [])
-            batch.append(each)
-            batch.sort(key=lambda queued: queued.rank_s)
+            insort(self._batches.setdefault(each.key, []), each, key=lambda queued: queued.rank_s)
 
-    def discard(self, queued: QueuedGroup) -> None:
-        """Remove a group, if it is still queued."""
-        if queued in self._batches.get(queued.key, ()):
-            self._remove([queued])
+    def discard(self, groups: Sequence[QueuedGroup]) -> None:
+        """Remove those that are still queued."""
+        gone = set(groups)
+        for key in {each.key for each in groups}:
+            removed = [queued for queued in self._batches.get(key, ()) if queued in gone]
+            if removed:
+                self._remove(removed)
 
     def take(self) -> Batch:
         """Remove the group with the lowest rank, and those that are computed together with it."""
@@ -134,7 +136,8 @@ class RequestQueue:
 
     def _remove(self, removed: PromptBatch) -> None:
         key = removed[0].key
-        rest = [queued for queued in self._batches[key] if queued not in removed]
+        gone = set(removed)
+        rest = [queued for queued in self._batches[key] if queued not in gone]
         self.num_tokens -= sum(queued.group.num_own_tokens for queued in removed)
         if rest:
             self._batches[key] = rest

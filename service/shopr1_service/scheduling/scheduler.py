@@ -175,8 +175,7 @@ class Scheduler:
         for each in groups:
             each.future.cancel()
         with self._changed:
-            for each in groups:
-                self._queue.discard(each)
+            self._queue.discard(groups)
             self._record_queue()
 
     def _record_queue(self) -> None:

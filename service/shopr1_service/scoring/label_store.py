@@ -3,7 +3,7 @@
 Each run has a table of its own: labels that one run registers or removes change no reward of another.
 
 The key of a prompt is a digest: of its text, or of the canonical JSON of its messages. A label takes a few
-hundred bytes, regardless of the prompt's length. The tables are in memory and belong to the event loop.
+hundred bytes, regardless of the prompt's length. The tables are in memory.
 """
 
 import hashlib
@@ -100,8 +100,13 @@ class LabelStore:
         """Number of labels of a run."""
         return len(self._table(run).labels)
 
-    def put(self, run: str, labels: Iterable[tuple[TextPrompt, Label]]) -> int:
+    def put(
+        self, run: str, labels: Iterable[tuple[TextPrompt, Label]], digests: Sequence[bytes] | None = None
+    ) -> int:
         """Add labels, replacing those of the same prompts from earlier calls. If it fails, none is added.
+
+        Args:
+            digests: `prompt_digest` of each prompt, if they are known.
 
         Returns:
             How many labels from earlier calls were replaced by different ones.
@@ -115,7 +120,7 @@ class LabelStore:
         positions: dict[bytes, int] = {}
         lengths = set(table.lengths)
         for i, (prompt, label) in enumerate(labels):
-            digest = prompt_digest(prompt)
+            digest = prompt_digest(prompt) if digests is None else digests[i]
             first = positions.setdefault(digest, i)
             if new.setdefault(digest, label) != label:
                 raise ContradictionError(first, i)

@@ -20,9 +20,11 @@ from shopr1_service.core import (
     PreparedRollout,
     Tokens,
 )
-from shopr1_service.field_errors import field_problem, raise_if_any
+from shopr1_service.field_errors import raise_if_any
 from shopr1_service.policy.prompts.tokenizer import Codec
 
+_MESSAGE_CHARS = 16
+"""Characters that count for a message beside its role and content."""
 _NO_TOKENS = Tokens("", (), ())
 
 
@@ -202,7 +204,7 @@ def check_size(request: ScoreRequest, limits: Limits) -> None:
                 raise TooLargeError(f"{message}, up to {path}")
             if (num_chars := _num_chars(item)) > limits.max_text_chars:
                 message = f"has {num_chars} characters, max_text_chars = {limits.max_text_chars}"
-                raise field_problem(TooLargeError, path, f"{path} {message}")
+                raise_if_any([{"location": path, "message": message}], TooLargeError)
 
 
 def _texts_of(group: Group, path: str) -> Iterator[tuple[str, Prompt | Completion]]:
@@ -212,7 +214,7 @@ def _texts_of(group: Group, path: str) -> Iterator[tuple[str, Prompt | Completio
 
 
 def _num_chars(item: Prompt | Completion) -> int:
-    """Characters of a text; a message of a chat counts as one more."""
+    """Characters of a text, and of a chat what its messages take in a template at least."""
     match item:
         case str():
             return len(item)
@@ -221,4 +223,4 @@ def _num_chars(item: Prompt | Completion) -> int:
         case TokenIds():
             return 0
         case _:
-            return sum(len(message.role) + len(message.content) + 1 for message in item)
+            return sum(len(message.role) + len(message.content) + _MESSAGE_CHARS for message in item)

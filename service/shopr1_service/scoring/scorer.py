@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from functools import partial
 
 from shopr1_client.errors import InvalidRequestError
@@ -23,6 +22,7 @@ from shopr1_client.wire import (
 )
 from shopr1_client.wire_policy import VersionDemand
 from shopr1_rewards import Recipe, measured_terms, total
+from shopr1_service.concurrency import checkpoint, in_pool
 from shopr1_service.core import (
     BatchKey,
     Certainty,
@@ -52,6 +52,8 @@ from shopr1_service.settings import Settings
 logger = logging.getLogger(__name__)
 
 _NUM_PREPARE_THREADS = 2
+_FEW = 64
+"""Rollouts whose rewards are written down at once, on the event loop."""
 
 Measurement = Certainty | Unmeasurable | None
 """None: the completion has no measured tokens."""
@@ -78,7 +80,7 @@ class Scorer:
     async def score(self, request: ScoreRequest, origin: Origin) -> ScoreResponse:
         """Score every rollout of a request, and tell the observers. Raises as `compute`."""
         scored = await self.compute(request)
-        self.observe(request, origin, scored)
+        await self.observe(request, origin, scored)
         return scored.response.model_copy(update={"request_id": origin.request_id})
 
     async def compute(
@@ -106,32 +108,28 @@ class Scorer:
         target = _target(request)
         await self.engine.new_versions.wait_for(target)
         self.engine.refuse_if_full()
-        loop = asyncio.get_running_loop()
-        in_context = copy_context().run  # logs and traces name the request
-        work = partial(in_context, self._prepare, request, recipe)
-        groups, num_bytes = await loop.run_in_executor(self._preparers, work)
+        groups, num_bytes = await in_pool(self._preparers, partial(self._prepare, request, recipe))
         memory.grow(num_bytes)
         token_groups = [group.token_group() for group in groups]
         key = BatchKey(recipe.self_certainty, target)
         measured = await self.engine.compute_certainties(token_groups, key, progress)
-        scores = [
-            _group_score(group, measurements, recipe, request.include)
-            for group, measurements in zip(groups, measured, strict=True)
-        ]
+        score = partial(_scores, request, groups, measured, recipe)
+        scores, facts = score() if _is_small(request) else await in_pool(None, score)
         response = ScoreResponse(
             request_id="",
             recipe=reference(recipe),
             policy=self._newest(measured, target),
             groups=scores,
         )
-        facts = [_facts(sent, prepared) for sent, prepared in zip(request.groups, groups, strict=True)]
         return ScoredRequest(response, recipe, facts)
 
-    def observe(self, request: ScoreRequest, origin: Origin, scored: ScoredRequest) -> None:
+    async def observe(self, request: ScoreRequest, origin: Origin, scored: ScoredRequest) -> None:
         """Tell the observers of each group of a request that gets this response."""
         groups = zip(request.groups, scored.facts, scored.response.groups, strict=True)
-        for sent, facts, score in groups:
-            self._notify(ScoredGroup(origin, scored.recipe, sent, facts, score))
+        for index, (sent, facts, score) in enumerate(groups):
+            if index:
+                await asyncio.sleep(0)  # other requests may take a turn
+            self._notify(ScoredGroup(origin, scored.recipe, sent, facts, score, index))
 
     def close(self) -> None:
         """End the threads; work that has not started is dropped."""
@@ -174,6 +172,25 @@ class Scorer:
 def _target(request: ScoreRequest) -> Target:
     demand = request.policy_version
     return Target(request.adapter, VersionDemand(exact=demand) if isinstance(demand, str) else demand)
+
+
+def _is_small(request: ScoreRequest) -> bool:
+    """Whether writing down the rewards does not keep the event loop from other requests."""
+    return not request.include and sum(len(group.completions) for group in request.groups) <= _FEW
+
+
+def _scores(
+    request: ScoreRequest,
+    groups: Sequence[PreparedGroup],
+    measured: Sequence[GroupCertainties],
+    recipe: Recipe,
+) -> tuple[list[GroupScore], list[GroupFacts]]:
+    scores, facts = [], []
+    for sent, group, measurements in zip(request.groups, groups, measured, strict=True):
+        checkpoint()
+        scores.append(_group_score(group, measurements, recipe, request.include))
+        facts.append(_facts(sent, group))
+    return scores, facts
 
 
 def _group_score(

@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from shopr1_client.wire import ScoreResponse
 from shopr1_service.http import json_body
+from shopr1_service.http.scoring import encode_response
 from tests.support.http import TERMINATE, answer, group, post, problem, running, score
 
 pytestmark = pytest.mark.anyio
@@ -65,6 +67,15 @@ async def test_values_are_bounded_before_they_are_read(monkeypatch: pytest.Monke
     assert "101" in refused["detail"]
 
 
+async def test_keys_of_an_object_are_bounded() -> None:
+    keys = {str(i): i for i in range(json_body.MAX_KEYS - 1)}
+    async with running() as client:
+        await score(client, group(answer(), truth={**keys, "type": "terminate"}))
+        beyond = {"groups": [group(answer(), truth={**keys, "type": "terminate", "one more": 1})]}
+        refused = problem(await post(client, beyond), 413, "too_large")
+    assert refused["detail"] == "an object has 65537 keys, at most 65536 are read"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -72,9 +83,9 @@ async def test_values_are_bounded_before_they_are_read(monkeypatch: pytest.Monke
         {"groups": [group(*[0] * 10**5)]},
         {"groups": [group({"token_ids": [-1] * 10**5})]},
         {"groups": [group(prompt=[0] * 10**5)]},
-        {"groups": [], **{f"key {i}": 0 for i in range(10**5)}},
-        {"groups": [{f"key {i}": 0 for i in range(10**5)}]},
-        {"groups": [group(prompt=[{f"key {i}": 0 for i in range(10**5)}])]},
+        {"groups": [], **{f"key {i}": 0 for i in range(10**4)}},
+        {"groups": [{f"key {i}": 0 for i in range(10**4)}]},
+        {"groups": [group(prompt=[{f"key {i}": 0 for i in range(10**4)}])]},
     ],
     ids=["groups", "completions", "ids", "messages", "keys", "a group's keys", "a message's keys"],
 )
@@ -120,3 +131,32 @@ async def test_a_row_of_nemo_gym_is_echoed_whole() -> None:
     async with running() as client:
         answered: httpx.Response = await client.post("/dialects/nemo_gym/verify", json=row)
     assert answered.json().items() >= row.items()
+
+
+@pytest.mark.parametrize("include", [[], ["tokens", "token_ids"]])
+async def test_a_response_is_written_like_pydantics(include: list[str]) -> None:
+    response = await scored_response(include)
+    assert json.loads(encode_response(response)) == response.model_dump(mode="json")
+
+
+async def scored_response(include: list[str]) -> ScoreResponse:
+    async with running() as client:
+        groups = [group(answer(), "\ud800", prompt="page", id='"é'), group()]
+        return ScoreResponse.model_validate(await score(client, *groups, include=include))
+
+
+async def test_a_text_of_a_trainer_that_is_too_long_is_named_in_its_terms() -> None:
+    body = {"prompt": "page", "response": "x" * 101, "label": TERMINATE}
+    async with running(max_text_chars=100) as client:
+        answered = await client.post("/dialects/slime/reward", json=body)
+    refused = problem(answered, 413, "too_large")
+    assert [error["location"] for error in refused["errors"]] == ["response"]
+
+
+async def test_labels_of_a_large_body_are_registered() -> None:
+    entries = [{"prompt": f"page {i}", "ground_truth": TERMINATE} for i in range(1000)]
+    async with running() as client:
+        body = {"labels": [*entries, {"prompt": PADDING, "ground_truth": TERMINATE}]}
+        assert (await client.put("/labels", json=body)).json() == {"num_labels": 1001}
+        scored = await client.post("/dialects/slime/reward", json={"prompt": "page 9", "response": answer()})
+    assert scored.json() == 0.93

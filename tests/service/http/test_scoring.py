@@ -119,7 +119,7 @@ def test_equal_samples_count_each(
     policy = Counting()
     with served(policy, rollout_log=tmp_path) as url:
         labels = {"labels": [{"prompt": "page", "ground_truth": TERMINATE}]}
-        httpx.put(f"{url}/labels", json=labels).raise_for_status()
+        httpx.put(f"{url}/labels", json=labels, timeout=WAIT_S).raise_for_status()
         send(url, path, [body_of(path, text) for text in texts])
         samples = Samples(url)
     assert samples.counts() == {len(texts)}
@@ -196,7 +196,7 @@ def test_no_part_counts_again_because_another_was_too_large(score: Callable[...,
 def test_a_request_with_the_same_key_counts_once(tmp_path: Path, path: str, header: str) -> None:
     with served(rollout_log=tmp_path) as url:
         labels = {"labels": [{"prompt": "page", "ground_truth": TERMINATE}]}
-        httpx.put(f"{url}/labels", json=labels).raise_for_status()
+        httpx.put(f"{url}/labels", json=labels, timeout=WAIT_S).raise_for_status()
 
         def send(key: str, text: str = answer(), run: str = "") -> None:
             headers = {header: key, "X-Run-ID": run}
@@ -219,7 +219,7 @@ def test_a_malformed_key_is_refused_and_nothing_counts() -> None:
     with served() as url:
         for path in (SLIME, "/score"):
             headers = {"Idempotency-Key": "two words"}
-            response = httpx.post(url + path, json=body_of(path, answer()), headers=headers)
+            response = httpx.post(url + path, json=body_of(path, answer()), headers=headers, timeout=WAIT_S)
             assert response.status_code == 422
             assert response.json()["errors"][0]["location"] == "header.Idempotency-Key"
         assert Samples(url).counts() == {0}
@@ -252,7 +252,7 @@ def test_an_answer_whose_client_has_gone_is_not_counted(
     """Trainers send no key. The answer to the second try counts, and is not computed again."""
     with served(policy, rollout_log=tmp_path) as url:
         labels = {"labels": [{"prompt": "page", "ground_truth": TERMINATE}]}
-        httpx.put(f"{url}/labels", json=labels).raise_for_status()
+        httpx.put(f"{url}/labels", json=labels, timeout=WAIT_S).raise_for_status()
         body = body_of(path, answer())
         with leaving(url, path, body):
             assert policy.has_begun.wait(WAIT_S)
@@ -276,7 +276,7 @@ def test_an_answer_whose_client_has_gone_is_not_counted(
 def test_an_answer_that_came_too_late_is_not_counted(tmp_path: Path, policy: Held) -> None:
     body = body_of("/score", answer())
     with served(policy, rollout_log=tmp_path) as url:
-        late = httpx.post(f"{url}/score", json=body, headers={"X-Request-Timeout": "0.05"})
+        late = httpx.post(f"{url}/score", json=body, headers={"X-Request-Timeout": "0.05"}, timeout=WAIT_S)
         assert late.status_code == 504
         policy.gate.set()
         assert Samples(url).counts() == {0}
@@ -294,7 +294,7 @@ def test_runs_do_not_disturb_each_other(send: Callable[..., None], tmp_path: Pat
     with served(rollout_log=tmp_path) as url:
         for run, truth in (("a", TERMINATE), ("b", CLICK)):
             labels = {"labels": [{"prompt": "page", "ground_truth": truth}]}
-            httpx.put(f"{url}/run/{run}/labels", json=labels).raise_for_status()
+            httpx.put(f"{url}/run/{run}/labels", json=labels, timeout=WAIT_S).raise_for_status()
         body = request_of(SLIME, answer(), label=None)
         for run in ("a", "b"):
             send(f"{url}/run/{run}", SLIME, [body] * 8)
@@ -302,9 +302,11 @@ def test_runs_do_not_disturb_each_other(send: Callable[..., None], tmp_path: Pat
             send(f"{url}/run/{run}", "/score", [shared] * 4)
         counts = [Samples(url, run).counts() for run in ("a", "b")]
         matches = [Samples(url, run).sum("shopr1_exact_matches_total") for run in ("a", "b")]
-        assert httpx.post(url + SLIME, json=body).status_code == 422  # the run without an id has no labels
-        httpx.delete(f"{url}/run/a/labels").raise_for_status()
-        assert httpx.post(f"{url}/run/b{SLIME}", json=body).status_code == 200
+        assert (
+            httpx.post(url + SLIME, json=body, timeout=WAIT_S).status_code == 422
+        )  # the run without an id has no labels
+        httpx.delete(f"{url}/run/a/labels", timeout=WAIT_S).raise_for_status()
+        assert httpx.post(f"{url}/run/b{SLIME}", json=body, timeout=WAIT_S).status_code == 200
     assert counts == [{12}, {12}]
     assert matches == [12, 4]
     of_runs = Counter((line["run"], line["reward"]) for line in lines(tmp_path))
@@ -335,7 +337,7 @@ def test_an_empty_prompt_takes_no_other_groups_prompt(prompts: tuple[str, str]) 
     with served(policy) as url:
         for part in parts:
             given = {"groups": [{**part, "group_id": "g", "group_size": 2}]}
-            refused = httpx.post(f"{url}/score", json=given).json()
+            refused = httpx.post(f"{url}/score", json=given, timeout=WAIT_S).json()
             locations = [error["location"] for error in refused["errors"]]
             assert (refused["status"], locations) == (422, ["groups[0].group_id", "groups[0].group_size"])
         assert policy.prompts == []

@@ -122,14 +122,34 @@ def test_a_shared_prompt_counts_once() -> None:
     queue.add([first, second, other])
     assert queue.num_tokens == 45
     assert queue.num_added_tokens([queued(1, 30, 5, rank_s=4)]) == 5
-    queue.discard(first)
+    queue.discard([first])
     assert queue.num_tokens == 42
-    queue.discard(first)  # is not queued any more
-    queue.discard(second)
+    queue.discard([first])  # is not queued any more
+    queue.discard([second])
     assert queue.num_tokens == 8
     queue.take()
     assert queue.num_tokens == 0
     assert not queue
+
+
+def test_many_groups_of_one_prompt_are_removed_in_linear_time() -> None:
+    # Each group's identity is looked at a few times, however many there are.
+    num_looks = 0
+
+    class Counting(QueuedGroup):
+        def __hash__(self) -> int:
+            nonlocal num_looks
+            num_looks += 1
+            return id(self)
+
+    prompt = queued(1, 3, 1, rank_s=0.0)
+    groups = [Counting(prompt.group, prompt.rules, 0.0, float(-i)) for i in range(2000)]
+    queue = RequestQueue()
+    queue.add(groups)
+    assert [each.rank_s for each in queue] == sorted(each.rank_s for each in groups)
+    queue.discard(groups[:1500])
+    assert list(queue) == groups[:1499:-1]
+    assert num_looks <= 5 * len(groups)
 
 
 SCOPES = st.builds(
@@ -176,7 +196,7 @@ def test_everything_is_taken_once_and_counted(
     queue = RequestQueue(merges=merges)
     queue.add(groups)
     for index in dropped & set(range(len(groups))):
-        queue.discard(groups[index])
+        queue.discard([groups[index]])
     kept = [each for index, each in enumerate(groups) if index not in dropped]
     seen: list[QueuedGroup] = []
     while queue:

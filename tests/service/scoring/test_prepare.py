@@ -61,7 +61,7 @@ def test_all_errors_of_a_request_are_named() -> None:
         ("max_groups", "2 groups, max_groups = 1"),
         ("max_completions_per_group", r"groups\[0\] has 2 completions, max_completions_per_group = 1"),
         ("max_request_tokens", "more than max_request_tokens = 1"),
-        ("max_text_chars", r"groups\[0\]\.prompt has 4 characters, max_text_chars = 1"),
+        ("max_text_chars", r"groups\[0\]\.prompt: has 4 characters, max_text_chars = 1"),
     ],
 )
 def test_limits(limit: str, message: str) -> None:
@@ -71,7 +71,7 @@ def test_limits(limit: str, message: str) -> None:
 
 
 LONG = "x" * 100
-LONG_CHAT = [{"role": "u", "content": "x" * 48}, {"role": "u", "content": "x" * 48}]  # a message is one more
+LONG_CHAT = [{"role": "u", "content": "x" * 33}] * 2  # a message counts 16 more
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ DEFAULTS = PromptOptions()
 ASSISTANT = "assistant"
 _MAX_ERROR_CHARS = 300
 """Some errors of transformers contain the whole prompt."""
+_MANY = 256
+"""Messages for each of which the whole text may be searched and copied."""
+_MAX_LOST = 16
 _PROBES = ("zqsystem", "zquser", "zqanswer", "zquser2")
 """Contents of messages that no template has in its own text."""
 
@@ -214,9 +218,12 @@ def continues_answer(messages: Sequence[Message], options: PromptOptions) -> boo
 def lost_messages(text: str, messages: Sequence[Message]) -> list[int]:
     """Indices of the messages whose content is not in the text, each in a place of its own.
 
-    White space around a content does not count, since most templates remove it.
+    White space around a content does not count, since most templates remove it. Of many messages, the places
+    must have their order, and only the first lost ones are found: the time stays linear.
     """
     contents = [message.content.strip() for message in messages]
+    if len(contents) > _MANY:
+        return list(islice(_lost_in_order(text, contents), _MAX_LOST))
     lost = []
     # A short content must not take a place inside a longer one.
     for index in sorted(range(len(contents)), key=lambda i: len(contents[i]), reverse=True):
@@ -226,6 +233,16 @@ def lost_messages(text: str, messages: Sequence[Message]) -> list[int]:
         else:
             text = f"{text[:start]}\0{text[start + len(contents[index]) :]}"
     return sorted(lost)
+
+
+def _lost_in_order(text: str, contents: Sequence[str]) -> Iterator[int]:
+    start = 0
+    for index, content in enumerate(contents):
+        place = text.find(content, start)
+        if place < 0:
+            yield index
+        else:
+            start = place + len(content)
 
 
 def _lost(path: str, role: str) -> ScoreWarning:

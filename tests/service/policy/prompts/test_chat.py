@@ -313,6 +313,14 @@ def test_each_message_needs_a_place_of_its_own(text: str, contents: list[str], l
     assert lost_messages(text, [Message(role="user", content=content) for content in contents]) == lost
 
 
+def test_the_first_lost_ones_of_many_messages() -> None:
+    messages = [Message(role="user", content=f"<{i}>") for i in range(1000)]
+    text = "".join(message.content for message in messages)
+    assert lost_messages(text, messages) == []
+    assert lost_messages(text.replace("<300>", "").replace("<999>", ""), messages) == [300, 999]
+    assert lost_messages("", messages) == list(range(16))
+
+
 def test_a_check_at_the_start_names_what_the_template_does(caplog: pytest.LogCaptureFixture) -> None:
     ChatRenderer(byte_level(chat_template=NO_SYSTEM)).check()
     assert "drops or rewrites the text of messages[0], of role 'system'" in caplog.text
