@@ -70,7 +70,7 @@ KEY_PARAMETER: dict[str, Any] = {
     "Without it, an `X-Request-ID` of the client serves. Requests without either are different samples, even "
     "with the same content.",
     "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_PATTERN}$"},
-    "example": "5f0c1d5e7d0a4c3f9b1f8e2a6c7d4b90",
+    "example": "step-120-prompt-7-sample-3",
 }
 
 
