@@ -52,20 +52,10 @@ _EMBEDDING_SCALE = 5.0
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture in a tiny size.
-
-    Attributes:
-        forward: the strategy that the self-check at load must choose.
-    """
+    """An architecture in a tiny size."""
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    forward: str = "shared_prefix"
-
-    @property
-    def shares_prefix(self) -> bool:
-        """Whether the shared-prefix forward supports its attention; otherwise it must refuse."""
-        return self.forward == "shared_prefix"
 
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -74,8 +64,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "qwen3_moe": Family("qwen3_moe", _EXPERTS),
-    "mistral": Family("mistral", {"sliding_window": 8}, forward="packed"),
-    "gemma3": Family("gemma3_text", _WINDOW, forward="packed"),
+    "mistral": Family("mistral", {"sliding_window": 8}),
+    "gemma3": Family("gemma3_text", _WINDOW),
 }
 
 

@@ -188,8 +188,10 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(score: Score) -
 
         killer = threading.Thread(target=kill_and_restart)
         killer.start()
-        actual = rewards(score(server.url, request, retry_for_s=WAIT_S, max_concurrency=2))
-        killer.join()
+        try:
+            actual = rewards(score(server.url, request, retry_for_s=WAIT_S, max_concurrency=2))
+        finally:
+            killer.join()  # before the server is killed for good
     assert actual == expected
 
 

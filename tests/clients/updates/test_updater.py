@@ -110,9 +110,13 @@ def test_permanent_problems(update: Update, kind: type[ProblemError]) -> None:
 
 @both
 def test_a_refusal_before_the_weights_were_read(update: Update) -> None:
-    """The answer arrives though the server has closed the connection upon 60 MB."""
+    """The answer arrives though the server has closed the connection upon 60 MB.
+
+    Where the network drops it with the rest, the client asks again, and is refused again.
+    """
     model = nn.Linear(4096, 4096, bias=False)
-    with policy_server(Refusal(ForbiddenError("scope"))) as server, pytest.raises(ForbiddenError):
+    refusals = [Refusal(ForbiddenError("scope"))] * 20
+    with policy_server(*refusals) as server, pytest.raises(ForbiddenError):
         update(server.url, model, "7")
     assert server.received == []
 

@@ -50,7 +50,7 @@ def problem_of(response: HTTPResponse) -> NotReadyError:
 def test_a_body_that_has_not_arrived_at_the_end_is_answered_503(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, line: str, content: bytes, part: float
 ) -> None:
-    service = Service(monkeypatch, policy_of(tiny_model()), shutdown_grace_s=2)
+    service = Service(monkeypatch, policy_of(tiny_model()), shutdown_grace_s=4)
     head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
 
     def ask() -> NotReadyError:
@@ -79,7 +79,8 @@ def test_a_client_that_is_sending_reads_the_problem(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its body does not end before it is refused."""
-    service = Service(monkeypatch, policy_of(tiny_model()), shutdown_grace_s=2)
+    # A second lies between the answer and the end of the grace time, in which it has to arrive.
+    service = Service(monkeypatch, policy_of(tiny_model()), shutdown_grace_s=8)
     has_begun = threading.Event()
 
     def slowly() -> Iterator[bytes]:

