@@ -79,7 +79,7 @@ class _Server(uvicorn.Server):
         loop.call_later(self._grace_s - answer_s / 2, self._state.open_requests.interrupt)
         await super().shutdown(sockets)
         for connection in list(self.server_state.connections):  # beyond the grace time
-            connection.transport.abort()  # type: ignore[union-attr]  # of any protocol
+            connection.transport.abort()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
