@@ -3,7 +3,6 @@
 import contextlib
 import json
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from email.message import Message
@@ -19,6 +18,7 @@ from shopr1_client.wire import ScoreRequest
 from tests.support.fake_server import HELD
 from tests.support.http import WAIT_S
 from tests.support.process import FAKE, Process, logging_process, process, request
+from tests.support.raw_clients import leave, read, read_to_end, reset
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -38,24 +38,6 @@ MAX_GROWTH_BYTES = 20 * 2**20
 
 def head(length: int, *, with_key: bool) -> bytes:
     return (HEAD % (length, WITH_KEY if with_key else "")).encode()
-
-
-def read(client: socket.socket) -> None:
-    assert client.recv(12).startswith(b"HTTP/1.1 ")
-
-
-def read_to_end(client: socket.socket) -> None:
-    with contextlib.suppress(ConnectionError):
-        while client.recv(65_536):
-            pass
-
-
-def reset(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def leave(_client: socket.socket) -> None:
-    pass
 
 
 KINDS: dict[str, tuple[bytes, Callable[[socket.socket], None]]] = {

@@ -5,7 +5,6 @@ import gc
 import json
 import socket
 import ssl
-import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from shopr1_service.server.http_protocol import Connection, connection_class
 from shopr1_service.server.long_body import LongBody
 from shopr1_service.settings import Settings
 from tests.support.http import WAIT_S, answer, group, serving
+from tests.support.raw_clients import leave, read, read_to_end, reset
 
 KEY = "a-key-of-0123456789"  # pragma: allowlist secret
 BODY = json.dumps({"groups": [group(answer())]}).encode()
@@ -92,27 +92,9 @@ WITH_KEY = f"Authorization: Bearer {KEY}"
 CHUNKED = head(0, WITH_KEY).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
 
 
-def read(client: socket.socket) -> None:
-    assert client.recv(12).startswith(b"HTTP/1.1 ")
-
-
-def read_to_end(client: socket.socket) -> None:
-    with contextlib.suppress(ConnectionError):
-        while client.recv(65_536):
-            pass
-
-
-def reset(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
 def read_and_reset(client: socket.socket) -> None:
     read(client)
     reset(client)
-
-
-def leave(_client: socket.socket) -> None:
-    pass
 
 
 STRANGERS = {
