@@ -6,6 +6,9 @@ a common beginning share its chunks. Beyond the byte limit, the least recently u
 evicted. Counted is what a chunk keeps in memory: keys and values, and also its ids, its node in the tree and
 what Python and PyTorch need for each tensor. In a small policy's short prompts that is most of it.
 
+All nodes are in one order, in which each follows the nodes below it: a path that is used moves to the end, its
+beginning last. So the first node of the order is the least recently used end, however many there are.
+
 Keys and values depend on more than token ids, on the weights that computed them and on images: each
 `PromptScope` has a tree of its own, and all trees share the limit.
 
@@ -13,6 +16,7 @@ Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D h
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -24,6 +28,8 @@ from shopr1_service.core import TEXT_SCOPE, CacheStats, PromptScope
 _TENSOR_BYTES = 450
 """Memory of a tensor beside its elements: Python's object, PyTorch's, and the allocator's headers."""
 _INT_BYTES = 32
+_PLACE_BYTES = 150
+"""A node's place in the order."""
 _SCOPE_BYTES = 400
 """A `PromptScope` with its digest, and its place among the roots."""
 
@@ -76,14 +82,14 @@ class Chunk:
 class _Node:
     chunk: Chunk
     parent: "_Node | None"
+    scope: PromptScope
     children: dict[int, "_Node"] = field(default_factory=dict)  # by first token
-    last_used: int = 0
     num_counted_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        own = sys.getsizeof(self) + sys.getsizeof(self.children) + 2 * _INT_BYTES
-        return own + self.chunk.num_bytes + (_SCOPE_BYTES if self.parent is None else 0)
+        own = sys.getsizeof(self) + sys.getsizeof(self.children) + _INT_BYTES
+        return own + self.chunk.num_bytes + (_SCOPE_BYTES if self.parent is None else _PLACE_BYTES)
 
 
 class PrefixCache:
@@ -96,8 +102,8 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self.stats = CacheStats()
         self.max_bytes = max_bytes
-        self._clock = 0
         self._roots: dict[PromptScope, _Node] = {}
+        self._order: OrderedDict[_Node, None] = OrderedDict()
 
     @property
     def is_enabled(self) -> bool:
@@ -105,11 +111,13 @@ class PrefixCache:
 
     def match(self, ids: Sequence[int], scope: PromptScope = TEXT_SCOPE) -> list[Chunk]:
         """The chunks of the longest cached beginning of `ids`; the last may be a view of a longer chunk."""
-        self._clock += 1
-        chunks = []
-        for node, num_tokens in self._walk(ids, scope):
-            node.last_used = self._clock
-            chunks.append(node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens))
+        path = list(self._walk(ids, scope))
+        if path:
+            self._use(path[-1][0])
+        chunks = [
+            node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens)
+            for node, num_tokens in path
+        ]
         num_matched = sum(map(len, chunks))
         self.stats.num_hit_tokens += num_matched
         self.stats.num_missed_tokens += len(ids) - num_matched
@@ -126,12 +134,11 @@ class PrefixCache:
         path = list(self._walk(ids, scope))
         if sum(num_tokens for _, num_tokens in path) < len(ids):
             return
-        parent = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root())
+        node = parent = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root(scope))
         if chunk.ids[0] not in parent.children:
-            self._clock += 1
-            node = _Node(chunk, parent, last_used=self._clock)
-            parent.children[chunk.ids[0]] = node
+            node = parent.children[chunk.ids[0]] = _Node(chunk, parent, parent.scope)
             self._count(node, parent)
+        self._use(node)
         self._evict()
 
     def reset(self) -> None:
@@ -141,14 +148,27 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop all chunks of all weights, as after an update of the policy."""
-        self._roots.clear()
-        self.stats.num_bytes = 0
+        for scope in list(self._roots):
+            self._drop(scope)
 
     def forget(self, weights: Hashable) -> None:
         """Drop all chunks of these weights."""
         for scope in [scope for scope in self._roots if scope.weights == weights]:
-            root = self._roots.pop(scope)
-            self.stats.num_bytes -= sum(node.num_counted_bytes for node in (root, *_below(root)))
+            self._drop(scope)
+
+    def _drop(self, scope: PromptScope) -> None:
+        root = self._roots.pop(scope)
+        for node in [root, *_below(root)]:
+            self._order.pop(node, None)
+            self.stats.num_bytes -= node.num_counted_bytes
+            node.children.clear()  # in a cycle with them, its memory would wait for the garbage collector
+
+    def _use(self, node: _Node) -> None:
+        """Move a node to the end of the order, and those above it behind it."""
+        while node.parent is not None:
+            self._order[node] = None
+            self._order.move_to_end(node)
+            node = node.parent
 
     def _count(self, *changed: _Node) -> None:
         """Count new nodes, and those whose children or chunk have changed, as they are now."""
@@ -159,7 +179,7 @@ class PrefixCache:
 
     def _walk(self, ids: Sequence[int], scope: PromptScope) -> Iterator[tuple[_Node, int]]:
         """The nodes along `ids`, each with its number of matching tokens; only the last may match in part."""
-        node, position = self._roots.get(scope) or _root(), 0
+        node, position = self._roots.get(scope) or _root(scope), 0
         while position < len(ids) and (child := node.children.get(ids[position])) is not None:
             num_tokens = common_length(child.chunk.ids, ids, position)
             yield child, num_tokens
@@ -174,7 +194,7 @@ class PrefixCache:
     def _split(self, node: _Node, num_tokens: int) -> _Node:
         """Cut a node in two; return the first half, whose child is the second."""
         assert node.parent is not None
-        head = _Node(node.chunk.view(0, num_tokens).copy(), node.parent, last_used=node.last_used)
+        head = _Node(node.chunk.view(0, num_tokens).copy(), node.parent, node.scope)
         node.chunk = node.chunk.view(num_tokens, len(node.chunk)).copy()
         node.parent.children[head.chunk.ids[0]] = head
         node.parent = head
@@ -184,21 +204,18 @@ class PrefixCache:
 
     def _evict(self) -> None:
         while self.stats.num_bytes > self.max_bytes:
-            node = min(self._leaves(), key=lambda leaf: leaf.last_used)
+            node, _ = self._order.popitem(last=False)
             assert node.parent is not None
             del node.parent.children[node.chunk.ids[0]]
             self.stats.num_bytes -= node.num_counted_bytes
             self.stats.num_evicted_chunks += 1
             if not (node.parent.parent or node.parent.children):
-                self.stats.num_bytes -= node.parent.num_counted_bytes
-                self._roots = {scope: root for scope, root in self._roots.items() if root.children}
-
-    def _leaves(self) -> Iterator[_Node]:
-        return (node for root in self._roots.values() for node in _below(root) if not node.children)
+                root = self._roots.pop(node.scope)
+                self.stats.num_bytes -= root.num_counted_bytes
 
 
-def _root() -> _Node:
-    return _Node(Chunk((), (), (), None), None)
+def _root(scope: PromptScope) -> _Node:
+    return _Node(Chunk((), (), (), None), None, scope)
 
 
 def _below(root: _Node) -> Iterator[_Node]:

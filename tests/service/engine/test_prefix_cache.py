@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -106,6 +107,22 @@ def test_the_least_recently_used_chunk_is_evicted_first() -> None:
     remember(cache, [3, 3])
     assert [len(spelled(cache.match(ids))) for ids in ([1, 1], [2, 2], [3, 3])] == [2, 0, 2]
     assert cache.stats.num_evicted_chunks == 1
+
+
+@given(prompts=PROMPTS, max_bytes=MAX_BYTES)
+def test_evicted_are_the_ends_that_were_used_least_recently(prompts: list[list[int]], max_bytes: int) -> None:
+    cache = PrefixCache(max_bytes)
+    last_used: dict[_Node, int] = {}
+    for step, prompt in enumerate(prompts):
+        known = list(last_used)
+        remember(cache, prompt)
+        last_used |= {node: step for node, _ in cache._walk(prompt, TEXT_SCOPE)}
+        kept = set(nodes_of(cache))
+        evicted = [node for node in known if node not in kept]
+        ends = [node for node in kept if node in last_used and not node.children]
+        assert all(last_used[node] <= last_used[end] for node in evicted for end in ends)
+        last_used = {node: used for node, used in last_used.items() if node in kept}
+        assert set(cache._order) == {node for node in kept if node.parent}
 
 
 def test_ends_are_evicted_before_their_beginning() -> None:
@@ -246,6 +263,23 @@ def test_a_cleared_cache_can_be_used_at_once() -> None:
     assert spelled(cache.match([1, 2, 3], scope_of(1))) == [1, 2, 3]
     cache.forget(7)  # nothing was computed with it
     assert num_tokens_of(cache) == 3
+
+
+def test_memory_is_free_as_soon_as_nothing_is_cached() -> None:
+    """A pass that ran out of memory is repeated at once: it cannot wait for the garbage collector."""
+    gc.disable()
+    try:
+        for drop in (PrefixCache.clear, lambda cache: cache.forget(None)):
+            cache = PrefixCache(10**6)
+            for prompt in ([1, 2, 3], [1, 2, 4], [1, 2, 3, 5]):
+                remember(cache, prompt)
+            tensors = [weakref.ref(key) for node in nodes_of(cache) for key in node.chunk.keys]
+            assert len(tensors) == 4
+            drop(cache)
+            assert [tensor() for tensor in tensors] == [None] * 4
+            assert cache.stats.num_bytes == 0
+    finally:
+        gc.enable()
 
 
 # --- memory -----------------------------------------------------------------------------------------
