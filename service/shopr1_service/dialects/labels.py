@@ -22,7 +22,7 @@ from shopr1_service.http.json_body import JsonRoute, beside_loop
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
 from shopr1_service.monitoring.logs import current_run
-from shopr1_service.scoring.label_store import ContradictionError, Label, prompt_digest
+from shopr1_service.scoring.label_store import ContradictionError, Label, PromptDigest, prompt_digest
 from shopr1_service.scoring.recipe_book import RecipeBook
 
 router = APIRouter(tags=[TAG], route_class=JsonRoute)
@@ -110,7 +110,7 @@ def _count(state: State) -> LabelCount:
     return LabelCount(num_labels=state.labels.num_labels(current_run.get()))
 
 
-def _checked(body: Labels, recipes: RecipeBook) -> tuple[list[tuple[Prompt, Label]], list[bytes]]:
+def _checked(body: Labels, recipes: RecipeBook) -> tuple[list[tuple[Prompt, Label]], list[PromptDigest]]:
     """The labels, and the digests of their prompts."""
     labels: list[tuple[Prompt, Label]] = []
     errors: list[FieldError] = []
