@@ -6,8 +6,8 @@ a common beginning share its chunks. Beyond the byte limit, the least recently u
 evicted. Counted is what a chunk keeps in memory: keys and values, and also its ids, its node in the tree and
 what Python and PyTorch need for each tensor. In a small policy's short prompts that is most of it.
 
-All nodes are in one order, in which each follows the nodes below it: a path that is used moves to the end, its
-beginning last. So the first node of the order is the least recently used end, however many there are.
+All nodes are in one order, in which each follows the nodes below it: a path that is used moves to the end,
+its beginning last. So the first node of the order is the least recently used end, however many there are.
 
 Keys and values depend on more than token ids, on the weights that computed them and on images: each
 `PromptScope` has a tree of its own, and all trees share the limit.
