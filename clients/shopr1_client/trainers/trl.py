@@ -3,8 +3,8 @@
 The data set's column `ground_truth` has the human's action, as an object or as a JSON string.
 
 Prompts are sent as the token ids that the policy saw: those of a column `policy_prompt_ids` or `prompt_ids`,
-else those of the trainer's own tokenisation, with its template, arguments, tools and special tokens. Where the
-shim cannot know them, the service tokenises the prompts.
+else those of the trainer's own tokenisation, with its template, arguments, tools and special tokens. Where
+the shim cannot know them, the service tokenises the prompts.
 
 With the callback `PolicyPush` (`callback.py`) the service's policy follows the trainer's. With
 `SHOPR1_CLIENT_DEMAND=exact`, rewards of any version but the last one sent are an error.

@@ -11,8 +11,8 @@ tokens are therefore compared:
    for one prompt that is longer than every window, chunk or choice of keys (`reach.py`).
 
 Passes of the full length are few: two independent ones, one more in 16 bits to measure rounding
-(`rounding.py`), and one for each strategy that is right about short prompts. Where RoPE depends on the length,
-two more are just longer than its threshold.
+(`rounding.py`), and one for each strategy that is right about short prompts. Where RoPE depends on the
+length, two more are just longer than its threshold.
 """
 
 import logging
