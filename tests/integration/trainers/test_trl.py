@@ -362,7 +362,8 @@ def test_prompts_are_the_ids_that_a_rollout_function_returns(
     def recorded(**columns: Any) -> list[float]:
         assert "prompt_ids" not in columns
         names = ("prompts", "completions", "ground_truth", "completion_ids", "log_metric")
-        own = _rollouts(*(columns[name] for name in names), columns)
+        prompts, completions, truths, ids, log_metric = (columns[name] for name in names)
+        own = _rollouts(prompts, completions, truths, ids, log_metric, columns)
         sent.extend(rollout.prompt.token_ids for rollout in own if isinstance(rollout.prompt, TokenIds))
         return [0.0] * len(own)
 
