@@ -16,17 +16,18 @@ from typing import NamedTuple
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.memory.budget import Account, MemoryBudget
 
 TextPrompt = str | Sequence[Message]
 
 _DIGEST_BYTES = 16  # of 10^6 prompts, two agree with a probability of 10^-27
-_BLOCK_BYTES = 256  # an end within a block is one byte
+_BLOCK_BYTES = 256  # the place of an end within a block is one byte
 
 _LABEL_BYTES = 220
 """A label without its truth: key, object, and their place in the table."""
 _BLOCKS_BYTES = 150
-"""A digest of blocks, and the place of the ends behind them."""
+"""A digest of blocks, and the ends behind them."""
 _TABLE_BYTES = 600
 
 
@@ -90,13 +91,43 @@ def _text_hasher() -> "hashlib.blake2b":
     return hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"text")
 
 
-@dataclass
-class _Table:
-    """Labels of one run.
+@dataclass(frozen=True)
+class NewLabels:
+    """Labels that one call registers: one for each prompt.
 
     Attributes:
-        ends: ends of text prompts, ascending, by the digest of the blocks before them.
+        labels: by `PromptDigest.whole`.
+        ends: of the text prompts, ascending, by `PromptDigest.blocks`.
     """
+
+    labels: dict[bytes, Label]
+    ends: dict[bytes, bytes]
+    num_truth_bytes: int
+
+    @classmethod
+    def collect(cls, labels: Iterable[tuple[TextPrompt, Label]]) -> "NewLabels":
+        """The labels by prompt. Takes time in proportion to their text: for many, call it on a thread.
+
+        Raises:
+            ContradictionError: two labels of one prompt differ.
+        """
+        new: dict[bytes, Label] = {}
+        positions: dict[bytes, int] = {}
+        ends: dict[bytes, bytes] = {}
+        for i, (prompt, label) in enumerate(labels):
+            checkpoint()
+            digest = prompt_digest(prompt)
+            first = positions.setdefault(digest.whole, i)
+            if new.setdefault(digest.whole, label) != label:
+                raise ContradictionError(first, i)
+            if digest.blocks is not None:
+                ends[digest.blocks] = _union(ends.get(digest.blocks, b""), bytes([digest.end]))
+        return cls(new, ends, sum(map(_truth_bytes, new.values())))
+
+
+@dataclass
+class _Table:
+    """Labels of one run. Attributes as those of `NewLabels`."""
 
     labels: dict[bytes, Label] = field(default_factory=dict)
     ends: dict[bytes, bytes] = field(default_factory=dict)
@@ -122,51 +153,35 @@ class LabelStore:
         """Number of labels of a run."""
         return len(self._table(run).labels)
 
-    def put(
-        self,
-        run: str,
-        labels: Iterable[tuple[TextPrompt, Label]],
-        digests: Sequence[PromptDigest] | None = None,
-    ) -> int:
+    def put(self, run: str, new: NewLabels) -> int:
         """Add labels, replacing those of the same prompts from earlier calls. If it fails, none is added.
-
-        Args:
-            digests: `prompt_digest` of each prompt, if they are known.
 
         Returns:
             How many labels from earlier calls were replaced by different ones.
 
         Raises:
-            ContradictionError: two labels of one prompt differ.
             TooLargeError: too many labels, or no memory for them.
         """
         table = self._table(run)
-        new: dict[bytes, Label] = {}
-        positions: dict[bytes, int] = {}
-        ends: dict[bytes, bytes] = {}
-        for i, (prompt, label) in enumerate(labels):
-            digest = prompt_digest(prompt) if digests is None else digests[i]
-            first = positions.setdefault(digest.whole, i)
-            if new.setdefault(digest.whole, label) != label:
-                raise ContradictionError(first, i)
-            if (blocks := digest.blocks) is not None:
-                known = ends.get(blocks) or table.ends.get(blocks, b"")
-                ends[blocks] = known if digest.end in known else bytes(sorted((*known, digest.end)))
-        num_new = sum(digest not in table.labels for digest in new)
-        self._check_capacity(table, num_new)
-        num_changed = sum(table.labels.get(digest, label) != label for digest, label in new.items())
-        added = (_truth_bytes(label) - _truth_bytes(table.labels.get(key)) for key, label in new.items())
-        num_truth_bytes = table.num_truth_bytes + sum(added)
-        num_blocks = len(table.ends) + sum(blocks not in table.ends for blocks in ends)
-        num_bytes = _table_bytes(len(table.labels) + num_new, num_blocks, num_truth_bytes)
+        replaced = {digest: table.labels[digest] for digest in new.labels.keys() & table.labels.keys()}
+        num_labels = len(table.labels) + len(new.labels) - len(replaced)
+        self._check_capacity(table, num_labels)
+        common = new.ends.keys() & table.ends.keys()
+        ends = {blocks: _union(new.ends[blocks], table.ends[blocks]) for blocks in common}
+        num_blocks = len(table.ends) + len(new.ends) - len(common)
+        num_truth_bytes = (
+            table.num_truth_bytes + new.num_truth_bytes - sum(map(_truth_bytes, replaced.values()))
+        )
+        num_bytes = _table_bytes(num_labels, num_blocks, num_truth_bytes)
         self._memory.grow(num_bytes - table.num_bytes)
-        table.labels |= new
+        self._num_labels += num_labels - len(table.labels)
+        table.labels |= new.labels
+        table.ends |= new.ends
         table.ends |= ends
         table.num_truth_bytes, table.num_bytes = num_truth_bytes, num_bytes
-        self._num_labels += num_new
-        if new:
+        if new.labels:
             self._tables[run] = table
-        return num_changed
+        return sum(new.labels[digest] != label for digest, label in replaced.items())
 
     def get(self, run: str, prompt: TextPrompt) -> Label | None:
         """The run's label of exactly this prompt."""
@@ -175,7 +190,7 @@ class LabelStore:
     def split(self, run: str, text: str) -> tuple[str, str, Label] | None:
         """The longest text prompt of a run that `text` begins with, the rest of it, and the prompt's label.
 
-        Hashes `text` once, a block at a time: how many labels there are does not matter.
+        Hashes `text` once, block by block: how many labels there are does not matter.
         """
         table = self._table(run)
         data = memoryview(text.encode(errors="surrogatepass"))  # prompts are Unicode, a completion may not be
@@ -204,12 +219,15 @@ class LabelStore:
         """The run's table; a new one, which is not stored, if it has none."""
         return self._tables.get(run) or _Table()
 
-    def _check_capacity(self, table: _Table, num_new: int) -> None:
-        num_labels = self._num_labels + num_new
-        if num_labels > self._max_labels:
-            num_others = self._num_labels - len(table.labels)
+    def _check_capacity(self, table: _Table, num_labels: int) -> None:
+        num_others = self._num_labels - len(table.labels)
+        if num_others + num_labels > self._max_labels:
             others = f", {num_others} of them of other runs" if num_others else ""
-            raise TooLargeError(f"{num_labels} labels{others}, max_labels = {self._max_labels}")
+            raise TooLargeError(f"{num_others + num_labels} labels{others}, max_labels = {self._max_labels}")
+
+
+def _union(ends: bytes, others: bytes) -> bytes:
+    return ends if ends == others else bytes(sorted({*ends, *others}))
 
 
 def _table_bytes(num_labels: int, num_blocks: int, num_truth_bytes: int) -> int:
@@ -218,5 +236,5 @@ def _table_bytes(num_labels: int, num_blocks: int, num_truth_bytes: int) -> int:
     return _TABLE_BYTES + _LABEL_BYTES * num_labels + _BLOCKS_BYTES * num_blocks + num_truth_bytes
 
 
-def _truth_bytes(label: Label | None) -> int:
-    return sys.getsizeof(label.truth) if label is not None else 0
+def _truth_bytes(label: Label) -> int:
+    return sys.getsizeof(label.truth)
