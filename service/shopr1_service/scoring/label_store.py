@@ -120,8 +120,8 @@ class NewLabels:
             first = positions.setdefault(digest.whole, i)
             if new.setdefault(digest.whole, label) != label:
                 raise ContradictionError(first, i)
-            if digest.blocks is not None:
-                ends[digest.blocks] = _union(ends.get(digest.blocks, b""), bytes([digest.end]))
+            if (blocks := digest.blocks) is not None and digest.end not in ends.get(blocks, b""):
+                ends[blocks] = bytes(sorted((*ends.get(blocks, b""), digest.end)))
         return cls(new, ends, sum(map(_truth_bytes, new.values())))
 
 
@@ -167,7 +167,7 @@ class LabelStore:
         num_labels = len(table.labels) + len(new.labels) - len(replaced)
         self._check_capacity(table, num_labels)
         common = new.ends.keys() & table.ends.keys()
-        ends = {blocks: _union(new.ends[blocks], table.ends[blocks]) for blocks in common}
+        ends = {blocks: bytes(sorted({*new.ends[blocks], *table.ends[blocks]})) for blocks in common}
         num_blocks = len(table.ends) + len(new.ends) - len(common)
         num_truth_bytes = (
             table.num_truth_bytes + new.num_truth_bytes - sum(map(_truth_bytes, replaced.values()))
@@ -224,10 +224,6 @@ class LabelStore:
         if num_others + num_labels > self._max_labels:
             others = f", {num_others} of them of other runs" if num_others else ""
             raise TooLargeError(f"{num_others + num_labels} labels{others}, max_labels = {self._max_labels}")
-
-
-def _union(ends: bytes, others: bytes) -> bytes:
-    return ends if ends == others else bytes(sorted({*ends, *others}))
 
 
 def _table_bytes(num_labels: int, num_blocks: int, num_truth_bytes: int) -> int:
