@@ -167,7 +167,11 @@ class LabelStore:
         num_labels = len(table.labels) + len(new.labels) - len(replaced)
         self._check_capacity(table, num_labels)
         common = new.ends.keys() & table.ends.keys()
-        ends = {blocks: bytes(sorted({*new.ends[blocks], *table.ends[blocks]})) for blocks in common}
+        ends = {
+            blocks: bytes(sorted({*new.ends[blocks], *table.ends[blocks]}))
+            for blocks in common
+            if new.ends[blocks] != table.ends[blocks]
+        }
         num_blocks = len(table.ends) + len(new.ends) - len(common)
         num_truth_bytes = (
             table.num_truth_bytes + new.num_truth_bytes - sum(map(_truth_bytes, replaced.values()))
