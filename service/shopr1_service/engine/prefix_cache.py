@@ -28,7 +28,7 @@ from shopr1_service.core import TEXT_SCOPE, CacheStats, PromptScope
 _TENSOR_BYTES = 450
 """Memory of a tensor beside its elements: Python's object, PyTorch's, and the allocator's headers."""
 _INT_BYTES = 32
-_PLACE_BYTES = 150
+_PLACE_BYTES = 90
 """A node's place in the order."""
 _SCOPE_BYTES = 400
 """A `PromptScope` with its digest, and its place among the roots."""

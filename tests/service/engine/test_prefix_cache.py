@@ -6,12 +6,13 @@ import sys
 import tracemalloc
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from shopr1_service.core import TEXT_SCOPE, PromptScope, Version
 from shopr1_service.engine.prefix_cache import _TENSOR_BYTES, Chunk, PrefixCache, _below, _Node
@@ -284,33 +285,64 @@ def test_memory_is_free_as_soon_as_nothing_is_cached() -> None:
 
 # --- memory -----------------------------------------------------------------------------------------
 
-NUM_PROMPTS, NUM_LAYERS = 300, 4
+NUM_LAYERS = 4
 
 
-def small_chunk(number: int, num_tokens: int = 12) -> Chunk:
+def small_chunk(number: int, num_tokens: int = 12, start: int = 0) -> Chunk:
     """A chunk of a policy with several layers; its ids are no constants of Python."""
-    ids = tuple(1000 + number * num_tokens + i for i in range(num_tokens))
-    tensors = [torch.zeros(1, 2, num_tokens, 4) for _ in range(2 * NUM_LAYERS)]
+    ids = tuple(1000 + number * 10_000 + i for i in range(start, num_tokens))
+    tensors = [torch.zeros(1, 2, len(ids), 4) for _ in range(2 * NUM_LAYERS)]
     return Chunk(ids, tuple(tensors[:NUM_LAYERS]), tuple(tensors[NUM_LAYERS:]), torch.zeros(1, 8))
 
 
-def test_objects_of_many_small_prompts_are_counted() -> None:
-    """Python's objects, as `tracemalloc` sees them: all but the elements and PyTorch's part of a tensor."""
-    tensor = torch.zeros(1)
-    num_tensors = NUM_PROMPTS * (2 * NUM_LAYERS + 1)
-    num_outside = num_tensors * (_TENSOR_BYTES - sys.getsizeof(tensor))
-    num_elements = NUM_PROMPTS * 4 * (2 * NUM_LAYERS * 2 * 12 * 4 + 8)
-    small_chunk(0)
+def insert_small(cache: PrefixCache) -> None:
+    for number in range(300):
+        cache.insert((), small_chunk(number), scope_of(None, str(number % 10).encode()))
+
+
+def insert_large(cache: PrefixCache) -> None:
+    for number in range(5):
+        cache.insert((), small_chunk(number, 4000))
+
+
+def insert_sessions(cache: PrefixCache) -> None:
+    """Steps that extend each other, and prompts that leave them midway."""
+    for number in range(20):
+        for num_tokens in (50, 100, 400):
+            ids = small_chunk(number, num_tokens).ids
+            known = sum(map(len, cache.match(ids)))
+            cache.insert(ids[:known], small_chunk(number, num_tokens, known))
+        cache.insert(ids[:70], small_chunk(100 + number, 30))
+
+
+def insert_too_many(cache: PrefixCache) -> None:
+    cache.max_bytes = 2_000_000
+    for number in range(500):
+        cache.insert((), small_chunk(number, 10 + number % 190))
+
+
+@pytest.mark.parametrize("insert", [insert_small, insert_large, insert_sessions, insert_too_many])
+def test_counted_is_what_is_held(insert: Callable[[PrefixCache], None]) -> None:
+    """Storages of tensors, and Python's objects as `tracemalloc` sees them: all but PyTorch's own objects."""
+    insert(PrefixCache(10**9))  # what is allocated once
     gc.collect()
     tracemalloc.start()
-    cache = PrefixCache(10**9)
     before = tracemalloc.get_traced_memory()[0]
-    for number in range(NUM_PROMPTS):
-        cache.insert((), small_chunk(number), scope_of(None, str(number % 10).encode()))
+    cache = PrefixCache(10**9)
+    insert(cache)
     gc.collect()
-    resident = tracemalloc.get_traced_memory()[0] - before
+    num_python_bytes = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert cache.stats.num_bytes - num_outside - num_elements == pytest.approx(resident, rel=0.1)
+    tensors = [tensor for node in nodes_of(cache) for tensor in tensors_of(node.chunk)]
+    num_element_bytes = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    num_outside = len(tensors) * (_TENSOR_BYTES - sys.getsizeof(torch.zeros(1)))
+    held = num_python_bytes + num_element_bytes + num_outside
+    assert cache.stats.num_bytes == pytest.approx(held, rel=0.1)
+
+
+def tensors_of(chunk: Chunk) -> list[Tensor]:
+    last = [] if chunk.last_hidden_1_H is None else [chunk.last_hidden_1_H]
+    return [*chunk.keys, *chunk.values, *last]
 
 
 RESIDENT = """
