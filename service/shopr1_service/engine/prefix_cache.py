@@ -229,10 +229,9 @@ def _below(root: _Node) -> Iterator[_Node]:
 def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) -> int:
     """The number of first tokens of `some` that equal those of `others` from `start` on."""
     length = min(len(some), len(others) - start)
-    for i in range(length):
-        if some[i] != others[start + i]:
-            return i
-    return length
+    if tuple(some[:length]) == tuple(others[start : start + length]):  # most often, and several times as fast
+        return length
+    return next(i for i in range(length) if some[i] != others[start + i])
 
 
 @dataclass(frozen=True)
