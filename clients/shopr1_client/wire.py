@@ -146,11 +146,11 @@ class Reason(StrEnum):
     """Reason why a rollout has no reward."""
 
     SEQUENCE_TOO_LONG = "sequence_too_long"
-    """Prompt and completion together exceed the policy's limit."""
+    """The prompt and the completion's tokens before the last measured one exceed the policy's limit."""
     NON_FINITE_LOGITS = "non_finite_logits"
     """The policy returned NaN or infinite logits."""
     NO_CONTEXT = "no_context"
-    """The prompt is empty, so that no distribution predicts the first token."""
+    """The prompt is empty, and the completion's first token is measured: no distribution predicts it."""
     OUT_OF_MEMORY = "out_of_memory"
     """The device ran out of memory, even with a smaller batch."""
     ENGINE_FAILURE = "engine_failure"

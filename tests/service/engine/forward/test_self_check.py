@@ -21,6 +21,7 @@ from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.forward.unused_copy import unused_copy
 from shopr1_service.engine.lm_head import UnsupportedModelError, choose_head, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
 from tests.support.models import FAMILIES, model_of, policy_of, random_ids, tiny_model
 
@@ -364,6 +365,17 @@ def test_few_passes_are_long(dtype: torch.dtype, num_long: int) -> None:
         "packed, 1989 tokens",
     ]
     assert texts == [name for name in names if dtype is torch.bfloat16 or "rounding" not in name]
+
+
+def test_the_progress_names_passes_beyond_a_rope_threshold() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model, texts = tiny_model(max_position_embeddings=300, rope_parameters=rope), list[str]()
+    LengthDependentRope.of(model)
+    seen = lengths_of(model)
+    choose_forward(model, random_ids(324, seed=9), [], texts.append)
+    long = [num for num in seen if num > 64]
+    assert long == [306, 319, 319, 306]
+    assert texts == [f"independent, {num} tokens" for num in long]
 
 
 def test_no_pass_is_longer_than_the_ids() -> None:
