@@ -6,6 +6,9 @@ a common beginning share its chunks. Beyond the byte limit, the least recently u
 evicted. Counted is what a chunk keeps in memory: keys and values, and also its ids, its node in the tree and
 what Python and PyTorch need for each tensor. In a small policy's short prompts that is most of it.
 
+Models with recurrent layers also need the states of these after the last token. They are known where a chunk
+ended when it was computed, and for such models a known beginning ends there.
+
 Keys and values depend on more than token ids, on the weights that computed them and on images: each
 `PromptScope` has a tree of its own, and all trees share the limit.
 
@@ -55,11 +58,12 @@ class Chunk:
     @property
     def num_bytes(self) -> int:
         """Memory of a chunk whose tensors are not views."""
-        tensors = [*self.keys, *self.values, *(self.states or {}).values()]
+        states = self.states or {}
+        tensors = [*self.keys, *self.values, *states.values()]
         if self.last_hidden_1_H is not None:
             tensors.append(self.last_hidden_1_H)
         elements = sum(tensor.nbytes for tensor in tensors)
-        containers = sum(map(sys.getsizeof, (self, self.ids, self.keys, self.values)))
+        containers = sum(map(sys.getsizeof, (self, self.ids, self.keys, self.values, *states)))
         return elements + _TENSOR_BYTES * len(tensors) + containers + _INT_BYTES * len(self.ids)
 
     def view(self, start: int, end: int) -> "Chunk":

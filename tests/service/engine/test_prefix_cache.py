@@ -175,7 +175,7 @@ def test_states_are_counted() -> None:
     assert more >= 4 * (8 * 4 + 8 * 100) + 2 * _TENSOR_BYTES
 
 
-# --- what does not fit ------------------------------------------------------------------------------
+# --- chunks that are not added ----------------------------------------------------------------------
 
 
 def test_a_chunk_without_its_prefix_is_ignored() -> None:
