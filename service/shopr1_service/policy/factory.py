@@ -32,7 +32,7 @@ from shopr1_service.core import (
 )
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
-from shopr1_service.engine.forward.branched import BranchedForward
+from shopr1_service.engine.forward.branched import BranchedForward, has_states
 from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from shopr1_service.engine.forward.packed import PackedForward
@@ -241,8 +241,7 @@ def _candidates(
 ) -> list[Forward]:
     """The strategies that share a prompt, fastest first."""
     strategies: list[Forward] = [
-        SharedPrefixForward(model, cache),
-        BranchedForward(model, cache),
+        BranchedForward(model, cache) if has_states(model) else SharedPrefixForward(model, cache),
         PackedForward(model),
         ExpandedForward(model),
         SteppedForward(model),

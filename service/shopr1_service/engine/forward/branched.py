@@ -39,8 +39,13 @@ MAX_PADDING_TOKENS = 256
 """Padding of one pass. More costs as much as another pass."""
 
 
-class NoStatesError(RuntimeError):
-    """The model has no recurrent layers."""
+def has_states(model: PreTrainedModel) -> bool:
+    """Whether the model has recurrent layers, by the cache that transformers makes for it."""
+    try:
+        cache = DynamicCache(config=trunk_of(model).config)
+    except Exception:  # an architecture may have a cache of its own
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
 class BranchedForward:
@@ -154,8 +159,6 @@ class _StateCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, rows: Sequence[Segment]) -> None:
         super().__init__(config=config)
         self._num_prefix_tokens = rows[0].num_prefix_tokens
-        if not any(self._layers()):
-            raise NoStatesError("the model has no recurrent layers")
         known = [row.prefix[-1].states or {} for row in rows if row.prefix]
         for kind, layer, number in known[0] if known else ():
             states_B = torch.cat([states[kind, layer, number] for states in known])

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from shopr1_service.engine.forward import branched as branched_forward
 from shopr1_service.engine.forward.base import PromptGroup, Suffix
-from shopr1_service.engine.forward.branched import BranchedForward, NoStatesError
+from shopr1_service.engine.forward.branched import BranchedForward, has_states
 from shopr1_service.engine.prefix_cache import PrefixCache
-from tests.support.models import FAMILIES, embedding_of, model_of, random_ids, shared_model, tiny_model
+from tests.support.models import FAMILIES, embedding_of, model_of, random_ids, shared_model
 
 BRANCHED = [name for name, family in FAMILIES.items() if family.forward == "branched"]
 LEAD = (7, 8, 9)
@@ -125,12 +125,11 @@ def test_empty_prompts_run_independently() -> None:
     check("lfm2", forward, *groups)
 
 
-def test_a_model_without_states_is_refused() -> None:
-    model = tiny_model()
-    passes = passes_of(model)
-    with pytest.raises(NoStatesError):
-        BranchedForward(model, PrefixCache(10**9)).hidden_states(random_ids(9), [suffix(1)])
-    assert passes == []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_with_states(family: str) -> None:
+    # Those of recurrent_gemma are no part of the cache, though; rwkv has none.
+    expected = FAMILIES[family].forward in ("branched", "stepped") or family == "recurrent_gemma"
+    assert has_states(shared_model(family)) == expected
 
 
 @torch.no_grad()
