@@ -137,7 +137,7 @@ class SharedPrefixAttention:
             # Copies: the model's tensors may be views of larger ones.
             layout.recorded[layer] = (_copy(key), _copy(value))
         out_1_T_A_D = layout.kernel(layer, query, key, value, scaling, given)[..., :num_dimensions]
-        return out_1_T_A_D.unflatten(1, (num_rows, num_tokens))[0], None
+        return out_1_T_A_D.reshape(num_rows, num_tokens, *out_1_T_A_D.shape[2:]), None
 
 
 def _read_options(module: nn.Module, options: dict[str, Any]) -> AttentionOptions:

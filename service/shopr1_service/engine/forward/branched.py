@@ -13,7 +13,7 @@ Dimensions: B rows, R tokens of a row, T tokens of a segment, H hidden size.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ MAX_PADDING_TOKENS = 256
 def has_states(model: PreTrainedModel) -> bool:
     """Whether the model has recurrent layers, by the cache that transformers makes for it."""
     try:
-        cache = DynamicCache(config=trunk_of(model).config)
+        cache = DynamicCache(config=_config_of(model))
     except Exception:  # an architecture may have a cache of its own
         return False
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
@@ -55,6 +55,7 @@ class BranchedForward:
 
     def __init__(self, model: PreTrainedModel, cache: PrefixCache) -> None:
         self._trunk = trunk_of(model)
+        self._config = _config_of(model)
         self._device = model.device
         self._cache = cache
         self._cache_name = cache_name(self._trunk)
@@ -100,7 +101,7 @@ class BranchedForward:
 
     def _chunk(self, segment: Segment) -> Chunk:
         layout = self._attention.layout([segment], records=True)
-        states = _StateCache(self._trunk.config, [segment])
+        states = _StateCache(self._config, [segment])
         hidden_T_H = self._pass(layout, states, [segment])[0]
         recorded = [layout.recorded[layer] for layer in sorted(layout.recorded)]
         return Chunk(
@@ -130,7 +131,7 @@ class BranchedForward:
             for segment in segments
         ]
         layout = self._attention.layout(padded, records=False)
-        hidden_B_R_H = self._pass(layout, _StateCache(self._trunk.config, padded), padded)
+        hidden_B_R_H = self._pass(layout, _StateCache(self._config, padded), padded)
         return [
             hidden_R_H[: len(segment.ids)] for segment, hidden_R_H in zip(segments, hidden_B_R_H, strict=True)
         ]
@@ -190,6 +191,10 @@ class _StateCache(DynamicCache):
             for i, layer in enumerate(self.layers)
             if isinstance(layer, LinearAttentionCacheLayerMixin)
         )
+
+
+def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    return cast("PreTrainedConfig", trunk_of(model).config)
 
 
 def _length(chunks: Sequence[Chunk]) -> int:

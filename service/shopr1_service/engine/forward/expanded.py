@@ -89,7 +89,7 @@ class SteppedForward(ExpandedForward):
     name = "stepped"
 
     def _run(self, cache: Cache, ids_B_R: Tensor, positions_B_R: Tensor) -> Tensor:
-        steps = zip(ids_B_R.split(1, dim=1), positions_B_R.split(1, dim=1), strict=True)
+        steps = zip(torch.split(ids_B_R, 1, dim=1), torch.split(positions_B_R, 1, dim=1), strict=True)
         return torch.cat([super(SteppedForward, self)._run(cache, *step) for step in steps], dim=1)
 
 

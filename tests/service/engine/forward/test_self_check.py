@@ -147,8 +147,12 @@ HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen
 @pytest.mark.parametrize("family", SILENTLY_WRONG + HYBRIDS)
 def test_the_chosen_strategy_is_correct(family: str) -> None:
     model = model_of(family)
-    branched = BranchedForward(model, PrefixCache(10**9))
-    candidates = [branched, PackedForward(model), ExpandedForward(model), SteppedForward(model)]
+    candidates: list[Forward] = [
+        BranchedForward(model, PrefixCache(10**9)),
+        PackedForward(model),
+        ExpandedForward(model),
+        SteppedForward(model),
+    ]
     forward = choose_forward(model, CHECK_IDS, candidates).forward
     assert forward.name == FAMILIES[family].forward
     for num_prompt_tokens in (1, 9, 30):
