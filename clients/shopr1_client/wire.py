@@ -284,9 +284,7 @@ class Limits(AnswerModel):
 class RejectedPath(AnswerModel):
     """A faster head or forward strategy that the check at load did not take."""
 
-    path: Annotated[
-        str, Field(description="`linear`, the head, or a strategy: `shared_prefix`, `packed`, `expanded`.")
-    ]
+    path: Annotated[str, Field(description="`linear`, the head, or a strategy, as `forward` names them.")]
     reason: Annotated[
         str,
         Field(
@@ -313,7 +311,10 @@ class PolicyInfo(AnswerModel):
     ]
     forward: Annotated[
         str,
-        Field(description="How prompts are shared: `shared_prefix`, `packed`, `expanded` or `independent`."),
+        Field(
+            description="How prompts are shared: `shared_prefix`, `branched`, `packed`, `expanded`, "
+            "`stepped` or `independent`."
+        ),
     ]
     rejected_paths: Annotated[
         tuple[RejectedPath, ...],

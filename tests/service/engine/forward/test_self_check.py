@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from shopr1_service.engine.forward import self_check
 from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix
-from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.branched import BranchedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Cause, choose_forward, confirms, depends_on_weights
@@ -146,7 +147,13 @@ HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen
 @pytest.mark.parametrize("family", SILENTLY_WRONG + HYBRIDS)
 def test_the_chosen_strategy_is_correct(family: str) -> None:
     model = model_of(family)
-    forward = choose(model, CHECK_IDS)
+    candidates: list[Forward] = [
+        BranchedForward(model, PrefixCache(10**9)),
+        PackedForward(model),
+        ExpandedForward(model),
+        SteppedForward(model),
+    ]
+    forward = choose_forward(model, CHECK_IDS, candidates).forward
     assert forward.name == FAMILIES[family].forward
     for num_prompt_tokens in (1, 9, 30):
         prompt_ids = random_ids(num_prompt_tokens, seed=1)
