@@ -369,7 +369,7 @@ def insert_too_many(cache: PrefixCache) -> None:
 @pytest.mark.parametrize("insert", [insert_small, insert_large, insert_sessions, insert_too_many])
 def test_counted_is_what_is_held(insert: Callable[[PrefixCache], None]) -> None:
     """Storages of tensors, and Python's objects as `tracemalloc` sees them: all but PyTorch's own objects."""
-    insert(PrefixCache(10**9))  # what is allocated once
+    insert(PrefixCache(10**9))  # some memory is allocated once
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
