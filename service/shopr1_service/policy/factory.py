@@ -32,8 +32,9 @@ from shopr1_service.core import (
 )
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
+from shopr1_service.engine.forward.branched import BranchedForward, has_states
 from shopr1_service.engine.forward.by_length import ByLengthForward
-from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import (
@@ -244,9 +245,10 @@ def _candidates(
 ) -> list[Forward]:
     """The strategies that share a prompt, fastest first."""
     strategies: list[Forward] = [
-        SharedPrefixForward(model, cache),
+        BranchedForward(model, cache) if has_states(model) else SharedPrefixForward(model, cache),
         PackedForward(model),
         ExpandedForward(model),
+        SteppedForward(model),
     ]
     return [_by_length(forward, rope) for forward in strategies]
 
