@@ -309,8 +309,8 @@ class PolicyInfo(AnswerModel):
     head: Annotated[
         str,
         Field(
-            description="How logits are computed from hidden states: `linear`, on CUDA also `linear_written` or "
-            "`linear_fused`, or `module`."
+            description="How logits are computed from hidden states: `linear`, on CUDA also "
+            "`linear_written` or `linear_fused`; or `module`."
         ),
     ]
     forward: Annotated[
@@ -323,7 +323,8 @@ class PolicyInfo(AnswerModel):
     attention: Annotated[
         str,
         Field(
-            description="Kernels of `shared_prefix`: `cpu_flash`, on CUDA `flash`, `efficient` or `open`; else `model`."
+            description="Kernels of `shared_prefix`: `cpu_flash`, on CUDA `flash`, `efficient` or `open`. "
+            "Otherwise `model`."
         ),
     ] = "model"
     rejected_paths: Annotated[

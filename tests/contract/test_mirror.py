@@ -22,7 +22,7 @@ EXEMPT = {
     "service/shopr1_service/http/openapi.py": "contract/test_openapi.py",
     "service/shopr1_service/updates/updatable_engine.py": "service/http/routes/test_policy.py",
 }
-"""Modules that need Ray, Triton or an installation, hold data, or only connect others, and where they are tested."""
+"""Modules that need Ray, Triton or an installation, hold data or connect others; where they are tested."""
 DECLARATIONS = {
     "service/shopr1_service/engine/attention/options.py",
     "service/shopr1_service/errors.py",

@@ -4,8 +4,8 @@
     linear_written   matrix product of a chunk, then one kernel that reads it once
     linear_fused     one kernel for both: logits are never written
 
-The reference is fp64, from the same weights and hidden states. Without CUDA or without `triton` the head stays
-`linear`.
+The reference is fp64, from the same weights and hidden states. Without CUDA or without `triton` the head
+stays `linear`.
 
 Dimensions: T tokens, H hidden size, C rows of a chunk.
 """
@@ -13,7 +13,6 @@ Dimensions: T tokens, H hidden size, C rows of a chunk.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,19 +30,8 @@ TOLERANCE_NATS = 1e-4
 _TEMPERATURES = (1.0, 0.6)
 
 
-class Reduction(Protocol):
-    """From hidden states to sums of logits over the vocabulary (`LogitSums`)."""
-
-    def __call__(
-        self,
-        head: LinearHead,
-        hidden_T_H: Tensor,
-        num_rows: int,
-        temperature: float,
-        *,
-        weighs: bool,
-        sums: bool,
-    ) -> LogitSums: ...
+Reduction = Callable[[LinearHead, Tensor, int, float, bool, bool], LogitSums]
+"""Head, hidden states [T, H], rows, temperature, whether a and whether q are asked for (`LogitSums`)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class ReducedHead(LinearHead):
         self, hidden_T_H: Tensor, num_rows: int, temperature: float, *, weighs: bool, sums: bool
     ) -> LogitSums:
         assert self.reduction is not None
-        return self.reduction(self, hidden_T_H, num_rows, temperature, weighs=weighs, sums=sums)
+        return self.reduction(self, hidden_T_H, num_rows, temperature, weighs, sums)
 
 
 @torch.inference_mode()
@@ -86,7 +74,7 @@ def with_fastest_reduction(head: LinearHead, model: PreTrainedModel, input_ids: 
 def reductions() -> Mapping[str, Reduction]:
     """The reductions that can be tried here, by name."""
     try:
-        from shopr1_service.engine.fused_head.reductions import (  # noqa: PLC0415  # only on CUDA
+        from shopr1_service.engine.fused_head.reductions import (
             fused_products,
             written_products,
         )
@@ -115,8 +103,7 @@ def fastest_head(
             for actual_T, expected_T in zip(_values(way, hidden_T_H), expected, strict=True)
         )
 
-    name = fastest_right(heads, error_of, TOLERANCE_NATS, time_s_of)
-    return head if name is None else heads[name]
+    return heads[fastest_right(heads, error_of, TOLERANCE_NATS, time_s_of) or head.name]
 
 
 def _values(head: Head, hidden_T_H: Tensor) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ TILE_COLUMNS = 4096
 
 
 @triton.jit
-def _logits(  # noqa: ANN202  # Triton's types
+def _logits(
     product_T_C, bias, rows_C, is_row_C, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
     """The logits of products h·w, in the model's order: bias, scale, softcap."""
@@ -40,7 +40,7 @@ def _logits(  # noqa: ANN202  # Triton's types
 
 
 @triton.jit
-def _with_tile(  # noqa: ANN202
+def _with_tile(
     m_T,
     s_T,
     a_T,
@@ -75,9 +75,7 @@ def _with_tile(  # noqa: ANN202
 
 
 @triton.jit
-def _store(  # noqa: ANN202
-    out, place, stride, is_token_T, m_T, s_T, a_T, q_T, WEIGHS: tl.constexpr, SUMS: tl.constexpr
-):
+def _store(out, place, stride, is_token_T, m_T, s_T, a_T, q_T, WEIGHS: tl.constexpr, SUMS: tl.constexpr):
     tl.store(out + place, m_T, mask=is_token_T)
     tl.store(out + stride + place, s_T, mask=is_token_T)
     if WEIGHS:
@@ -88,7 +86,7 @@ def _store(  # noqa: ANN202
 
 # Sizes that differ from request to request must not compile a kernel of their own.
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_part_rows"])
-def reduce_products(  # noqa: ANN201
+def reduce_products(
     hidden,
     weight,
     bias,
@@ -151,7 +149,7 @@ def reduce_products(  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_columns", "first_row", "part", "num_parts"])
-def reduce_logits(  # noqa: ANN201
+def reduce_logits(
     products,
     bias,
     out,

@@ -17,7 +17,7 @@ NUM_PROGRAMS = 512
 
 
 def written_products(
-    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, *, weighs: bool, sums: bool
+    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, weighs: bool, sums: bool
 ) -> LogitSums:
     """Products by the library's matrix product, a chunk at a time; each chunk is read once."""
     num_tokens = hidden_T_H.shape[0]
@@ -29,15 +29,15 @@ def written_products(
             matmul_exact(hidden_T_H, weight_C_H),
             *(_bias(head), out_4_N_T, num_tokens, len(weight_C_H), first, part, num_parts),
             *_transform(head, temperature),
-            **_flags(head, weighs=weighs, sums=sums),
+            **_flags(head, weighs, sums),
             TILE_COLUMNS=kernels.TILE_COLUMNS,
             num_warps=8,
         )
-    return _merged(out_4_N_T, CUDA_CHUNK_ROWS, num_rows, temperature, weighs=weighs, sums=sums)
+    return _merged(out_4_N_T, CUDA_CHUNK_ROWS, num_rows, temperature, weighs, sums)
 
 
 def fused_products(
-    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, *, weighs: bool, sums: bool
+    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, weighs: bool, sums: bool
 ) -> LogitSums:
     """Products and sums in one kernel: no logit is written to memory."""
     num_tokens, num_hidden = hidden_T_H.shape
@@ -51,14 +51,14 @@ def fused_products(
         *(num_tokens, num_rows, num_part_rows),
         *_transform(head, temperature),
         NUM_HIDDEN=num_hidden,
-        **_flags(head, weighs=weighs, sums=sums),
+        **_flags(head, weighs, sums),
         TILE_TOKENS=kernels.TILE_TOKENS,
         TILE_ROWS=kernels.TILE_ROWS,
         TILE_HIDDEN=kernels.TILE_HIDDEN,
         num_warps=8,
         num_stages=3,
     )
-    return _merged(out_4_N_T, num_part_rows, num_rows, temperature, weighs=weighs, sums=sums)
+    return _merged(out_4_N_T, num_part_rows, num_rows, temperature, weighs, sums)
 
 
 def _state(like: Tensor, num_parts: int) -> Tensor:
@@ -74,7 +74,7 @@ def _transform(head: LinearHead, temperature: float) -> tuple[float, float, floa
     return float(head.scale), float(head.softcap or 1.0), float(temperature)
 
 
-def _flags(head: LinearHead, *, weighs: bool, sums: bool) -> dict[str, Any]:
+def _flags(head: LinearHead, weighs: bool, sums: bool) -> dict[str, Any]:
     return {
         "HAS_BIAS": head.bias_V is not None,
         "HAS_SOFTCAP": head.softcap is not None,
@@ -84,7 +84,7 @@ def _flags(head: LinearHead, *, weighs: bool, sums: bool) -> dict[str, Any]:
 
 
 def _merged(
-    out_4_N_T: Tensor, num_part_rows: int, num_rows: int, temperature: float, *, weighs: bool, sums: bool
+    out_4_N_T: Tensor, num_part_rows: int, num_rows: int, temperature: float, weighs: bool, sums: bool
 ) -> LogitSums:
     """The state of each token over all parts, in fp64: sums relative to the largest maximum."""
     max_N_T, exp_sum_N_T, weighted_N_T, sum_N_T = out_4_N_T.double()

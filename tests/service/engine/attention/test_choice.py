@@ -1,5 +1,7 @@
 """The choice of a kernel. Kernels of CUDA are replaced by those of the CPU, some of them wrong."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def test_the_faster_of_the_right_kernels_is_used(monkeypatch: pytest.MonkeyPatch
     assert chosen(monkeypatch, both, flash=9.0) == EFFICIENT
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, fused: dict[str, kernels._Fused], *, flash: float) -> str:
+def chosen(monkeypatch: pytest.MonkeyPatch, fused: Mapping[str, kernels._Fused], *, flash: float) -> str:
     """The kernel that would be chosen on CUDA, if these took so long: flash, efficient 1 s, open 2 s."""
     names = (FLASH, EFFICIENT, OPEN)
     times_s = iter([flash, 1.0, 2.0] if kernel_is_right(fused[FLASH]) else [1.0, 2.0])

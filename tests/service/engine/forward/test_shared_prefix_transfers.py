@@ -1,7 +1,7 @@
 """A pass does not wait for the device in each layer. Counted on PyTorch's `meta` device, which has no data.
 
-Whatever needs a number of the device on the host (`.item()`, `nonzero`, a truth value) raises there, as it
-would wait on CUDA. Copies from the host are counted.
+An operation that reads a number of the device on the host (`.item()`, `nonzero`, a truth value) raises there,
+where it would wait on CUDA. Copies from the host are counted.
 """
 
 import copy
@@ -29,7 +29,7 @@ the measured tokens of two completions; and the positions of tokens whose window
 class CopiesFromHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that read a tensor of the CPU and return one of the device."""
 
-    count = 0
+    count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -55,7 +55,8 @@ def on_meta(family: str, factor: int) -> PreTrainedModel:
 def num_copies(family: str, factor: int) -> int:
     forward = SharedPrefixForward(on_meta(family, factor), PrefixCache(2**30))
     suffixes = [Suffix(random_ids(12, seed=2), [0, 11]), Suffix(random_ids(20, seed=3), [8])]
-    with CopiesFromHost() as copies:  # type: ignore[no-untyped-call]
+    copies = CopiesFromHost()  # type: ignore[no-untyped-call]
+    with copies:
         states = forward.batch([PromptGroup(random_ids(40, seed=1), suffixes)])
     assert [tuple(each.shape) for each in states[0]] == [(2, 32), (1, 32)]
     return copies.count

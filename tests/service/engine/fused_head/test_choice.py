@@ -24,7 +24,7 @@ HIDDEN_T_H = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
 
 
 def right(
-    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, *, weighs: bool, sums: bool
+    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, weighs: bool, sums: bool
 ) -> LogitSums:
     """All logits at once."""
     logits_T_V = torch.cat(list(head.logit_chunks(hidden_T_H, num_rows)), dim=1)
@@ -32,29 +32,26 @@ def right(
 
 
 def with_change(change: Callable[[LogitSums], LogitSums]) -> Reduction:
-    def reduction(*args: object, **options: bool) -> LogitSums:
-        return change(right(*args, **options))  # type: ignore[arg-type]
-
-    return reduction
+    return lambda *args: change(right(*args))
 
 
-def fail(*_args: object, **_options: bool) -> LogitSums:
+def fail(*_args: object) -> LogitSums:
     raise RuntimeError("out of shared memory")
 
 
 def ignoring_rows(
-    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, *, weighs: bool, sums: bool
+    head: LinearHead, hidden_T_H: Tensor, num_rows: int, temperature: float, weighs: bool, sums: bool
 ) -> LogitSums:
     """Counts the head's padding, whatever is asked for."""
-    found = right(head, hidden_T_H, head.num_rows, temperature, weighs=weighs, sums=sums)
+    found = right(head, hidden_T_H, head.num_rows, temperature, weighs, sums)
     return replace(found, num_logits=num_rows)
 
 
 WRONG: Mapping[str, Reduction] = {
     "a phantom logit": with_change(lambda s: replace(s, exp_sum_T=s.exp_sum_T + 1e-2)),
     "sums that vanish": with_change(lambda s: replace(s, exp_sum_T=s.exp_sum_T * 0)),
-    "no temperature": lambda head, hidden_T_H, num_rows, _temperature, **flags: right(
-        head, hidden_T_H, num_rows, 1.0, **flags
+    "no temperature": lambda head, hidden_T_H, num_rows, _temperature, *flags: right(
+        head, hidden_T_H, num_rows, 1.0, *flags
     ),
     "padding": ignoring_rows,
     "NaN": with_change(lambda s: replace(s, exp_sum_T=s.exp_sum_T * torch.nan)),
