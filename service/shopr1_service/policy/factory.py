@@ -48,6 +48,7 @@ from shopr1_service.engine.forward.self_check import (
 )
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.forward.unused_copy import unused_copy
+from shopr1_service.engine.fused_head.choice import with_fastest_reduction
 from shopr1_service.engine.heartbeat import Heartbeat
 from shopr1_service.engine.lm_head import (
     LinearHead,
@@ -185,10 +186,13 @@ def _checked(
     candidates: Sequence[Forward],
     settings: Settings,
     startup: LoadProgress,
-) -> tuple[Head, Verdict]:
+) -> tuple[LinearHead | ModuleHead, Verdict]:
     """The fastest head and forward strategy that agree with the model."""
     try:
-        head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
+        ids_1_T = torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device)
+        head = choose_head(model, ids_1_T)
+        if isinstance(head, LinearHead):
+            head = with_fastest_reduction(head, model, ids_1_T)
         check = partial(choose_forward, model, unused=unused)
         return head, _verdict(model, check, random_ids, candidates, settings, startup)
     except UnsupportedModelError as error:
@@ -295,7 +299,7 @@ def _info(
     settings: Settings,
     name: str,
     max_sequence_tokens: int,
-    head: Head,
+    head: LinearHead | ModuleHead,
     verdict: Verdict,
 ) -> PolicyInfo:
     rejected = [*_rejected_heads(head), *verdict.rejected]
@@ -309,8 +313,9 @@ def _info(
         num_head_rows=head.num_rows,
         num_tokenizer_tokens=len(tokenizer),
         max_sequence_tokens=max_sequence_tokens,
-        head="linear" if isinstance(head, LinearHead) else "module",
+        head=head.name,
         forward=verdict.forward.name,
+        attention=verdict.forward.attention,
         rejected_paths=tuple(
             RejectedPath(path=each.path, reason=each.cause, detail=each.detail) for each in rejected
         ),
