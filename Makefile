@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-session bench-families bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -107,6 +107,10 @@ bench-growth: install  ## Cost by completions and by prompt length; writes bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.engine.bench --growth
 
+bench-session: install  ## A session with and without the prefix cache, and the cache itself, by CPU time; writes session.csv, prefix_cache.csv
+	$(BIN)/python -m benchmarks.engine.session
+	$(BIN)/python -m benchmarks.engine.prefix_cache
+
 bench-families: install  ## Architectures with windows, softcaps, sinks, MLA and recurrent states; writes families.csv
 	$(BIN)/python -m benchmarks.engine.families
 
@@ -116,8 +120,9 @@ architectures: install  ## Every architecture of transformers, built tiny, again
 bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one request; writes benchmarks/serving/trainer_burst.csv
 	$(BIN)/python -m benchmarks.serving.trainer_burst
 
-bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
+bench-text: install  ## Work on texts at n, 2n, 4n and 8n, and as runs, labels and adapters grow; writes text_growth.csv, growth.csv
 	$(BIN)/python -m benchmarks.serving.text_growth
+	$(BIN)/python -m benchmarks.serving.growth
 
 bench-updates: install  ## Weight updates against copies of the same bytes; writes benchmarks/serving/updates.csv
 	$(BIN)/python -m benchmarks.serving.updates
