@@ -40,6 +40,26 @@ def pass_tolerance(
     )
 
 
+def beginnings(
+    ids: Sequence[int], num_prompt_tokens: int, states_T_H: Tensor
+) -> tuple[list[Suffix], list[Tensor]]:
+    """Completions that are beginnings of one, and their states in a causal model.
+
+    Args:
+        ids: a prompt and its completion.
+        states_T_H: of an independent forward of `ids`.
+    """
+    completion = ids[num_prompt_tokens:]
+    parts = [(completion, [-1, 0, len(completion) - 1]), (completion[:0], [-1]), (completion[:1], [0])]
+    suffixes = [Suffix(part, positions, len(ids)) for part, positions in parts]
+    return suffixes, [states_at(states_T_H, num_prompt_tokens, suffix) for suffix in suffixes]
+
+
+def states_at(states_T_H: Tensor, num_prompt_tokens: int, suffix: Suffix) -> Tensor:
+    """The states of a whole row at the positions of a completion."""
+    return states_T_H[[num_prompt_tokens + position for position in suffix.positions]]
+
+
 def short_groups(random_ids: Sequence[int]) -> list[PromptGroup]:
     """Prompts with completions in all arrangements that requests have."""
     prompt_ids, rest = random_ids[:-NUM_SUFFIX_TOKENS], random_ids[-NUM_SUFFIX_TOKENS:]

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup, Suffix
+from shopr1_service.engine.forward.base import Forward, PromptGroup
 from shopr1_service.engine.forward.comparison import (
     MAX_SHORT_TOKENS,
     NUM_SHORT_DRAWS,
     NUM_SUFFIX_TOKENS,
     batch_errors,
+    beginnings,
     independent_states,
     pass_tolerance,
 )
@@ -42,12 +43,10 @@ def confirms(model: PreTrainedModel, random_ids: Sequence[int], forward: Forward
         return False
     ids = list(random_ids[:MAX_SHORT_TOKENS])
     num_prompt = len(ids) - NUM_SUFFIX_TOKENS
-    prompt_ids, rest = ids[:num_prompt], ids[num_prompt:]
-    whole, other = Suffix(rest, range(-1, len(rest))), Suffix(rest[4:], [0, 1])
-    whole_T_H = independent_states(model, ids)
-    expected = [whole_T_H[num_prompt - 1 :], *IndependentForward(model).hidden_states(prompt_ids, [other])]
-    tolerance = pass_tolerance(model, ids, whole_T_H, NUM_SHORT_DRAWS)
-    group = PromptGroup(prompt_ids, [whole, other])
+    states_T_H = independent_states(model, ids)
+    tolerance = pass_tolerance(model, ids, states_T_H, NUM_SHORT_DRAWS)
+    suffixes, expected = beginnings(ids, num_prompt, states_T_H)
+    group = PromptGroup(ids[:num_prompt], suffixes)
     try:
         actual = [states for _ in range(2) for states in forward.batch([group])]  # then from the cache
     except Exception as error:  # an architecture may raise anything

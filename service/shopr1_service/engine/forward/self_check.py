@@ -35,9 +35,11 @@ from shopr1_service.engine.forward.comparison import (
     NUM_SHORT_DRAWS,
     NUM_SUFFIX_TOKENS,
     batch_errors,
+    beginnings,
     independent_states,
     pass_tolerance,
     short_groups,
+    states_at,
 )
 from shopr1_service.engine.forward.reach import Reach, block_sparse_tokens
 from shopr1_service.engine.forward.rounding import (
@@ -136,21 +138,15 @@ class _Long:
     tolerance: Tolerance
 
     def group(self) -> tuple[PromptGroup, list[Tensor]]:
-        """Completions of the common beginning, and their expected states."""
-        first, second = (row[self.num_common :] for row in self.rows)
-        num_rope_tokens = len(self.rows[0])  # all expected states are those of whole rows
-        suffixes = [
-            Suffix(first, [-1, 0, len(first) - 1], num_rope_tokens),
-            Suffix([], [-1], num_rope_tokens),
-            Suffix(first[:1], [0], num_rope_tokens),
-            Suffix(second, [0, len(second) - 1], len(self.rows[1])),
-        ]
-        states = (self.states[0], self.states[0], self.states[0], self.states[1])
-        expected = [
-            states_T_H[[self.num_common + position for position in suffix.positions]]
-            for states_T_H, suffix in zip(states, suffixes, strict=True)
-        ]
-        return PromptGroup(self.rows[0][: self.num_common], suffixes), expected
+        """Completions of the common beginning, and their expected states, all of them those of whole rows."""
+        suffixes, expected = beginnings(self.rows[0], self.num_common, self.states[0])
+        second = self.rows[1][self.num_common :]
+        other = Suffix(second, [0, len(second) - 1], len(self.rows[1]))
+        prompt_ids = self.rows[0][: self.num_common]
+        return (
+            PromptGroup(prompt_ids, [*suffixes, other]),
+            [*expected, states_at(self.states[1], self.num_common, other)],
+        )
 
 
 @dataclass
@@ -310,7 +306,7 @@ class _SelfCheck:
             ties = [Rejection(each.name, Cause.DIFFERS, self.ties) for each in candidates]
             return self._verdict(self._reference, ties)
         groups = short_groups(self._short)
-        expected = self._reference.batch(groups)
+        expected = [self._expected(group) for group in groups]
         rejected: list[Rejection] = []
         for candidate in candidates:
             rejection = self._rejection(candidate, groups, expected)
@@ -320,6 +316,17 @@ class _SelfCheck:
             rejected.append(rejection)
         logger.warning("%s cannot share a prompt: each completion is run with all of it", self._name)
         return self._verdict(self._reference, rejected)
+
+    def _expected(self, group: PromptGroup) -> list[Tensor]:
+        """The states of independent forwards. Those of beginnings of the short sequence are known."""
+        num_prompt, expected = len(group.prompt_ids), []
+        for suffix in group.suffixes:
+            row = [*group.prompt_ids, *suffix.ids]
+            if self._is_length_free and row == self._short[: len(row)]:
+                expected.append(states_at(self._whole_T_H, num_prompt, suffix))
+            else:
+                expected += self._reference.hidden_states(group.prompt_ids, [suffix])
+        return expected
 
     def _verdict(self, forward: Forward, rejected: Sequence[Rejection] = ()) -> Verdict:
         return Verdict(forward, tuple(rejected), tuple(self.remarks), bool(self.ties))
