@@ -6,6 +6,9 @@ a common beginning share its chunks. Beyond the byte limit, the least recently u
 evicted. Counted is what a chunk keeps in memory: keys and values, and also its ids, its node in the tree and
 what Python and PyTorch need for each tensor. In a small policy's short prompts that is most of it.
 
+Models with recurrent layers also need the states of these after the last token. They are known where a chunk
+ended when it was computed, and for such models a known beginning ends there.
+
 Keys and values depend on more than token ids, on the weights that computed them and on images: each
 `PromptScope` has a tree of its own, and all trees share the limit.
 
@@ -13,8 +16,8 @@ Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D h
 """
 
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -28,20 +31,26 @@ _SCOPE_BYTES = 400
 """A `PromptScope` with its digest, and its place among the roots."""
 
 
+States = Mapping[tuple[str, int, int], Tensor]
+"""States of recurrent layers by kind, layer and number within the layer, each [1, …]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Keys and values of consecutive tokens, never written to.
 
     Attributes:
         ids: the tokens.
-        keys, values: per layer [1, K, T, D].
+        keys, values: per attention layer [1, K, T, D].
         last_hidden_1_H: the last token's hidden state; None if unknown.
+        states: of recurrent layers after the last token; None if unknown.
     """
 
     ids: tuple[int, ...]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     last_hidden_1_H: Tensor | None
+    states: States | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,11 +58,12 @@ class Chunk:
     @property
     def num_bytes(self) -> int:
         """Memory of a chunk whose tensors are not views."""
-        tensors = [*self.keys, *self.values]
+        states = self.states or {}
+        tensors = [*self.keys, *self.values, *states.values()]
         if self.last_hidden_1_H is not None:
             tensors.append(self.last_hidden_1_H)
         elements = sum(tensor.nbytes for tensor in tensors)
-        containers = sum(map(sys.getsizeof, (self, self.ids, self.keys, self.values)))
+        containers = sum(map(sys.getsizeof, (self, self.ids, self.keys, self.values, *states)))
         return elements + _TENSOR_BYTES * len(tensors) + containers + _INT_BYTES * len(self.ids)
 
     def view(self, start: int, end: int) -> "Chunk":
@@ -63,13 +73,14 @@ class Chunk:
             keys=tuple(key[:, :, start:end] for key in self.keys),
             values=tuple(value[:, :, start:end] for value in self.values),
             last_hidden_1_H=self.last_hidden_1_H if end == len(self) else None,
+            states=self.states if end == len(self) else None,
         )
 
     def copy(self) -> "Chunk":
         """A copy on memory of its own, so that the chunk it was cut from can be freed."""
         keys = tuple(key.clone() for key in self.keys)
         values = tuple(value.clone() for value in self.values)
-        return Chunk(self.ids, keys, values, self.last_hidden_1_H)
+        return Chunk(self.ids, keys, values, self.last_hidden_1_H, self.states)
 
 
 @dataclass(eq=False, slots=True)
@@ -103,35 +114,47 @@ class PrefixCache:
     def is_enabled(self) -> bool:
         return self.max_bytes > 0
 
-    def match(self, ids: Sequence[int], scope: PromptScope = TEXT_SCOPE) -> list[Chunk]:
-        """The chunks of the longest cached beginning of `ids`; the last may be a view of a longer chunk."""
+    def match(
+        self, ids: Sequence[int], scope: PromptScope = TEXT_SCOPE, *, with_states: bool = False
+    ) -> list[Chunk]:
+        """The chunks of the longest cached beginning of `ids`; the last may be a view of a longer chunk.
+
+        Args:
+            with_states: the states of recurrent layers must be known at the beginning's end.
+        """
         self._clock += 1
         chunks = []
         for node, num_tokens in self._walk(ids, scope):
             node.last_used = self._clock
             chunks.append(node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens))
+        while with_states and chunks and chunks[-1].states is None:
+            chunks.pop()
         num_matched = sum(map(len, chunks))
         self.stats.num_hit_tokens += num_matched
         self.stats.num_missed_tokens += len(ids) - num_matched
         return chunks
 
     def insert(self, ids: Sequence[int], chunk: Chunk, scope: PromptScope = TEXT_SCOPE) -> None:
-        """Add a chunk that follows `ids`; ignored unless all of `ids` are cached.
+        """Add a chunk that follows `ids`, as far as it is new; ignored unless all of `ids` are cached.
 
         Args:
             chunk: on memory of its own: a view would keep more than is counted.
         """
         if not self.is_enabled or not len(chunk):
             return
-        path = list(self._walk(ids, scope))
-        if sum(num_tokens for _, num_tokens in path) < len(ids):
+        path = list(self._walk((*ids, *chunk.ids), scope))
+        num_new = len(ids) + len(chunk) - sum(num_tokens for _, num_tokens in path)
+        if num_new > len(chunk):
             return
-        parent = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root())
-        if chunk.ids[0] not in parent.children:
+        node = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root())
+        if num_new:
+            new = chunk if num_new == len(chunk) else chunk.view(len(chunk) - num_new, len(chunk)).copy()
             self._clock += 1
-            node = _Node(chunk, parent, last_used=self._clock)
-            parent.children[chunk.ids[0]] = node
-            self._count(node, parent)
+            child = node.children[new.ids[0]] = _Node(new, node, last_used=self._clock)
+            self._count(child, node)
+        elif node.chunk.states is None and chunk.states is not None:
+            node.chunk = replace(node.chunk, last_hidden_1_H=chunk.last_hidden_1_H, states=chunk.states)
+            self._count(node)
         self._evict()
 
     def reset(self) -> None:

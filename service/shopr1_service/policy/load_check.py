@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shopr1_rewards.self_certainty import Head
 from shopr1_service.engine.forward.base import Forward, IndependentForward
+from shopr1_service.engine.forward.branched import BranchedForward, has_states
 from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.comparison import MAX_SHORT_TOKENS
 from shopr1_service.engine.forward.confirmation import confirms, depends_on_weights
-from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Verdict, choose_forward
@@ -135,9 +136,10 @@ class _Check:
         self._settings = settings
         self._progress = progress
         strategies: list[Forward] = [
-            SharedPrefixForward(model, cache),
+            BranchedForward(model, cache) if has_states(model) else SharedPrefixForward(model, cache),
             PackedForward(model),
             ExpandedForward(model),
+            SteppedForward(model),
         ]
         self._candidates = [self._by_length(forward) for forward in strategies]  # fastest first
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from shopr1_client.errors import TooLargeError
 from shopr1_client.wire import Message
 from shopr1_rewards import Action
+from shopr1_service.concurrency import checkpoint
 from shopr1_service.memory.budget import Account, MemoryBudget
 
 TextPrompt = str | Sequence[Message]
@@ -73,6 +74,40 @@ def _text_hasher() -> "hashlib.blake2b":
     return hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"text")
 
 
+@dataclass(frozen=True)
+class NewLabels:
+    """Labels that one call registers: one for each prompt.
+
+    Attributes:
+        labels: by `prompt_digest`.
+        lengths: of the text prompts, in bytes.
+    """
+
+    labels: dict[bytes, Label]
+    lengths: frozenset[int]
+    num_truth_bytes: int
+
+    @classmethod
+    def collect(cls, labels: Iterable[tuple[TextPrompt, Label]]) -> "NewLabels":
+        """The labels by prompt. Takes time in proportion to their text: for many, call it on a thread.
+
+        Raises:
+            ContradictionError: two labels of one prompt differ.
+        """
+        new: dict[bytes, Label] = {}
+        positions: dict[bytes, int] = {}
+        lengths: set[int] = set()
+        for i, (prompt, label) in enumerate(labels):
+            checkpoint()
+            digest = prompt_digest(prompt)
+            first = positions.setdefault(digest, i)
+            if new.setdefault(digest, label) != label:
+                raise ContradictionError(first, i)
+            if isinstance(prompt, str):
+                lengths.add(len(prompt.encode()))
+        return cls(new, frozenset(lengths), sum(map(_truth_bytes, new.values())))
+
+
 @dataclass
 class _Table:
     """Labels of one run."""
@@ -100,45 +135,31 @@ class LabelStore:
         """Number of labels of a run."""
         return len(self._table(run).labels)
 
-    def put(
-        self, run: str, labels: Iterable[tuple[TextPrompt, Label]], digests: Sequence[bytes] | None = None
-    ) -> int:
+    def put(self, run: str, new: NewLabels) -> int:
         """Add labels, replacing those of the same prompts from earlier calls. If it fails, none is added.
-
-        Args:
-            digests: `prompt_digest` of each prompt, if they are known.
 
         Returns:
             How many labels from earlier calls were replaced by different ones.
 
         Raises:
-            ContradictionError: two labels of one prompt differ.
             TooLargeError: too many labels, or no memory for them.
         """
         table = self._table(run)
-        new: dict[bytes, Label] = {}
-        positions: dict[bytes, int] = {}
-        lengths = set(table.lengths)
-        for i, (prompt, label) in enumerate(labels):
-            digest = prompt_digest(prompt) if digests is None else digests[i]
-            first = positions.setdefault(digest, i)
-            if new.setdefault(digest, label) != label:
-                raise ContradictionError(first, i)
-            if isinstance(prompt, str):
-                lengths.add(len(prompt.encode()))
-        num_new = sum(digest not in table.labels for digest in new)
-        self._check_capacity(table, num_new)
-        num_changed = sum(table.labels.get(digest, label) != label for digest, label in new.items())
-        added = (_truth_bytes(label) - _truth_bytes(table.labels.get(key)) for key, label in new.items())
-        num_truth_bytes = table.num_truth_bytes + sum(added)
-        num_bytes = _table_bytes(len(table.labels) + num_new, len(lengths), num_truth_bytes)
+        replaced = {digest: table.labels[digest] for digest in new.labels.keys() & table.labels.keys()}
+        num_labels = len(table.labels) + len(new.labels) - len(replaced)
+        self._check_capacity(table, num_labels)
+        lengths = new.lengths.union(table.lengths)
+        num_truth_bytes = (
+            table.num_truth_bytes + new.num_truth_bytes - sum(map(_truth_bytes, replaced.values()))
+        )
+        num_bytes = _table_bytes(num_labels, len(lengths), num_truth_bytes)
         self._memory.grow(num_bytes - table.num_bytes)
-        table.labels |= new
+        table.labels |= new.labels
         table.lengths = sorted(lengths)
         table.num_truth_bytes, table.num_bytes = num_truth_bytes, num_bytes
-        if new:
+        if new.labels:
             self._tables[run] = table
-        return num_changed
+        return sum(new.labels[digest] != label for digest, label in replaced.items())
 
     def get(self, run: str, prompt: TextPrompt) -> Label | None:
         """The run's label of exactly this prompt."""
@@ -174,12 +195,11 @@ class LabelStore:
         """The run's table; a new one, which is not stored, if it has none."""
         return self._tables.get(run) or _Table()
 
-    def _check_capacity(self, table: _Table, num_new: int) -> None:
-        num_held = sum(len(each.labels) for each in self._tables.values())
-        if num_held + num_new > self._max_labels:
-            num_others = num_held - len(table.labels)
+    def _check_capacity(self, table: _Table, num_labels: int) -> None:
+        num_others = sum(len(each.labels) for each in self._tables.values()) - len(table.labels)
+        if num_others + num_labels > self._max_labels:
             others = f", {num_others} of them of other runs" if num_others else ""
-            raise TooLargeError(f"{num_held + num_new} labels{others}, max_labels = {self._max_labels}")
+            raise TooLargeError(f"{num_others + num_labels} labels{others}, max_labels = {self._max_labels}")
 
 
 def _table_bytes(num_labels: int, num_lengths: int, num_truth_bytes: int) -> int:
@@ -188,5 +208,5 @@ def _table_bytes(num_labels: int, num_lengths: int, num_truth_bytes: int) -> int
     return _TABLE_BYTES + _LABEL_BYTES * num_labels + _LENGTH_BYTES * num_lengths + num_truth_bytes
 
 
-def _truth_bytes(label: Label | None) -> int:
-    return sys.getsizeof(label.truth) if label is not None else 0
+def _truth_bytes(label: Label) -> int:
+    return sys.getsizeof(label.truth)

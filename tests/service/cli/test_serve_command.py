@@ -36,7 +36,7 @@ def test_the_collector_runs_again_after_the_imports(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(uvicorn_server, "serve", lambda _settings: states.append(gc.isenabled()) or 0)
     assert serve_until_a_signal(JSON, None) == 0
     assert states == [True]
-    assert gc.get_freeze_count() > 100_000  # what the imports have made
+    assert gc.get_freeze_count() > 100_000  # objects of the imports
 
 
 def test_an_expected_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import sys
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,50 @@ def test_the_last_hidden_state_is_that_of_the_last_token() -> None:
     assert first.last_hidden_1_H is None
     assert second.last_hidden_1_H is not None
     assert second.last_hidden_1_H.tolist() == [[3.0]]
+
+
+# --- states of recurrent layers ---------------------------------------------------------------------
+
+
+def remember_states(cache: PrefixCache, ids: Sequence[int]) -> None:
+    """Compute what follows the last known states, and insert it. The state is the sum of the tokens."""
+    num_known = sum(map(len, cache.match(ids, with_states=True)))
+    if num_known < len(ids):
+        state = torch.tensor([[float(sum(ids))]])
+        new = replace(chunk(ids[num_known:], num_known), states={("recurrent", 0, 0): state})
+        cache.insert(ids[:num_known], new)
+
+
+@given(prompts=PROMPTS)
+def test_states_are_found_where_a_prompt_ended(prompts: list[list[int]]) -> None:
+    cache = PrefixCache(10**6)
+    known: list[list[int]] = []
+    for prompt in prompts:
+        chunks = cache.match(prompt, with_states=True)
+        longest = max((len(other) for other in known if prompt[: len(other)] == other), default=0)
+        assert spelled(chunks) == prompt[:longest]
+        if chunks:
+            assert chunks[-1].states is not None
+            assert chunks[-1].last_hidden_1_H is not None
+            assert chunks[-1].states["recurrent", 0, 0].item() == sum(prompt[:longest])
+            assert chunks[-1].last_hidden_1_H.item() == prompt[longest - 1]
+            positions = torch.cat([part.values[0] for part in chunks], 2)[0, 0, :, 0]
+            assert positions.tolist() == list(range(longest))
+        remember_states(cache, prompt)
+        known.append(prompt)
+    beginnings = {tuple(prompt[:end]) for prompt in known for end in range(1, len(prompt) + 1)}
+    assert num_tokens_of(cache) == len(beginnings)
+    assert_counted(cache)
+
+
+def test_states_are_counted() -> None:
+    plain = chunk([1, 2])
+    states = {("conv", 0, 0): torch.zeros(1, 8, 4), ("recurrent", 0, 0): torch.zeros(1, 8, 100)}
+    more = replace(plain, states=states).num_bytes - plain.num_bytes
+    assert more >= 4 * (8 * 4 + 8 * 100) + 2 * _TENSOR_BYTES
+
+
+# --- chunks that are not added ----------------------------------------------------------------------
 
 
 def test_a_chunk_without_its_prefix_is_ignored() -> None:

@@ -62,6 +62,15 @@ class Layout:
     position_ids_1_T: Tensor
     records: bool
     recorded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _layers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.position_ids_1_T.shape[1]
+
+    def next_layer(self) -> int:
+        """The number of the attention layer that runs now. Recurrent layers between them are not counted."""
+        return next(self._layers)
 
 
 def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -116,16 +125,19 @@ class SharedPrefixAttention:
     ) -> tuple[Tensor, None]:
         """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
         layout = self._layout
-        if layout is None or attention_mask is not None or query.shape[0] != 1:
-            raise UnsupportedAttentionError("not a packed row")
+        num_rows, num_tokens = query.shape[0], query.shape[2]
+        if layout is None or attention_mask is not None or num_rows * num_tokens != layout.num_tokens:
+            raise UnsupportedAttentionError("other tokens than those of the layout")
         given = _read_options(module, options)
         num_dimensions = value.shape[-1]
         value = _padded(value, key.shape[-1])
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        query, key, value = (_in_one_row(tensor) for tensor in (query, key, value))
+        layer = layout.next_layer()
         if layout.records:
             # Copies: the model's tensors may be views of larger ones.
             layout.recorded[layer] = (_copy(key), _copy(value))
-        return layout.kernel(layer, query, key, value, scaling, given)[..., :num_dimensions], None
+        out_1_T_A_D = layout.kernel(layer, query, key, value, scaling, given)[..., :num_dimensions]
+        return out_1_T_A_D.reshape(num_rows, num_tokens, *out_1_T_A_D.shape[2:]), None
 
 
 def _read_options(module: nn.Module, options: dict[str, Any]) -> AttentionOptions:
@@ -154,6 +166,11 @@ def _padded(value: Tensor, num_dimensions: int) -> Tensor:
 
 def _positions(segments: Sequence[Segment]) -> Tensor:
     return torch.cat([torch.arange(len(segment.ids)) + segment.num_prefix_tokens for segment in segments])
+
+
+def _in_one_row(tensor_B_A_T_D: Tensor) -> Tensor:
+    """Rows behind each other, [1, A, B · T, D]."""
+    return tensor_B_A_T_D.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Forward strategies compute the hidden states of a group: one prompt and several completions.
 
-There are four. A check at load (`self_check.py`) chooses the first whose numbers are right:
+There are several. A check at load (`self_check.py`) chooses the first whose numbers are right:
 
     SharedPrefixForward   the prompt once, kept across requests, read in place (`shared_prefix.py`)
+    BranchedForward       the same with recurrent layers, whose states are copied (`branched.py`)
     PackedForward         the prompt once; all completions in one row on its cache (`packed.py`)
     ExpandedForward       the prompt once; completions in a batch on copies of its cache (`expanded.py`)
+    SteppedForward        the same, a token at a time (`expanded.py`)
     IndependentForward    each completion with the whole prompt: slow, right for every architecture
 
 Dimensions: S requested positions, H hidden size.

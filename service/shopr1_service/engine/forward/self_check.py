@@ -11,7 +11,8 @@ tokens are therefore compared:
    for one prompt that is longer than every window, chunk or choice of keys (`reach.py`).
 
 Passes of the full length are few: two independent ones, one more in 16 bits to measure rounding
-(`rounding.py`), and one for each strategy that is right about short prompts.
+(`rounding.py`), and one for each strategy that is right about short prompts. Where RoPE depends on the
+length, two more are just longer than its threshold.
 """
 
 import logging
@@ -191,7 +192,7 @@ class _SelfCheck:
             self._long = self._long_as_memory_allows()
             self._compare_long(self._long, whole_T_H)
         for length, states_T_H in self._beginnings.items():
-            self._refuse_memory(self._states(self.ids[:length]), states_T_H)
+            self._refuse_memory(self._beginning(length), states_T_H)
 
     def _run_beginnings(self) -> Iterator[tuple[int, Tensor]]:
         """Lengths and states of beginnings, one of them just beyond the length from which RoPE changes."""
@@ -200,9 +201,14 @@ class _SelfCheck:
             lengths.add(min(threshold + NUM_SUFFIX_TOKENS, len(self.ids) - 1))
         for length in sorted(lengths):
             try:
-                yield length, self._states(self.ids[:length])
+                yield length, self._beginning(length)
             except Exception as error:  # an architecture may need more tokens
                 self._remark(f"it fails with {length} tokens: {error!r}")
+
+    def _beginning(self, length: int) -> Tensor:
+        if length > MAX_SHORT_TOKENS:
+            self.report(f"independent, {length} tokens")
+        return self._states(self.ids[:length])
 
     def _compare(self, actual_T_H: Tensor, expected_T_H: Tensor, tolerance: Tolerance) -> None:
         error_T = relative_errors(actual_T_H, expected_T_H)

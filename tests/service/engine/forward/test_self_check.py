@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from shopr1_service.engine.forward import self_check
 from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix
-from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.branched import BranchedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Cause, choose_forward
@@ -21,6 +22,7 @@ from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.forward.unused_copy import unused_copy
 from shopr1_service.engine.lm_head import UnsupportedModelError, choose_head, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
+from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
 from tests.support.broken_models import (
     ignore_the_cache,
@@ -104,7 +106,13 @@ HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen
 @pytest.mark.parametrize("family", SILENTLY_WRONG + HYBRIDS)
 def test_the_chosen_strategy_is_correct(family: str) -> None:
     model = model_of(family)
-    forward = choose(model, CHECK_IDS)
+    candidates: list[Forward] = [
+        BranchedForward(model, PrefixCache(10**9)),
+        PackedForward(model),
+        ExpandedForward(model),
+        SteppedForward(model),
+    ]
+    forward = choose_forward(model, CHECK_IDS, candidates).forward
     assert forward.name == FAMILIES[family].forward
     for num_prompt_tokens in (1, 9, 30):
         prompt_ids = random_ids(num_prompt_tokens, seed=1)
@@ -312,6 +320,17 @@ def test_few_passes_are_long(dtype: torch.dtype, num_long: int) -> None:
         "packed, 1989 tokens",
     ]
     assert texts == [name for name in names if dtype is torch.bfloat16 or "rounding" not in name]
+
+
+def test_the_progress_names_passes_beyond_a_rope_threshold() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    model, texts = tiny_model(max_position_embeddings=300, rope_parameters=rope), list[str]()
+    LengthDependentRope.of(model)
+    seen = lengths_of(model)
+    choose_forward(model, random_ids(324, seed=9), [], texts.append)
+    long = [num for num in seen if num > 64]
+    assert long == [306, 319, 319, 306]
+    assert texts == [f"independent, {num} tokens" for num in long]
 
 
 def test_no_pass_is_longer_than_the_ids() -> None:
