@@ -4,8 +4,8 @@
 
 Each start is a process of its own. A first one has an empty cache directory, a second one what the first has
 kept. With `--base`, starts of another checkout alternate with those of this one, with its own interpreter
-(`CHECKOUT/.venv`). CPU seconds are those of the process when it reports to be ready: with one thread they
-hardly depend on other work of the machine. Runs on Linux.
+(`CHECKOUT/.venv`). CPU seconds are those of the process when its policy is ready: with one thread they depend
+little on other work of the machine. Runs on Linux.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +24,6 @@ from pathlib import Path
 import httpx
 import torch
 
-from benchmarks.meters import time_s
 from benchmarks.report import Report
 from benchmarks.serving.local_server import wait_until_ready
 from shopr1_service.policy.loading import choose_dtype
@@ -33,6 +33,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 PACKAGES = ("rewards", "service", "clients")
 STARTS = ("first", "second")
+_READY = " is ready: {"
+"""Part of the line that names the policy, after all steps of the start."""
 
 
 @dataclass(frozen=True)
@@ -75,34 +77,43 @@ def _options() -> argparse.Namespace:
 
 
 def measure(builds: list[Build], num_runs: int, num_threads: int) -> Mapping[tuple[str, str], list[Cost]]:
-    """Costs by build and start; builds alternate."""
+    """Costs by build and start; builds alternate. One that keeps nothing has one kind of start."""
     costs: dict[tuple[str, str], list[Cost]] = {(b.name, start): [] for b in builds for start in STARTS}
     for _ in range(num_runs):
         caches = {build.name: tempfile.TemporaryDirectory() for build in builds}
         for start in STARTS:
             for build in builds:
-                cost = start_once(build, Path(caches[build.name].name), num_threads)
+                cache = Path(caches[build.name].name)
+                if start == "second" and not any(cache.iterdir()):  # it keeps nothing
+                    costs[build.name, start].append(costs[build.name, "first"][-1])
+                    continue
+                cost = start_once(build, cache, num_threads)
                 print(f"{build.name}, {start} start: {cost.cpu_s:.2f} CPU s, {cost.wall_s:.2f} s", flush=True)
                 costs[build.name, start].append(cost)
-        for cache in caches.values():
-            cache.cleanup()
+        for directory in caches.values():
+            directory.cleanup()
     return costs
 
 
 def start_once(build: Build, cache: Path, num_threads: int) -> Cost:
     """Start the service of a checkout, wait until it is ready, and end it."""
-    port = _free_port()
+    port, start_s = _free_port(), time.perf_counter()
     with subprocess.Popen(
         [build.python, "-m", "shopr1_service", "serve", "--port", str(port)],
         cwd=build.root,
         env=_environment(build.root, cache, num_threads),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
+            # Its log tells: requests to it would add to its CPU time.
+            log = process.stderr or ()
+            assert any(_READY in line for line in log), "it has ended"
+            cost = Cost(_cpu_s(process.pid), time.perf_counter() - start_s)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-                wall_s = time_s(lambda: wait_until_ready(client))
-            return Cost(_cpu_s(process.pid), wall_s)
+                wait_until_ready(client)
+            return cost
         finally:
             process.terminate()
 
