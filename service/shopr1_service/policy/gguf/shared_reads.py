@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 from transformers import modeling_gguf_pytorch_utils as legacy_reader
+from transformers.integrations.ggml import _gguf_parse_value
 from transformers.integrations.gguf import reader
 
 _STRING = 8
@@ -36,7 +37,7 @@ def shared_reads() -> Iterator[None]:
             (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
             (quants, "_apply_over_grouped_rows", _apply_to_rows),
             (reader, "_mapped", lambda path: _plain(np.memmap(path, mode="r", dtype=np.uint8))),
-            (legacy_reader, "_gguf_parse_value", _value_parser(legacy_reader._gguf_parse_value)),
+            (legacy_reader, "_gguf_parse_value", _value_parser(_gguf_parse_value)),
         ):
             patches.enter_context(patch.object(module, name, replacement))
         yield
@@ -77,7 +78,7 @@ def _apply_to_rows(
 ) -> Array:
     """Unpack an array of blocks, many rows at a time (a `quants._apply_over_grouped_rows`)."""
     rows = arr.reshape((-1, arr.shape[-1]))
-    unpacked = np.empty((len(rows), oshape[-1]), otype)
+    unpacked: Array = np.empty((len(rows), oshape[-1]), otype)
     for first in range(0, len(rows), _ROWS_AT_A_TIME):
         some = rows[first : first + _ROWS_AT_A_TIME]
         unpacked[first : first + len(some)] = unpack(some).reshape((len(some), -1))

