@@ -307,7 +307,11 @@ class PolicyInfo(AnswerModel):
     num_tokenizer_tokens: Annotated[int, Field(description="V of `vocabulary = tokenizer`.")]
     max_sequence_tokens: int
     head: Annotated[
-        str, Field(description="How logits are computed from hidden states: `linear` or `module`.")
+        str,
+        Field(
+            description="How logits are computed from hidden states: `linear`, on CUDA also "
+            "`linear_written` or `linear_fused`; or `module`."
+        ),
     ]
     forward: Annotated[
         str,
@@ -316,6 +320,13 @@ class PolicyInfo(AnswerModel):
             "`stepped` or `independent`."
         ),
     ]
+    attention: Annotated[
+        str,
+        Field(
+            description="Kernels of `shared_prefix`: `cpu_flash`, on CUDA `flash`, `efficient` or `open`. "
+            "Otherwise `model`."
+        ),
+    ] = "model"
     rejected_paths: Annotated[
         tuple[RejectedPath, ...],
         Field(description="Faster paths that were not taken, fastest first, and why."),

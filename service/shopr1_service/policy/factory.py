@@ -185,8 +185,9 @@ def _info(
         num_head_rows=head.num_rows,
         num_tokenizer_tokens=num_tokenizer_tokens,
         max_sequence_tokens=checked.max_sequence_tokens,
-        head="linear" if isinstance(head, LinearHead) else "module",
+        head=head.name,
         forward=verdict.forward.name,
+        attention=verdict.forward.attention,
         rejected_paths=tuple(
             RejectedPath(path=each.path, reason=each.cause, detail=each.detail) for each in rejected
         ),

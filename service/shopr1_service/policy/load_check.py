@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shopr1_rewards.self_certainty import Head
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.branched import BranchedForward, has_states
 from shopr1_service.engine.forward.by_length import ByLengthForward
@@ -24,7 +23,8 @@ from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Verdict, choose_forward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.forward.unused_copy import unused_copy
-from shopr1_service.engine.lm_head import UnsupportedModelError, choose_head
+from shopr1_service.engine.fused_head.choice import with_fastest_reduction
+from shopr1_service.engine.lm_head import LinearHead, ModuleHead, UnsupportedModelError, choose_head
 from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
@@ -56,7 +56,7 @@ class CheckedModel:
     max_sequence_tokens: int
     random_ids: Sequence[int]
     rope: LengthDependentRope | None
-    head: Head
+    head: LinearHead | ModuleHead
     verdict: Verdict
 
 
@@ -86,7 +86,10 @@ def check_model(
         unused = unused_copy(model)
         check_positions(model, max_sequence_tokens, longest)
         random_ids = check_ids(model, num_ids, longest, max_sequence_tokens)
-        head = choose_head(model, torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device))
+        ids_1_T = torch.tensor([random_ids[:NUM_CHECK_TOKENS]], device=model.device)
+        head = choose_head(model, ids_1_T)
+        if isinstance(head, LinearHead):
+            head = with_fastest_reduction(head, model, ids_1_T)
         verdict = _Check(model, unused, cache, rope, settings, progress).verdict(random_ids)
     except UnsupportedModelError as error:
         raise PolicyError(str(error)) from error

@@ -63,6 +63,10 @@ class BranchedForward:
         self._attention = SharedPrefixAttention(model)
         self._independent = IndependentForward(model)
 
+    @property
+    def attention(self) -> str:
+        return self._attention.kernel_name or "model"
+
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         return self.batch([PromptGroup(prompt_ids, suffixes)])[0]
 
