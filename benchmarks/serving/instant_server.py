@@ -1,7 +1,7 @@
 """The service without a model, for measurements of everything around it: `instant_server.py RECIPE`.
 
-Its policy returns constants at once. The port is printed before it is ready; the service ends with its standard
-input. Run as a file with another checkout on `PYTHONPATH`, it serves that one, also an old one.
+Its policy returns constants at once. The port is printed before it is ready; the service ends with its
+standard input. Run as a file with another checkout on `PYTHONPATH`, it serves that one, also an old one.
 """
 
 import socket
@@ -22,7 +22,9 @@ try:
 except ImportError:  # before these packages existed
     from shopr1_service.app import create_app
     from shopr1_service.connection import connection_class
-    from shopr1_service.fake import FakePolicy as open_engine
+    from shopr1_service.fake import FakePolicy
+
+    open_engine = FakePolicy
 
 BACKLOG = 4096
 

@@ -53,7 +53,8 @@ class BatchHistogram(Collector):
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """The counts up to each bound, and the sums."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._label_names)
-        names = [floatToGoString(bound) for bound in (*self._bounds, float("inf"))]
+        bounds = (*self._bounds, float("inf"))
+        names = [floatToGoString(bound) for bound in bounds]  # type: ignore[no-untyped-call]
         for labels, series in list(self._series.items()):
             counts, total = series.read()
             family.add_metric(labels, list(zip(names, accumulate(counts), strict=True)), total)

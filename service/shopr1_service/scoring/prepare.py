@@ -104,10 +104,10 @@ class _Preparation:
             checkpoint()
             if each is None:
                 continue
-            if not isinstance(each, str):
-                rollout = self._rollout(each, judge, truth)
-            elif (rollout := known.get(each)) is None:
-                rollout = known[each] = self._rollout(each, judge, truth)
+            found = known.get(each) if isinstance(each, str) else None
+            rollout = found or self._rollout(each, judge, truth)
+            if isinstance(each, str):
+                known[each] = rollout
             if rollout.tokens.ids:
                 self._within_embedding(rollout.tokens.ids, _completion_path(path, j))
                 self._count(rollout.tokens.ids)

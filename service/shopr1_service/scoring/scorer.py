@@ -9,9 +9,9 @@ from functools import partial
 
 from shopr1_client import wire
 from shopr1_client.errors import InvalidRequestError
-from shopr1_client.wire import Completion, Group, Include, PolicyRef, ScoreRequest, Status, TokenIds
+from shopr1_client.wire import Completion, Group, Include, PolicyRef, ScoreRequest, Status, Text, TokenIds
 from shopr1_client.wire_policy import VersionDemand
-from shopr1_rewards import Recipe, measured_terms, total
+from shopr1_rewards import Recipe, measured_terms, needs_policy, total
 from shopr1_service.answers import Details, GroupScore, Reward, ScoreResponse, TokenCertainty
 from shopr1_service.concurrency import checkpoint, in_pool
 from shopr1_service.core import (
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _NUM_PREPARE_THREADS = 2
 _FEW = 64
 """Rollouts whose rewards are written down at once, on the event loop."""
+_FEW_CHARS = 4096
+"""Characters that are judged and tokenised at once, on the event loop: a millisecond or two."""
 
 # Python 3.11 looks up a member of an enumeration by a function of Python: too slow for every rollout.
 _SCORED, _UNSCORABLE = Status.SCORED, Status.UNSCORABLE
@@ -54,7 +56,7 @@ Measurement = Certainty | Unmeasurable | None
 
 
 class Scorer:
-    """Scores requests with one engine. Requests are prepared beside the engine's thread."""
+    """Scores requests with one engine. All but light ones are prepared beside the event loop."""
 
     def __init__(
         self,
@@ -103,7 +105,9 @@ class Scorer:
         target = _target(request)
         await self.engine.new_versions.wait_for(target)
         self.engine.refuse_if_full()
-        groups, num_bytes = await in_pool(self._preparers, partial(self._prepare, request, recipe))
+        prepare = partial(self._prepare, request, recipe)
+        is_light = _is_light(request, recipe)
+        groups, num_bytes = prepare() if is_light else await in_pool(self._preparers, prepare)
         memory.grow(num_bytes)
         token_groups = [group.token_group() for group in groups]
         key = BatchKey(recipe.self_certainty, target)
@@ -172,6 +176,25 @@ def _target(request: ScoreRequest) -> Target:
 def _is_small(request: ScoreRequest) -> bool:
     """Whether writing down the rewards does not keep the event loop from other requests."""
     return not request.include and sum(len(group.completions) for group in request.groups) <= _FEW
+
+
+def _is_light(request: ScoreRequest, recipe: Recipe) -> bool:
+    """Whether preparing a request takes less time than handing it to a thread and back, or little more."""
+    if not _is_small(request):
+        return False
+    num_chars = 0
+    for group in request.groups:
+        if isinstance(group.prompt, list):  # a chat template may take any time
+            return False
+        num_chars += _num_chars(group.prompt) if needs_policy(recipe) else 0
+        num_chars += sum(map(_num_chars, group.completions))
+    return num_chars <= _FEW_CHARS
+
+
+def _num_chars(item: str | Text | TokenIds) -> int:
+    if isinstance(item, TokenIds):
+        return len(item.token_ids)
+    return len(item if isinstance(item, str) else item.text)
 
 
 def _scores(
