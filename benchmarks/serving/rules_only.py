@@ -1,9 +1,9 @@
 """Everything but the model, against another checkout: rules alone, and rollouts that are sent one by one.
 
-Run as `python -m benchmarks.serving.rules_only OTHER`, a checkout of the build to compare with, which has its
-own `.venv` or runs with this one's packages. Both services run at the same time, each in a process of its own,
-and are measured in turn. CPU time, unlike latency, gives the rate at which a process saturates, and other work
-on the machine adds little to it.
+Run as `python -m benchmarks.serving.rules_only OTHER`, a checkout of the build to compare with, which has
+its own `.venv` or runs with this one's packages. Both services run at the same time, each in a process of its
+own, and are measured in turn. CPU time, unlike latency, gives the rate at which a process saturates, and other
+work on the machine adds little to it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SESSIONS = ROOT / "examples" / "sessions.jsonl"
 TICKS_S = os.sysconf("SC_CLK_TCK")
 SCORE, OPENRLHF, SLIME = "/score", "/dialects/openrlhf/get_reward", "/dialects/slime/reward"
 NUM_ROLLOUTS = 512
-"""Of a large request."""
+"""Rollouts in a large request."""
 NUM_LARGE, NUM_LONE = 40, 400
 """Requests of a round."""
 NUM_TINY = 2
@@ -56,7 +56,7 @@ class Workload:
     bodies: Callable[[], Bodies]
     num_requests: int
     num_rollouts: int
-    """Of a request."""
+    """Rollouts in a request."""
 
 
 def main() -> None:
@@ -98,11 +98,8 @@ def served(checkout: Path, recipe: Path) -> Iterator[Served]:
     """A service of a checkout's code. It ends with the block."""
     python = checkout / ".venv" / "bin" / "python"
     paths = os.pathsep.join(str(checkout / part) for part in ("rewards", "service", "clients"))
-    command = [
-        str(python) if python.exists() else sys.executable,
-        str(FOLDER / "instant_server.py"),
-        str(recipe),
-    ]
+    interpreter = str(python) if python.exists() else sys.executable
+    command = [interpreter, str(FOLDER / "instant_server.py"), str(recipe)]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
