@@ -7,35 +7,19 @@ standard input. Run as a file with another checkout on `PYTHONPATH`, it serves t
 import socket
 import sys
 import threading
+from importlib import import_module
+from typing import Any
 
 import uvicorn
 
 from shopr1_service.settings import Settings
 
-try:
-    from shopr1_service.policy.fake import FakePolicy
-    from shopr1_service.scheduling.local_engine import LocalEngine
-    from shopr1_service.server.app import create_app
-    from shopr1_service.server.http_protocol import connection_class
-
-    open_engine = LocalEngine.opener(FakePolicy)
-except ImportError:  # before these packages existed
-    from shopr1_service.app import create_app
-    from shopr1_service.connection import connection_class
-    from shopr1_service.fake import FakePolicy
-
-    open_engine = FakePolicy
-
 BACKLOG = 4096
 
 
 def main(recipe: str) -> None:
-    settings = Settings(recipe=recipe)
-    app = create_app(settings, open_engine)
-    config = uvicorn.Config(
-        app, http=connection_class(settings.receive_timeout_s), log_level="error", ws="none"
-    )
-    server = uvicorn.Server(config)
+    app, connection = application(Settings(recipe=recipe))
+    server = uvicorn.Server(uvicorn.Config(app, http=connection, log_level="error", ws="none"))
     with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -43,6 +27,22 @@ def main(recipe: str) -> None:
         sys.stdin.read()
         server.should_exit = True
         thread.join()
+
+
+def application(settings: Settings) -> tuple[Any, Any]:
+    """The application, and the class of its connections."""
+    try:
+        policy = module("policy.fake").FakePolicy
+        open_engine = module("scheduling.local_engine").LocalEngine.opener(policy)
+        app, protocol = module("server.app"), module("server.http_protocol")
+    except ModuleNotFoundError:  # a checkout from before these packages
+        open_engine = module("fake").FakePolicy
+        app, protocol = module("app"), module("connection")
+    return app.create_app(settings, open_engine), protocol.connection_class(settings.receive_timeout_s)
+
+
+def module(name: str) -> Any:  # noqa: ANN401  # of any checkout
+    return import_module(f"shopr1_service.{name}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Everything but the model, against another checkout: rules alone, and rollouts that are sent one by one.
 
 Run as `python -m benchmarks.serving.rules_only OTHER`, a checkout of the build to compare with, which has
-its own `.venv` or runs with this one's packages. Both services run at the same time, each in a process of its
-own, and are measured in turn. CPU time, unlike latency, gives the rate at which a process saturates, and other
-work on the machine adds little to it.
+its own `.venv` or runs with this one's packages. Both services run at the same time, each in a process of
+its own, and are measured in turn. CPU time, unlike latency, gives the rate at which a process saturates, and
+other work on the machine adds little to it.
 """
 
 import argparse

@@ -5,12 +5,15 @@ word: with two ground truths in a rollout, the wrong one could be scored.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Union
 
 _MAX_LOCATIONS = 20
+_WINDOW_CHARS = 2**16
+_KEY_END = re.compile(r'"[ \t\n\r]*+:')
 
 _Path = tuple[Union["_Path", None], str | int]
 """A key or an index, and the path of what has it."""
@@ -57,6 +60,9 @@ def read_json(text: str | bytes, max_keys: int | None = None) -> Any:  # noqa: A
         DuplicateKeyError: an object has a key twice.
         TooManyKeysError: an object has more than `max_keys`.
     """
+    if max_keys is not None:
+        text = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
+        _check_num_keys(text, max_keys)
     num_ambiguous = 0
 
     def unite(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -75,6 +81,26 @@ def read_json(text: str | bytes, max_keys: int | None = None) -> Any:  # noqa: A
     if num_ambiguous:
         raise DuplicateKeyError([_written(path) for path in islice(_duplicates(value), _MAX_LOCATIONS)])
     return value
+
+
+def _check_num_keys(text: str, max_keys: int) -> None:
+    """Refuse a text in which `max_keys` keys follow each other without a brace that opens an object.
+
+    The library reads such a row of keys in one step, in which no other thread runs, before an object can be
+    counted. Each window of this function is a step, too. Keys inside strings count, too.
+    """
+    if text.count(":") <= max_keys:
+        return
+    num_keys = 0
+    for begin in range(0, len(text), _WINDOW_CHARS):
+        start, end = begin, begin + _WINDOW_CHARS
+        if (brace := text.rfind("{", start, end)) >= 0:
+            num_keys, start = 0, brace
+        num_keys += sum(1 for _ in _KEY_END.finditer(text, start, end))
+        if num_keys > max_keys:
+            raise TooManyKeysError(
+                f"more than {max_keys} keys follow each other, at most {max_keys} are read"
+            )
 
 
 def _duplicates(value: object) -> Iterator[_Path]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shopr1_client.json_text import DuplicateKeyError, read_json
+from shopr1_client.json_text import DuplicateKeyError, TooManyKeysError, read_json
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,39 @@ def test_a_duplicate_far_down() -> None:
 def test_text_that_is_no_json(text: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         read_json(text)
+
+
+MAX_KEYS = 65_536
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separators", [(",", ":"), (" , ", "\n:\t ")])
+def test_an_object_with_too_many_keys_is_refused_unread(
+    encoding: str, separators: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value: list[object] = [{"a": 1}, dict.fromkeys(map(str, range(2 * MAX_KEYS)), 0), {"b": 2}]
+    text = json.dumps(value, separators=separators)
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(TooManyKeysError, match="more than 65536 keys follow each other"):
+        read_json(text.encode(encoding), MAX_KEYS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        dict.fromkeys(map(str, range(MAX_KEYS)), 0),
+        [{"prompt": "a:b", "truth": {"type": "click", "name": '"x": '}}] * MAX_KEYS,
+        {str(i): {"": i} for i in range(MAX_KEYS)},
+        ["a: b, c: d, http://e"] * MAX_KEYS,
+        {"prompt": ":" * 3 * MAX_KEYS, "ids": list(range(MAX_KEYS))},
+    ],
+    ids=["one object of as many", "labels", "nested objects", "texts", "colons"],
+)
+def test_other_objects_are_read(value: object) -> None:
+    assert read_json(json.dumps(value).encode(), MAX_KEYS) == value
+
+
+def test_keys_between_other_objects_are_counted_when_they_are_read() -> None:
+    value: dict[str, object] = {str(i): {} if i % 5000 == 0 else 0 for i in range(MAX_KEYS + 1)}
+    with pytest.raises(TooManyKeysError, match="an object has 65537 keys"):
+        read_json(json.dumps(value), MAX_KEYS)

@@ -22,7 +22,7 @@ from shopr1_service.http.json_body import JsonRoute, beside_loop
 from shopr1_service.http.problem_responses import problem_responses
 from shopr1_service.http.state import AppState, State
 from shopr1_service.monitoring.logs import current_run
-from shopr1_service.scoring.label_store import ContradictionError, Label, prompt_digest
+from shopr1_service.scoring.label_store import ContradictionError, Label, NewLabels
 from shopr1_service.scoring.recipe_book import RecipeBook
 
 router = APIRouter(tags=[TAG], route_class=JsonRoute)
@@ -73,12 +73,8 @@ async def put_labels(
     Each ground truth is checked against its recipe, and all are registered or none. Two different ones for a
     prompt in one request are refused. They are kept in memory: register them again after a restart.
     """
-    labels, digests = await beside_loop(request, partial(_checked, body, state.recipes))
-    try:
-        num_changed = state.labels.put(current_run.get(), labels, digests)
-    except ContradictionError as error:
-        raise InvalidRequestError(summary(errors := _contradiction(labels, error)), errors=errors) from None
-    if num_changed:
+    new = await beside_loop(request, partial(_checked, body, state.recipes))
+    if num_changed := state.labels.put(current_run.get(), new):
         logger.warning("%d prompts that had a label before now have a different one", num_changed)
     return _count(state)
 
@@ -110,8 +106,7 @@ def _count(state: State) -> LabelCount:
     return LabelCount(num_labels=state.labels.num_labels(current_run.get()))
 
 
-def _checked(body: Labels, recipes: RecipeBook) -> tuple[list[tuple[Prompt, Label]], list[bytes]]:
-    """The labels, and the digests of their prompts."""
+def _checked(body: Labels, recipes: RecipeBook) -> NewLabels:
     labels: list[tuple[Prompt, Label]] = []
     errors: list[FieldError] = []
     for i, entry in enumerate(body.labels):
@@ -121,7 +116,10 @@ def _checked(body: Labels, recipes: RecipeBook) -> tuple[list[tuple[Prompt, Labe
         except LabelError as error:
             errors.append({"location": f"labels[{i}].ground_truth{error.path}", "message": str(error)})
     raise_if_any(errors)
-    return labels, [prompt_digest(prompt) for prompt, _ in labels]
+    try:
+        return NewLabels.collect(labels)
+    except ContradictionError as error:
+        raise InvalidRequestError(summary(errors := _contradiction(labels, error)), errors=errors) from None
 
 
 def _contradiction(labels: Sequence[tuple[Prompt, Label]], error: ContradictionError) -> list[FieldError]:

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
+from starlette.types import Message
 
 from shopr1_client.errors import DeadlineExceededError, NotReadyError
 from shopr1_service.errors import RETRY_AFTER_S
@@ -78,11 +79,11 @@ async def _end(*tasks: "asyncio.Future[Any]") -> None:
 
 def _has_disconnected(request: Request) -> bool:
     """Whether the message that the client has disconnected is there: the next one, the body has been read."""
-    receiving = request.receive()
+    receiving = cast("Coroutine[Any, Any, Message]", request.receive())
     try:
         receiving.send(None)  # up to where it would wait
     except StopIteration as message:
-        return message.value["type"] == "http.disconnect"
+        return bool(message.value["type"] == "http.disconnect")
     finally:
         receiving.close()
     return False

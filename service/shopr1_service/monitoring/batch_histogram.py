@@ -6,7 +6,7 @@ the reward and the terms of a rollout that takes longer than all rules.
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -43,12 +43,9 @@ class BatchHistogram(Collector):
         """The series with these labels; a new one if there is none."""
         return self._series.setdefault(labels, Series(self._bounds))
 
-    def remove_by_labels(self, labels: Mapping[str, str]) -> None:
-        """Drop all series with these labels."""
-        wanted = {self._label_names.index(name): value for name, value in labels.items()}
-        for own in list(self._series):
-            if all(own[i] == value for i, value in wanted.items()):
-                del self._series[own]
+    def remove(self, *labels: str) -> None:
+        """Drop the series with these labels, if there is one."""
+        self._series.pop(labels, None)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """The counts up to each bound, and the sums."""

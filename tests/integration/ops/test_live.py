@@ -19,8 +19,6 @@ from tests.support.process import FAKE, Process, process
 BODY_BYTES = int(float(os.environ.get("BODY_MIB", "64")) * 2**20)
 LIMIT_S = 1.0
 """Longest wait for `/health/live`; on a busy machine, the service's own CPU time in it."""
-LONGER_S = {"keys": 6.0, "labels": 3.0}
-"""Two that keep the interpreter for longer (docs/limits.md): they must not become worse."""
 DEADLINE_S = 10.0
 POLL_S = 0.02
 MAX_TEXT_CHARS = 2**20
@@ -153,4 +151,4 @@ def test_the_process_answers_while_it_works_on_the_largest_bodies(service: Proce
     print(f"\n{num_mib:.1f} MiB: {statuses}, /health/live {waited_s:.3f} s")
     assert statuses
     assert hostile.statuses.issuperset(statuses)
-    assert waited_s < LONGER_S.get(name, LIMIT_S)
+    assert waited_s < LIMIT_S

@@ -17,6 +17,7 @@ from shopr1_service.scoring.label_store import (
     ContradictionError,
     Label,
     LabelStore,
+    NewLabels,
     TextPrompt,
     prompt_digest,
 )
@@ -37,7 +38,7 @@ RUN = "grpo-7"
 def table(*known: str, max_labels: int = 1000) -> LabelStore:
     """A store in which each prompt's label of one run is of its own name."""
     table = LabelStore(max_labels, MemoryBudget())
-    table.put(RUN, [(prompt, label(prompt)) for prompt in known])
+    table.put(RUN, NewLabels.collect([(prompt, label(prompt)) for prompt in known]))
     return table
 
 
@@ -47,6 +48,28 @@ def test_split_finds_the_longest_beginning(known: list[str], text: str) -> None:
     longest = max(beginnings, key=len, default=None)
     expected = None if longest is None else (longest, text.removeprefix(longest), label(longest))
     assert table(*known).split(RUN, text) == expected
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "a", "é"]), st.integers(0, 3), st.integers(-2, 2)), max_size=8),
+    st.integers(0, 1000),
+)
+def test_split_finds_prompts_of_several_blocks(
+    places: list[tuple[str, int, int]], num_characters: int
+) -> None:
+    """Prompts that end near the end of a block, and a text of the same characters."""
+    known = [
+        begin + "a" * (256 * num_blocks + offset - len(begin.encode()))
+        for begin, num_blocks, offset in places
+        if 256 * num_blocks + offset > len(begin.encode())
+    ]
+    store = table(*known[::2])
+    store.put(RUN, NewLabels.collect([(prompt, label(prompt)) for prompt in known[1::2]]))
+    for begin in ("", "a", "é"):
+        text = begin + "a" * num_characters
+        longest = max((prompt for prompt in known if text.startswith(prompt)), key=len, default=None)
+        expected = None if longest is None else (longest, text.removeprefix(longest), label(longest))
+        assert store.split(RUN, text) == expected
 
 
 @given(st.lists(prompts, max_size=8), st.lists(prompts, max_size=8))
@@ -89,14 +112,14 @@ def test_prompts_are_distinguished() -> None:
 
 def test_messages_are_no_beginning_of_a_text() -> None:
     of_messages = LabelStore(9, MemoryBudget())
-    of_messages.put(RUN, [(MESSAGES, label("x"))])
+    of_messages.put(RUN, NewLabels.collect([(MESSAGES, label("x"))]))
     assert of_messages.split(RUN, '[["user", "a"], ["assistant", "b"]] and more') is None
     assert of_messages.get(RUN, MESSAGES) == label("x")
 
 
 def test_a_newer_label_takes_the_place_of_the_old() -> None:
     of_a = table("a", "b")
-    of_a.put(RUN, [("a", label("new"))])
+    of_a.put(RUN, NewLabels.collect([("a", label("new"))]))
     assert of_a.num_labels(RUN) == 2
     assert of_a.get(RUN, "a") == label("new")
     assert of_a.split(RUN, "ab") == ("a", "b", label("new"))
@@ -105,21 +128,21 @@ def test_a_newer_label_takes_the_place_of_the_old() -> None:
 def test_two_labels_of_one_prompt_are_refused_as_a_whole() -> None:
     of_a = table("a", "b")
     with pytest.raises(ContradictionError) as caught:
-        of_a.put(RUN, [("c", label("c")), ("a", label("old")), ("a", label("new"))])
+        of_a.put(RUN, NewLabels.collect([("c", label("c")), ("a", label("old")), ("a", label("new"))]))
     assert (caught.value.first, caught.value.second) == (1, 2)
     assert (of_a.num_labels(RUN), of_a.get(RUN, "a"), of_a.get(RUN, "c")) == (2, label("a"), None)
-    of_a.put(RUN, [("a", label("new")), ("a", label("new"))])
+    of_a.put(RUN, NewLabels.collect([("a", label("new")), ("a", label("new"))]))
     assert of_a.get(RUN, "a") == label("new")
 
 
 def test_too_many_labels_are_refused_as_a_whole() -> None:
     full = table("a", "b", max_labels=3)
     with pytest.raises(TooLargeError, match="4 labels, max_labels = 3"):
-        full.put(RUN, [("a", label("new")), ("c", label("c")), ("d", label("d"))])
+        full.put(RUN, NewLabels.collect([("a", label("new")), ("c", label("c")), ("d", label("d"))]))
     assert full.num_labels(RUN) == 2
     assert full.get(RUN, "a") == label("a")
     assert full.split(RUN, "cd") is None
-    full.put(RUN, [("c", label("c"))])
+    full.put(RUN, NewLabels.collect([("c", label("c"))]))
     assert full.num_labels(RUN) == 3
 
 
@@ -129,7 +152,7 @@ def test_clear() -> None:
     assert cleared.num_labels(RUN) == 0
     assert cleared.split(RUN, "abc") is None
     assert cleared.get(RUN, "a") is None
-    cleared.put(RUN, [("a", label("a"))])
+    cleared.put(RUN, NewLabels.collect([("a", label("a"))]))
     assert cleared.split(RUN, "abc") == ("a", "bc", label("a"))
 
 
@@ -140,7 +163,7 @@ def test_clear() -> None:
 def test_runs_have_labels_of_their_own(other: str) -> None:
     store = table("a", "ab")
     assert (store.num_labels(other), store.get(other, "a"), store.split(other, "abc")) == (0, None, None)
-    assert store.put(other, [("a", label("theirs"))]) == 0  # replaces none
+    assert store.put(other, NewLabels.collect([("a", label("theirs"))])) == 0  # replaces none
     assert store.split(other, "abc") == ("a", "bc", label("theirs"))
     assert store.split(RUN, "abc") == ("ab", "c", label("ab"))
     store.clear(other)
@@ -151,17 +174,17 @@ def test_runs_have_labels_of_their_own(other: str) -> None:
 def test_runs_share_the_capacity() -> None:
     full = table("a", "b", max_labels=3)
     with pytest.raises(TooLargeError, match="4 labels, 2 of them of other runs, max_labels = 3"):
-        full.put("other", [("a", label("a")), ("b", label("b"))])
+        full.put("other", NewLabels.collect([("a", label("a")), ("b", label("b"))]))
     assert full.num_labels("other") == 0
     full.clear(RUN)
-    full.put("other", [(prompt, label(prompt)) for prompt in "abc"])
+    full.put("other", NewLabels.collect([(prompt, label(prompt)) for prompt in "abc"]))
     assert full.num_labels("other") == 3
 
 
 def test_a_run_without_labels_takes_no_memory() -> None:
     store = table("a")
     for i in range(100):
-        store.put(f"run-{i}", [])
+        store.put(f"run-{i}", NewLabels.collect([]))
         assert store.get(f"run-{i}", "a") is None
     assert store._tables.keys() == {RUN}
 
@@ -181,7 +204,7 @@ def test_memory_is_counted() -> None:
             (prompt, Label.of(Action("click", {"name": f"{prompt:.20}"}), "shop_r1"))
             for prompt, _ in texts[start : start + 500]
         ]
-        store.put(RUN, made)
+        store.put(RUN, NewLabels.collect(made))
         del made
     gc.collect()
     taken = tracemalloc.get_traced_memory()[0] - before
@@ -209,20 +232,20 @@ def test_any_changes_are_counted_as_the_tables_that_they_leave(
             store.clear(run)
             held[run] = {}
         with contextlib.suppress(TooLargeError):
-            store.put(run, [(prompt, label(name)) for prompt, name in names.items()])
+            store.put(run, NewLabels.collect([(prompt, label(name)) for prompt, name in names.items()]))
             held[run] |= names
         fresh_memory = MemoryBudget()
         fresh = LabelStore(100, fresh_memory)
         for each, own in held.items():
-            fresh.put(each, [(prompt, label(name)) for prompt, name in own.items()])
+            fresh.put(each, NewLabels.collect([(prompt, label(name)) for prompt, name in own.items()]))
         assert memory.num_bytes(Account.LABELS) == fresh_memory.num_bytes(Account.LABELS)
 
 
 def test_labels_without_memory_are_refused_as_a_whole() -> None:
     memory = MemoryBudget(4000)
     store = LabelStore(100, memory)
-    store.put(RUN, [("a", label("a"))])
+    store.put(RUN, NewLabels.collect([("a", label("a"))]))
     held = memory.num_bytes(Account.LABELS)
     with pytest.raises(TooLargeError, match="max_client_memory_bytes = 4000"):
-        store.put(RUN, [("b", label("b")), ("c", label("c" * 3000))])
+        store.put(RUN, NewLabels.collect([("b", label("b")), ("c", label("c" * 3000))]))
     assert (store.num_labels(RUN), store.get(RUN, "b"), memory.num_bytes(Account.LABELS)) == (1, None, held)
