@@ -15,15 +15,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import Report
-from benchmarks.workloads import Shape
 from shopr1_rewards.recipe import Divergence
 from shopr1_rewards.self_certainty import divergences
+
+
+class Shape(NamedTuple):
+    """As `benchmarks.workloads.Shape`, which an older build cannot import."""
+
+    P: int
+    G: int
+    R: int
+
+    def __str__(self) -> str:
+        return f"P{self.P} G{self.G} R{self.R}"
+
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -119,8 +119,8 @@ class Labels(Growing):
     levels = (1, 10, 100, 1000, 10_000)
 
     def grow(self, service: Service, former: int, n: int) -> None:
-        for start in range(former, n, 500):
-            self._put(service, [_page(i) for i in range(start, min(start + 500, n))])
+        for start in range(former, n, 1000):
+            self._put(service, [_page(i) for i in range(start, min(start + 1000, n))])
 
     def work(self, service: Service, n: int) -> int:
         prompts = [_page(random.randrange(n)) for _ in range(8)]
