@@ -16,6 +16,7 @@ from shopr1_client.wire_base import (
     OBJECT,
     STRING,
     TEXT,
+    TEXTS_AT_ONCE,
     TOKEN_IDS,
     AnswerModel,
     RequestModel,
@@ -111,6 +112,7 @@ class Group(PromptOptions):
     completions: Annotated[
         list[Completion],
         IN_PIECES,
+        TEXTS_AT_ONCE,
         Field(
             description="Text is tokenised separately, without special tokens, and appended to the prompt."
         ),
@@ -146,11 +148,11 @@ class Reason(StrEnum):
     """Reason why a rollout has no reward."""
 
     SEQUENCE_TOO_LONG = "sequence_too_long"
-    """Prompt and completion together exceed the policy's limit."""
+    """The prompt and the completion's tokens before the last measured one exceed the policy's limit."""
     NON_FINITE_LOGITS = "non_finite_logits"
     """The policy returned NaN or infinite logits."""
     NO_CONTEXT = "no_context"
-    """The prompt is empty, so that no distribution predicts the first token."""
+    """The prompt is empty, and the completion's first token is measured: no distribution predicts it."""
     OUT_OF_MEMORY = "out_of_memory"
     """The device ran out of memory, even with a smaller batch."""
     ENGINE_FAILURE = "engine_failure"
@@ -284,9 +286,7 @@ class Limits(AnswerModel):
 class RejectedPath(AnswerModel):
     """A faster head or forward strategy that the check at load did not take."""
 
-    path: Annotated[
-        str, Field(description="`linear`, the head, or a strategy: `shared_prefix`, `packed`, `expanded`.")
-    ]
+    path: Annotated[str, Field(description="`linear`, the head, or a strategy, as `forward` names them.")]
     reason: Annotated[
         str,
         Field(
@@ -309,12 +309,26 @@ class PolicyInfo(AnswerModel):
     num_tokenizer_tokens: Annotated[int, Field(description="V of `vocabulary = tokenizer`.")]
     max_sequence_tokens: int
     head: Annotated[
-        str, Field(description="How logits are computed from hidden states: `linear` or `module`.")
+        str,
+        Field(
+            description="How logits are computed from hidden states: `linear`, on CUDA also "
+            "`linear_written` or `linear_fused`; or `module`."
+        ),
     ]
     forward: Annotated[
         str,
-        Field(description="How prompts are shared: `shared_prefix`, `packed`, `expanded` or `independent`."),
+        Field(
+            description="How prompts are shared: `shared_prefix`, `branched`, `packed`, `expanded`, "
+            "`stepped` or `independent`."
+        ),
     ]
+    attention: Annotated[
+        str,
+        Field(
+            description="Kernels of `shared_prefix`: `cpu_flash`, on CUDA `flash`, `efficient` or `open`. "
+            "Otherwise `model`."
+        ),
+    ] = "model"
     rejected_paths: Annotated[
         tuple[RejectedPath, ...],
         Field(description="Faster paths that were not taken, fastest first, and why."),

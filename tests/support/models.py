@@ -225,11 +225,13 @@ _MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full
 
 # No attention interface.
 _PACKED = {"falcon", "gptj"}
-# Positions that are not taken from `position_ids`; recurrent layers.
-_EXPANDED = {
-    *("bamba", "bloom", "falcon_h1", "gpt_neo", "granitemoehybrid", "lfm2", "mamba2", "mpt", "nemotron_h"),
-    "qwen3_next",
+# Positions that are not taken from `position_ids`.
+_EXPANDED = {"bloom", "gpt_neo", "mpt"}
+# Recurrent layers that continue from a state by several tokens, or by single ones only.
+_BRANCHED = {
+    *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "mamba2", "nemotron_h", "qwen3_next"),
 }
+_STEPPED = {"jamba", "mamba", "minimax"}
 
 FAMILIES = {
     "llama": Family("llama"),
@@ -294,7 +296,7 @@ FAMILIES = {
     "bloom": Family("bloom", {"n_layer": 2, "n_head": 4}),
     "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
     "openai_gpt": Family("openai-gpt", _GPT2_SIZES, forward="independent"),
-    "mamba": Family("mamba", {"state_size": 8}, forward="independent"),
+    "mamba": Family("mamba", {"state_size": 8}),
     "mamba2": Family(
         "mamba2",
         {"state_size": 8, "num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "chunk_size": 8},
@@ -323,7 +325,6 @@ FAMILIES = {
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
         },
-        forward="independent",
     ),
     "bamba": Family("bamba", {"attn_layer_indices": [1], **_MAMBA2_SIZES}),
     "minimax": Family(
@@ -335,7 +336,6 @@ FAMILIES = {
             "block_size": 8,
             "layer_types": ["linear_attention", "full_attention"],
         },
-        forward="independent",
     ),
     "falcon_h1": Family(
         "falcon_h1", {"head_dim": 8, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5, **_MAMBA2_SIZES}
@@ -397,6 +397,8 @@ MIXTURES = {
 """Further mixtures of experts, whose checkpoints have a tensor for each expert."""
 FAMILIES |= {name: replace(FAMILIES[name], forward="packed") for name in _PACKED}
 FAMILIES |= {name: replace(FAMILIES[name], forward="expanded") for name in _EXPANDED}
+FAMILIES |= {name: replace(FAMILIES[name], forward="branched") for name in _BRANCHED}
+FAMILIES |= {name: replace(FAMILIES[name], forward="stepped") for name in _STEPPED}
 
 
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:

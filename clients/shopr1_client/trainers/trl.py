@@ -2,9 +2,9 @@
 
 The data set's column `ground_truth` has the human's action, as an object or as a JSON string.
 
-Prompts are sent as the token ids that the policy saw: those of a column `prompt_ids`, else those of the
-trainer's own tokenisation, with its template, arguments, tools and special tokens. Where the shim cannot know
-them, as with a `rollout_func`, the service tokenises the prompts.
+Prompts are sent as the token ids that the policy saw: those of a column `policy_prompt_ids` or `prompt_ids`,
+else those of the trainer's own tokenisation, with its template, arguments, tools and special tokens. Where
+the shim cannot know them, the service tokenises the prompts.
 
 With the callback `PolicyPush` (`callback.py`) the service's policy follows the trainer's. With
 `SHOPR1_CLIENT_DEMAND=exact`, rewards of any version but the last one sent are an error.
@@ -21,6 +21,9 @@ from shopr1_client.wire import Reward, TokenIds
 from shopr1_client.wire_prompt import PromptOptions
 
 LogMetric = Callable[[str, float], None]
+
+_ID_COLUMNS = ("policy_prompt_ids", "prompt_ids")
+"""The first is for a `rollout_func`: TRL hands its further keys to reward functions, but not `prompt_ids`."""
 
 
 async def shop_r1_reward(
@@ -62,7 +65,8 @@ def _rollouts(
     columns: Mapping[str, Any],
 ) -> list[Rollout]:
     trainer = getattr(log_metric, "__self__", None)  # TRL's `log_metric` is a method of its trainer
-    prompt_ids = columns.get("prompt_ids") or tokenised(prompts, trainer)
+    given_ids = next((columns[name] for name in _ID_COLUMNS if columns.get(name)), None)
+    prompt_ids = given_ids or tokenised(prompts, trainer)
     template_arguments = columns.get("chat_template_kwargs") or [None] * len(prompts)
     return [
         Rollout(

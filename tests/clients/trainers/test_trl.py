@@ -45,6 +45,11 @@ def test_a_column_of_ids_comes_first() -> None:
     assert rollout("page", prompt_ids=[None]).prompt == "page"
 
 
+def test_a_rollout_function_names_its_ids_so_that_trl_hands_them_over() -> None:
+    own = rollout("page", tokenising(rollout_func=print), policy_prompt_ids=[[5]], prompt_ids=[[6]])
+    assert own.prompt == TokenIds(token_ids=[5])
+
+
 @pytest.mark.parametrize("trainer", [None, Trainer(), tokenising(rollout_func=print)])
 def test_otherwise_the_service_tokenises_as_trl_would(trainer: Trainer | None) -> None:
     own = rollout("page", trainer)

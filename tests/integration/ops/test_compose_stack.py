@@ -126,6 +126,7 @@ class Stack:
         given = {name: value for name, value in service.get("environment", {}).items() if value is not None}
         values = {name: substituted_variables(str(value)) for name, value in given.items()} | environment
         return [
+            "--no-hosts",  # buildah would mount this machine's
             *(f"--volume={mount}" for mount in mounts),
             *(f"--env={name}={value}" for name, value in values.items()),
         ]

@@ -346,6 +346,33 @@ def test_prompts_are_the_ids_from_which_the_policy_sampled(
         assert all(text.endswith("<think>none</think>") for text in texts)
 
 
+def test_prompts_are_the_ids_that_a_rollout_function_returns(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a name of their own: TRL keeps `prompt_ids` from reward functions."""
+    returned: list[list[int]] = []
+    sent: list[list[int]] = []
+    given = _given
+
+    def with_ids(own: Sequence[Rollout], prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        output = given(own, prompts, trainer)
+        returned.extend(output["prompt_ids"])
+        return {**output, "policy_prompt_ids": output["prompt_ids"]}
+
+    def recorded(**columns: Any) -> list[float]:
+        assert "prompt_ids" not in columns
+        names = ("prompts", "completions", "ground_truth", "completion_ids", "log_metric")
+        prompts, completions, truths, ids, log_metric = (columns[name] for name in names)
+        own = _rollouts(prompts, completions, truths, ids, log_metric, columns)
+        sent.extend(rollout.prompt.token_ids for rollout in own if isinstance(rollout.prompt, TokenIds))
+        return [0.0] * len(own)
+
+    monkeypatch.setattr(sys.modules[__name__], "_given", with_ids)
+    train(policy, tmp_path, rollouts(), recorded)
+    assert sent == returned
+    assert sent
+
+
 def _copy_of(policy: str, directory: Path, template: str) -> str:
     """The policy with another chat template, and a tokenizer that adds a BOS to texts."""
     shutil.copytree(policy, directory)

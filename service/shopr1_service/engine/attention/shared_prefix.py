@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from shopr1_service.engine.attention.choice import KernelChoice
 from shopr1_service.engine.attention.fused import FusedAttention
 from shopr1_service.engine.attention.matmul import MatmulAttention
 from shopr1_service.engine.attention.options import AttentionOptions
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.engine.prefix_cache import Segment
+from shopr1_service.engine.transfer import on_device
 
 _numbers = itertools.count()
 """Numbers of attention functions. Each model has its own, because it holds the layout of one pass."""
@@ -62,9 +64,20 @@ class Layout:
     position_ids_1_T: Tensor
     records: bool
     recorded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _layers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.position_ids_1_T.shape[1]
+
+    def next_layer(self) -> int:
+        """The number of the attention layer that runs now. Recurrent layers between them are not counted."""
+        return next(self._layers)
 
 
-def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Kernel:
+def choose_kernel(
+    segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, choice: KernelChoice | None = None
+) -> Kernel:
     """The faster implementation for these segments.
 
     PyTorch's fused attention is slow in bfloat16 on CPUs without matrix units (AMX). Matrix products are
@@ -74,7 +87,7 @@ def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torc
     num_tokens = sum(len(segment.ids) for segment in segments)
     is_short = num_tokens < MIN_MATMUL_TOKENS * len(segments)
     if has_matrix_units or dtype != torch.bfloat16 or is_short:
-        return FusedAttention(segments, device)
+        return FusedAttention(segments, device, choice)
     return MatmulAttention(segments)
 
 
@@ -86,12 +99,18 @@ class SharedPrefixAttention:
         self._device, self._dtype = model.device, model.dtype
         self._name = f"shopr1_shared_prefix_{next(_numbers)}"
         self._layout: Layout | None = None
+        self._choice = KernelChoice()
         AttentionInterface.register(self._name, self)
+
+    @property
+    def kernel_name(self) -> str:
+        """The fused kernels in use."""
+        return self._choice.name
 
     def layout(self, segments: Sequence[Segment], *, records: bool) -> Layout:
         """The layout of one pass over these segments."""
-        position_ids_1_T = _positions(segments)[None].to(self._device)
-        return Layout(choose_kernel(segments, self._device, self._dtype), position_ids_1_T, records)
+        kernel = choose_kernel(segments, self._device, self._dtype, self._choice)
+        return Layout(kernel, on_device(_positions(segments)[None], self._device), records)
 
     @contextmanager
     def active(self, layout: Layout) -> Iterator[None]:
@@ -116,16 +135,19 @@ class SharedPrefixAttention:
     ) -> tuple[Tensor, None]:
         """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
         layout = self._layout
-        if layout is None or attention_mask is not None or query.shape[0] != 1:
-            raise UnsupportedAttentionError("not a packed row")
+        num_rows, num_tokens = query.shape[0], query.shape[2]
+        if layout is None or attention_mask is not None or num_rows * num_tokens != layout.num_tokens:
+            raise UnsupportedAttentionError("other tokens than those of the layout")
         given = _read_options(module, options)
         num_dimensions = value.shape[-1]
         value = _padded(value, key.shape[-1])
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        query, key, value = (_in_one_row(tensor) for tensor in (query, key, value))
+        layer = layout.next_layer()
         if layout.records:
             # Copies: the model's tensors may be views of larger ones.
             layout.recorded[layer] = (_copy(key), _copy(value))
-        return layout.kernel(layer, query, key, value, scaling, given)[..., :num_dimensions], None
+        out_1_T_A_D = layout.kernel(layer, query, key, value, scaling, given)[..., :num_dimensions]
+        return out_1_T_A_D.reshape(num_rows, num_tokens, *out_1_T_A_D.shape[2:]), None
 
 
 def _read_options(module: nn.Module, options: dict[str, Any]) -> AttentionOptions:
@@ -154,6 +176,11 @@ def _padded(value: Tensor, num_dimensions: int) -> Tensor:
 
 def _positions(segments: Sequence[Segment]) -> Tensor:
     return torch.cat([torch.arange(len(segment.ids)) + segment.num_prefix_tokens for segment in segments])
+
+
+def _in_one_row(tensor_B_A_T_D: Tensor) -> Tensor:
+    """Rows behind each other, [1, A, B · T, D]."""
+    return tensor_B_A_T_D.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _copy(tensor: Tensor) -> Tensor:

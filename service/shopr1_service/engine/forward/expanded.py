@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from shopr1_service.engine.forward.base import MAX_PASS_TOKENS, batches
@@ -31,10 +31,8 @@ class ExpandedForward(PrefilledForward):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        takes = inspect.signature(self._trunk.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
-        # Some architectures do not derive positions from their cache, and some have none.
-        self._takes_positions = "position_ids" in takes
+        self._cache_name = cache_name(self._trunk)
+        self._takes_positions = takes_positions(self._trunk)
 
     def _prefill(self, ids: Ids) -> tuple[Cache, Tensor]:
         # The model creates the cache: some accept no other.
@@ -59,14 +57,20 @@ class ExpandedForward(PrefilledForward):
     def _pass(self, prefix: Cache, num_prefix_tokens: int, rests: Sequence[Ids]) -> list[Tensor]:
         longest = max(map(len, rests))
         num_tokens = max(longest, MIN_ROW_TOKENS)
-        rows = [[*rest, *[rest[-1]] * (num_tokens - len(rest))] for rest in rests]
-        options: dict[str, Any] = {self._cache_name: self._copies(prefix, len(rows))}
-        if self._takes_positions:
-            # Padding repeats the last position: a table of positions may end there.
-            positions = [num_prefix_tokens + min(i, longest - 1) for i in range(num_tokens)]
-            options["position_ids"] = self._tensor([positions] * len(rows))
-        states_B_R_H = self._trunk(input_ids=self._tensor(rows), use_cache=True, **options).last_hidden_state
+        ids_B_R = self._tensor([[*rest, *[rest[-1]] * (num_tokens - len(rest))] for rest in rests])
+        # Padding repeats the last position: a table of positions may end there.
+        positions = [num_prefix_tokens + min(i, longest - 1) for i in range(num_tokens)]
+        copies = self._copies(prefix, len(rests))
+        states_B_R_H = self._run(copies, ids_B_R, self._tensor([positions]).expand(len(rests), -1))
         return [hidden_R_H[: len(rest)] for hidden_R_H, rest in zip(states_B_R_H, rests, strict=True)]
+
+    def _run(self, cache: Cache, ids_B_R: Tensor, positions_B_R: Tensor) -> Tensor:
+        """The hidden states of rows, [B, R, H], after what the cache holds. They are added to it."""
+        options: dict[str, Any] = {self._cache_name: cache}
+        if self._takes_positions:
+            options["position_ids"] = positions_B_R
+        hidden_B_R_H: Tensor = self._trunk(input_ids=ids_B_R, use_cache=True, **options).last_hidden_state
+        return hidden_B_R_H
 
     def _copies(self, prefix: Cache, num_rows: int) -> Cache:
         """Copies for a batch of rows: the forward writes to its cache, and the prompt's must not change."""
@@ -74,3 +78,28 @@ class ExpandedForward(PrefilledForward):
         first_B = torch.zeros(num_rows, dtype=torch.long, device=self._device)
         copies.reorder_cache(cast("torch.LongTensor", first_B))
         return copies
+
+
+class SteppedForward(ExpandedForward):
+    """A batch of completions on copies of the prompt's cache, a token at a time.
+
+    Mamba's first generation continues from a state by single tokens only: more start from a state of zeros.
+    """
+
+    name = "stepped"
+
+    def _run(self, cache: Cache, ids_B_R: Tensor, positions_B_R: Tensor) -> Tensor:
+        steps = zip(torch.split(ids_B_R, 1, dim=1), torch.split(positions_B_R, 1, dim=1), strict=True)
+        return torch.cat([super(SteppedForward, self)._run(cache, *step) for step in steps], dim=1)
+
+
+def cache_name(trunk: nn.Module) -> str:
+    """The name of the argument that takes a cache."""
+    return (
+        "cache_params" if "cache_params" in inspect.signature(trunk.forward).parameters else "past_key_values"
+    )
+
+
+def takes_positions(trunk: nn.Module) -> bool:
+    """Whether positions must be given. Some architectures do not derive them from their cache."""
+    return "position_ids" in inspect.signature(trunk.forward).parameters

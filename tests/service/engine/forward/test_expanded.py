@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from shopr1_service.engine.forward import expanded as expanded_forward
 from shopr1_service.engine.forward.base import IndependentForward, Suffix
-from shopr1_service.engine.forward.expanded import ExpandedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from tests.support.models import FAMILIES, random_ids, shared_model, tiny_model
 
 LEAD = [7, 8, 9]
@@ -24,8 +24,13 @@ def suffix(num_tokens: int, *, seed: int = 0) -> Suffix:
     return Suffix(ids, tuple(range(len(LEAD) - 1, len(ids))))
 
 
-def check(model: PreTrainedModel, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> None:
-    actual = ExpandedForward(model).hidden_states(prompt_ids, suffixes)
+def check(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    suffixes: Sequence[Suffix],
+    strategy: type[ExpandedForward] = ExpandedForward,
+) -> None:
+    actual = strategy(model).hidden_states(prompt_ids, suffixes)
     expected = IndependentForward(model).hidden_states(prompt_ids, suffixes)
     for actual_S_H, expected_S_H in zip(actual, expected, strict=True):
         assert_close(actual_S_H, expected_S_H, rtol=0, atol=1e-4)
@@ -48,14 +53,25 @@ GROUPS = st.tuples(
     st.integers(1, 20),
     st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=5),
 )
-EXPANDED = [name for name, family in FAMILIES.items() if family.forward == "expanded"]
+EXPANDED = [name for name, family in FAMILIES.items() if family.forward in ("expanded", "branched")]
+STEPPED = [name for name, family in FAMILIES.items() if family.forward == "stepped"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", *EXPANDED])
+@pytest.mark.parametrize(
+    ("strategy", "family"),
+    [
+        *((ExpandedForward, name) for name in ("llama", "gemma3", *EXPANDED)),
+        *((SteppedForward, name) for name in ("llama", "gemma3", *STEPPED)),
+    ],
+)
 @given(group=GROUPS, max_tokens=st.sampled_from([1, 9, 8192]), max_cached=st.sampled_from([1, 40, 10**6]))
 @settings(max_examples=10)
 def test_any_group_in_any_batches(
-    family: str, group: tuple[int, list[tuple[int, bool]]], max_tokens: int, max_cached: int
+    strategy: type[ExpandedForward],
+    family: str,
+    group: tuple[int, list[tuple[int, bool]]],
+    max_tokens: int,
+    max_cached: int,
 ) -> None:
     """Lengths in any order, leads, completions of one token and of none: results keep their order."""
     num_prompt_tokens, drawn = group
@@ -66,7 +82,7 @@ def test_any_group_in_any_batches(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expanded_forward, "MAX_PASS_TOKENS", max_tokens)
         patch.setattr(expanded_forward, "MAX_CACHED_TOKENS", max_cached)
-        check(shared_model(family), random_ids(num_prompt_tokens, seed=9), suffixes)
+        check(shared_model(family), random_ids(num_prompt_tokens, seed=9), suffixes, strategy)
 
 
 # --- every token once -------------------------------------------------------------------------------
@@ -105,3 +121,11 @@ def test_tokens_of_a_pass_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ExpandedForward(model).hidden_states(random_ids(20), [suffix(n, seed=n) for n in (30, 5, 4, 5, 8)])
     # Padding counts: three rows of 5, not five of 30.
     assert passes == [(1, 23), (3, 5), (1, 8), (1, 30)]
+
+
+def test_steps_are_of_one_token() -> None:
+    model = tiny_model()
+    passes = passes_of(model)
+    SteppedForward(model).hidden_states(random_ids(40), [suffix(3), suffix(0), suffix(1)])
+    # The prompt with the lead, once; then a token of each at a time.
+    assert passes == [(1, 43), (2, 1), (2, 1), (2, 1)]
