@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-start bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -100,8 +100,8 @@ audit: install  ## Known vulnerabilities of the installed packages; needs PyPI's
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --skip-editable
 
-bench: install  ## Speed against full logits and logits_to_keep, as ratios; writes benchmarks/engine/results.csv
-	$(BIN)/python -m benchmarks.engine.bench
+bench: install  ## Speed against full logits and logits_to_keep, as ratios, in three minutes; FULL=1: all shapes
+	$(BIN)/python -m benchmarks.engine.bench $(if $(FULL),--full)
 
 bench-growth: install  ## Cost by completions and by prompt length; writes benchmarks/engine/growth.csv and plots
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
@@ -115,6 +115,9 @@ architectures: install  ## Every architecture of transformers, built tiny, again
 
 bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one request; writes benchmarks/serving/trainer_burst.csv
 	$(BIN)/python -m benchmarks.serving.trainer_burst
+
+bench-start: install  ## The service until it is ready, with an empty and a full cache; BASE=CHECKOUT: against an older one
+	$(BIN)/python -m benchmarks.serving.start $(if $(BASE),--base $(BASE))
 
 bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
 	$(BIN)/python -m benchmarks.serving.text_growth

@@ -17,13 +17,25 @@ from shopr1_service.engine.forward.branched import BranchedForward
 from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
 from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
-from shopr1_service.engine.forward.self_check import Cause, choose_forward, confirms, depends_on_weights
+from shopr1_service.engine.forward.self_check import Cause, choose_forward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.forward.unused_copy import unused_copy
 from shopr1_service.engine.lm_head import UnsupportedModelError, choose_head, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
 from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
+from tests.support.broken_models import (
+    ignore_the_cache,
+    ignore_the_mask,
+    ignore_the_positions,
+    is_suffix,
+    lengths_of,
+    make_no_cache,
+    nan_with_a_cache,
+    patched,
+    refuse_a_cache,
+    wrong_with_a_cache,
+)
 from tests.support.models import FAMILIES, model_of, policy_of, random_ids, tiny_model
 
 CHECK_IDS = random_ids(32, seed=9)  # windows here have 8 tokens
@@ -38,36 +50,6 @@ SUFFIXES = [
 # --- the choice -------------------------------------------------------------------------------------
 
 
-def patched(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, change: Any) -> PreTrainedModel:
-    """The model, whose trunk's forward is replaced by `change(forward, kwargs)`."""
-    trunk = trunk_of(model)
-    original = trunk.forward
-    monkeypatch.setattr(trunk, "forward", lambda **kwargs: change(original, kwargs))
-    return model
-
-
-def is_suffix(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("past_key_values") is not None
-
-
-def ignore_the_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
-    return forward(**{**kwargs, "past_key_values": None})
-
-
-def ignore_the_mask(forward: Any, kwargs: dict[str, Any]) -> Any:
-    return forward(**{**kwargs, "attention_mask": None})
-
-
-def ignore_the_positions(forward: Any, kwargs: dict[str, Any]) -> Any:
-    return forward(**{**kwargs, "position_ids": None})
-
-
-def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
-    if is_suffix(kwargs):
-        raise NotImplementedError("no cache")
-    return forward(**kwargs)
-
-
 def choose(
     model: PreTrainedModel,
     ids: Sequence[int],
@@ -75,29 +57,6 @@ def choose(
 ) -> Forward:
     """Choose among the strategies that use the model's own cache."""
     return choose_forward(model, ids, [strategy(model) for strategy in strategies]).forward
-
-
-def make_no_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
-    output = forward(**kwargs)
-    output.past_key_values = None
-    return output
-
-
-def wrong_with_a_cache(is_wrong: Any) -> Any:
-    def change(forward: Any, kwargs: dict[str, Any]) -> Any:
-        output = forward(**kwargs)
-        if is_suffix(kwargs) and is_wrong(kwargs["input_ids"].shape[1]):
-            output.last_hidden_state = output.last_hidden_state * 1.01
-        return output
-
-    return change
-
-
-def nan_with_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
-    output = forward(**kwargs)
-    if is_suffix(kwargs):
-        output.last_hidden_state = output.last_hidden_state * torch.nan
-    return output
 
 
 BOTH = [PackedForward, ExpandedForward]
@@ -345,17 +304,6 @@ def test_block_sparse_attention_that_becomes_full_is_refused() -> None:
 # --- long sequences ---------------------------------------------------------------------------------
 
 
-def lengths_of(model: PreTrainedModel) -> list[int]:
-    """Tokens of each pass from now on."""
-    seen: list[int] = []
-
-    def note(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        seen.append(kwargs["input_ids"].numel())
-
-    trunk_of(model).register_forward_pre_hook(note, with_kwargs=True)
-    return seen
-
-
 @pytest.mark.parametrize(("dtype", "num_long"), [(torch.float32, 3), (torch.bfloat16, 4)])
 def test_few_passes_are_long(dtype: torch.dtype, num_long: int) -> None:
     model, ids, texts = tiny_model(dtype=dtype), random_ids(2000, seed=9), list[str]()
@@ -513,44 +461,3 @@ def test_a_lost_window_shows_through_rounding(monkeypatch: pytest.MonkeyPatch) -
 
     model = patched(monkeypatch, tiny_model("mistral", torch.bfloat16, sliding_window=8), ignore_the_window)
     assert choose(model, CHECK_IDS, [PackedForward]).name == "independent"
-
-
-# --- known outcomes ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_strategy_that_is_right_is_confirmed(dtype: torch.dtype) -> None:
-    model = tiny_model("llama", dtype)
-    for forward in (SharedPrefixForward(model, PrefixCache(2**20)), PackedForward(model)):
-        assert confirms(model, CHECK_IDS, forward)
-    assert not confirms(model, CHECK_IDS[:6], IndependentForward(model))  # too few to show anything
-
-
-@pytest.mark.parametrize(
-    ("strategy", "change"),
-    [
-        (ExpandedForward, ignore_the_cache),
-        (ExpandedForward, refuse_a_cache),
-        (ExpandedForward, nan_with_a_cache),
-        (PackedForward, ignore_the_mask),
-        (PackedForward, ignore_the_positions),
-    ],
-)
-def test_a_strategy_that_is_wrong_is_not_confirmed(
-    monkeypatch: pytest.MonkeyPatch, strategy: type[PackedForward | ExpandedForward], change: Any
-) -> None:
-    model = patched(monkeypatch, tiny_model("llama"), change)
-    assert not confirms(model, CHECK_IDS, strategy(model))
-
-
-def test_few_passes_confirm() -> None:
-    model = tiny_model("mistral", sliding_window=200)
-    lengths = lengths_of(model)
-    assert confirms(model, random_ids(224, seed=1), PackedForward(model))
-    assert len(lengths) <= 9  # two of them for each run of the strategy
-    assert max(lengths) <= 64
-
-
-def test_only_a_choice_of_keys_depends_on_weights() -> None:
-    assert depends_on_weights(tiny_model("doge", keep_window_size=24, head_dim=8))
-    assert not depends_on_weights(tiny_model("mistral"))
