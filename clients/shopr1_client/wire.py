@@ -16,6 +16,7 @@ from shopr1_client.wire_base import (
     OBJECT,
     STRING,
     TEXT,
+    TEXTS_AT_ONCE,
     TOKEN_IDS,
     AnswerModel,
     RequestModel,
@@ -111,6 +112,7 @@ class Group(PromptOptions):
     completions: Annotated[
         list[Completion],
         IN_PIECES,
+        TEXTS_AT_ONCE,
         Field(
             description="Text is tokenised separately, without special tokens, and appended to the prompt."
         ),
