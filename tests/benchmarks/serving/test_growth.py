@@ -1,4 +1,4 @@
-"""Whatever grows is measured by requests that the service answers."""
+"""Each thing that grows is measured by requests that the service answers."""
 
 import os
 from collections.abc import Iterator
