@@ -35,7 +35,6 @@ from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.branched import BranchedForward, has_states
 from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import (
     MAX_SHORT_TOKENS,
@@ -242,7 +241,6 @@ def _candidates(
     """The strategies that share a prompt, fastest first."""
     strategies: list[Forward] = [
         BranchedForward(model, cache) if has_states(model) else SharedPrefixForward(model, cache),
-        PackedForward(model),
         ExpandedForward(model),
         SteppedForward(model),
     ]

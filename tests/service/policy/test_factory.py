@@ -15,7 +15,7 @@ from shopr1_client.wire import Message
 from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward, PromptGroup
-from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.self_check import Verdict, choose_forward
 from shopr1_service.engine.lm_head import LinearHead, trunk_of
 from shopr1_service.errors import PolicyError
@@ -224,9 +224,9 @@ def test_check_notices_that_a_window_is_ignored(
             options["attention_mask"] = dict.fromkeys(masks, masks["full_attention"])
         return forward(**options)
 
-    assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "packed"
+    assert choose_forward(model, checks[0], [ExpandedForward(model)]).forward.name == "expanded"
     monkeypatch.setattr(trunk, "forward", ignore_the_window)
-    assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "independent"
+    assert choose_forward(model, checks[0], [ExpandedForward(model)]).forward.name == "independent"
 
 
 def test_ties_are_broken_as_in_the_full_forward() -> None:
@@ -254,7 +254,7 @@ def test_an_encoder_is_a_policy_error() -> None:
 def test_info_says_why_slower_paths_were_taken() -> None:
     info = policy_of(model_of("falcon")).info
     [rejected] = info.rejected_paths
-    assert (info.forward, rejected.path, rejected.reason) == ("packed", "shared_prefix", "unsupported")
+    assert (info.forward, rejected.path, rejected.reason) == ("expanded", "shared_prefix", "unsupported")
     assert "TypeError" in rejected.detail
     assert policy_of(tiny_model("llama")).info.rejected_paths == ()
     info = policy_of(tiny_model("electra", is_decoder=True, embedding_size=16)).info
