@@ -6,6 +6,9 @@ a common beginning share its chunks. Beyond the byte limit, the least recently u
 evicted. Counted is what a chunk keeps in memory: keys and values, and also its ids, its node in the tree and
 what Python and PyTorch need for each tensor. In a small policy's short prompts that is most of it.
 
+All nodes are in one order, in which each follows the nodes below it: a path that is used moves to the end,
+its beginning last. So the first node of the order is the least recently used end, however many there are.
+
 Models with recurrent layers also need the states of these after the last token. They are known where a chunk
 ended when it was computed, and for such models a known beginning ends there.
 
@@ -16,6 +19,7 @@ Used from the engine's thread only. Dimensions: K key-value heads, T tokens, D h
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -27,6 +31,8 @@ from shopr1_service.core import TEXT_SCOPE, CacheStats, PromptScope
 _TENSOR_BYTES = 450
 """Memory of a tensor beside its elements: Python's object, PyTorch's, and the allocator's headers."""
 _INT_BYTES = 32
+_PLACE_BYTES = 90
+"""A node's place in the order."""
 _SCOPE_BYTES = 400
 """A `PromptScope` with its digest, and its place among the roots."""
 
@@ -87,14 +93,14 @@ class Chunk:
 class _Node:
     chunk: Chunk
     parent: "_Node | None"
+    scope: PromptScope
     children: dict[int, "_Node"] = field(default_factory=dict)  # by first token
-    last_used: int = 0
     num_counted_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        own = sys.getsizeof(self) + sys.getsizeof(self.children) + 2 * _INT_BYTES
-        return own + self.chunk.num_bytes + (_SCOPE_BYTES if self.parent is None else 0)
+        own = sys.getsizeof(self) + sys.getsizeof(self.children) + _INT_BYTES
+        return own + self.chunk.num_bytes + (_SCOPE_BYTES if self.parent is None else _PLACE_BYTES)
 
 
 class PrefixCache:
@@ -107,8 +113,8 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self.stats = CacheStats()
         self.max_bytes = max_bytes
-        self._clock = 0
         self._roots: dict[PromptScope, _Node] = {}
+        self._order: OrderedDict[_Node, None] = OrderedDict()
 
     @property
     def is_enabled(self) -> bool:
@@ -122,11 +128,13 @@ class PrefixCache:
         Args:
             with_states: the states of recurrent layers must be known at the beginning's end.
         """
-        self._clock += 1
-        chunks = []
-        for node, num_tokens in self._walk(ids, scope):
-            node.last_used = self._clock
-            chunks.append(node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens))
+        path = list(self._walk(ids, scope))
+        if path:
+            self._use(path[-1][0])
+        chunks = [
+            node.chunk if num_tokens == len(node.chunk) else node.chunk.view(0, num_tokens)
+            for node, num_tokens in path
+        ]
         while with_states and chunks and chunks[-1].states is None:
             chunks.pop()
         num_matched = sum(map(len, chunks))
@@ -146,15 +154,16 @@ class PrefixCache:
         num_new = len(ids) + len(chunk) - sum(num_tokens for _, num_tokens in path)
         if num_new > len(chunk):
             return
-        node = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root())
+        node = self._end(*path[-1]) if path else self._roots.setdefault(scope, _root(scope))
         if num_new:
             new = chunk if num_new == len(chunk) else chunk.view(len(chunk) - num_new, len(chunk)).copy()
-            self._clock += 1
-            child = node.children[new.ids[0]] = _Node(new, node, last_used=self._clock)
+            child = node.children[new.ids[0]] = _Node(new, node, node.scope)
             self._count(child, node)
+            node = child
         elif node.chunk.states is None and chunk.states is not None:
             node.chunk = replace(node.chunk, last_hidden_1_H=chunk.last_hidden_1_H, states=chunk.states)
             self._count(node)
+        self._use(node)
         self._evict()
 
     def reset(self) -> None:
@@ -164,14 +173,27 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop all chunks of all weights, as after an update of the policy."""
-        self._roots.clear()
-        self.stats.num_bytes = 0
+        for scope in list(self._roots):
+            self._drop(scope)
 
     def forget(self, weights: Hashable) -> None:
         """Drop all chunks of these weights."""
         for scope in [scope for scope in self._roots if scope.weights == weights]:
-            root = self._roots.pop(scope)
-            self.stats.num_bytes -= sum(node.num_counted_bytes for node in (root, *_below(root)))
+            self._drop(scope)
+
+    def _drop(self, scope: PromptScope) -> None:
+        root = self._roots.pop(scope)
+        for node in [root, *_below(root)]:
+            self._order.pop(node, None)
+            self.stats.num_bytes -= node.num_counted_bytes
+            node.children.clear()  # in a cycle with them, its memory would wait for the garbage collector
+
+    def _use(self, node: _Node) -> None:
+        """Move a node to the end of the order, and those above it behind it."""
+        while node.parent is not None:
+            self._order[node] = None
+            self._order.move_to_end(node)
+            node = node.parent
 
     def _count(self, *changed: _Node) -> None:
         """Count new nodes, and those whose children or chunk have changed, as they are now."""
@@ -182,7 +204,7 @@ class PrefixCache:
 
     def _walk(self, ids: Sequence[int], scope: PromptScope) -> Iterator[tuple[_Node, int]]:
         """The nodes along `ids`, each with its number of matching tokens; only the last may match in part."""
-        node, position = self._roots.get(scope) or _root(), 0
+        node, position = self._roots.get(scope) or _root(scope), 0
         while position < len(ids) and (child := node.children.get(ids[position])) is not None:
             num_tokens = common_length(child.chunk.ids, ids, position)
             yield child, num_tokens
@@ -197,7 +219,7 @@ class PrefixCache:
     def _split(self, node: _Node, num_tokens: int) -> _Node:
         """Cut a node in two; return the first half, whose child is the second."""
         assert node.parent is not None
-        head = _Node(node.chunk.view(0, num_tokens).copy(), node.parent, last_used=node.last_used)
+        head = _Node(node.chunk.view(0, num_tokens).copy(), node.parent, node.scope)
         node.chunk = node.chunk.view(num_tokens, len(node.chunk)).copy()
         node.parent.children[head.chunk.ids[0]] = head
         node.parent = head
@@ -207,21 +229,18 @@ class PrefixCache:
 
     def _evict(self) -> None:
         while self.stats.num_bytes > self.max_bytes:
-            node = min(self._leaves(), key=lambda leaf: leaf.last_used)
+            node, _ = self._order.popitem(last=False)
             assert node.parent is not None
             del node.parent.children[node.chunk.ids[0]]
             self.stats.num_bytes -= node.num_counted_bytes
             self.stats.num_evicted_chunks += 1
             if not (node.parent.parent or node.parent.children):
-                self.stats.num_bytes -= node.parent.num_counted_bytes
-                self._roots = {scope: root for scope, root in self._roots.items() if root.children}
-
-    def _leaves(self) -> Iterator[_Node]:
-        return (node for root in self._roots.values() for node in _below(root) if not node.children)
+                root = self._roots.pop(node.scope)
+                self.stats.num_bytes -= root.num_counted_bytes
 
 
-def _root() -> _Node:
-    return _Node(Chunk((), (), (), None), None)
+def _root(scope: PromptScope) -> _Node:
+    return _Node(Chunk((), (), (), None), None, scope)
 
 
 def _below(root: _Node) -> Iterator[_Node]:
@@ -235,10 +254,9 @@ def _below(root: _Node) -> Iterator[_Node]:
 def common_length(some: Sequence[int], others: Sequence[int], start: int = 0) -> int:
     """The number of first tokens of `some` that equal those of `others` from `start` on."""
     length = min(len(some), len(others) - start)
-    for i in range(length):
-        if some[i] != others[start + i]:
-            return i
-    return length
+    if tuple(some[:length]) == tuple(others[start : start + length]):  # most often, and several times as fast
+        return length
+    return next(i for i in range(length) if some[i] != others[start + i])
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class EndTokenWatch:
     def __init__(self, max_runs: int) -> None:
         self._max_runs = max_runs
         self._runs: OrderedDict[str, _Counts] = OrderedDict()
-        self._warned: set[tuple[str, str]] = set()
+        self._warned: dict[str, set[str]] = {}
 
     def observe(self, scored: ScoredGroup) -> None:
         """Count a scored group (an `Observer`)."""
@@ -46,12 +46,13 @@ class EndTokenWatch:
             self._runs[run] = _Counts()
         while len(self._runs) > self._max_runs:
             gone, _ = self._runs.popitem(last=False)
-            self._warned = {(name, token) for name, token in self._warned if name != gone}
+            self._warned.pop(gone, None)
 
     def _warn(self, run: str, counts: _Counts) -> None:
+        warned = self._warned.setdefault(run, set())
         for token, count in counts.unknown_ends.most_common(1):
-            if count > _SHARE * counts.num_completions and (run, token) not in self._warned:
-                self._warned.add((run, token))
+            if count > _SHARE * counts.num_completions and token not in warned:
+                warned.add(token)
                 logger.warning(
                     "run %r: %d of %d completions are invalid only because they end with %r, which is not an "
                     "end token of the policy; if it ends its turns, set end_tokens",

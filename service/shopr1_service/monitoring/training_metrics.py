@@ -53,7 +53,6 @@ class _Families:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._all: list[Counter | Histogram] = []
         counter, histogram = self._counter, self._histogram
         self.rollouts = counter(
             "rollouts", "Rollouts by outcome; the reason is empty for scored ones.", "status", "reason"
@@ -91,31 +90,22 @@ class _Families:
             _RATIO_BUCKETS,
         )
 
-    def remove(self, run: str) -> None:
-        """Drop all series of a run."""
-        for family in self._all:
-            family.remove_by_labels({"run": run})
-
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        family = Counter(f"shopr1_{name}", text, ("run", "recipe", *labels), registry=self._registry)
-        self._all.append(family)
-        return family
+        return Counter(f"shopr1_{name}", text, ("run", "recipe", *labels), registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         names = ("run", "recipe", *labels)
-        family = Histogram(f"shopr1_{name}", text, names, buckets=buckets, registry=self._registry)
-        self._all.append(family)
-        return family
+        return Histogram(f"shopr1_{name}", text, names, buckets=buckets, registry=self._registry)
 
 
 class _RecipeSeries:
     """Series of one run with one recipe. Those that ratios are made of are 0 from the start."""
 
     def __init__(self, families: _Families, run: str, recipe: Recipe, memory: MemoryBudget) -> None:
-        self.memory = memory.hold(Account.RUNS)
+        self._memory = memory.hold(Account.RUNS)
         self._families = families
         self._labels = (run, recipe.name)
-        self._series: dict[tuple[object, ...], Any] = {}  # a look-up by labels is slow
+        self._series: dict[tuple[Any, ...], Any] = {}  # a look-up by labels is slow
         self._has_rationales = needs_policy(recipe)
         types = tuple(recipe.action_space.types)
         for outcome in _OUTCOMES:
@@ -129,6 +119,12 @@ class _RecipeSeries:
         self._of(families.unknown_ends)
         self._of(families.lengths)
         self._of(families.repetitions)
+
+    def remove(self) -> None:
+        """Drop the series."""
+        for family, *labels in self._series:
+            family.remove(*self._labels, *labels)
+        self._memory.release()
 
     def record_warning(self, code: WarningCode) -> None:
         self._of(self._families.warnings, code.value).inc()
@@ -164,7 +160,7 @@ class _RecipeSeries:
         key = (family, *labels)
         if key not in self._series:
             self._series[key] = family.labels(*self._labels, *labels)
-            self.memory.grow(_SERIES_BYTES[type(family)])
+            self._memory.grow(_SERIES_BYTES[type(family)])
         series: _Family = self._series[key]
         return series
 
@@ -221,9 +217,8 @@ class TrainingMetrics:
         while len(self._runs) > self._max_runs:
             run, gone = self._runs.popitem(last=False)
             for series in gone.values():
-                series.memory.release()
+                series.remove()
             self._last_scored.remove(run)
-            self._families.remove(run)
 
 
 def repetition_ratio(ids: Sequence[int]) -> float:

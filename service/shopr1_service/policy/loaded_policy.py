@@ -125,11 +125,12 @@ class LoadedPolicy:
         except Exception:
             self._forget([version])
             raise
-        former = self.versions
+        assert version.adapter is not None
+        former = self.versions.adapters.get(version.adapter, ())
         self._adapters[version.number] = adapter
         self._adapter_memory[version.number] = memory.shared()
-        self.versions = former.with_adapter(version, max_kept=max_kept, is_default=is_default)
-        gone = [old for old in former.loaded() if old not in self.versions.loaded()]
+        self.versions = self.versions.with_adapter(version, max_kept=max_kept, is_default=is_default)
+        gone = [old for old in former if old not in self.versions.adapters[version.adapter]]
         self._forget(gone)
         return gone
 

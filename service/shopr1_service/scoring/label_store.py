@@ -22,11 +22,12 @@ from shopr1_service.memory.budget import Account, MemoryBudget
 TextPrompt = str | Sequence[Message]
 
 _DIGEST_BYTES = 16  # of 10^6 prompts, two agree with a probability of 10^-27
-
+_BLOCK_BYTES = 256  # the place of an end within a block is one byte
 
 _LABEL_BYTES = 220
 """A label without its truth: key, object, and their place in the table."""
-_LENGTH_BYTES = 40
+_BLOCKS_BYTES = 150
+"""A digest of blocks, and the ends behind them."""
 _TABLE_BYTES = 600
 
 
@@ -59,15 +60,31 @@ class ContradictionError(ValueError):
         self.first, self.second = first, second
 
 
-def prompt_digest(prompt: TextPrompt) -> bytes:
-    """Key of a prompt; a text and messages never have the same one."""
-    if isinstance(prompt, str):
-        hasher, data = _text_hasher(), prompt
-    else:
+class PromptDigest(NamedTuple):
+    """Key of a prompt; a text and messages never have the same one.
+
+    Attributes:
+        blocks: digest of the whole blocks at the beginning of a text; None of messages.
+        end: number of the text's bytes behind these.
+    """
+
+    whole: bytes
+    blocks: bytes | None = None
+    end: int = 0
+
+
+def prompt_digest(prompt: TextPrompt) -> PromptDigest:
+    """Digest of a text, or of the canonical JSON of messages."""
+    if not isinstance(prompt, str):
         hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=b"messages")
-        data = json.dumps([[m.role, m.content] for m in prompt], ensure_ascii=False)
-    hasher.update(data.encode())
-    return hasher.digest()
+        hasher.update(json.dumps([[m.role, m.content] for m in prompt], ensure_ascii=False).encode())
+        return PromptDigest(hasher.digest())
+    hasher, data = _text_hasher(), memoryview(prompt.encode())
+    end = len(data) % _BLOCK_BYTES
+    hasher.update(data[: len(data) - end])
+    blocks = hasher.digest()
+    hasher.update(data[len(data) - end :])
+    return PromptDigest(hasher.digest(), blocks, end)
 
 
 def _text_hasher() -> "hashlib.blake2b":
@@ -79,12 +96,12 @@ class NewLabels:
     """Labels that one call registers: one for each prompt.
 
     Attributes:
-        labels: by `prompt_digest`.
-        lengths: of the text prompts, in bytes.
+        labels: by `PromptDigest.whole`.
+        ends: of the text prompts, ascending, by `PromptDigest.blocks`.
     """
 
     labels: dict[bytes, Label]
-    lengths: frozenset[int]
+    ends: dict[bytes, bytes]
     num_truth_bytes: int
 
     @classmethod
@@ -96,24 +113,24 @@ class NewLabels:
         """
         new: dict[bytes, Label] = {}
         positions: dict[bytes, int] = {}
-        lengths: set[int] = set()
+        ends: dict[bytes, bytes] = {}
         for i, (prompt, label) in enumerate(labels):
             checkpoint()
             digest = prompt_digest(prompt)
-            first = positions.setdefault(digest, i)
-            if new.setdefault(digest, label) != label:
+            first = positions.setdefault(digest.whole, i)
+            if new.setdefault(digest.whole, label) != label:
                 raise ContradictionError(first, i)
-            if isinstance(prompt, str):
-                lengths.add(len(prompt.encode()))
-        return cls(new, frozenset(lengths), sum(map(_truth_bytes, new.values())))
+            if (blocks := digest.blocks) is not None and digest.end not in ends.get(blocks, b""):
+                ends[blocks] = bytes(sorted((*ends.get(blocks, b""), digest.end)))
+        return cls(new, ends, sum(map(_truth_bytes, new.values())))
 
 
 @dataclass
 class _Table:
-    """Labels of one run."""
+    """Labels of one run. Attributes as those of `NewLabels`."""
 
     labels: dict[bytes, Label] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)  # of the text prompts in bytes, distinct, ascending
+    ends: dict[bytes, bytes] = field(default_factory=dict)
     num_truth_bytes: int = 0
     num_bytes: int = 0
 
@@ -130,6 +147,7 @@ class LabelStore:
         self._max_labels = max_labels
         self._memory = memory.hold(Account.LABELS)
         self._tables: dict[str, _Table] = {}
+        self._num_labels = 0
 
     def num_labels(self, run: str) -> int:
         """Number of labels of a run."""
@@ -148,14 +166,22 @@ class LabelStore:
         replaced = {digest: table.labels[digest] for digest in new.labels.keys() & table.labels.keys()}
         num_labels = len(table.labels) + len(new.labels) - len(replaced)
         self._check_capacity(table, num_labels)
-        lengths = new.lengths.union(table.lengths)
+        common = new.ends.keys() & table.ends.keys()
+        ends = {
+            blocks: bytes(sorted({*new.ends[blocks], *table.ends[blocks]}))
+            for blocks in common
+            if new.ends[blocks] != table.ends[blocks]
+        }
+        num_blocks = len(table.ends) + len(new.ends) - len(common)
         num_truth_bytes = (
             table.num_truth_bytes + new.num_truth_bytes - sum(map(_truth_bytes, replaced.values()))
         )
-        num_bytes = _table_bytes(num_labels, len(lengths), num_truth_bytes)
+        num_bytes = _table_bytes(num_labels, num_blocks, num_truth_bytes)
         self._memory.grow(num_bytes - table.num_bytes)
+        self._num_labels += num_labels - len(table.labels)
         table.labels |= new.labels
-        table.lengths = sorted(lengths)
+        table.ends |= new.ends
+        table.ends |= ends
         table.num_truth_bytes, table.num_bytes = num_truth_bytes, num_bytes
         if new.labels:
             self._tables[run] = table
@@ -163,49 +189,51 @@ class LabelStore:
 
     def get(self, run: str, prompt: TextPrompt) -> Label | None:
         """The run's label of exactly this prompt."""
-        return self._table(run).labels.get(prompt_digest(prompt))
+        return self._table(run).labels.get(prompt_digest(prompt).whole)
 
     def split(self, run: str, text: str) -> tuple[str, str, Label] | None:
         """The longest text prompt of a run that `text` begins with, the rest of it, and the prompt's label.
 
-        Hashes `text` once: the digest of each prefix extends that of the shorter one.
+        Hashes `text` once, block by block: how many labels there are does not matter.
         """
         table = self._table(run)
-        data = text.encode(errors="surrogatepass")  # prompts are Unicode, a completion may not be
-        hasher, done = _text_hasher(), 0
+        data = memoryview(text.encode(errors="surrogatepass"))  # prompts are Unicode, a completion may not be
+        hasher = _text_hasher()
         found: tuple[int, Label] | None = None
-        for length in table.lengths:
-            if length > len(data):
-                break
-            hasher.update(data[done:length])
-            done = length
-            if (label := table.labels.get(hasher.digest())) is not None:
-                found = length, label
+        for start in range(0, len(data) + 1, _BLOCK_BYTES):
+            for end in table.ends.get(hasher.digest(), b""):
+                whole = hasher.copy()
+                whole.update(data[start : start + end])
+                label = table.labels.get(whole.digest())
+                if label is not None and start + end <= len(data):
+                    found = start + end, label
+            hasher.update(data[start : start + _BLOCK_BYTES])
         if found is None:
             return None
         length, label = found
-        return data[:length].decode(), data[length:].decode(errors="surrogatepass"), label
+        return str(data[:length], "utf-8"), str(data[length:], "utf-8", "surrogatepass"), label
 
     def clear(self, run: str) -> None:
         """Remove all labels of a run."""
-        self._memory.grow(-self._table(run).num_bytes)
-        self._tables.pop(run, None)
+        table = self._tables.pop(run, None) or _Table()
+        self._memory.grow(-table.num_bytes)
+        self._num_labels -= len(table.labels)
 
     def _table(self, run: str) -> _Table:
         """The run's table; a new one, which is not stored, if it has none."""
         return self._tables.get(run) or _Table()
 
     def _check_capacity(self, table: _Table, num_labels: int) -> None:
-        num_others = sum(len(each.labels) for each in self._tables.values()) - len(table.labels)
+        num_others = self._num_labels - len(table.labels)
         if num_others + num_labels > self._max_labels:
             others = f", {num_others} of them of other runs" if num_others else ""
             raise TooLargeError(f"{num_others + num_labels} labels{others}, max_labels = {self._max_labels}")
 
 
-def _table_bytes(num_labels: int, num_lengths: int, num_truth_bytes: int) -> int:
+def _table_bytes(num_labels: int, num_blocks: int, num_truth_bytes: int) -> int:
     if not num_labels:
         return 0
-    return _TABLE_BYTES + _LABEL_BYTES * num_labels + _LENGTH_BYTES * num_lengths + num_truth_bytes
+    return _TABLE_BYTES + _LABEL_BYTES * num_labels + _BLOCKS_BYTES * num_blocks + num_truth_bytes
 
 
 def _truth_bytes(label: Label) -> int:

@@ -4,14 +4,16 @@ import gc
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from shopr1_service.core import TEXT_SCOPE, PromptScope, Version
 from shopr1_service.engine.prefix_cache import _TENSOR_BYTES, Chunk, PrefixCache, _below, _Node
@@ -107,6 +109,22 @@ def test_the_least_recently_used_chunk_is_evicted_first() -> None:
     remember(cache, [3, 3])
     assert [len(spelled(cache.match(ids))) for ids in ([1, 1], [2, 2], [3, 3])] == [2, 0, 2]
     assert cache.stats.num_evicted_chunks == 1
+
+
+@given(prompts=PROMPTS, max_bytes=MAX_BYTES)
+def test_evicted_are_the_ends_that_were_used_least_recently(prompts: list[list[int]], max_bytes: int) -> None:
+    cache = PrefixCache(max_bytes)
+    last_used: dict[_Node, int] = {}
+    for step, prompt in enumerate(prompts):
+        known = list(last_used)
+        remember(cache, prompt)
+        last_used |= {node: step for node, _ in cache._walk(prompt, TEXT_SCOPE)}
+        kept = set(nodes_of(cache))
+        evicted = [node for node in known if node not in kept]
+        ends = [node for node in kept if node in last_used and not node.children]
+        assert all(last_used[node] <= last_used[end] for node in evicted for end in ends)
+        last_used = {node: used for node, used in last_used.items() if node in kept}
+        assert set(cache._order) == {node for node in kept if node.parent}
 
 
 def test_ends_are_evicted_before_their_beginning() -> None:
@@ -293,35 +311,83 @@ def test_a_cleared_cache_can_be_used_at_once() -> None:
     assert num_tokens_of(cache) == 3
 
 
+def test_memory_is_free_as_soon_as_nothing_is_cached() -> None:
+    """A pass that ran out of memory is repeated at once: it cannot wait for the garbage collector."""
+    gc.disable()
+    try:
+        for drop in (PrefixCache.clear, lambda cache: cache.forget(None)):
+            cache = PrefixCache(10**6)
+            for prompt in ([1, 2, 3], [1, 2, 4], [1, 2, 3, 5]):
+                remember(cache, prompt)
+            tensors = [weakref.ref(key) for node in nodes_of(cache) for key in node.chunk.keys]
+            assert len(tensors) == 4
+            drop(cache)
+            assert [tensor() for tensor in tensors] == [None] * 4
+            assert cache.stats.num_bytes == 0
+    finally:
+        gc.enable()
+
+
 # --- memory -----------------------------------------------------------------------------------------
 
-NUM_PROMPTS, NUM_LAYERS = 300, 4
+NUM_LAYERS = 4
 
 
-def small_chunk(number: int, num_tokens: int = 12) -> Chunk:
+def small_chunk(number: int, num_tokens: int = 12, start: int = 0) -> Chunk:
     """A chunk of a policy with several layers; its ids are no constants of Python."""
-    ids = tuple(1000 + number * num_tokens + i for i in range(num_tokens))
-    tensors = [torch.zeros(1, 2, num_tokens, 4) for _ in range(2 * NUM_LAYERS)]
+    ids = tuple(1000 + number * 10_000 + i for i in range(start, num_tokens))
+    tensors = [torch.zeros(1, 2, len(ids), 4) for _ in range(2 * NUM_LAYERS)]
     return Chunk(ids, tuple(tensors[:NUM_LAYERS]), tuple(tensors[NUM_LAYERS:]), torch.zeros(1, 8))
 
 
-def test_objects_of_many_small_prompts_are_counted() -> None:
-    """Python's objects, as `tracemalloc` sees them: all but the elements and PyTorch's part of a tensor."""
-    tensor = torch.zeros(1)
-    num_tensors = NUM_PROMPTS * (2 * NUM_LAYERS + 1)
-    num_outside = num_tensors * (_TENSOR_BYTES - sys.getsizeof(tensor))
-    num_elements = NUM_PROMPTS * 4 * (2 * NUM_LAYERS * 2 * 12 * 4 + 8)
-    small_chunk(0)
+def insert_small(cache: PrefixCache) -> None:
+    for number in range(300):
+        cache.insert((), small_chunk(number), scope_of(None, str(number % 10).encode()))
+
+
+def insert_large(cache: PrefixCache) -> None:
+    for number in range(5):
+        cache.insert((), small_chunk(number, 4000))
+
+
+def insert_sessions(cache: PrefixCache) -> None:
+    """Steps that extend each other, and prompts that leave them midway."""
+    for number in range(20):
+        for num_tokens in (50, 100, 400):
+            ids = small_chunk(number, num_tokens).ids
+            known = sum(map(len, cache.match(ids)))
+            cache.insert(ids[:known], small_chunk(number, num_tokens, known))
+        cache.insert(ids[:70], small_chunk(100 + number, 30))
+
+
+def insert_too_many(cache: PrefixCache) -> None:
+    cache.max_bytes = 2_000_000
+    for number in range(500):
+        cache.insert((), small_chunk(number, 10 + number % 190))
+
+
+@pytest.mark.parametrize("insert", [insert_small, insert_large, insert_sessions, insert_too_many])
+def test_counted_is_what_is_held(insert: Callable[[PrefixCache], None]) -> None:
+    """Storages of tensors, and Python's objects as `tracemalloc` sees them: all but PyTorch's own objects."""
+    insert(PrefixCache(10**9))  # some memory is allocated once
     gc.collect()
     tracemalloc.start()
-    cache = PrefixCache(10**9)
     before = tracemalloc.get_traced_memory()[0]
-    for number in range(NUM_PROMPTS):
-        cache.insert((), small_chunk(number), scope_of(None, str(number % 10).encode()))
+    cache = PrefixCache(10**9)
+    insert(cache)
     gc.collect()
-    resident = tracemalloc.get_traced_memory()[0] - before
+    num_python_bytes = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert cache.stats.num_bytes - num_outside - num_elements == pytest.approx(resident, rel=0.1)
+    tensors = [tensor for node in nodes_of(cache) for tensor in tensors_of(node.chunk)]
+    num_element_bytes = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    num_outside = len(tensors) * (_TENSOR_BYTES - sys.getsizeof(torch.zeros(1)))
+    held = num_python_bytes + num_element_bytes + num_outside
+    assert cache.stats.num_bytes == pytest.approx(held, rel=0.1)
+
+
+def tensors_of(chunk: Chunk) -> list[Tensor]:
+    last = [] if chunk.last_hidden_1_H is None else [chunk.last_hidden_1_H]
+    return [*chunk.keys, *chunk.values, *last]
 
 
 RESIDENT = """

@@ -50,6 +50,28 @@ def test_split_finds_the_longest_beginning(known: list[str], text: str) -> None:
     assert table(*known).split(RUN, text) == expected
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "a", "é"]), st.integers(0, 3), st.integers(-2, 2)), max_size=8),
+    st.integers(0, 1000),
+)
+def test_split_finds_prompts_of_several_blocks(
+    places: list[tuple[str, int, int]], num_characters: int
+) -> None:
+    """Prompts that end near the end of a block, and a text of the same characters."""
+    known = [
+        begin + "a" * (256 * num_blocks + offset - len(begin.encode()))
+        for begin, num_blocks, offset in places
+        if 256 * num_blocks + offset > len(begin.encode())
+    ]
+    store = table(*known[::2])
+    store.put(RUN, NewLabels.collect([(prompt, label(prompt)) for prompt in known[1::2]]))
+    for begin in ("", "a", "é"):
+        text = begin + "a" * num_characters
+        longest = max((prompt for prompt in known if text.startswith(prompt)), key=len, default=None)
+        expected = None if longest is None else (longest, text.removeprefix(longest), label(longest))
+        assert store.split(RUN, text) == expected
+
+
 @given(st.lists(prompts, max_size=8), st.lists(prompts, max_size=8))
 def test_get_finds_exactly_what_was_put(known: list[str], others: list[str]) -> None:
     of_known = table(*known)
