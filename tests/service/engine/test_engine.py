@@ -41,7 +41,9 @@ FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, ExpandedForw
 Strategy = type[IndependentForward | ExpandedForward]
 
 
-def engine_of(model: PreTrainedModel, strategy: Strategy = ExpandedForward, head: Head | None = None) -> Engine:
+def engine_of(
+    model: PreTrainedModel, strategy: Strategy = ExpandedForward, head: Head | None = None
+) -> Engine:
     return Engine(
         strategy(model),
         head or choose_head(model, torch.tensor([PROMPT])),

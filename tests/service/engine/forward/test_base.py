@@ -86,9 +86,7 @@ SUFFIXES = [
 @pytest.mark.parametrize(
     ("strategy", "family"),
     [
-        *product(
-            (IndependentForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")
-        ),
+        *product((IndependentForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")),
         *product((IndependentForward, ExpandedForward), ("bamba", "falcon_h1", "mamba2", "mpt")),
     ],
 )
