@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-start bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,15 @@ soak: install  ## Mixed traffic against a real server for 10 minutes, every rewa
 	cd $@.download && apt-get download $*
 	dpkg-deb -x $@.download/$*_*.deb $@.new
 	mv $@.new $@ && rm -rf $@.download
+
+test-triton: install .venvs/triton/.installed  ## The Triton kernels of the head in Triton's interpreter, on the CPU
+	PYTHONPATH=.venvs/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/service/engine/fused_head
+
+# Triton without torch's CUDA build: 280 MB. Where that build is installed it has brought its own.
+.venvs/triton/.installed: $(VENV)/.installed
+	mkdir -p .venvs/triton
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps --target .venvs/triton triton==3.9.0
+	@touch $@
 
 test-ray: .venvs/ray/.installed $(TOOLS)  ## The service on Ray Serve: equal results, failing replicas
 	PATH="$$PATH:$(CURDIR)/.tools/prometheus/usr/bin" .venvs/ray/bin/python -m pytest -o addopts= -o filterwarnings= -o timeout=1200 tests/integration/ray
@@ -91,8 +100,8 @@ audit: install  ## Known vulnerabilities of the installed packages; needs PyPI's
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --skip-editable
 
-bench: install  ## Speed against full logits and logits_to_keep, as ratios; writes benchmarks/engine/results.csv
-	$(BIN)/python -m benchmarks.engine.bench
+bench: install  ## Speed against full logits and logits_to_keep, as ratios, in three minutes; FULL=1: all shapes
+	$(BIN)/python -m benchmarks.engine.bench $(if $(FULL),--full)
 
 bench-growth: install  ## Cost by completions and by prompt length; writes benchmarks/engine/growth.csv and plots
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
@@ -106,6 +115,9 @@ architectures: install  ## Every architecture of transformers, built tiny, again
 
 bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one request; writes benchmarks/serving/trainer_burst.csv
 	$(BIN)/python -m benchmarks.serving.trainer_burst
+
+bench-start: install  ## The service until it is ready, with an empty and a full cache; BASE=CHECKOUT: against an older one
+	$(BIN)/python -m benchmarks.serving.start $(if $(BASE),--base $(BASE))
 
 bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
 	$(BIN)/python -m benchmarks.serving.text_growth

@@ -3,8 +3,9 @@
 A shape has P prompt tokens, G completions of the prompt, and R rationale tokens in each completion.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,20 +47,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Shapes of one run."""
+    """Shapes of one run.
+
+    Attributes:
+        large: measured once; minutes on a CPU.
+        budget_s: no further round of a section starts once it has taken so much time.
+    """
 
     in_process: Sequence[Shape]
-    large: Shape
+    large: Sequence[Shape]
     peak: Shape
     http: Sequence[Shape]
     sessions: Sequence[Shape]
     by_completions: Sequence[Shape]
     by_prompt: Sequence[Shape]
+    budget_s: float = math.inf
 
     @property
     def max_sequence_tokens(self) -> int:
         """Longest sequence of all shapes. It may exceed the length that the policy was trained on."""
-        shapes = [*self.in_process, self.large, self.peak, *self.http, *self.sessions]
+        shapes = [*self.in_process, *self.large, self.peak, *self.http, *self.sessions]
         shapes += [*self.by_completions, *self.by_prompt]
         return max(shape.P + shape.R for shape in shapes) + MAX_FRAME_TOKENS
 
@@ -67,7 +74,7 @@ class Plan:
 PLANS = {
     "cpu": Plan(
         in_process=[Shape(2000, 8, 64)],
-        large=Shape(6000, 16, 64),
+        large=[Shape(6000, 16, 64)],
         peak=Shape(6000, 16, 200),
         http=[Shape(2000, 8, 64), Shape(2000, 16, 64)],
         sessions=[Shape(6000, 8, 64), Shape(6000, 1, 64)],
@@ -76,7 +83,7 @@ PLANS = {
     ),
     "cuda": Plan(
         in_process=[Shape(2000, 8, 64), Shape(8000, 16, 64)],
-        large=Shape(32_000, 16, 64),
+        large=[Shape(32_000, 16, 64)],
         peak=Shape(32_000, 16, 200),
         http=[Shape(8000, 8, 64), Shape(8000, 16, 64)],
         sessions=[Shape(32_000, 8, 64), Shape(32_000, 1, 64)],
@@ -85,7 +92,7 @@ PLANS = {
     ),
     "tiny": Plan(
         in_process=[Shape(200, 4, 16)],
-        large=Shape(400, 4, 16),
+        large=[Shape(400, 4, 16)],
         peak=Shape(400, 4, 16),
         http=[Shape(200, 4, 16)],
         sessions=[Shape(400, 4, 16)],
@@ -93,6 +100,27 @@ PLANS = {
         by_prompt=[Shape(P, 4, 16) for P in (50, 100, 200)],
     ),
 }
+
+QUICK_PLANS = {
+    "cpu": replace(
+        PLANS["cpu"],
+        in_process=[Shape(1000, 8, 32)],
+        large=[],
+        peak=Shape(2000, 16, 64),
+        http=[Shape(1000, 8, 32)],
+        sessions=[Shape(2000, 8, 32)],
+        budget_s=30.0,
+    ),
+    "cuda": replace(
+        PLANS["cuda"],
+        large=[],
+        peak=Shape(8000, 16, 200),
+        http=[Shape(8000, 8, 64)],
+        sessions=[Shape(8000, 8, 64)],
+        budget_s=30.0,
+    ),
+}
+"""Plans of three minutes, by device."""
 
 
 class Workloads:

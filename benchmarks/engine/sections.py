@@ -1,6 +1,7 @@
 """Sections of `make bench`. Each adds its rows to the report; benchmarks/README.md explains them."""
 
 import itertools
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,14 @@ def matmul(subject: Subject, report: Report) -> float:
     return flop_per_s
 
 
-def in_process(subject: Subject, shape: Shape, num_runs: int, flop_per_s: float, report: Report) -> None:
+def in_process(
+    subject: Subject,
+    shape: Shape,
+    num_runs: int,
+    flop_per_s: float,
+    report: Report,
+    budget_s: float = math.inf,
+) -> None:
     """The engine on new and on cached prompts, and the batch that computes only the completions' logits."""
     group = subject.workloads.group(shape)
     subject.run(group)
@@ -68,6 +76,7 @@ def in_process(subject: Subject, shape: Shape, num_runs: int, flop_per_s: float,
         lambda: subject.run_new_prompt(shape),
         lambda: subject.run(group),
         lambda: batch_certainties(subject.model, group, keeps_all=False),
+        budget_s=budget_s,
     )
     report.add(shape, "engine", engine_s, "s")
     report.add(shape, "hit", hit_s, "s")
@@ -94,14 +103,18 @@ def full(subject: Subject, shape: Shape, report: Report) -> None:
     report.add(shape, "full / engine", full_s / engine_s, "x")
 
 
-def over_http(subject: Subject, shapes: Sequence[Shape], num_runs: int, report: Report) -> None:
+def over_http(
+    subject: Subject, shapes: Sequence[Shape], num_runs: int, report: Report, budget_s: float = math.inf
+) -> None:
     """The engine behind the HTTP service."""
     with served(subject.settings, subject.policy) as client:
         for shape in shapes:
-            _over_http(subject, shape, num_runs, report, client)
+            _over_http(subject, shape, num_runs, report, client, budget_s)
 
 
-def _over_http(subject: Subject, shape: Shape, num_runs: int, report: Report, client: httpx.Client) -> None:
+def _over_http(
+    subject: Subject, shape: Shape, num_runs: int, report: Report, client: httpx.Client, budget_s: float
+) -> None:
     """The overhead of HTTP, and the cost of a burst of single rollouts against one request."""
     group = subject.workloads.group
     engine_s, http_s, burst_s = interleaved_s(
@@ -109,6 +122,7 @@ def _over_http(subject: Subject, shape: Shape, num_runs: int, report: Report, cl
         lambda: subject.run_new_prompt(shape),
         lambda: score(client, request_of(group(shape))),
         lambda: score_burst(client, single_requests_of(group(shape))),
+        budget_s=budget_s,
     )
     report.add(shape, "http / engine", http_s / engine_s, "x")
     report.add(shape, "burst / http", burst_s / http_s, "x")

@@ -4,8 +4,8 @@ import contextlib
 import json
 import re
 import reprlib
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -16,13 +16,12 @@ from shopr1_client.wire import (
     Group,
     Message,
     Prompt,
-    Reward,
-    ScoreResponse,
     TokenIds,
 )
 from shopr1_client.wire_prompt import PromptOptions
 
 Truth = str | dict[str, Any]
+_Reward = TypeVar("_Reward")
 
 _TRUTH: TypeAdapter[Truth] = TypeAdapter(GroundTruth)
 _LOCATION = re.compile(r"groups\[(\d+)\](?:\.completions\[(\d+)\])?")
@@ -78,12 +77,16 @@ class Grouping:
         self.indices = list(members.values())
         self.groups = [_group([rollouts[i] for i in own], truths[own[0]]) for own in self.indices]
 
-    def in_order(self, answer: ScoreResponse) -> list[Reward]:
-        """All rewards in the order of the rollouts."""
+    def in_order(self, groups: Iterable[Sequence[_Reward]]) -> list[_Reward]:
+        """All rewards in the order of the rollouts.
+
+        Args:
+            groups: the rewards of each group.
+        """
         rewards = {
             i: reward
-            for indices, group in zip(self.indices, answer.groups, strict=True)
-            for i, reward in zip(indices, group.rewards, strict=True)
+            for indices, group in zip(self.indices, groups, strict=True)
+            for i, reward in zip(indices, group, strict=True)
         }
         return [rewards[i] for i in range(len(rewards))]
 

@@ -1,8 +1,7 @@
 """Flat numbers of a reward for a trainer's log."""
 
-from collections.abc import Iterable
-
-from shopr1_client.wire import Reward
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 PREFIX = "shopr1/"
 """Prefix of every key, because trainers' logs have keys of others."""
@@ -17,6 +16,32 @@ _DETAILS = (
 )
 
 
+class DetailsLike(Protocol):
+    """Details of a reward: the wire model, or an object with its fields."""
+
+    @property
+    def self_certainty_nats(self) -> float | None: ...
+    @property
+    def format_error(self) -> str | None: ...
+    @property
+    def type_match(self) -> bool: ...
+    @property
+    def exact_match(self) -> bool: ...
+    @property
+    def num_rationale_tokens(self) -> int: ...
+
+
+class RewardLike(Protocol):
+    """A reward: the wire model, or an object with its fields."""
+
+    @property
+    def reward(self) -> float | None: ...
+    @property
+    def components(self) -> Mapping[str, float | None]: ...
+    @property
+    def details(self) -> DetailsLike: ...
+
+
 def log_keys(components: Iterable[str]) -> tuple[str, ...]:
     """The keys of `log_values` for a recipe with these components.
 
@@ -25,12 +50,12 @@ def log_keys(components: Iterable[str]) -> tuple[str, ...]:
     return tuple(PREFIX + name for name in (*components, *_DETAILS))
 
 
-def terms(reward: Reward) -> dict[str, float]:
+def terms(reward: RewardLike) -> dict[str, float]:
     """The weighted terms; 0 for one that could not be measured."""
     return {name: 0.0 if value is None else value for name, value in reward.components.items()}
 
 
-def log_values(reward: Reward) -> dict[str, float]:
+def log_values(reward: RewardLike) -> dict[str, float]:
     """Numbers under `log_keys`."""
     details, nats = reward.details, reward.details.self_certainty_nats
     values = (

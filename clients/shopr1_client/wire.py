@@ -16,6 +16,7 @@ from shopr1_client.wire_base import (
     OBJECT,
     STRING,
     TEXT,
+    TEXTS_AT_ONCE,
     TOKEN_IDS,
     AnswerModel,
     RequestModel,
@@ -111,6 +112,7 @@ class Group(PromptOptions):
     completions: Annotated[
         list[Completion],
         IN_PIECES,
+        TEXTS_AT_ONCE,
         Field(
             description="Text is tokenised separately, without special tokens, and appended to the prompt."
         ),
@@ -307,7 +309,11 @@ class PolicyInfo(AnswerModel):
     num_tokenizer_tokens: Annotated[int, Field(description="V of `vocabulary = tokenizer`.")]
     max_sequence_tokens: int
     head: Annotated[
-        str, Field(description="How logits are computed from hidden states: `linear` or `module`.")
+        str,
+        Field(
+            description="How logits are computed from hidden states: `linear`, on CUDA also "
+            "`linear_written` or `linear_fused`; or `module`."
+        ),
     ]
     forward: Annotated[
         str,
@@ -316,6 +322,13 @@ class PolicyInfo(AnswerModel):
             "`stepped` or `independent`."
         ),
     ]
+    attention: Annotated[
+        str,
+        Field(
+            description="Kernels of `shared_prefix`: `cpu_flash`, on CUDA `flash`, `efficient` or `open`. "
+            "Otherwise `model`."
+        ),
+    ] = "model"
     rejected_paths: Annotated[
         tuple[RejectedPath, ...],
         Field(description="Faster paths that were not taken, fastest first, and why."),

@@ -106,6 +106,15 @@ IN_PIECES = WrapValidator(_in_pieces)
 """For lists that may be long: their items are validated some at a time, up to the first wrong ones."""
 
 
+def _texts_at_once(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:  # noqa: ANN401  # see above
+    is_valid = type(items) is list and all(type(item) is str for item in items)
+    return items.copy() if is_valid else validate(items)
+
+
+TEXTS_AT_ONCE = WrapValidator(_texts_at_once)
+"""For lists of items that may be any text: where all are, there is nothing to validate."""
+
+
 def _check_unicode(text: str) -> str:
     # Python's JSON decoder accepts half surrogate pairs, which cannot be encoded again.
     if not is_unicode(text):

@@ -9,7 +9,7 @@ from shopr1_rewards.errors import GroundTruthError, RecipeError, RewardsError
 from shopr1_rewards.format_error import FormatError, FormatFailure
 from shopr1_rewards.ground_truth import read_ground_truth
 from shopr1_rewards.recipe import Component, Recipe, load_recipe, parse_recipe, recipe_names
-from shopr1_rewards.reward import Judgement, judge
+from shopr1_rewards.reward import Judge, Judgement, judge
 from shopr1_rewards.similarity import Tokenizer, rouge_l_f1, tokenize
 from shopr1_rewards.strict_json import Span
 from shopr1_rewards.terms import measured_terms, needs_policy, total
@@ -21,6 +21,7 @@ __all__ = [
     "FormatError",
     "FormatFailure",
     "GroundTruthError",
+    "Judge",
     "Judgement",
     "PredictedAction",
     "Recipe",

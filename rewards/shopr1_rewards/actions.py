@@ -3,17 +3,18 @@
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shopr1_rewards.completion import Envelope, wrong_type_message
 from shopr1_rewards.format_error import FormatError, FormatFailure
 from shopr1_rewards.recipe import ActionSpace, AttributeTypes, FormatRecipe, OnFlaw
 from shopr1_rewards.strict_json import Number
 
+# Python 3.11 looks up a member of an enumeration by a function of Python: too slow for every rollout.
+_REJECT, _SCALAR = OnFlaw.REJECT, AttributeTypes.SCALAR
 
-@dataclass(frozen=True)
-class Action:
+
+class Action(NamedTuple):
     """A type and its attributes."""
 
     type: str
@@ -24,8 +25,7 @@ class Action:
         return {"type": self.type, **self.attributes}
 
 
-@dataclass(frozen=True)
-class PredictedAction:
+class PredictedAction(NamedTuple):
     """The policy's action and its flaws. The recipe decides whether a flaw invalidates the format.
 
     Attributes:
@@ -48,30 +48,35 @@ def read_prediction(
 ) -> PredictedAction | FormatFailure:
     """The action of an answer, or the reason why the answer is invalid."""
     known_name = space.find_type(envelope.action_type, rules.action_types)
-    fields = _without_nulls(envelope.fields) if _is_lenient(rules) else envelope.fields
+    is_lenient = rules.attribute_types is _SCALAR
+    fields = _without_nulls(envelope.fields) if is_lenient else envelope.fields
     # The attributes of an unknown type are unknown: all its text fields are reported.
-    names = list(space.types[known_name].attributes if known_name else _text_fields(fields, rules))
+    names = space.types[known_name].attributes if known_name else _text_fields(fields, rules)
     attributes: dict[str, str] = {}
     for name in names:
         if name in fields:
-            text = _as_text(fields[name], rules)
+            value = fields[name]
+            text = value if isinstance(value, str) else _as_text(value, rules)
             if text is None:
-                message = wrong_type_message(f"action.{name}", fields[name], str)
+                message = wrong_type_message(f"action.{name}", value, str)
                 return FormatFailure(FormatError.WRONG_TYPE, message)
             attributes[name] = text
-    action = Action(known_name or envelope.action_type, attributes)
+    extra_keys = envelope.extra_keys
+    if len(fields) > len(attributes):
+        extra_keys += tuple(f"action.{key}" for key in fields if key not in attributes)
+    is_as_written = not is_lenient and known_name in (None, envelope.action_type)
     prediction = PredictedAction(
-        action=action,
-        is_known_type=known_name is not None,
-        missing_attributes=tuple(name for name in names if not attributes.get(name)) if known_name else (),
-        extra_keys=envelope.extra_keys + tuple(f"action.{key}" for key in fields if key not in attributes),
-        converted=tuple(f"action.{key}" for key in _converted_keys(envelope, fields, action)),
+        Action(known_name or envelope.action_type, attributes),
+        known_name is not None,
+        tuple([name for name in names if not attributes.get(name)]) if known_name else (),
+        extra_keys,
+        () if is_as_written else tuple(_converted_keys(envelope, fields, known_name, attributes)),
     )
     return _rejection(prediction, rules) or prediction
 
 
 def _is_lenient(rules: FormatRecipe) -> bool:
-    return rules.attribute_types is AttributeTypes.SCALAR
+    return rules.attribute_types is _SCALAR
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,22 +100,24 @@ def _as_text(value: object, rules: FormatRecipe) -> str | None:
             return None
 
 
-def _converted_keys(envelope: Envelope, fields: Mapping[str, Any], action: Action) -> Iterator[str]:
-    if action.type != envelope.action_type:
-        yield "type"
+def _converted_keys(
+    envelope: Envelope, fields: Mapping[str, Any], known_name: str | None, attributes: Mapping[str, str]
+) -> Iterator[str]:
+    if known_name not in (None, envelope.action_type):
+        yield "action.type"
     for key, value in envelope.fields.items():
-        if key not in fields or (key in action.attributes and not isinstance(value, str)):
-            yield key
+        if key not in fields or (key in attributes and not isinstance(value, str)):
+            yield f"action.{key}"
 
 
 def _rejection(prediction: PredictedAction, rules: FormatRecipe) -> FormatFailure | None:
-    if rules.unknown_action_type is OnFlaw.REJECT and not prediction.is_known_type:
+    if rules.unknown_action_type is _REJECT and not prediction.is_known_type:
         message = f"action.type {reprlib.repr(prediction.action.type)} is not in the action space"
         return FormatFailure(FormatError.UNKNOWN_ACTION_TYPE, message)
-    if rules.missing_attribute is OnFlaw.REJECT and prediction.missing_attributes:
+    if rules.missing_attribute is _REJECT and prediction.missing_attributes:
         message = f"action.{prediction.missing_attributes[0]} is missing or empty"
         return FormatFailure(FormatError.MISSING_ATTRIBUTE, message)
-    if rules.extra_key is OnFlaw.REJECT and prediction.extra_keys:
+    if rules.extra_key is _REJECT and prediction.extra_keys:
         return FormatFailure(
             FormatError.EXTRA_KEY, f"key {reprlib.repr(prediction.extra_keys[0])} is not allowed"
         )

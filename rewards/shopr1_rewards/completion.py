@@ -11,9 +11,10 @@ characters in the raw text.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner; typeshed leaves it out
+from typing import Any, NamedTuple
 
 from shopr1_rewards.format_error import FormatError, FormatFailure, InvalidFormatError
 from shopr1_rewards.json_objects import object_spans
@@ -21,24 +22,25 @@ from shopr1_rewards.recipe import Which
 from shopr1_rewards.strict_json import (
     DECODER,
     WHITESPACE,
-    Member,
     Number,
     Span,
     check_depth,
     check_text,
+    may_have_surrogates,
     scan_members,
     skip_space,
 )
 
-_T = TypeVar("_T")
-
 THINKING_BEGINS, THINKING_ENDS = "<think>", "</think>"
 
 _KEYS = frozenset(("rationale", "action"))
+_SPACE = f"[{WHITESPACE}]*+"
+_USUAL_BEGIN = re.compile(rf'\{{{_SPACE}"rationale"{_SPACE}:{_SPACE}"')
+_USUAL_MIDDLE = re.compile(rf'{_SPACE},{_SPACE}"action"{_SPACE}:{_SPACE}\{{')
+_USUAL_END = re.compile(rf"{_SPACE}\}}")
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(NamedTuple):
     """The content of a well-formed completion.
 
     Attributes:
@@ -64,6 +66,8 @@ def strip_end(text: str, end_tokens: Sequence[str] = ()) -> str:
     '{}'
     """
     tails = (*WHITESPACE, *filter(None, end_tokens))
+    if not text.endswith(tails):
+        return text
     end = len(text)
     while tail := next((tail for tail in tails if text.endswith(tail, 0, end)), None):
         end -= len(tail)
@@ -81,14 +85,14 @@ def parse_strict(text: str, end_tokens: Sequence[str] = ()) -> Envelope | Format
     <FormatError.EXTRA_TEXT: 'extra_text'>
     """
     text = strip_end(text, end_tokens)
-    start = skip_space(text, 0)
+    start = 0 if text.startswith("{") else skip_space(text, 0)
     try:
         if start == len(text):
             raise InvalidFormatError(FormatError.EMPTY, "the completion is empty")
         if text[start] != "{":
             raise _not_an_object(text, start)
         envelope, end = _parse_envelope(text, start)
-        if skip_space(text, end) != len(text):
+        if end < len(text):  # which is not white space
             raise InvalidFormatError(FormatError.EXTRA_TEXT, f"text after the object, at character {end}")
         return envelope
     except InvalidFormatError as exception:
@@ -145,7 +149,7 @@ def _answers(text: str, check: Check) -> Iterator[_Answer]:
         if start < previous_end:
             continue
         try:
-            check_depth(text, start)
+            check_depth(text, start, end)
             # Alone: to report a syntax error, `json` counts the lines of the whole text before it.
             envelope, _ = _parse_envelope(text[start:end], 0)
         except InvalidFormatError:
@@ -157,7 +161,7 @@ def _answers(text: str, check: Check) -> Iterator[_Answer]:
 
 def _moved(envelope: Envelope, offset: int) -> Envelope:
     start, end = envelope.rationale_span
-    return replace(envelope, rationale_span=Span(start + offset, end + offset))
+    return envelope._replace(rationale_span=Span(start + offset, end + offset))
 
 
 def _considered(text: str, answers: Sequence[_Answer]) -> Span:
@@ -194,15 +198,41 @@ def _no_object(text: str, end: int) -> str:
 def _parse_envelope(text: str, start: int) -> tuple[Envelope, int]:
     """The envelope that begins at `start`, and the position after it."""
     check_depth(text, start)
+    if (usual := _usual_envelope(text, start)) is not None:
+        return usual
     try:
-        members, end = scan_members(text, start)
+        values, spans, end = scan_members(text, start)
     except json.JSONDecodeError as error:
         raise _syntax_error(error) from None
     try:
-        return _envelope(members), end
+        if may_have_surrogates(text):
+            check_text(values)
+        return _envelope(values, spans), end
     except InvalidFormatError as exception:
         exception.position = end
         raise
+
+
+def _usual_envelope(text: str, start: int) -> tuple[Envelope, int] | None:
+    """The same for what policies usually write: `{"rationale": "…", "action": {…}}`, without other keys.
+
+    None: anything else, or an error, which is found when the members are read one by one.
+    """
+    begin = _USUAL_BEGIN.match(text, start)
+    if begin is None or may_have_surrogates(text):
+        return None
+    try:
+        rationale, rationale_end = scanstring(text, begin.end(), True)
+        middle = _USUAL_MIDDLE.match(text, rationale_end)
+        if middle is None:
+            return None
+        action, action_end = DECODER.raw_decode(text, middle.end() - 1)
+    except (json.JSONDecodeError, InvalidFormatError):
+        return None
+    end = _USUAL_END.match(text, action_end)
+    if end is None or not isinstance(action_type := action.pop("type", None), str):
+        return None
+    return Envelope(rationale, Span(begin.end(), rationale_end - 1), action_type, action, ()), end.end()
 
 
 def _not_an_object(text: str, start: int) -> InvalidFormatError:
@@ -226,30 +256,33 @@ def _syntax_error(error: json.JSONDecodeError) -> InvalidFormatError:
     return InvalidFormatError(FormatError.INVALID_JSON, f"{message} at character {error.pos}", error.pos)
 
 
-def _envelope(members: dict[str, Member]) -> Envelope:
-    values = {key: member.value for key, member in members.items()}
-    check_text(values)
-    rationale = _require(values, "rationale", str, FormatError.MISSING_RATIONALE)
-    action = _require(values, "action", dict, FormatError.MISSING_ACTION)
-    action_type = _require(action, "type", str, FormatError.MISSING_ACTION_TYPE, "action.type")
-    quoted = members["rationale"].span
-    return Envelope(
-        rationale=rationale,
-        rationale_span=Span(quoted.start + 1, quoted.end - 1),
-        action_type=action_type,
-        fields={key: value for key, value in action.items() if key != "type"},
-        extra_keys=tuple(key for key in values if key not in ("rationale", "action")),
-    )
+def _envelope(values: dict[str, Any], spans: Mapping[str, tuple[int, int]]) -> Envelope:
+    rationale, action = values.get("rationale"), values.get("action")
+    action_type = action.get("type") if isinstance(action, dict) else None
+    if not (isinstance(rationale, str) and isinstance(action, dict) and isinstance(action_type, str)):
+        raise _flaw(values)
+    start, end = spans["rationale"]
+    del action["type"]
+    extra_keys = tuple([key for key in values if key not in _KEYS]) if len(values) > len(_KEYS) else ()
+    return Envelope(rationale, Span(start + 1, end - 1), action_type, action, extra_keys)
 
 
-def _require(values: dict[str, Any], key: str, kind: type[_T], missing: FormatError, path: str = "") -> _T:
+def _flaw(values: dict[str, Any]) -> InvalidFormatError:
+    """The first part that is missing or of the wrong type."""
+    if not isinstance(values.get("rationale"), str):
+        return _part_flaw(values, "rationale", str, FormatError.MISSING_RATIONALE)
+    if not isinstance(action := values.get("action"), dict):
+        return _part_flaw(values, "action", dict, FormatError.MISSING_ACTION)
+    return _part_flaw(action, "type", str, FormatError.MISSING_ACTION_TYPE, "action.type")
+
+
+def _part_flaw(
+    values: dict[str, Any], key: str, kind: type, missing: FormatError, path: str = ""
+) -> InvalidFormatError:
     path = path or key
     if key not in values:
-        raise InvalidFormatError(missing, f"{path} is missing")
-    if not isinstance(values[key], kind):
-        raise InvalidFormatError(FormatError.WRONG_TYPE, wrong_type_message(path, values[key], kind))
-    value: _T = values[key]
-    return value
+        return InvalidFormatError(missing, f"{path} is missing")
+    return InvalidFormatError(FormatError.WRONG_TYPE, wrong_type_message(path, values[key], kind))
 
 
 def wrong_type_message(path: str, value: object, expected: type) -> str:

@@ -184,6 +184,9 @@ _LATER_FORMAT_OPTIONS = {
 }
 
 
+_INCLUSIVE = Threshold.INCLUSIVE  # see `actions.py`
+
+
 class SimilarityRecipe(_Part):
     """Comparison of attribute values."""
 
@@ -201,7 +204,7 @@ class SimilarityRecipe(_Part):
 
     def thresholded(self, similarity: float) -> float:
         """R(x): the similarity if it passes the threshold, else 0."""
-        inclusive = self.threshold_is is Threshold.INCLUSIVE
+        inclusive = self.threshold_is is _INCLUSIVE
         passes = similarity >= self.threshold if inclusive else similarity > self.threshold
         return similarity if passes else 0.0
 
@@ -253,8 +256,10 @@ class ActionSpace(_Part):
 
     def find_type(self, written: str, types: ActionTypes) -> str | None:
         """The name of the type that the policy wrote, or None if there is no such type."""
-        if written in self.types or types is ActionTypes.EXACT:
-            return written if written in self.types else None
+        if written in self.types:
+            return written
+        if types is ActionTypes.EXACT:
+            return None
         folded = written.casefold()
         return next((name for name in self.types if name.casefold() == folded), None)
 

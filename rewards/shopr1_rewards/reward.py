@@ -20,19 +20,19 @@ the span of self-certainty; `Judgement.components` adds the measured terms.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from shopr1_rewards.actions import Action, PredictedAction, read_prediction
 from shopr1_rewards.completion import Envelope, parse_strict, parse_tolerant, strip_end
 from shopr1_rewards.format_error import FormatFailure
-from shopr1_rewards.recipe import Reading, Recipe, SimilarityRecipe, SpanChoice
-from shopr1_rewards.similarity import rouge_l_f1
+from shopr1_rewards.recipe import Reading, Recipe, SpanChoice
+from shopr1_rewards.similarity import Reference
 from shopr1_rewards.strict_json import Span
 from shopr1_rewards.terms import ValidAnswer, needs_policy, rule_terms
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """The verdict of the rules on one completion.
 
     Attributes:
@@ -50,7 +50,7 @@ class Judgement:
     earned: Mapping[str, float]
     failure: FormatFailure | None = None
     prediction: PredictedAction | None = None
-    similarity: Mapping[str, float] = field(default_factory=dict)
+    similarity: Mapping[str, float] = MappingProxyType({})
     is_type_match: bool = False
     is_exact_match: bool = False
     certainty_span: Span | None = None
@@ -79,50 +79,72 @@ def judge(completion: str, truth: Action, recipe: Recipe, end_tokens: Sequence[s
     >>> total(judgement.components(measured_terms(26.0, recipe)))
     0.93
     """
-    envelope = _read(completion, recipe, end_tokens)
-    if isinstance(envelope, FormatFailure):
-        return _invalid(envelope, recipe)
-    prediction = read_prediction(envelope, recipe.action_space, recipe.format)
-    if isinstance(prediction, FormatFailure):
-        return _invalid(prediction, recipe)
-    span = envelope.rationale_span
-    if recipe.self_certainty.span is SpanChoice.COMPLETION:
-        span = Span(0, len(strip_end(completion, end_tokens)))
-    is_needed = needs_policy(recipe) and span.start < span.end
-    return _valid(prediction, truth, recipe, span if is_needed else None)
+    return Judge(truth, recipe, end_tokens)(completion)
 
 
-def _read(completion: str, recipe: Recipe, end_tokens: Sequence[str]) -> Envelope | FormatFailure:
-    if recipe.format.reading is Reading.STRICT:
-        return parse_strict(completion, end_tokens)
+class Judge:
+    """A recipe's rules for answers to one question: `judge`, without repeating what they have in common."""
 
-    def check(envelope: Envelope) -> FormatFailure | None:
-        prediction = read_prediction(envelope, recipe.action_space, recipe.format)
-        return prediction if isinstance(prediction, FormatFailure) else None
+    def __init__(self, truth: Action, recipe: Recipe, end_tokens: Sequence[str] = ()) -> None:
+        self._truth = truth
+        self._true_attributes = dict(truth.attributes)
+        self._recipe = recipe
+        self._end_tokens = end_tokens
+        self._needs_policy = needs_policy(recipe)
+        self._is_strict = recipe.format.reading is Reading.STRICT
+        self._references: dict[str, Reference] | None = None
 
-    return parse_tolerant(completion, end_tokens, recipe.format.which, check)
+    def __call__(self, completion: str) -> Judgement:
+        """Apply the rules to a completion. Never raises an exception because of its text."""
+        if self._is_strict:
+            envelope = parse_strict(completion, self._end_tokens)
+        else:
+            envelope = self._read_tolerantly(completion)
+        if isinstance(envelope, FormatFailure):
+            return self._invalid(envelope)
+        prediction = self._predict(envelope)
+        if isinstance(prediction, FormatFailure):
+            return self._invalid(prediction)
+        return self._valid(prediction, self._span(envelope, completion) if self._needs_policy else None)
 
+    def _read_tolerantly(self, completion: str) -> Envelope | FormatFailure:
+        def check(envelope: Envelope) -> FormatFailure | None:
+            prediction = self._predict(envelope)
+            return prediction if isinstance(prediction, FormatFailure) else None
 
-def _invalid(failure: FormatFailure, recipe: Recipe) -> Judgement:
-    return Judgement(rule_terms(None, recipe), failure)
+        return parse_tolerant(completion, self._end_tokens, self._recipe.format.which, check)
 
+    def _predict(self, envelope: Envelope) -> PredictedAction | FormatFailure:
+        return read_prediction(envelope, self._recipe.action_space, self._recipe.format)
 
-def _valid(prediction: PredictedAction, truth: Action, recipe: Recipe, span: Span | None) -> Judgement:
-    predicted = prediction.action
-    is_type_match = predicted.type == truth.type
-    similarity = _similarities(predicted, truth, recipe.similarity) if is_type_match else {}
-    return Judgement(
-        earned=rule_terms(ValidAnswer(prediction, truth, is_type_match, similarity), recipe),
-        prediction=prediction,
-        similarity=similarity,
-        is_type_match=is_type_match,
-        is_exact_match=is_type_match and dict(predicted.attributes) == dict(truth.attributes),
-        certainty_span=span,
-    )
+    def _span(self, envelope: Envelope, completion: str) -> Span | None:
+        span = envelope.rationale_span
+        if self._recipe.self_certainty.span is SpanChoice.COMPLETION:
+            span = Span(0, len(strip_end(completion, self._end_tokens)))
+        return span if span.start < span.end else None
 
+    def _invalid(self, failure: FormatFailure) -> Judgement:
+        return Judgement(rule_terms(None, self._recipe), failure)
 
-def _similarities(predicted: Action, truth: Action, rules: SimilarityRecipe) -> dict[str, float]:
-    return {
-        name: rouge_l_f1(predicted.attributes.get(name, ""), true_value, rules.tokenizer)
-        for name, true_value in truth.attributes.items()
-    }
+    def _valid(self, prediction: PredictedAction, span: Span | None) -> Judgement:
+        predicted, truth = prediction.action, self._truth
+        is_type_match = predicted.type == truth.type
+        similarity = self._similarities(predicted) if is_type_match else {}
+        answer = ValidAnswer(prediction, truth, is_type_match, similarity)
+        return Judgement(
+            rule_terms(answer, self._recipe),
+            None,
+            prediction,
+            similarity,
+            is_type_match,
+            is_type_match and predicted.attributes == self._true_attributes,
+            span,
+        )
+
+    def _similarities(self, predicted: Action) -> dict[str, float]:
+        if self._references is None:
+            tokenizer = self._recipe.similarity.tokenizer
+            true = self._truth.attributes.items()
+            self._references = {name: Reference(value, tokenizer) for name, value in true}
+        given = predicted.attributes
+        return {name: reference.f1(given.get(name, "")) for name, reference in self._references.items()}

@@ -23,7 +23,7 @@ V vocabulary, C columns of a chunk.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,8 +57,13 @@ class Head(Protocol):
 
 
 @dataclass
-class _State:
-    """The numbers of each token over the vocabulary seen so far, fp64. `None`: not asked for."""
+class LogitSums:
+    """The numbers of each token over the vocabulary seen so far, fp64. `None`: not asked for.
+
+    Attributes:
+        max_T: m, divided by the temperature.
+        exp_sum_T, exp_weighted_sum_T, sum_T: s, a and q.
+    """
 
     max_T: Tensor
     exp_sum_T: Tensor
@@ -67,7 +72,7 @@ class _State:
     num_logits: int
 
     @classmethod
-    def of(cls, logits_T_C: Tensor, temperature: float, *, weighs: bool, sums: bool) -> "_State":
+    def of(cls, logits_T_C: Tensor, temperature: float, *, weighs: bool, sums: bool) -> "LogitSums":
         max_T = logits_T_C.amax(dim=1)
         shifted_T_C = logits_T_C
         if weighs or sums or temperature != 1.0:
@@ -86,12 +91,12 @@ class _State:
             num_logits=logits_T_C.shape[1],
         )
 
-    def relative_to(self, max_T: Tensor) -> "_State":
+    def relative_to(self, max_T: Tensor) -> "LogitSums":
         """The same state with its sums taken relative to a larger maximum."""
         shift_T = self.max_T - max_T
         scale_T = shift_T.exp()
         weighted_T, sum_T = self.exp_weighted_sum_T, self.sum_T
-        return _State(
+        return LogitSums(
             max_T=max_T,
             exp_sum_T=self.exp_sum_T * scale_T,
             exp_weighted_sum_T=None
@@ -101,10 +106,10 @@ class _State:
             num_logits=self.num_logits,
         )
 
-    def merge(self, other: "_State") -> "_State":
+    def merge(self, other: "LogitSums") -> "LogitSums":
         max_T = torch.maximum(self.max_T, other.max_T)
         left, right = self.relative_to(max_T), other.relative_to(max_T)
-        return _State(
+        return LogitSums(
             max_T=max_T,
             exp_sum_T=left.exp_sum_T + right.exp_sum_T,
             exp_weighted_sum_T=_plus(left.exp_weighted_sum_T, right.exp_weighted_sum_T),
@@ -122,6 +127,22 @@ class _State:
     def kl_p_u(self) -> Tensor:
         assert self.exp_weighted_sum_T is not None
         return self.exp_weighted_sum_T / self.exp_sum_T - (self.exp_sum_T / self.num_logits).log()
+
+
+@runtime_checkable
+class ReducingHead(Head, Protocol):
+    """A head that reduces its logits itself, where that is faster than writing them down."""
+
+    def sums(
+        self, hidden_T_H: Tensor, num_rows: int, temperature: float, *, weighs: bool, sums: bool
+    ) -> LogitSums:
+        """The numbers over vocabulary entries 0 … num_rows − 1.
+
+        Args:
+            weighs: whether a is asked for.
+            sums: whether q is asked for.
+        """
+        ...
 
 
 def _plus(left_T: Tensor | None, right_T: Tensor | None) -> Tensor | None:
@@ -170,11 +191,14 @@ def _block(
 ) -> Tensor:
     is_kl_u_p = divergence is Divergence.KL_U_P
     mean_T = head.mean_logits(hidden_T_H, num_vocab) if is_kl_u_p else None
-    state: _State | None = None
-    for logits_T_C in head.logit_chunks(hidden_T_H, num_vocab):
-        sums = is_kl_u_p and mean_T is None
-        chunk = _State.of(logits_T_C, temperature, weighs=not is_kl_u_p, sums=sums)
-        state = chunk if state is None else state.merge(chunk)
+    weighs, sums = not is_kl_u_p, is_kl_u_p and mean_T is None
+    state: LogitSums | None = None
+    if isinstance(head, ReducingHead):
+        state = head.sums(hidden_T_H, num_vocab, temperature, weighs=weighs, sums=sums)
+    else:
+        for logits_T_C in head.logit_chunks(hidden_T_H, num_vocab):
+            chunk = LogitSums.of(logits_T_C, temperature, weighs=weighs, sums=sums)
+            state = chunk if state is None else state.merge(chunk)
     if state is None or state.num_logits != num_vocab:
         raise ValueError(f"the head did not give {num_vocab} logits")
     if is_kl_u_p:

@@ -17,9 +17,9 @@ Hence F1(x, x) = 1 for every x but the empty string, and where all letters and d
 least that of `rouge_score`. On ASCII it is equal, unless both values have neither letters nor digits:
 Google's is 0 then.
 
-Tokenising is linear in the characters. LCS takes one step per token of the longer value, on integers with one
-bit per token of the shorter one. `ground_truth.py` bounds the true value, and with it the shorter one. Every
-step is short, so that other threads of the interpreter can run in between.
+Tokenising is linear in the characters. LCS takes one step per token of the predicted value, on integers with
+one bit per token of the true one, which `ground_truth.py` bounds. Every step is short, so that other threads
+of the interpreter can run in between.
 """
 
 import re
@@ -207,18 +207,55 @@ def tokenize(text: str, tokenizer: Tokenizer = Tokenizer.UNICODE) -> list[str]:
     return _TOKENIZERS[tokenizer](text)
 
 
-def _lcs_length(left: Sequence[str], right: Sequence[str]) -> int:
-    """The length of the longest common subsequence, in O(longer · shorter / word size) (Hyyrö 2004)."""
-    shorter, longer = sorted((left, right), key=len)
-    positions: dict[str, int] = {}  # per token a bit for each place in the shorter one
-    for i, token in enumerate(shorter):
-        positions[token] = positions.get(token, 0) | 1 << i
-    row = all_ones = (1 << len(shorter)) - 1  # a bit is 0 where the LCS of the prefixes grows
-    for token in longer:
-        matches = row & positions.get(token, 0)
-        if matches:
-            row = (row + matches | row - matches) & all_ones
-    return len(shorter) - row.bit_count()
+class Reference:
+    """A true value, tokenised once for all values that are compared with it."""
+
+    def __init__(self, truth: str, tokenizer: Tokenizer = Tokenizer.UNICODE) -> None:
+        self._truth = truth
+        self._tokenizer = tokenizer
+        self._tokens = _Bits(tokenize(truth, tokenizer))
+        self._plain: tuple[str, _Bits] | None = None
+
+    def f1(self, predicted: str) -> float:
+        """ROUGE-L F1 of a value and the true one, in [0, 1]; 0 when either has no token."""
+        if predicted == self._truth:
+            return 1.0 if self._tokens.num_tokens else 0.0
+        similarity = self._tokens.f1(tokenize(predicted, self._tokenizer))
+        if self._tokenizer is not Tokenizer.UNICODE or similarity == 1:
+            return similarity
+        if predicted.isascii() and self._truth.isascii():  # neither has a symbol
+            return similarity
+        if self._plain is None:
+            text = _without_symbols(self._truth)
+            self._plain = text, _Bits(_words(text))
+        plain = _without_symbols(predicted)
+        if (plain, self._plain[0]) == (predicted, self._truth):
+            return similarity
+        return max(similarity, self._plain[1].f1(_words(plain)))
+
+
+class _Bits:
+    """Tokens as an integer for each of them, with a bit for each of its places (Hyyrö 2004)."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.num_tokens = len(tokens)
+        self._places: dict[str, int] = {}
+        for i, token in enumerate(tokens):
+            self._places[token] = self._places.get(token, 0) | 1 << i
+
+    def f1(self, predicted: Sequence[str]) -> float:
+        if not predicted or not self.num_tokens:
+            return 0.0
+        return 2 * self._lcs_length(predicted) / (len(predicted) + self.num_tokens)
+
+    def _lcs_length(self, predicted: Sequence[str]) -> int:
+        """The length of the longest common subsequence, in O(predicted · true / word size)."""
+        row = all_ones = (1 << self.num_tokens) - 1  # a bit is 0 where the LCS of the prefixes grows
+        for token in predicted:
+            matches = row & self._places.get(token, 0)
+            if matches:
+                row = (row + matches | row - matches) & all_ones
+        return self.num_tokens - row.bit_count()
 
 
 def rouge_l_f1(predicted: str, truth: str, tokenizer: Tokenizer = Tokenizer.UNICODE) -> float:
@@ -233,16 +270,4 @@ def rouge_l_f1(predicted: str, truth: str, tokenizer: Tokenizer = Tokenizer.UNIC
     >>> rouge_l_f1("Nike™ Air", "nike air")
     1.0
     """
-    similarity = _f1(tokenize(predicted, tokenizer), tokenize(truth, tokenizer))
-    if tokenizer is not Tokenizer.UNICODE or similarity == 1:
-        return similarity
-    plain = _without_symbols(predicted), _without_symbols(truth)
-    if plain == (predicted, truth):
-        return similarity
-    return max(similarity, _f1(_words(plain[0]), _words(plain[1])))
-
-
-def _f1(predicted: Sequence[str], truth: Sequence[str]) -> float:
-    if not predicted or not truth:
-        return 0.0
-    return 2 * _lcs_length(predicted, truth) / (len(predicted) + len(truth))
+    return Reference(truth, tokenizer).f1(predicted)

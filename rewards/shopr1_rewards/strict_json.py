@@ -7,7 +7,6 @@ No `NaN`, no duplicate keys, no half surrogate pairs, no nesting beyond `MAX_DEP
 import json
 import re
 import reprlib
-from collections.abc import Container
 from json.decoder import scanstring  # type: ignore[attr-defined]  # the C scanner; typeshed leaves it out
 from typing import Any, NamedTuple
 
@@ -18,7 +17,10 @@ MAX_DEPTH = 64
 recursion limit and of the depth of the caller's stack."""
 
 WHITESPACE = " \t\n\r"
-_SPACE = re.compile(rf"[{WHITESPACE}]*")
+_SPACE = re.compile(rf"[{WHITESPACE}]*+")
+# A key without escapes, and what follows a value.
+_KEY = re.compile(rf'"([^"\\\x00-\x1f]*+)"[{WHITESPACE}]*+:[{WHITESPACE}]*+')
+_NEXT = re.compile(rf"[{WHITESPACE}]*+([,}}])[{WHITESPACE}]*+")
 # A string, closed or not, or a bracket outside of strings.
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -45,31 +47,30 @@ class Number(float):
         return number
 
 
-class Member(NamedTuple):
-    value: Any
-    span: Span
-
-
-def scan_members(text: str, start: int) -> tuple[dict[str, Member], int]:
-    """The members of the object that begins at `start`, and the position after its closing brace."""
-    members: dict[str, Member] = {}
+def scan_members(text: str, start: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]], int]:
+    """Values of the object that begins at `start`, their positions by key, and the position after it."""
+    values: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     position = skip_space(text, start + 1)
     if text.startswith("}", position):
-        return members, position + 1
+        return values, spans, position + 1
     while True:
-        key, position = _scan_key(text, position)
-        _check_new(key, members)
-        value, end = DECODER.raw_decode(text, position)
-        members[key] = Member(value, Span(position, end))
-        position = skip_space(text, end)
-        if text.startswith("}", position):
-            return members, position + 1
-        if not text.startswith(",", position):
-            raise json.JSONDecodeError("Expecting ',' or '}'", text, position)
-        position = skip_space(text, position + 1)
+        plain = _KEY.match(text, position)
+        key, position = (plain[1], plain.end()) if plain else _scan_key(text, position)
+        if key in values:
+            raise _duplicate(key)
+        values[key], end = _scan_value(text, position)
+        spans[key] = position, end
+        following = _NEXT.match(text, end)
+        if following is None:
+            raise json.JSONDecodeError("Expecting ',' or '}'", text, skip_space(text, end))
+        if following[1] == "}":
+            return values, spans, following.end(1)
+        position = following.end()
 
 
 def _scan_key(text: str, position: int) -> tuple[str, int]:
+    """A key of any form, and the position of its value."""
     if not text.startswith('"', position):
         raise json.JSONDecodeError("Expecting a key in double quotes", text, position)
     key, position = scanstring(text, position + 1, True)
@@ -79,12 +80,25 @@ def _scan_key(text: str, position: int) -> tuple[str, int]:
     return key, skip_space(text, position + 1)
 
 
+def _scan_value(text: str, position: int) -> tuple[Any, int]:
+    if text.startswith('"', position):
+        return scanstring(text, position + 1, True)  # type: ignore[no-any-return]  # see its import
+    return DECODER.raw_decode(text, position)
+
+
 def skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     return match.end() if match else position
 
 
-def check_depth(text: str, start: int) -> None:
+def check_depth(text: str, start: int, end: int | None = None) -> None:
+    """Refuse the value that begins at `start` if it is nested too deeply; the time is linear in the text.
+
+    Args:
+        end: where it ends, if that is known.
+    """
+    if text.count("{", start, end) + text.count("[", start, end) <= MAX_DEPTH:  # also those inside strings
+        return
     depth = 0
     for match in _BRACKET.finditer(text, start):
         bracket = match.group()
@@ -99,16 +113,18 @@ def check_depth(text: str, start: int) -> None:
             return
 
 
-def _check_new(key: str, seen: Container[str]) -> None:
-    if key in seen:
-        raise InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} occurs twice")
+def _duplicate(key: str) -> InvalidFormatError:
+    return InvalidFormatError(FormatError.DUPLICATE_KEY, f"key {reprlib.repr(key)} occurs twice")
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for key, value in pairs:
-        _check_new(key, members)
-        members[key] = value
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _duplicate(key)
+            seen.add(key)
     return members
 
 
@@ -136,6 +152,11 @@ def check_text(value: object) -> None:
     elif isinstance(value, list):
         for item in value:
             check_text(item)
+
+
+def may_have_surrogates(text: str) -> bool:
+    """Whether JSON text may hold half a surrogate pair, as a character or as an escape."""
+    return "\\u" in text or not (text.isascii() or _SURROGATE.search(text) is None)
 
 
 def load(text: str) -> object:

@@ -10,9 +10,7 @@ tables, list the name in a recipe's `components`, and run `make openapi`. Respon
 and the dashboard follow the recipe.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from shopr1_rewards.actions import Action, PredictedAction
@@ -47,20 +45,23 @@ def _attribute(answer: ValidAnswer, recipe: Recipe) -> float:
     """Σ over the true type's attributes: `presence`, if the predicted one is not empty. Wrong type: 0."""
     if not answer.is_type_match:
         return 0.0
-    attributes = recipe.action_space.types[answer.truth.type].attributes
     predicted = answer.prediction.action.attributes
-    return add(attribute.presence for name, attribute in attributes.items() if predicted.get(name))
+    earned = 0.0
+    for name, attribute in recipe.action_space.types[answer.truth.type].attributes.items():
+        if predicted.get(name):
+            earned += attribute.presence
+    return earned
 
 
 def _value(answer: ValidAnswer, recipe: Recipe) -> float:
     """Σ over the true type's attributes: value weight · R(predicted, true). Wrong type: 0."""
     if not answer.is_type_match:
         return 0.0
-    space = recipe.action_space
-    return add(
-        space.value_weight(attribute) * recipe.similarity.thresholded(answer.similarity[name])
-        for name, attribute in space.types[answer.truth.type].attributes.items()
-    )
+    space, rules = recipe.action_space, recipe.similarity
+    earned = 0.0
+    for name, attribute in space.types[answer.truth.type].attributes.items():
+        earned += space.value_weight(attribute) * rules.thresholded(answer.similarity[name])
+    return earned
 
 
 def _self_certainty(recipe: Recipe) -> float:
@@ -85,7 +86,9 @@ def rule_terms(answer: ValidAnswer | None, recipe: Recipe) -> dict[str, float]:
     """
     if answer is None:
         return dict.fromkeys(recipe.component_names, 0.0)
-    return {name: RULES[name](answer, recipe) if name in RULES else 0.0 for name in recipe.component_names}
+    return {
+        name: rule(answer, recipe) if (rule := RULES.get(name)) else 0.0 for name in recipe.component_names
+    }
 
 
 def needs_policy(recipe: Recipe) -> bool:
@@ -114,8 +117,3 @@ def total(components: Mapping[str, float | None]) -> float | None:
             return None
         reward += term
     return reward
-
-
-def add(terms: Iterable[float]) -> float:
-    """Plain addition from left to right: since Python 3.12 `sum` compensates, and would round otherwise."""
-    return reduce(operator.add, terms, 0.0)

@@ -6,12 +6,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
-from shopr1_client.wire import Group, GroupScore, Reason, ScoreResponse
+from shopr1_client.wire import Group, Reason
 from shopr1_client.wire_policy import VersionDemand, VersionInfo
 from shopr1_client.wire_prompt import ScoreWarning
 from shopr1_rewards import Action, Judgement, Recipe, Span
 from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.answers import GroupScore, ScoreResponse
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,7 @@ class BatchKey:
     target: Target = field(default_factory=Target)
 
 
-@dataclass(frozen=True)
-class PreparedRollout:
+class PreparedRollout(NamedTuple):
     """A completion that has been judged and tokenised.
 
     Attributes:
@@ -274,8 +275,7 @@ class Origin:
     run: str = ""
 
 
-@dataclass(frozen=True)
-class RolloutFacts:
+class RolloutFacts(NamedTuple):
     """Facts about a scored completion that its reward does not have.
 
     Attributes:

@@ -7,7 +7,7 @@ import pytest
 
 from shopr1_client.errors import InvalidRequestError
 from shopr1_client.grouping import Grouping, Rollout
-from shopr1_client.wire import GroupScore, Message, Reward, ScoreResponse, TokenIds
+from shopr1_client.wire import Message, Reward, TokenIds
 from shopr1_client.wire_prompt import PromptOptions
 
 TRUTH = {"type": "terminate"}
@@ -64,8 +64,7 @@ def test_groups_have_the_options_of_their_rollouts() -> None:
 def test_rewards_are_in_the_order_of_the_rollouts() -> None:
     grouping = Grouping([rollout(prompt, completion) for prompt, completion in ("ax", "by", "az")])
     a1, a2, b1 = (Reward.model_construct(message=name) for name in ("a1", "a2", "b1"))
-    groups = [GroupScore.model_construct(rewards=rewards) for rewards in ([a1, a2], [b1])]
-    assert grouping.in_order(ScoreResponse.model_construct(groups=groups)) == [a1, b1, a2]
+    assert grouping.in_order([[a1, a2], [b1]]) == [a1, b1, a2]
 
 
 @pytest.mark.parametrize("truth", [None, float("nan"), datetime.date(2026, 5, 1), [TRUTH], b"{}", 1])

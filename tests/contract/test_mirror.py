@@ -17,11 +17,12 @@ EXEMPT = {
     "service/shopr1_service/cluster/remote_engines.py": "integration/ray/test_remote_engines.py",
     "service/shopr1_service/dialects/examples.py": "contract/test_openapi.py",
     "service/shopr1_service/dialects/results.py": "integration/api/test_every_dialect.py",
+    "service/shopr1_service/engine/fused_head/kernels.py": "service/engine/fused_head/test_reductions.py",
     "service/shopr1_service/http/examples.py": "contract/test_openapi.py",
     "service/shopr1_service/http/openapi.py": "contract/test_openapi.py",
     "service/shopr1_service/updates/updatable_engine.py": "service/http/routes/test_policy.py",
 }
-"""Modules that need Ray or an installation, hold data, or only connect others, and where they are tested."""
+"""Modules that need Ray, Triton or an installation, hold data or connect others; where they are tested."""
 DECLARATIONS = {
     "service/shopr1_service/engine/attention/options.py",
     "service/shopr1_service/errors.py",

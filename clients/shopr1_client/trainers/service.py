@@ -61,7 +61,7 @@ class Service(ClientSettings):
         with grouping.naming_rollouts():
             answer = await client.score(self._request(grouping, version))
         _log_warnings(answer)
-        return grouping.in_order(answer)
+        return grouping.in_order(group.rewards for group in answer.groups)
 
     def score_sync(self, rollouts: Sequence[Rollout], version: str | None = None) -> list[Reward]:
         """`score` without an event loop."""
@@ -69,7 +69,7 @@ class Service(ClientSettings):
         with self.client() as client, grouping.naming_rollouts():
             answer = client.score(self._request(grouping, version))
         _log_warnings(answer)
-        return grouping.in_order(answer)
+        return grouping.in_order(group.rewards for group in answer.groups)
 
     def numbers(self, rewards: Sequence[Reward]) -> list[float]:
         """Rewards for trainers that require a number for every rollout.

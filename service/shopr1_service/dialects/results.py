@@ -17,7 +17,8 @@ from shopr1_client.errors import (
 )
 from shopr1_client.grouping import Grouping
 from shopr1_client.reward_logs import log_values, terms
-from shopr1_client.wire import Reward, ScoreRequest
+from shopr1_client.wire import ScoreRequest
+from shopr1_service.answers import Reward
 from shopr1_service.dialects.requests import Rollout
 from shopr1_service.field_errors import raise_if_any
 from shopr1_service.http.json_body import beside_loop
@@ -112,7 +113,7 @@ async def _rewards(
     body = ScoreRequest(recipe=recipe, groups=grouping.groups)
     try:
         response, is_counted = await score_request(body, request, state, dialect.timeout_s)
-        return grouping.in_order(response), is_counted
+        return grouping.in_order(group.rewards for group in response.groups), is_counted
     except (InvalidRequestError, TooLargeError) as error:
         raise_if_any(_in_trainer_paths(error, grouping.indices, rollouts), type(error))
         raise

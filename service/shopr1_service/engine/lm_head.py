@@ -59,6 +59,11 @@ class LinearHead:
     _means: dict[int, tuple[Tensor, float]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def name(self) -> str:
+        """The name shown by `/info`."""
+        return "linear"
+
+    @property
     def num_rows(self) -> int:
         return self.weight_V_H.shape[0]
 
@@ -85,7 +90,7 @@ class LinearHead:
         step = CUDA_CHUNK_ROWS if self.weight_V_H.is_cuda else CHUNK_ROWS
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
-            logits_T_C = _matmul_exact(hidden_T_H, self.weight_V_H[rows])
+            logits_T_C = matmul_exact(hidden_T_H, self.weight_V_H[rows])
             if self.bias_V is not None:
                 logits_T_C = logits_T_C + self.bias_V[rows].to(logits_T_C.dtype)
             if self.scale != 1.0:
@@ -95,7 +100,7 @@ class LinearHead:
             yield logits_T_C
 
 
-def _matmul_exact(hidden_T_H: Tensor, weight_C_H: Tensor) -> Tensor:
+def matmul_exact(hidden_T_H: Tensor, weight_C_H: Tensor) -> Tensor:
     """h·Wᵀ, accumulated and returned in fp32 or wider: 16-bit logits are off by up to 0.1 nat each."""
     if weight_C_H.dtype in (torch.float32, torch.float64):
         return hidden_T_H @ weight_C_H.T
@@ -114,6 +119,7 @@ class ModuleHead:
         reason: why no faster head was taken.
     """
 
+    name = "module"
     max_tokens = MODULE_MAX_TOKENS
 
     def __init__(self, model: PreTrainedModel, num_rows: int, reason: str = "") -> None:
@@ -154,7 +160,7 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
 
 
 @torch.inference_mode()
-def choose_head(model: PreTrainedModel, input_ids: Tensor) -> Head:
+def choose_head(model: PreTrainedModel, input_ids: Tensor) -> "LinearHead | ModuleHead":
     """The fastest head whose logits equal `model(...).logits` on these ids, shape [1, T].
 
     Raises:

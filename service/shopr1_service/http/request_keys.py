@@ -10,12 +10,14 @@ import hashlib
 import json
 import re
 
+import orjson
 from asgi_correlation_id import correlation_id
 from fastapi import Request
+from pydantic import BaseModel
 
 from shopr1_client.errors import InvalidRequestError, MalformedBodyError
 from shopr1_client.transport import IDEMPOTENCY_HEADER
-from shopr1_client.wire import Group, ScoreRequest
+from shopr1_client.wire import ScoreRequest
 from shopr1_service.concurrency import checkpoint
 from shopr1_service.field_errors import field_problem
 from shopr1_service.http.problems import REQUEST_ID_HEADER
@@ -28,15 +30,21 @@ _DIGEST_BYTES = 32
 def content_key(body: ScoreRequest, run: str) -> bytes:
     """Digest that is equal for requests of a run with the same content, by whichever route they arrive."""
     hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    head = {name: value for name, value in vars(body).items() if name != "groups"}
     try:
-        for part in ([run, body.model_dump(exclude={"groups"})], *body.groups):
+        for part in ([run, head], *map(vars, body.groups)):
             checkpoint()
-            plain = part.model_dump() if isinstance(part, Group) else part
-            # Escapes half surrogate pairs, which pydantic's own JSON refuses, and line feeds.
-            hasher.update(f"{json.dumps(plain)}\n".encode())
+            hasher.update(_encode(part) + b"\n")
     except RecursionError:  # reading JSON takes fewer frames than writing it
         raise MalformedBodyError("the body is nested too deeply") from None
     return hasher.digest()
+
+
+def _encode(part: object) -> bytes:
+    try:
+        return orjson.dumps(part, default=BaseModel.model_dump)
+    except orjson.JSONEncodeError:  # half a surrogate pair, an integer beyond 64 bits, deep nesting
+        return json.dumps(part, default=BaseModel.model_dump).encode()
 
 
 def own_key(request: Request, content: bytes) -> bytes | None:

@@ -157,8 +157,13 @@ class State:
 
 
 def state_of(request: Request) -> State:
-    """State of the application that serves a request (a FastAPI dependency)."""
+    """State of the application that serves a request."""
     return cast("State", request.app.state.shopr1)
 
 
-AppState = Annotated[State, Depends(state_of)]
+async def _state_of(request: Request) -> State:
+    # A coroutine: FastAPI calls other dependencies on a thread, which takes longer than some requests.
+    return state_of(request)
+
+
+AppState = Annotated[State, Depends(_state_of)]

@@ -12,12 +12,11 @@ from shopr1_client.wire import (
     Group,
     Include,
     Prompt,
-    Reward,
     ScoreRequest,
-    ScoreResponse,
     Text,
     TokenIds,
 )
+from shopr1_service.answers import Reward, ScoreResponse
 from shopr1_service.core import PreparedGroup, PreparedRollout, ScoredRequest
 
 _INT_BYTES = 32
@@ -34,11 +33,11 @@ _MODEL_BYTES = 700
 """A small pydantic model, and the object of the body that it was made of."""
 _ROLLOUT_BYTES = 900
 _PREDICTION_BYTES = 1_300
-_REWARD_BYTES = 3_000
-_PREDICTED_BYTES = 1_000
+_REWARD_BYTES = 1_300
+_PREDICTED_BYTES = 500
 _TOKEN_BYTES = 600
 """A measured token in an answer, as an object and in JSON."""
-_ANSWER_BYTES = 3_000
+_ANSWER_BYTES = 2_500
 _FACTS_BYTES = 200
 
 
@@ -76,8 +75,8 @@ def prepared_bytes(request: ScoreRequest, groups: Sequence[PreparedGroup]) -> in
 
 def scored_bytes(scored: ScoredRequest) -> int:
     """An answer that is kept, with its facts."""
-    facts = (rollout for group in scored.facts for rollout in group.rollouts)
-    return answer_bytes(scored.response) + sum(_FACTS_BYTES + text_bytes([each.decoded]) for each in facts)
+    decoded = [rollout.decoded for group in scored.facts for rollout in group.rollouts]
+    return answer_bytes(scored.response) + _FACTS_BYTES * len(decoded) + text_bytes(decoded)
 
 
 def answer_bytes(answer: ScoreResponse) -> int:
@@ -91,7 +90,11 @@ def answer_bytes(answer: ScoreResponse) -> int:
 def _group_bytes(group: Group) -> int:
     options = json_bytes(group.chat_template_kwargs) + text_bytes([group.id, group.chat_template])
     truth = json_bytes(group.ground_truth)
-    texts = _input_bytes(group.prompt) + sum(map(_input_bytes, group.completions))
+    texts = _input_bytes(group.prompt) + sum(
+        # The usual case first: this runs for every rollout.
+        sys.getsizeof(each) + _COPIED_ID_BYTES if isinstance(each, str) else _input_bytes(each)
+        for each in group.completions
+    )
     return _GROUP_BYTES + options + truth + texts
 
 
@@ -112,27 +115,29 @@ def _prepared_bytes(sent: Group, group: PreparedGroup, include: Sequence[Include
     num_bytes = _PREPARED_BYTES + _ID_BYTES * num_new_ids
     if Include.TOKEN_IDS in include:
         num_bytes += _ID_BYTES * len(group.prompt_ids)
-    return num_bytes + sum(
-        _rollout_bytes(rollout, include, is_new=not isinstance(completion, TokenIds))
-        for completion, rollout in zip(sent.completions, group.rollouts, strict=True)
-    )
+    for completion, rollout in zip(sent.completions, group.rollouts, strict=True):
+        num_bytes += _ROLLOUT_BYTES + _REWARD_BYTES
+        if (prediction := rollout.judgement.prediction) is not None:
+            num_bytes += _PREDICTION_BYTES + _PREDICTED_BYTES
+            num_bytes += sum(map(sys.getsizeof, prediction.action.attributes.values()))
+            if prediction.extra_keys or prediction.converted:
+                num_bytes += text_bytes((*prediction.extra_keys, *prediction.converted))
+        if rollout.tokens.ids:
+            num_bytes += _tokens_bytes(rollout, include, is_new=not isinstance(completion, TokenIds))
+    return num_bytes
 
 
-def _rollout_bytes(rollout: PreparedRollout, include: Sequence[Include], *, is_new: bool) -> int:
-    """A prepared completion and its reward.
+def _tokens_bytes(rollout: PreparedRollout, include: Sequence[Include], *, is_new: bool) -> int:
+    """Tokens of a prepared completion, and what its reward says about them.
 
     Args:
         is_new: whether its ids are objects of their own; else its text is, decoded from the request's ids.
     """
     tokens, num_measured = rollout.tokens, len(rollout.measured)
-    num_bytes = _ROLLOUT_BYTES + _REWARD_BYTES
-    num_bytes += _ID_BYTES * len(tokens.ids) if is_new else sys.getsizeof(tokens.text)
+    num_bytes = _ID_BYTES * len(tokens.ids) if is_new else sys.getsizeof(tokens.text)
     # Python has one object for each small integer, and a new one for each larger one.
     index_bytes = _INT_BYTES if len(tokens.text) > _LAST_SMALL_INT else 0
     num_bytes += (_OFFSET_BYTES + 2 * index_bytes) * len(tokens.offsets) + (index_bytes + 8) * num_measured
-    if (prediction := rollout.judgement.prediction) is not None:
-        texts = (*prediction.action.attributes.values(), *prediction.extra_keys, *prediction.converted)
-        num_bytes += _PREDICTION_BYTES + _PREDICTED_BYTES + text_bytes(texts)
     if Include.TOKENS in include:
         num_bytes += _TOKEN_BYTES * num_measured
     if Include.TOKEN_IDS in include:
@@ -142,8 +147,11 @@ def _rollout_bytes(rollout: PreparedRollout, include: Sequence[Include], *, is_n
 
 def _reward_bytes(reward: Reward) -> int:
     details = reward.details
-    num_bytes = _REWARD_BYTES + text_bytes([reward.message, details.format_message])
+    num_bytes = _REWARD_BYTES
+    if details.format_message is not None or reward.message is not None:
+        num_bytes += text_bytes([reward.message, details.format_message])
     if details.predicted_action is not None:
-        texts = (*details.predicted_action.values(), *details.extra_keys, *details.converted)
-        num_bytes += _PREDICTED_BYTES + text_bytes(texts)
+        num_bytes += _PREDICTED_BYTES + sum(map(sys.getsizeof, details.predicted_action.values()))
+        if details.extra_keys or details.converted:
+            num_bytes += text_bytes((*details.extra_keys, *details.converted))
     return num_bytes

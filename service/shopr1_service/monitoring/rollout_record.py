@@ -6,15 +6,17 @@ consecutive and in order. The prompt, if it is logged, is in the first of them o
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 from pydantic import BaseModel
 
-from shopr1_client.wire import Completion, GroupScore, Prompt, Text, TokenIds
+from shopr1_client.wire import Completion, Prompt, Text, TokenIds
 from shopr1_rewards import Action, Recipe
+from shopr1_service.answers import Details, GroupScore, Reward
 from shopr1_service.core import Origin, ScoredGroup
 
 _LINE_BYTES = 1500
@@ -73,8 +75,9 @@ class Entry:
             "ground_truth": self.truth.to_dict(),
         }
         for i, reward in enumerate(self.score.rewards):
-            row = reward.model_dump(exclude={"details": _ON_DEMAND})
-            predicted = row["details"].pop("predicted_action")
+            details = _fields(reward.details, _ON_DEMAND | {"predicted_action"})
+            row = _fields(reward) | {"details": details}
+            predicted = reward.details.predicted_action
             yield {**shared, "rollout": i, "predicted_action": predicted, **row, **self._text_of(i)}
 
     def _text_of(self, i: int) -> dict[str, Any]:
@@ -126,6 +129,11 @@ def _length(prompt: Prompt | None) -> int:
             return len(prompt.token_ids) * _TOKEN_ID_BYTES
         case list():
             return sum(len(message.content) for message in prompt)
+
+
+def _fields(answer: Reward | Details, excluded: AbstractSet[str] = frozenset()) -> dict[str, Any]:
+    names = (field.name for field in fields(answer))
+    return {name: getattr(answer, name) for name in names if name not in excluded}
 
 
 def _encode(row: dict[str, Any]) -> bytes:

@@ -8,19 +8,21 @@ A rollout that cannot be scored counts in `shopr1_rollouts_total` and nowhere el
 The number of runs is bounded. A new run beyond it replaces the run that has been silent longest.
 """
 
+import collections
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 
-from shopr1_client.reward_logs import terms
-from shopr1_client.wire import Details, Reason, Reward, Status
+from shopr1_client.wire import Reason, Status
 from shopr1_client.wire_prompt import WarningCode
 from shopr1_rewards import Recipe, needs_policy
+from shopr1_service.answers import Details, Reward
 from shopr1_service.core import RolloutFacts, ScoredGroup
 from shopr1_service.memory.budget import Account, MemoryBudget
+from shopr1_service.monitoring.batch_histogram import BatchHistogram
 from shopr1_service.monitoring.timestamp_gauge import TimestampGauge
 
 INVALID = "invalid"
@@ -42,10 +44,8 @@ _RATIO_BUCKETS = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 _OUTCOMES = ((Status.SCORED.value, ""), *((Status.UNSCORABLE.value, reason.value) for reason in Reason))
 _NGRAM = 4
 
-_SERIES_BYTES = {Counter: 800, Histogram: 4_200}
-"""Memory of one series. A histogram has a counter for each of its 10 to 16 buckets."""
-
-_Family = TypeVar("_Family", Counter, Histogram)
+_SERIES_BYTES = {Counter: 800, BatchHistogram: 800}
+"""Memory of one series."""
 
 
 class _Families:
@@ -93,9 +93,9 @@ class _Families:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"shopr1_{name}", text, ("run", "recipe", *labels), registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> BatchHistogram:
         names = ("run", "recipe", *labels)
-        return Histogram(f"shopr1_{name}", text, names, buckets=buckets, registry=self._registry)
+        return BatchHistogram(f"shopr1_{name}", text, names, buckets, self._registry)
 
 
 class _RecipeSeries:
@@ -106,6 +106,7 @@ class _RecipeSeries:
         self._families = families
         self._labels = (run, recipe.name)
         self._series: dict[tuple[Any, ...], Any] = {}  # a look-up by labels is slow
+        self._components = recipe.component_names
         self._has_rationales = needs_policy(recipe)
         types = tuple(recipe.action_space.types)
         for outcome in _OUTCOMES:
@@ -126,43 +127,63 @@ class _RecipeSeries:
             family.remove(*self._labels, *labels)
         self._memory.release()
 
-    def record_warning(self, code: WarningCode) -> None:
-        self._of(self._families.warnings, code.value).inc()
+    def record(self, true_type: str, scored: ScoredGroup) -> None:
+        """Count the rollouts of a group."""
+        families, rewards = self._families, scored.score.rewards
+        for warning in scored.score.warnings:
+            self._of(families.warnings, warning.code.value).inc()
+        self._count(families.rollouts, map(_outcome, rewards))
+        pairs = zip(scored.facts.rollouts, rewards, strict=True)
+        found = [(facts, each) for facts, each in pairs if each.reward is not None]
+        self._record_rewards(true_type, [each for _, each in found])
+        self._record_formats([(facts, each.details) for facts, each in found])
 
-    def record(self, true_type: str, facts: RolloutFacts, reward: Reward) -> None:
-        self._of(
-            self._families.rollouts, reward.status.value, reward.reason.value if reward.reason else ""
-        ).inc()
-        if reward.reward is None:
-            return
-        self._record_reward(true_type, reward, reward.reward)
-        self._record_action(true_type, reward.details)
-        if reward.details.format_error is not None:
-            self._of(self._families.format_errors, reward.details.format_error).inc()
-            self._of(self._families.unknown_ends).inc(facts.unknown_end is not None)
-        elif self._has_rationales:
-            self._of(self._families.lengths).observe(reward.details.num_rationale_tokens)
-            self._of(self._families.repetitions).observe(facts.repetition_ratio)
+    def _record_rewards(self, true_type: str, rewards: Sequence[Reward]) -> None:
+        families, details = self._families, [each.details for each in rewards]
+        values = [each.reward for each in rewards if each.reward is not None]
+        self._observe(families.rewards, values, true_type)
+        for name in self._components:
+            self._observe(
+                families.components, [each.components[name] or 0.0 for each in rewards], name, true_type
+            )
+        nats = [each.self_certainty_nats for each in details if each.self_certainty_nats is not None]
+        self._observe(families.certainties, nats, true_type)
+        self._count(families.actions, [(true_type, _predicted_type(each)) for each in details])
+        if num_exact := sum([each.exact_match for each in details]):
+            self._of(families.exact_matches, true_type).inc(num_exact)
 
-    def _record_reward(self, true_type: str, reward: Reward, value: float) -> None:
-        self._of(self._families.rewards, true_type).observe(value)
-        for name, term in terms(reward).items():
-            self._of(self._families.components, name, true_type).observe(term)
-        if reward.details.self_certainty_nats is not None:
-            self._of(self._families.certainties, true_type).observe(reward.details.self_certainty_nats)
+    def _record_formats(self, rollouts: Sequence[tuple[RolloutFacts, Details]]) -> None:
+        families = self._families
+        errors = [(facts, each) for facts, each in rollouts if each.format_error is not None]
+        if errors:
+            self._count(families.format_errors, [(each.format_error or "",) for _, each in errors])
+            num_ends = sum(facts.unknown_end is not None for facts, _ in errors)
+            self._of(families.unknown_ends).inc(num_ends)
+        if self._has_rationales:
+            valid = [(facts, each) for facts, each in rollouts if each.format_error is None]
+            self._observe(families.lengths, [each.num_rationale_tokens for _, each in valid])
+            self._observe(families.repetitions, [facts.repetition_ratio for facts, _ in valid])
 
-    def _record_action(self, true_type: str, details: Details) -> None:
-        self._of(self._families.actions, true_type, _predicted_type(details)).inc()
-        if details.exact_match:
-            self._of(self._families.exact_matches, true_type).inc()
+    def _count(self, family: Counter, events: Iterable[tuple[str, ...]]) -> None:
+        """Count events, each by its labels."""
+        for labels, number in collections.Counter(events).items():
+            self._of(family, *labels).inc(number)
 
-    def _of(self, family: _Family, *labels: str) -> _Family:
+    def _observe(self, family: BatchHistogram, values: Sequence[float], *labels: str) -> None:
+        if values:
+            self._of(family, *labels).observe(values)
+
+    def _of(self, family: Counter | BatchHistogram, *labels: str) -> Any:  # noqa: ANN401  # the family's own
         key = (family, *labels)
-        if key not in self._series:
-            self._series[key] = family.labels(*self._labels, *labels)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = family.labels(*self._labels, *labels)
             self._memory.grow(_SERIES_BYTES[type(family)])
-        series: _Family = self._series[key]
         return series
+
+
+def _outcome(reward: Reward) -> tuple[str, str]:
+    return reward.status.value, reward.reason.value if reward.reason else ""
 
 
 def _predicted_type(details: Details) -> str:
@@ -198,12 +219,11 @@ class TrainingMetrics:
         """Count a scored group (an `Observer`)."""
         series = self._series(scored.origin.run, scored.recipe)
         self._last_scored.set_now(scored.origin.run)
-        for warning in scored.score.warnings:
-            series.record_warning(warning.code)
-        for facts, reward in zip(scored.facts.rollouts, scored.score.rewards, strict=True):
-            series.record(scored.facts.truth.type, facts, reward)
-            if reward.details.self_certainty_nats is not None:
-                self._measured_tokens.inc(reward.details.num_rationale_tokens)
+        series.record(scored.facts.truth.type, scored)
+        details = [reward.details for reward in scored.score.rewards]
+        num_measured = [each.num_rationale_tokens for each in details if each.self_certainty_nats is not None]
+        if num_measured:
+            self._measured_tokens.inc(sum(num_measured))
 
     def _series(self, run: str, recipe: Recipe) -> _RecipeSeries:
         recipes = self._runs.setdefault(run, {})

@@ -90,8 +90,10 @@ class Scheduler:
         self, groups: Sequence[TokenGroup], key: BatchKey, progress: Progress | None = None
     ) -> list[GroupCertainties]:
         """Compute the self-certainties of all groups, as described in `EngineClient`."""
-        now_s = time.perf_counter()
         progress = progress or Progress()
+        if not any(group.completions for group in groups):
+            return self._without_tokens(groups, key, progress)
+        now_s = time.perf_counter()
         queued = [self._queued(group, key, now_s, progress) for group in groups]
         nonempty = [each for each in queued if each.group.completions]
         self._enqueue(nonempty, progress)
@@ -100,6 +102,15 @@ class Scheduler:
         finally:
             self._drop(queued)
             record_passes((each.engine_pass for each in nonempty), now_s)
+
+    def _without_tokens(
+        self, groups: Sequence[TokenGroup], key: BatchKey, progress: Progress
+    ) -> list[GroupCertainties]:
+        """Results where there is nothing to measure, as with rules alone: at once, without the queue."""
+        with self._changed:
+            self._refuse_if_ended()
+        progress.num_waiting = 0
+        return [GroupCertainties([], self._policy.versions.find(key.target)) for _ in groups]
 
     async def between_batches(self, work: Callable[[], _Result]) -> _Result:
         """Call `work` on the engine's thread, before the next batch; return its result or raise its error.

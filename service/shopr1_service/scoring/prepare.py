@@ -5,13 +5,13 @@ All bad fields of a request are collected before it is refused; a refused reques
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from shopr1_client.errors import FieldError, TooLargeError
-from shopr1_client.wire import Completion, Group, Limits, Prompt, ScoreRequest, Text, TokenIds
+from shopr1_client.wire import Group, Limits, Message, ScoreRequest, Text, TokenIds
 from shopr1_client.wire_base import is_unicode
 from shopr1_client.wire_prompt import PromptOptions, ScoreWarning, WarningCode
-from shopr1_rewards import Action, GroundTruthError, Judgement, Recipe, judge, read_ground_truth
+from shopr1_rewards import Action, GroundTruthError, Judge, Recipe, judge, read_ground_truth
 from shopr1_rewards.format_error import FormatError, FormatFailure
 from shopr1_service.concurrency import checkpoint
 from shopr1_service.core import (
@@ -42,12 +42,11 @@ class _Preparation:
     def add(self, group: Group, path: str) -> None:
         """Prepare a group, or collect its errors."""
         truth = self._truth(group, path)
-        given = [self._given(c, f"{path}.completions[{j}]") for j, c in enumerate(group.completions)]
-        rollouts = [
-            self._rollout(tokens, truth, f"{path}.completions[{j}]")
-            for j, tokens in enumerate(given)
-            if truth is not None and tokens is not None
+        given = [
+            each if isinstance(each, str) else self._given(each, path, j)
+            for j, each in enumerate(group.completions)
         ]
+        rollouts = [] if truth is None else self._rollouts(given, truth, path)
         is_needed = self.wants_ids or any(rollout.measured for rollout in rollouts)
         warnings = list(_end_warnings(rollouts))
         prompt_ids = self._prompt(group, f"{path}.prompt", warnings, is_needed=is_needed)
@@ -67,11 +66,12 @@ class _Preparation:
         self, group: Group, path: str, warnings: list[ScoreWarning], *, is_needed: bool
     ) -> Sequence[int]:
         """The prompt's ids. Bad prompts are refused even if no completion uses them."""
-        prompt, options = group.prompt, group.over(self.defaults)
+        prompt = group.prompt
         if isinstance(prompt, TokenIds):
             return self._checked(prompt, path)
         if isinstance(prompt, str) and not is_needed:
             return ()
+        options = group.over(self.defaults)
         try:
             if isinstance(prompt, str):
                 ids = self.codec.encode_prompt(prompt, options, warnings.append)
@@ -82,32 +82,52 @@ class _Preparation:
             return ()
         return self._within_embedding(ids, path)
 
-    def _given(self, completion: Completion, path: str) -> Tokens | str | None:
+    def _given(self, completion: Text | TokenIds, path: str, j: int) -> Tokens | str | None:
+        if isinstance(completion, Text):
+            return completion.text
         checkpoint()
-        if not isinstance(completion, TokenIds):
-            return completion.text if isinstance(completion, Text) else completion
+        path = _completion_path(path, j)
         try:
             return self.codec.decode(self._checked(completion, path))
         except CodecError as error:
             self._refuse(f"{path}.token_ids", str(error))
             return None
 
-    def _rollout(self, given: Tokens | str, truth: Action, path: str) -> PreparedRollout:
-        checkpoint()
+    def _rollouts(
+        self, given: Sequence[Tokens | str | None], truth: Action, path: str
+    ) -> list[PreparedRollout]:
+        """The rollouts of a group. Equal texts are judged once, and share one: policies collapse."""
+        judge = Judge(truth, self.recipe, self.codec.end_tokens)
+        known: dict[str, PreparedRollout] = {}
+        rollouts = []
+        for j, each in enumerate(given):
+            checkpoint()
+            if each is None:
+                continue
+            found = known.get(each) if isinstance(each, str) else None
+            rollout = found or self._rollout(each, judge, truth)
+            if isinstance(each, str):
+                known[each] = rollout
+            if rollout.tokens.ids:
+                self._within_embedding(rollout.tokens.ids, _completion_path(path, j))
+                self._count(rollout.tokens.ids)
+            rollouts.append(rollout)
+        return rollouts
+
+    def _rollout(self, given: Tokens | str, judge: Judge, truth: Action) -> PreparedRollout:
         text = given if isinstance(given, str) else given.text
-        judgement = judge(text, truth, self.recipe, self.codec.end_tokens)
-        span = judgement.certainty_span
+        judgement = judge(text)
+        span, unknown_end = judgement.certainty_span, None
+        if judgement.failure is not None:
+            unknown_end = self._unknown_end(text, truth, judgement.failure)
+            if unknown_end is not None:
+                judgement = judgement._replace(failure=_unknown_end_failure(unknown_end))
         tokens = self._tokens(given, is_needed=span is not None)
-        self._within_embedding(tokens.ids, path)
-        self._count(tokens.ids)
-        unknown_end = self._unknown_end(text, truth, judgement)
-        if unknown_end is not None:
-            judgement = replace(judgement, failure=_unknown_end_failure(unknown_end))
         return PreparedRollout(judgement, tokens, tokens.overlapping(span) if span else (), unknown_end)
 
-    def _unknown_end(self, text: str, truth: Action, judgement: Judgement) -> str | None:
+    def _unknown_end(self, text: str, truth: Action, failure: FormatFailure) -> str | None:
         """The special token at the end without which the format would be valid."""
-        if judgement.failure is None or judgement.failure.error is not FormatError.EXTRA_TEXT:
+        if failure.error is not FormatError.EXTRA_TEXT:
             return None
         token = self.codec.unknown_end(text)
         if token is None or judge(text, truth, self.recipe, (*self.codec.end_tokens, token)).failure:
@@ -181,6 +201,10 @@ def _end_warnings(rollouts: Sequence[PreparedRollout]) -> Iterator[ScoreWarning]
         yield ScoreWarning(code=WarningCode.UNKNOWN_END_TOKEN, message=message)
 
 
+def _completion_path(path: str, j: int) -> str:
+    return f"{path}.completions[{j}]"
+
+
 def check_size(request: ScoreRequest, limits: Limits) -> None:
     """Refuse a request by its size, before any work on its content.
 
@@ -197,30 +221,26 @@ def check_size(request: ScoreRequest, limits: Limits) -> None:
                 f"groups[{i}] has {num_completions} completions, "
                 f"max_completions_per_group = {limits.max_completions_per_group}"
             )
-        for path, item in _texts_of(group, f"groups[{i}]"):
-            num_ids += len(item.token_ids) if isinstance(item, TokenIds) else 0
-            if num_ids > limits.max_request_tokens:
-                message = f"the request has more than max_request_tokens = {limits.max_request_tokens}"
-                raise TooLargeError(f"{message}, up to {path}")
-            if (num_chars := _num_chars(item)) > limits.max_text_chars:
+        for j, item in enumerate((group.prompt, *group.completions), -1):
+            if isinstance(item, TokenIds):
+                num_ids += len(item.token_ids)
+                if num_ids > limits.max_request_tokens:
+                    message = f"the request has more than max_request_tokens = {limits.max_request_tokens}"
+                    raise TooLargeError(f"{message}, up to {_item_path(i, j)}")
+            elif (num_chars := _num_chars(item)) > limits.max_text_chars:
                 message = f"has {num_chars} characters, max_text_chars = {limits.max_text_chars}"
-                raise_if_any([{"location": path, "message": message}], TooLargeError)
+                raise_if_any([{"location": _item_path(i, j), "message": message}], TooLargeError)
 
 
-def _texts_of(group: Group, path: str) -> Iterator[tuple[str, Prompt | Completion]]:
-    yield f"{path}.prompt", group.prompt
-    for j, completion in enumerate(group.completions):
-        yield f"{path}.completions[{j}]", completion
+def _item_path(i: int, j: int) -> str:
+    """Path of a completion, or with j = −1 of the prompt."""
+    return f"groups[{i}].prompt" if j < 0 else _completion_path(f"groups[{i}]", j)
 
 
-def _num_chars(item: Prompt | Completion) -> int:
+def _num_chars(item: str | Text | list[Message]) -> int:
     """Characters of a text, and of a chat what its messages take in a template at least."""
-    match item:
-        case str():
-            return len(item)
-        case Text():
-            return len(item.text)
-        case TokenIds():
-            return 0
-        case _:
-            return sum(len(message.role) + len(message.content) + _MESSAGE_CHARS for message in item)
+    if isinstance(item, str):
+        return len(item)
+    if isinstance(item, Text):
+        return len(item.text)
+    return sum(len(message.role) + len(message.content) + _MESSAGE_CHARS for message in item)

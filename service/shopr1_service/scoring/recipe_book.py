@@ -18,6 +18,7 @@ class RecipeBook:
         self._recipes = {name: load_recipe(name) for name in recipe_names()}
         self.default = load_recipe(default)
         self._recipes[self.default.name] = self.default
+        self._references = {name: reference(recipe) for name, recipe in self._recipes.items()}
 
     def __iter__(self) -> Iterator[Recipe]:
         return iter(self._recipes.values())
@@ -25,6 +26,10 @@ class RecipeBook:
     def get(self, name: str | None) -> Recipe | None:
         """The recipe of this name; the default one for None; None if there is no such recipe."""
         return self.default if name is None else self._recipes.get(name)
+
+    def reference(self, recipe: Recipe) -> RecipeRef:
+        """Name and digest of one of these recipes, computed once."""
+        return self._references[recipe.name]
 
 
 def reference(recipe: Recipe) -> RecipeRef:

@@ -1,6 +1,8 @@
 """How `shopr1 serve` ends, and its last line."""
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,25 @@ from tests.support.command_line import Run
 JSON, TEXT = {"log_format": "json", "port": "0"}, {"log_format": "text", "port": "0"}
 
 
+@pytest.fixture(autouse=True)
+def unfreeze() -> Iterator[None]:
+    """Let the collector see all objects again, for other tests."""
+    yield
+    gc.unfreeze()
+
+
 def test_the_exit_code_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("threading.enumerate", list)  # of other tests
     for code in (0, 1):
         monkeypatch.setattr(uvicorn_server, "serve", lambda _settings, code=code: code)
         assert serve_until_a_signal(JSON, None) == code
+
+
+def test_the_collector_runs_again_after_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.enumerate", list)  # of other tests
+    monkeypatch.setattr(uvicorn_server, "serve", lambda _settings: int(gc.isenabled()))
+    assert serve_until_a_signal(JSON, None) == 1
+    assert gc.get_freeze_count() > 100_000  # objects of the imports
 
 
 def test_an_expected_error(capsys: pytest.CaptureFixture[str]) -> None:

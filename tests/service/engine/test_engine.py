@@ -283,7 +283,7 @@ def test_only_scored_tokens_reach_the_head(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("num_too_long", [0, 1])
 def test_no_pass_without_tokens_to_score(num_too_long: int) -> None:
     class NoForward:
-        name = "none"
+        name = attention = "none"
 
         def hidden_states(self, *_args: Any) -> list[torch.Tensor]:
             pytest.fail("nothing is to be computed")

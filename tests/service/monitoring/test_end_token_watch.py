@@ -2,8 +2,9 @@
 
 import pytest
 
-from shopr1_client.wire import Group, GroupScore
+from shopr1_client.wire import Group
 from shopr1_rewards import Action, load_recipe
+from shopr1_service.answers import GroupScore
 from shopr1_service.core import GroupFacts, Origin, RolloutFacts, ScoredGroup
 from shopr1_service.monitoring.end_token_watch import MIN_COMPLETIONS, EndTokenWatch
 
@@ -14,7 +15,7 @@ TRUTH = Action("terminate", {})
 def scored(*ends: str | None, run: str = "r") -> ScoredGroup:
     facts = GroupFacts(TRUTH, [RolloutFacts(unknown_end=end) for end in ends])
     group = Group(prompt="page", ground_truth="{}", completions=[])
-    score = GroupScore(id=None, policy_version="0", policy_number=0, rewards=[])
+    score = GroupScore(None, "0", 0, None, rewards=[], warnings=())
     return ScoredGroup(Origin("id", run), RECIPE, group, facts, score)
 
 

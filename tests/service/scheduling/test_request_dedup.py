@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from shopr1_client.wire import Details, GroupScore, Reward, ScoreResponse, Status
+from shopr1_client.wire import PolicyRef, RecipeRef, Status
 from shopr1_rewards import load_recipe
 from shopr1_rewards.recipe import SelfCertaintyRecipe
+from shopr1_service.answers import Details, GroupScore, Reward, ScoreResponse
 from shopr1_service.core import Certainty, Progress, ScoredRequest, TokenGroup, Unmeasurable, Version
 from shopr1_service.memory.budget import Account
 from shopr1_service.memory.sizes import scored_bytes
@@ -22,10 +23,11 @@ pytestmark = pytest.mark.anyio
 
 def result_of(name: str, num_rollouts: int, status: Status) -> ScoredRequest:
     """A result; only the name of its response, and number and status of its rewards matter here."""
-    details = Details.model_construct(format_message=None, predicted_action=None)
-    reward = Reward.model_construct(status=status, message=None, details=details)
-    group = GroupScore.model_construct(id=None, rewards=[reward] * num_rollouts)
-    response = ScoreResponse.model_construct(request_id=name, groups=[group])
+    details = Details(None, None, None, False, (), (), (), {}, False, False, None, 0)
+    reward = Reward(0.0, status, None, None, {}, details)
+    group = GroupScore(None, "0", 0, None, rewards=[reward] * num_rollouts, warnings=())
+    policy = PolicyRef(model="fake", version="0", number=0)
+    response = ScoreResponse(name, RecipeRef(name="shop_r1", digest=""), policy, [group])
     return ScoredRequest(response, load_recipe("shop_r1"), [])
 
 

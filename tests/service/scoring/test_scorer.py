@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shopr1_client import wire
 from shopr1_client.errors import InvalidRequestError, PolicyVersionError
 from shopr1_client.wire import ScoreRequest, ScoreResponse
 from shopr1_service.core import Observer, Origin, ScoredGroup
@@ -46,7 +47,8 @@ async def test_observers_see_each_group_and_cannot_fail_a_request(caplog: pytest
 
     with scorer_of(failing, seen.append) as scorer:
         response = await scored(scorer, group(answer()), group(answer(), answer()))
-    assert [each.score for each in seen] == list(response.groups)
+    scores = [wire.GroupScore.model_validate(each.score, from_attributes=True) for each in seen]
+    assert scores == list(response.groups)
     assert {each.origin for each in seen} == {Origin("an id", "a run")}
     assert caplog.text.count("request an id: an observer failed") == 2
 

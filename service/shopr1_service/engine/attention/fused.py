@@ -3,8 +3,7 @@
     out = Σ_i exp(lse_i − lse) · out_i,    lse = ln Σ_i exp(lse_i)
 
 The merge is exact. A prefix is read once for all consecutive segments that share it. It is never copied,
-and no mask is built. In the prefix part, query heads that share a key-value head form one longer query
-(Hydragen, arXiv 2402.05099).
+and no mask is built.
 
 Dimensions: A query heads, K key-value heads, T tokens of the row, D head size, S segments, R longest segment.
 """
@@ -17,9 +16,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from shopr1_service.engine.attention.choice import KernelChoice
 from shopr1_service.engine.attention.kernels import attend, banded, wide
 from shopr1_service.engine.attention.options import PLAIN, AttentionOptions
 from shopr1_service.engine.prefix_cache import Chunk, Segment, starts_of
+from shopr1_service.engine.transfer import on_device
 
 _NUM_BLOCK_TOKENS = 256
 """Tokens whose windows are cut together: the mask of a block is at most so wide beyond the window."""
@@ -87,11 +88,15 @@ class _Part:
 class FusedAttention:
     """The attention of one row of segments."""
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], device: torch.device, choice: KernelChoice | None = None
+    ) -> None:
         starts = starts_of(segments)
+        self._choice = choice or KernelChoice()
         self._buckets = _buckets(segments, starts, device)
         self._shares = _shares(segments, starts)
         self._parts: dict[int | None, list[_Part]] = {}
+        self._bands: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(
         self,
@@ -103,9 +108,10 @@ class FusedAttention:
         options: AttentionOptions = PLAIN,
     ) -> Tensor:
         """Attention of queries [1, A, T, D] to keys and values [1, K, T, D]; returns [1, T, A, D]."""
-        out, lse = self._own_part(query, key, value, scale, options)
+        kernel = self._choice.of(query, key)
+        out, lse = self._own_part(query, key, value, scale, options, kernel)
         for part in self._parts_of(options.window, query):
-            _add_prefix_part(part, layer, query, out, lse, scale, options.softcap)
+            _add_prefix_part(part, layer, query, out, lse, scale, options.softcap, kernel)
         if options.sinks_A is not None:
             # The share of all weights that is left to keys: Σ exp(score) / (Σ exp(score) + exp(sink)).
             out = out * torch.sigmoid(lse - options.sinks_A.to(lse.dtype)[:, None])[..., None]
@@ -118,21 +124,61 @@ class FusedAttention:
         return self._parts[window]
 
     def _own_part(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: AttentionOptions
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        options: AttentionOptions,
+        kernel: str,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention within each segment: [1, A, T, D], widened, and its log-sum-exp [1, A, T]."""
-        num_groups = query.shape[1] // key.shape[1]
         if len(self._buckets) == 1 and len(self._buckets[0].tokens_S_R) == 1:
-            return _attend_own(query, _repeat(key, num_groups), _repeat(value, num_groups), scale, options)
+            return self._attend_own(query, key, value, scale, options, kernel)
         out_A_T_D = torch.empty_like(query[0], dtype=wide(query.dtype))
         lse_A_T = out_A_T_D.new_empty(out_A_T_D.shape[:2])
         for bucket in self._buckets:
-            rows = [tensor[0, :, bucket.tokens_S_R].transpose(0, 1) for tensor in (query, key, value)]
-            query_S, key_S, value_S = rows[0], _repeat(rows[1], num_groups), _repeat(rows[2], num_groups)
-            out_S_A_R_D, lse_S_A_R = _attend_own(query_S, key_S, value_S, scale, options)
+            query_S, key_S, value_S = (
+                tensor[0, :, bucket.tokens_S_R].transpose(0, 1) for tensor in (query, key, value)
+            )
+            out_S_A_R_D, lse_S_A_R = self._attend_own(query_S, key_S, value_S, scale, options, kernel)
             out_A_T_D[:, bucket.tokens_N] = out_S_A_R_D.transpose(0, 1).flatten(1, 2)[:, bucket.cells_N]
             lse_A_T[:, bucket.tokens_N] = lse_S_A_R.transpose(0, 1).flatten(1, 2)[:, bucket.cells_N]
         return out_A_T_D[None], lse_A_T[None]
+
+    def _attend_own(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        options: AttentionOptions,
+        kernel: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of segments of one length to themselves, in blocks where a window cuts them."""
+        num_tokens, window, softcap = query.shape[2], options.window, options.softcap
+        if window is None or num_tokens <= window:
+            return attend(query, key, value, scale, is_causal=True, softcap=softcap, kernel=kernel)
+        outs, lses = [], []
+        for start in range(0, num_tokens, _NUM_BLOCK_TOKENS):
+            end, first = min(start + _NUM_BLOCK_TOKENS, num_tokens), max(0, start - window + 1)
+            seen = slice(first, end)
+            out, lse = attend(
+                *(query[:, :, start:end], key[:, :, seen], value[:, :, seen], scale),
+                mask_R_W=self._band(end - start, start - first, window, query),
+                softcap=softcap,
+            )
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs, 2), torch.cat(lses, 2)
+
+    def _band(self, num_queries: int, num_before: int, window: int, like: Tensor) -> Tensor:
+        """The mask of a block to the keys before it and its own: the same in all layers with this window."""
+        shape = (num_queries, num_before, window)
+        if shape not in self._bands:
+            keys_W = torch.arange(-num_before, num_queries, device=like.device)
+            self._bands[shape] = banded(keys_W[num_before:], keys_W, window, like)
+        return self._bands[shape]
 
 
 def _buckets(segments: Sequence[Segment], starts: Sequence[int], device: torch.device) -> list[_Bucket]:
@@ -151,7 +197,7 @@ def _bucket(places: Sequence[tuple[int, int]], device: torch.device) -> _Bucket:
     is_real_S_R = steps_R[None] < lengths_S[:, None]
     cells_N = is_real_S_R.flatten().nonzero()[:, 0]
     tokens_N = tokens_S_R.flatten()[cells_N]
-    return _Bucket(tokens_S_R.to(device), tokens_N.to(device), cells_N.to(device))
+    return _Bucket(*(on_device(tensor, device) for tensor in (tokens_S_R, tokens_N, cells_N)))
 
 
 def _shares(segments: Sequence[Segment], starts: Sequence[int]) -> list[_Share]:
@@ -193,33 +239,12 @@ def _parts_within(
         middle = min(max(seen_by_all - start, 0), len(chunk))
         begin = min(max(seen_by_some - start, 0), middle)
         if begin < middle:
-            keys_W = torch.arange(start + begin, start + middle)
-            yield _Part(tokens, chunk, slice(begin, middle), banded(positions_N, keys_W, window, like))
+            keys_W = torch.arange(start + begin, start + middle, device=like.device)
+            mask_N_W = banded(on_device(positions_N, like.device), keys_W, window, like)
+            yield _Part(tokens, chunk, slice(begin, middle), mask_N_W)
         if middle < len(chunk):
             yield _Part(tokens, chunk, slice(middle, len(chunk)))
         start += len(chunk)
-
-
-def _attend_own(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
-    """Causal attention of segments of one length to themselves, in blocks where a window cuts them."""
-    num_tokens, window, softcap = query.shape[2], options.window, options.softcap
-    if window is None or num_tokens <= window:
-        return attend(query, key, value, scale, is_causal=True, softcap=softcap)
-    outs, lses = [], []
-    for start in range(0, num_tokens, _NUM_BLOCK_TOKENS):
-        end, first = min(start + _NUM_BLOCK_TOKENS, num_tokens), max(0, start - window + 1)
-        mask_R_W = banded(torch.arange(start, end), torch.arange(first, end), window, query)
-        seen = slice(first, end)
-        out, lse = attend(
-            *(query[:, :, start:end], key[:, :, seen], value[:, :, seen], scale),
-            mask_R_W=mask_R_W,
-            softcap=softcap,
-        )
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 def _add_prefix_part(
@@ -230,30 +255,16 @@ def _add_prefix_part(
     lse: Tensor,
     scale: float | None,
     softcap: float | None,
+    kernel: str,
 ) -> None:
     """Merge attention to a part of a prefix into `out` and `lse`, in place."""
     place = part.tokens
     key, value = part.chunk.keys[layer][:, :, part.keys], part.chunk.values[layer][:, :, part.keys]
-    num_kv_heads = key.shape[1]
-    query_1_K_N_D = query[:, :, place].reshape(1, num_kv_heads, -1, query.shape[-1])
-    # The rows of the query heads that share a key-value head follow each other.
-    mask = None if part.mask_N_W is None else _stacked(part.mask_N_W, query.shape[1] // num_kv_heads)
-    out_1_K_N_D, lse_1_K_N = attend(query_1_K_N_D, key, value, scale, mask_R_W=mask, softcap=softcap)
-    prefix_out = out_1_K_N_D.reshape(1, query.shape[1], -1, query.shape[-1])
-    prefix_lse = lse_1_K_N.reshape(1, query.shape[1], -1)
+    prefix_out, prefix_lse = attend(
+        query[:, :, place], key, value, scale, mask_R_W=part.mask_N_W, softcap=softcap, kernel=kernel
+    )
     own_lse = lse[:, :, place]
     # exp(lse_prefix − lse_both) is a sigmoid of the difference, which cannot overflow.
     weight = torch.sigmoid(prefix_lse - own_lse)[..., None]
     out[:, :, place] = torch.lerp(out[:, :, place], prefix_out, weight)
     lse[:, :, place] = torch.logaddexp(own_lse, prefix_lse)
-
-
-def _stacked(mask_N_W: Tensor, num_groups: int) -> Tensor:
-    """The mask of the rows of several query heads, aligned as the mask of one."""
-    aligned = torch.as_strided(mask_N_W, (len(mask_N_W), mask_N_W.stride(0)), (mask_N_W.stride(0), 1))
-    return aligned.repeat(num_groups, 1)[:, : mask_N_W.shape[1]]
-
-
-def _repeat(tensor_S_K_T_D: Tensor, num_groups: int) -> Tensor:
-    """Key-value heads repeated for the query heads that share them."""
-    return tensor_S_K_T_D if num_groups == 1 else tensor_S_K_T_D.repeat_interleave(num_groups, dim=1)

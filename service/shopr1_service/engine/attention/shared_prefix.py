@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from shopr1_service.engine.attention.choice import KernelChoice
 from shopr1_service.engine.attention.fused import FusedAttention
 from shopr1_service.engine.attention.matmul import MatmulAttention
 from shopr1_service.engine.attention.options import AttentionOptions
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.engine.prefix_cache import Segment
+from shopr1_service.engine.transfer import on_device
 
 _numbers = itertools.count()
 """Numbers of attention functions. Each model has its own, because it holds the layout of one pass."""
@@ -73,7 +75,9 @@ class Layout:
         return next(self._layers)
 
 
-def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> Kernel:
+def choose_kernel(
+    segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, choice: KernelChoice | None = None
+) -> Kernel:
     """The faster implementation for these segments.
 
     PyTorch's fused attention is slow in bfloat16 on CPUs without matrix units (AMX). Matrix products are
@@ -83,7 +87,7 @@ def choose_kernel(segments: Sequence[Segment], device: torch.device, dtype: torc
     num_tokens = sum(len(segment.ids) for segment in segments)
     is_short = num_tokens < MIN_MATMUL_TOKENS * len(segments)
     if has_matrix_units or dtype != torch.bfloat16 or is_short:
-        return FusedAttention(segments, device)
+        return FusedAttention(segments, device, choice)
     return MatmulAttention(segments)
 
 
@@ -95,12 +99,18 @@ class SharedPrefixAttention:
         self._device, self._dtype = model.device, model.dtype
         self._name = f"shopr1_shared_prefix_{next(_numbers)}"
         self._layout: Layout | None = None
+        self._choice = KernelChoice()
         AttentionInterface.register(self._name, self)
+
+    @property
+    def kernel_name(self) -> str:
+        """The fused kernels in use."""
+        return self._choice.name
 
     def layout(self, segments: Sequence[Segment], *, records: bool) -> Layout:
         """The layout of one pass over these segments."""
-        position_ids_1_T = _positions(segments)[None].to(self._device)
-        return Layout(choose_kernel(segments, self._device, self._dtype), position_ids_1_T, records)
+        kernel = choose_kernel(segments, self._device, self._dtype, self._choice)
+        return Layout(kernel, on_device(_positions(segments)[None], self._device), records)
 
     @contextmanager
     def active(self, layout: Layout) -> Iterator[None]:

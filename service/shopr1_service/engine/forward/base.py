@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from shopr1_service.core import TEXT_SCOPE, PromptScope
 from shopr1_service.engine.lm_head import trunk_of
+from shopr1_service.engine.transfer import on_device
 
 MAX_PASS_TOKENS = 8192
 """Tokens of one pass. Enough to saturate any device, and a bound on the memory of activations."""
@@ -78,6 +79,11 @@ class Forward(Protocol):
         """The name shown by `/info`."""
         ...
 
+    @property
+    def attention(self) -> str:
+        """The kernels of its attention, shown by `/info`; `model` where the model's own is run."""
+        ...
+
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         """The hidden states of each suffix at its positions, [S, H]."""
         ...
@@ -89,6 +95,8 @@ class Forward(Protocol):
 
 class GroupwiseForward(ABC):
     """A forward strategy that computes one group after the other."""
+
+    attention = "model"
 
     @abstractmethod
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
@@ -118,9 +126,8 @@ class IndependentForward(GroupwiseForward):
 
 
 def token_tensor(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids [rows, T] on the device. Copied from pinned memory: the copy does not wait for the device."""
-    ids = torch.tensor([list(row) for row in rows], dtype=torch.long)
-    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
+    """Token ids [rows, T] on the device."""
+    return on_device(torch.tensor([list(row) for row in rows], dtype=torch.long), device)
 
 
 def batches(items: Sequence[_Item], fits: Callable[[Sequence[_Item]], bool]) -> Iterator[list[_Item]]:

@@ -68,6 +68,10 @@ class BranchedForward:
             each: each.chunk_size for each in modules if isinstance(getattr(each, "chunk_size", None), int)
         }
 
+    @property
+    def attention(self) -> str:
+        return self._attention.kernel_name or "model"
+
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         return self.batch([PromptGroup(prompt_ids, suffixes)])[0]
 
@@ -156,7 +160,7 @@ class BranchedForward:
     def _chunks_within(self, num_tokens: int) -> Iterator[None]:
         """Scan in chunks that are hardly longer than the rows: Mamba 2 pads these to whole chunks.
 
-        Most checkpoints have chunks of 256 tokens, and completions some dozen. The size changes only rounding.
+        Most checkpoints have chunks of 256 tokens, completions some dozen. The size changes only rounding.
         """
         size = 1 << (num_tokens - 1).bit_length()
         try:

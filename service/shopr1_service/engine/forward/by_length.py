@@ -23,6 +23,10 @@ class ByLengthForward:
         self._forward = forward
         self._rope = rope
 
+    @property
+    def attention(self) -> str:
+        return self._forward.attention
+
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         return self.batch([PromptGroup(prompt_ids, suffixes)])[0]
 

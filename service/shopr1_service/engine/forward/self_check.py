@@ -31,29 +31,35 @@ from shopr1_service.engine.forward.base import (
     PromptGroup,
     Suffix,
 )
+from shopr1_service.engine.forward.comparison import (
+    MAX_SHORT_TOKENS,
+    NUM_SHORT_DRAWS,
+    NUM_SUFFIX_TOKENS,
+    batch_errors,
+    beginnings,
+    independent_states,
+    pass_tolerance,
+    short_groups,
+    states_at,
+)
 from shopr1_service.engine.forward.reach import Reach, block_sparse_tokens
 from shopr1_service.engine.forward.rounding import (
     SIXTEEN_BITS,
     Tolerance,
     describe,
     relative_errors,
-    tolerance_of,
 )
 from shopr1_service.engine.forward.unused_copy import unused_copy
-from shopr1_service.engine.lm_head import UnsupportedModelError, trunk_of
+from shopr1_service.engine.lm_head import UnsupportedModelError
 from shopr1_service.engine.rope_scaling import has_length_dependent_rope
 
 logger = logging.getLogger(__name__)
 
-MAX_SHORT_TOKENS = 64
-"""Tokens of the sequences that are compared in all arrangements."""
 MAX_EAGER_ELEMENTS = 2**29
 """Attention weights of a layer in a pass of eager attention, which allocates all of them."""
 
-_NUM_SUFFIX_TOKENS = 6
 _NUM_OTHER_TOKENS = 5
 """Tokens by which one of the two longest sequences is longer."""
-_NUM_SHORT_DRAWS = 4
 _PREFIX_LENGTHS = (2, 7)
 
 Report = Callable[[str], None]
@@ -108,7 +114,7 @@ def choose_forward(
     Raises:
         UnsupportedModelError: the model is not causal, remembers earlier sequences, or is changed by them.
     """
-    if len(random_ids) <= _NUM_SUFFIX_TOKENS:
+    if len(random_ids) <= NUM_SUFFIX_TOKENS:
         return Verdict(IndependentForward(model), remarks=("too few tokens are allowed for a check",))
     check = _SelfCheck(model, random_ids, report, unused or unused_copy(model))
     check.prove_causality()
@@ -116,38 +122,6 @@ def choose_forward(
     for remark in verdict.remarks:
         logger.warning("%s: %s", type(model).__name__, remark)
     return verdict
-
-
-def depends_on_weights(model: PreTrainedModel) -> bool:
-    """Whether the check of another checkpoint of this architecture may end otherwise.
-
-    Ties between the keys that a model chooses by their content are broken by the sequence's length, and
-    weights decide whether there are any.
-    """
-    return Reach.of(model).num_chosen is not None
-
-
-def confirms(model: PreTrainedModel, random_ids: Sequence[int], forward: Forward) -> bool:
-    """Whether a strategy that an earlier check has chosen agrees with independent forwards on one prompt.
-
-    That shows a defect of the machine or of the weights. The rest of the check is about the architecture's
-    code, which has not changed.
-
-    Args:
-        random_ids: at most `MAX_SHORT_TOKENS` are used.
-    """
-    if len(random_ids) <= _NUM_SUFFIX_TOKENS:
-        return False
-    short = list(random_ids[:MAX_SHORT_TOKENS])
-    group = _check_groups(short)[0]
-    [expected] = IndependentForward(model).batch([group])
-    tolerance = _tolerance(model, short, _states(model, short), _NUM_SHORT_DRAWS)
-    try:
-        actual = [states for _ in range(2) for states in forward.batch([group])]  # then from the cache
-    except Exception as error:  # an architecture may raise anything
-        logger.info("%s with %s fails: %r", type(model).__name__, forward.name, error)
-        return False
-    return tolerance.allows(torch.cat(_errors(actual, [expected, expected])))
 
 
 @dataclass
@@ -165,21 +139,15 @@ class _Long:
     tolerance: Tolerance
 
     def group(self) -> tuple[PromptGroup, list[Tensor]]:
-        """Completions of the common beginning, and their expected states."""
-        first, second = (row[self.num_common :] for row in self.rows)
-        num_rope_tokens = len(self.rows[0])  # all expected states are those of whole rows
-        suffixes = [
-            Suffix(first, [-1, 0, len(first) - 1], num_rope_tokens),
-            Suffix([], [-1], num_rope_tokens),
-            Suffix(first[:1], [0], num_rope_tokens),
-            Suffix(second, [0, len(second) - 1], len(self.rows[1])),
-        ]
-        states = (self.states[0], self.states[0], self.states[0], self.states[1])
-        expected = [
-            states_T_H[[self.num_common + position for position in suffix.positions]]
-            for states_T_H, suffix in zip(states, suffixes, strict=True)
-        ]
-        return PromptGroup(self.rows[0][: self.num_common], suffixes), expected
+        """Completions of the common beginning, and their expected states, all of them those of whole rows."""
+        suffixes, expected = beginnings(self.rows[0], self.num_common, self.states[0])
+        second = self.rows[1][self.num_common :]
+        other = Suffix(second, [0, len(second) - 1], len(self.rows[1]))
+        prompt_ids = self.rows[0][: self.num_common]
+        return (
+            PromptGroup(prompt_ids, [*suffixes, other]),
+            [*expected, states_at(self.states[1], self.num_common, other)],
+        )
 
 
 @dataclass
@@ -198,7 +166,7 @@ class _SelfCheck:
         self._short = list(self.ids[:MAX_SHORT_TOKENS])
         self._beginnings = dict(self._run_beginnings())  # before any longer sequence
         self._whole_T_H = self._states(self._short)
-        self._short_tolerance = _tolerance(self.model, self._short, self._whole_T_H, _NUM_SHORT_DRAWS)
+        self._short_tolerance = pass_tolerance(self.model, self._short, self._whole_T_H, NUM_SHORT_DRAWS)
         self._long: _Long | None = None
 
     # --- causality ---
@@ -211,8 +179,8 @@ class _SelfCheck:
         """
         whole_T_H = self._whole_T_H
         if len(self.ids) == len(self._short):
-            unused_T_H = _states(unused_copy(self.unused), self._short)
-            self._refuse_change(self._short, unused_T_H, self._short_tolerance)
+            unused_T_H = independent_states(unused_copy(self.unused), self._short)
+            self._refuse_change(whole_T_H, unused_T_H, self._short_tolerance)
         if self._is_length_free:
             for length, states_T_H in self._beginnings.items():
                 num_common = min(length, len(whole_T_H))
@@ -230,7 +198,7 @@ class _SelfCheck:
         """Lengths and states of beginnings, one of them just beyond the length from which RoPE changes."""
         lengths = {*_PREFIX_LENGTHS, len(self._short) // 2, len(self._short) - 1}
         if (threshold := self._reach.rope_threshold) is not None:
-            lengths.add(min(threshold + _NUM_SUFFIX_TOKENS, len(self.ids) - 1))
+            lengths.add(min(threshold + NUM_SUFFIX_TOKENS, len(self.ids) - 1))
         for length in sorted(lengths):
             try:
                 yield length, self._beginning(length)
@@ -280,9 +248,9 @@ class _SelfCheck:
                 f"longer ones; {describe([error_T], self._short_tolerance)}"
             )
 
-    def _refuse_change(self, ids: Sequence[int], unused_T_H: Tensor, tolerance: Tolerance) -> None:
+    def _refuse_change(self, actual_T_H: Tensor, unused_T_H: Tensor, tolerance: Tolerance) -> None:
         """Refuse a model whose states are not those of its copy that had computed nothing before."""
-        error_T = relative_errors(self._states(ids), unused_T_H)
+        error_T = relative_errors(actual_T_H, unused_T_H)
         if not tolerance.allows(error_T):
             raise UnsupportedModelError(
                 f"{self._name} is changed by the sequences that it computes: after shorter ones the states "
@@ -314,18 +282,18 @@ class _SelfCheck:
         return max(MAX_SHORT_TOKENS + 1, math.isqrt(MAX_EAGER_ELEMENTS // num_heads))
 
     def _make_long(self, num_tokens: int) -> _Long:
-        num_common = num_tokens - _NUM_SUFFIX_TOKENS - _NUM_OTHER_TOKENS
-        first = list(self.ids[: num_common + _NUM_SUFFIX_TOKENS])
+        num_common = num_tokens - NUM_SUFFIX_TOKENS - _NUM_OTHER_TOKENS
+        first = list(self.ids[: num_common + NUM_SUFFIX_TOKENS])
         # Two lengths: what depends on the length of the row shows as a change of earlier states.
         second = _with_other_end(self.ids, num_common, num_tokens if self._is_length_free else len(first))
         unused = unused_copy(self.unused)
         self.report(f"independent, {len(first)} tokens")
-        first_T_H = _states(unused, first)
+        first_T_H = independent_states(unused, first)
         self.report(f"independent, {len(second)} tokens")
         states = (first_T_H, self._states(second))
         if first_T_H.dtype in SIXTEEN_BITS:
             self.report(f"rounding, {len(first)} tokens")
-        return _Long((first, second), num_common, states, _tolerance(unused, first, first_T_H, 1))
+        return _Long((first, second), num_common, states, pass_tolerance(unused, first, first_T_H, 1))
 
     def _compare_long(self, long: _Long, short_T_H: Tensor) -> None:
         common = slice(0, long.num_common)
@@ -334,7 +302,7 @@ class _SelfCheck:
             if self._is_length_free:
                 self._compare(long.states[0][: len(short_T_H)], short_T_H, long.tolerance)
         except UnsupportedModelError:  # the first row was computed by the unused copy
-            self._refuse_change(long.rows[0], long.states[0], long.tolerance)
+            self._refuse_change(self._states(long.rows[0]), long.states[0], long.tolerance)
             raise
 
     # --- strategies ---
@@ -343,8 +311,8 @@ class _SelfCheck:
         if self.ties:  # agreement of other strategies would be luck
             ties = [Rejection(each.name, Cause.DIFFERS, self.ties) for each in candidates]
             return self._verdict(self._reference, ties)
-        groups = _check_groups(self._short)
-        expected = self._reference.batch(groups)
+        groups = short_groups(self._short)
+        expected = [self._expected(group) for group in groups]
         rejected: list[Rejection] = []
         for candidate in candidates:
             rejection = self._rejection(candidate, groups, expected)
@@ -354,6 +322,17 @@ class _SelfCheck:
             rejected.append(rejection)
         logger.warning("%s cannot share a prompt: each completion is run with all of it", self._name)
         return self._verdict(self._reference, rejected)
+
+    def _expected(self, group: PromptGroup) -> list[Tensor]:
+        """The states of independent forwards. Those of beginnings of the short sequence are known."""
+        num_prompt, expected = len(group.prompt_ids), []
+        for suffix in group.suffixes:
+            row = [*group.prompt_ids, *suffix.ids]
+            if self._is_length_free and row == self._short[: len(row)]:
+                expected.append(states_at(self._whole_T_H, num_prompt, suffix))
+            else:
+                expected += self._reference.hidden_states(group.prompt_ids, [suffix])
+        return expected
 
     def _verdict(self, forward: Forward, rejected: Sequence[Rejection] = ()) -> Verdict:
         return Verdict(forward, tuple(rejected), tuple(self.remarks), bool(self.ties))
@@ -374,13 +353,13 @@ class _SelfCheck:
     ) -> Iterator[tuple[list[Tensor], Tolerance]]:
         """Errors of groups run one by one, when prompts may be cached, together, and after a long one."""
         alone = [states for group in groups for states in candidate.batch([group])]
-        yield _errors(alone, expected), self._short_tolerance
-        yield _errors(candidate.batch(groups), expected), self._short_tolerance
+        yield batch_errors(alone, expected), self._short_tolerance
+        yield batch_errors(candidate.batch(groups), expected), self._short_tolerance
         if self._long is not None:
             group, long_expected = self._long.group()
             self.report(f"{candidate.name}, {len(group.prompt_ids)} tokens")
-            yield _errors(candidate.batch([group]), [long_expected]), self._long.tolerance
-            yield _errors(candidate.batch(groups), expected), self._short_tolerance
+            yield batch_errors(candidate.batch([group]), [long_expected]), self._long.tolerance
+            yield batch_errors(candidate.batch(groups), expected), self._short_tolerance
 
     # --- passes ---
 
@@ -393,35 +372,7 @@ class _SelfCheck:
             self.remarks.append(text)
 
     def _states(self, ids: Sequence[int]) -> Tensor:
-        return _states(self.model, ids)
-
-
-def _states(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """The states of an independent forward at all positions, [T, H]."""
-    suffix = Suffix(ids[1:], range(-1, len(ids) - 1))
-    [states_T_H] = IndependentForward(model).hidden_states(ids[:1], [suffix])
-    return states_T_H
-
-
-def _tolerance(model: PreTrainedModel, ids: Sequence[int], states_T_H: Tensor, num_draws: int) -> Tolerance:
-    return tolerance_of(trunk_of(model), states_T_H, lambda: _states(model, ids), num_draws=num_draws)
-
-
-def _check_groups(random_ids: Sequence[int]) -> list[PromptGroup]:
-    prompt_ids, rest = random_ids[:-_NUM_SUFFIX_TOKENS], random_ids[-_NUM_SUFFIX_TOKENS:]
-    apart = [Suffix(rest, [-1, 0, 5]), Suffix([], [-1]), Suffix(rest[:1], [0]), Suffix(rest[4:], [0, 1])]
-    alike = [Suffix([*rest[:3], token_id], [2, 3]) for token_id in rest]
-    # The second prompt may be cached already; the third begins with it.
-    prompts = [(prompt_ids, apart), (prompt_ids, alike), ([*prompt_ids, *rest[:2]], alike)]
-    return [PromptGroup(*group) for group in prompts]
-
-
-def _errors(actual: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [
-        relative_errors(*states)
-        for pair in zip(actual, expected, strict=True)
-        for states in zip(*pair, strict=True)
-    ]
+        return independent_states(self.model, ids)
 
 
 def _with_other_end(ids: Sequence[int], num_kept: int, num_tokens: int) -> list[int]:

@@ -30,6 +30,7 @@ from shopr1_service.engine.forward.base import (
 )
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.engine.prefix_cache import Chunk, PrefixCache, Segment, common_length
+from shopr1_service.engine.transfer import on_device
 
 MIN_SHARED_TOKENS = 64
 """Common tokens of two prompts from which one waits for the other."""
@@ -79,6 +80,10 @@ class SharedPrefixForward:
         self._dtype = model.dtype
         self._cache = cache
         self._attention = SharedPrefixAttention(model)
+
+    @property
+    def attention(self) -> str:
+        return self._attention.kernel_name
 
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         return self.batch([PromptGroup(prompt_ids, suffixes)])[0]
@@ -199,7 +204,8 @@ class SharedPrefixForward:
         last_1_H = self._last_hidden(prefix.chunks)
         hidden_T_H = last_1_H if rest_T_H is None else torch.cat([last_1_H, rest_T_H])
         first = prefix.num_known - prefix.num_prompt_tokens - 1
-        return hidden_T_H[[position - first for position in suffix.positions]]
+        rows = torch.tensor([position - first for position in suffix.positions])
+        return hidden_T_H[on_device(rows, self._device)]
 
     def _last_hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         if chunks and (last_1_H := chunks[-1].last_hidden_1_H) is not None:

@@ -42,6 +42,7 @@ async def test_info(tmp_path: Path) -> None:
             "max_sequence_tokens": 77,
             "head": "fake",
             "forward": "fake",
+            "attention": "model",
             "rejected_paths": [],
             "remarks": [],
         },
