@@ -63,14 +63,11 @@ class BranchedForward:
         self._takes_positions = takes_positions(self._trunk)
         self._attention = SharedPrefixAttention(model)
         self._independent = IndependentForward(model)
-        modules = cast("list[Any]", list(self._trunk.modules()))
         self._chunk_sizes = {
-            each: each.chunk_size for each in modules if isinstance(getattr(each, "chunk_size", None), int)
+            each: each.chunk_size
+            for each in self._trunk.modules()
+            if isinstance(getattr(each, "chunk_size", None), int)
         }
-
-    @property
-    def attention(self) -> str:
-        return self._attention.kernel_name or "model"
 
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         return self.batch([PromptGroup(prompt_ids, suffixes)])[0]
