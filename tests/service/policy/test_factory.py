@@ -142,7 +142,9 @@ def test_info_says_why_slower_paths_were_taken() -> None:
     [rejected] = info.rejected_paths
     assert (info.forward, rejected.path, rejected.reason) == ("expanded", "shared_prefix", "unsupported")
     assert "TypeError" in rejected.detail
-    assert policy_of(tiny_model("llama")).info.rejected_paths == ()
+    assert info.attention == "model"
+    info = policy_of(tiny_model("llama")).info
+    assert (info.head, info.attention, info.rejected_paths) == ("linear", "cpu_flash", ())
     info = policy_of(tiny_model("electra", is_decoder=True, embedding_size=16)).info
     assert (info.head, info.rejected_paths[0].path) == ("module", "linear")
     assert "LinearHead fails" in info.rejected_paths[0].detail

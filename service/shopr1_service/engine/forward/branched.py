@@ -69,6 +69,10 @@ class BranchedForward:
             if isinstance(getattr(each, "chunk_size", None), int)
         }
 
+    @property
+    def attention(self) -> str:
+        return self._attention.kernel_name or "model"
+
     def hidden_states(self, prompt_ids: Sequence[int], suffixes: Sequence[Suffix]) -> list[Tensor]:
         return self.batch([PromptGroup(prompt_ids, suffixes)])[0]
 
