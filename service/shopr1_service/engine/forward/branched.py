@@ -63,10 +63,10 @@ class BranchedForward:
         self._takes_positions = takes_positions(self._trunk)
         self._attention = SharedPrefixAttention(model)
         self._independent = IndependentForward(model)
-        self._chunk_sizes = {
-            each: each.chunk_size
+        self._chunk_sizes: dict[Any, int] = {
+            each: size
             for each in self._trunk.modules()
-            if isinstance(getattr(each, "chunk_size", None), int)
+            if isinstance(size := getattr(each, "chunk_size", None), int)
         }
 
     @property
