@@ -77,6 +77,8 @@ test-trainer-%: install .venvs/%/.installed
 	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/integration/trainers/test_$*.py
 
 # A separate environment for each trainer: their dependencies conflict. Packages in no-deps.txt would install CUDA.
+# Precious: make would delete the mark of an intermediate file, and install again at the next run.
+.PRECIOUS: .venvs/%/.installed
 .venvs/%/.installed: tests/integration/trainers/requirements/%.txt tests/integration/trainers/requirements.txt pyproject.toml
 	rm -rf .venvs/$*
 	$(PYTHON) -m venv .venvs/$*
