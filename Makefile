@@ -113,8 +113,8 @@ bench-session: install  ## A session with and without the prefix cache, and the 
 	$(BIN)/python -m benchmarks.engine.session
 	$(BIN)/python -m benchmarks.engine.prefix_cache
 
-bench-families: install  ## Architectures with windows, softcaps, sinks, MLA and recurrent states; writes families.csv
-	$(BIN)/python -m benchmarks.engine.families
+bench-families: install  ## Windows, softcaps, sinks, MLA, recurrent states; BASE=CHECKOUT: against commit 9d53105; writes families.csv
+	$(BIN)/python -m benchmarks.engine.families $(if $(BASE),--base $(BASE))
 
 architectures: install  ## Every architecture of transformers, built tiny, against fp64; takes half an hour, writes docs/architectures.md
 	$(BIN)/python -m benchmarks.engine.architectures

@@ -140,7 +140,7 @@ def test_rope_that_cannot_be_controlled_is_a_policy_error() -> None:
 def test_info_says_why_slower_paths_were_taken() -> None:
     info = policy_of(model_of("falcon")).info
     [rejected] = info.rejected_paths
-    assert (info.forward, rejected.path, rejected.reason) == ("packed", "shared_prefix", "unsupported")
+    assert (info.forward, rejected.path, rejected.reason) == ("expanded", "shared_prefix", "unsupported")
     assert "TypeError" in rejected.detail
     assert info.attention == "model"
     info = policy_of(tiny_model("llama")).info
