@@ -77,6 +77,8 @@ test-trainer-%: install .venvs/%/.installed
 	.venvs/$*/bin/python -m pytest -o filterwarnings= tests/integration/trainers/test_$*.py
 
 # A separate environment for each trainer: their dependencies conflict. Packages in no-deps.txt would install CUDA.
+# Precious: make would delete the mark of an intermediate file, and install again at the next run.
+.PRECIOUS: .venvs/%/.installed
 .venvs/%/.installed: tests/integration/trainers/requirements/%.txt tests/integration/trainers/requirements.txt pyproject.toml
 	rm -rf .venvs/$*
 	$(PYTHON) -m venv .venvs/$*
@@ -107,8 +109,8 @@ bench-growth: install  ## Cost by completions and by prompt length; writes bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.engine.bench --growth
 
-bench-families: install  ## Architectures with windows, softcaps, sinks, MLA and recurrent states; writes families.csv
-	$(BIN)/python -m benchmarks.engine.families
+bench-families: install  ## Windows, softcaps, sinks, MLA, recurrent states; BASE=CHECKOUT: against commit 9d53105; writes families.csv
+	$(BIN)/python -m benchmarks.engine.families $(if $(BASE),--base $(BASE))
 
 architectures: install  ## Every architecture of transformers, built tiny, against fp64; takes half an hour, writes docs/architectures.md
 	$(BIN)/python -m benchmarks.engine.architectures

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.gpu.correctness import check_numbers
 from benchmarks.gpu.models import random_policy, speed_model
+from benchmarks.gpu.parts import measure_parts
 from benchmarks.gpu.results import Budget, Results
 from benchmarks.gpu.speed import SHAPES, TINY_SHAPES, measure_speed
 from benchmarks.gpu.update import measure_update
@@ -39,11 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(device: torch.device, budget: Budget, results: Results, *, is_tiny: bool) -> None:
-    """Speed and weight updates of one model: Qwen2.5-3B's shape in bf16, or a tiny one in fp32."""
+    """Parts, speed and weight updates of one model: Qwen2.5-3B's shape in bf16, or a tiny one in fp32."""
     dtype = torch.float32 if is_tiny else torch.bfloat16
     shapes, update_s = (TINY_SHAPES, 0.0) if is_tiny else (SHAPES, UPDATE_S)
     with tempfile.TemporaryDirectory() as directory:
         policy = random_policy(speed_model(device, dtype, is_tiny=is_tiny), Path(directory))
+        measure_parts(policy, budget, results, is_tiny=is_tiny)
         measure_speed(policy, shapes, budget, update_s, results)
         measure_update(policy, Path(directory), budget, update_s, results)
 

@@ -24,7 +24,6 @@ from shopr1_service.engine.forward.base import (
     IndependentForward,
 )
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.self_check import choose_forward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.lm_head import choose_head
@@ -39,7 +38,6 @@ RESERVED_S = 1.0
 
 STRATEGIES: Mapping[str, Callable[[PreTrainedModel], Forward]] = {
     "shared_prefix": lambda model: SharedPrefixForward(model, PrefixCache(CACHE_BYTES)),
-    "packed": PackedForward,
     "expanded": ExpandedForward,
     "independent": IndependentForward,
 }

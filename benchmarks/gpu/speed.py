@@ -30,7 +30,7 @@ from benchmarks.workloads import Shape
 from shopr1_service.core import TokenGroup
 from shopr1_service.policy.loaded_policy import LoadedPolicy
 
-SHAPES = (Shape(2000, 8, 64), Shape(8000, 16, 64), Shape(32_000, 16, 64))
+SHAPES = (Shape(2000, 8, 64), Shape(8000, 16, 64), Shape(32_000, 16, 100))
 TINY_SHAPES = (Shape(48, 2, 8), Shape(64, 3, 8), Shape(96, 4, 8))
 TINY_MATMUL_SIZE = 256
 NUM_ROUNDS = 5
@@ -83,10 +83,14 @@ def measure_speed(
         reserved_s: time to leave for later steps.
     """
     rates: dict[str, float] = {}
+    matmul = None
     if budget.remaining_s > MIN_CELL_S:
-        results.add(_matmul(policy.model, is_tiny=shapes is TINY_SHAPES))
+        matmul = matmul_flop_per_s(
+            policy.model.device, policy.model.dtype, TINY_MATMUL_SIZE if shapes is TINY_SHAPES else None
+        )
+        results.add(_matmul(policy.model, matmul))
     for shape in shapes:
-        _measure_shape(shape, policy, rates, budget, reserved_s, results)
+        _measure_shape(shape, policy, rates, matmul, budget, reserved_s, results)
 
 
 # --- the table --------------------------------------------------------------------------------------
@@ -112,11 +116,12 @@ def _measure_shape(
     shape: Shape,
     policy: LoadedPolicy,
     rates: dict[str, float],
+    matmul: float | None,
     budget: Budget,
     reserved_s: float,
     results: Results,
 ) -> None:
-    model, engine_T = policy.model, None
+    model, engine_T, engine_s = policy.model, None, None
     group = random_group(shape, model.config.vocab_size, seed=shape.P)
     for method in _methods(policy):
         row = Row("speed", str(shape), method.name, dtype_name(model.dtype), Outcome.SKIPPED)
@@ -127,11 +132,27 @@ def _measure_shape(
         row, values_T = _measured(row, method, shape, group, model, min(MAX_CELL_S, remaining_s))
         if row.time_s:
             rates[method.name] = method.flop(shape) / row.time_s
+            row = replace(row, note=_note(policy, method, row.time_s, rates, matmul, engine_s))
         if engine_T is not None and values_T is not None:
             row = _compared(row, values_T, engine_T, TOLERANCE_NATS[model.dtype])
         if method.is_engine:
-            engine_T = values_T
+            engine_T, engine_s = values_T, row.time_s
         results.add(row)
+
+
+def _note(
+    policy: LoadedPolicy,
+    method: Method,
+    time_s: float,
+    rates: Mapping[str, float],
+    matmul: float | None,
+    engine_s: float | None,
+) -> str:
+    """The engine's share of a plain matrix product, and its kernels; of others the ratio to its time."""
+    if not method.is_engine:
+        return "" if engine_s is None else f"{time_s / engine_s:.3g} x the engine's time"
+    share = "" if matmul is None else f"{rates[method.name] / matmul:.2g} of matmul, "
+    return f"{share}head {policy.info.head}, attention {policy.info.attention}"
 
 
 def _measured(
@@ -189,10 +210,9 @@ def _expected_s(method: Method, shape: Shape, rates: Mapping[str, float]) -> flo
     return method.flop(shape) / rate
 
 
-def _matmul(model: PreTrainedModel, *, is_tiny: bool) -> Row:
+def _matmul(model: PreTrainedModel, flop_per_s: float) -> Row:
     """FLOP/s of matrix products alone, as a share of the device's peak."""
-    size = TINY_MATMUL_SIZE if is_tiny else None
-    flop_per_s, peak = matmul_flop_per_s(model.device, model.dtype, size), _peak_flop_per_s(model)
+    peak = _peak_flop_per_s(model)
     share = flop_per_s / peak if peak else None
     row = Row("speed", "machine", "matmul", dtype_name(model.dtype), Outcome.MEASURED, peak_flop_share=share)
     return replace(row, note=f"{flop_per_s / 1e12:.4g} TFLOP/s")

@@ -318,7 +318,7 @@ class PolicyInfo(AnswerModel):
     forward: Annotated[
         str,
         Field(
-            description="How prompts are shared: `shared_prefix`, `branched`, `packed`, `expanded`, "
+            description="How prompts are shared: `shared_prefix`, `branched`, `expanded`, "
             "`stepped` or `independent`."
         ),
     ]

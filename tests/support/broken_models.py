@@ -1,4 +1,4 @@
-"""Models that compute with a cache, a mask or positions in a wrong way, and the lengths of their passes."""
+"""Models that compute with a cache in a wrong way, and the lengths of their passes."""
 
 from typing import Any
 
@@ -23,14 +23,6 @@ def is_suffix(kwargs: dict[str, Any]) -> bool:
 
 def ignore_the_cache(forward: Any, kwargs: dict[str, Any]) -> Any:
     return forward(**{**kwargs, "past_key_values": None})
-
-
-def ignore_the_mask(forward: Any, kwargs: dict[str, Any]) -> Any:
-    return forward(**{**kwargs, "attention_mask": None})
-
-
-def ignore_the_positions(forward: Any, kwargs: dict[str, Any]) -> Any:
-    return forward(**{**kwargs, "position_ids": None})
 
 
 def refuse_a_cache(forward: Any, kwargs: dict[str, Any]) -> Any:

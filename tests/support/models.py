@@ -224,9 +224,7 @@ _MAMBA2_SIZES = {
 _MIXED_WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 # No attention interface.
-_PACKED = {"falcon", "gptj"}
-# Positions that are not taken from `position_ids`.
-_EXPANDED = {"bloom", "gpt_neo", "mpt"}
+_EXPANDED = {"bloom", "falcon", "gpt_neo", "gptj", "mpt"}
 # Recurrent layers that continue from a state by several tokens, or by single ones only.
 _BRANCHED = {
     *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "mamba2", "nemotron_h", "qwen3_next"),
@@ -395,7 +393,6 @@ MIXTURES = {
     "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 """Further mixtures of experts, whose checkpoints have a tensor for each expert."""
-FAMILIES |= {name: replace(FAMILIES[name], forward="packed") for name in _PACKED}
 FAMILIES |= {name: replace(FAMILIES[name], forward="expanded") for name in _EXPANDED}
 FAMILIES |= {name: replace(FAMILIES[name], forward="branched") for name in _BRANCHED}
 FAMILIES |= {name: replace(FAMILIES[name], forward="stepped") for name in _STEPPED}

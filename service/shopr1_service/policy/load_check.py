@@ -18,7 +18,6 @@ from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.comparison import MAX_SHORT_TOKENS
 from shopr1_service.engine.forward.confirmation import confirms, depends_on_weights
 from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Verdict, choose_forward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
@@ -140,7 +139,6 @@ class _Check:
         self._progress = progress
         strategies: list[Forward] = [
             BranchedForward(model, cache) if has_states(model) else SharedPrefixForward(model, cache),
-            PackedForward(model),
             ExpandedForward(model),
             SteppedForward(model),
         ]

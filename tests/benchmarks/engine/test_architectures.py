@@ -51,10 +51,10 @@ def test_a_row_that_takes_too_long_is_given_up() -> None:
     assert (row.outcome, row.remarks) == ("failed", ["no result after 0 s"])
 
 
-EXACT = Row("b", "B", False, "exact", "linear", "packed", 1e-6, 2e-6, 1e-3, 450, 1.25, ["x | y"])
+EXACT = Row("b", "B", False, "exact", "linear", "expanded", 1e-6, 2e-6, 1e-3, 450, 1.25, ["x | y"])
 LINES = {
     "a (text of image-text)": "| a (text of image-text) | not built |  |  |  |  |  |\n",
-    "b": "| b | exact | packed, linear | 1.0e-06 | 2.0e-06 | 1.2 | "
+    "b": "| b | exact | expanded, linear | 1.0e-06 | 2.0e-06 | 1.2 | "
     "x \\| y; eager and sdpa differ by 1.0e-03 nats in fp64 |\n",
 }
 

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,30 @@ def test_speed_has_every_method_at_every_shape(rows: list[dict[str, str]]) -> No
     assert max(errors) < 1e-5
 
 
+def test_notes_compare_with_a_matrix_product_and_with_the_engine(rows: list[dict[str, str]]) -> None:
+    _, *table = section(rows, "speed")
+    for row in table:
+        if row["method"].startswith("engine"):
+            assert re.fullmatch(r"\S+ of matmul, head linear, attention cpu_flash", row["note"])
+        else:
+            assert re.fullmatch(r"\S+ x the engine's time", row["note"])
+
+
+def test_variants_are_compared_with_fp64(rows: list[dict[str, str]]) -> None:
+    assert [(row["method"], row["note"]) for row in section(rows, "head")] == [("linear", "chosen")]
+    found = [(row["workload"], row["method"], row["note"]) for row in section(rows, "attention")]
+    kernels = [("cpu_flash", "chosen"), ("open", "")]
+    assert found == [(place, *kernel) for place in ("own 256", "prefix 256") for kernel in kernels]
+    for row in section(rows, "head") + section(rows, "attention"):
+        assert float(row["time_s"]) > 0
+        assert float(row["error_nats"]) < 1e-4
+
+
+def test_waits_are_compared(rows: list[dict[str, str]]) -> None:
+    [row] = section(rows, "waits")
+    assert row["note"] == "0 with 2 layers, 0 with 4 layers"
+
+
 def test_updates_are_timed(rows: list[dict[str, str]]) -> None:
     outcomes = {row["method"]: row["outcome"] for row in section(rows, "update")}
     assert outcomes == {"save_file": "measured", "first": "pass", "next": "pass"}
@@ -76,7 +101,7 @@ def test_without_time_everything_is_skipped(tmp_path: Path) -> None:
     assert main(["--tiny", "--budget-s", "0", "--output", str(tmp_path / "results.csv")]) == 0
     rows = read(tmp_path / "results.csv")
     assert {row["outcome"] for row in rows} == {"skipped"}
-    assert {row["section"] for row in rows} == {"correctness", "speed", "update"}
+    assert {row["section"] for row in rows} == {"correctness", "head", "speed", "update"}
     assert all(row["note"] for row in rows)
 
 

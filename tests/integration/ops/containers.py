@@ -79,6 +79,8 @@ def python_slim(folder: Path, mirror: str) -> Path | None:
     shutil.copy2(source / "bin" / version, local / "bin")
     (local / "bin" / "python3").symlink_to(version)
     output("chroot", str(root), "ldconfig")
+    for file in (root / "var" / "lib" / "apt" / "lists").glob("*Packages*"):  # the official image has none
+        file.unlink()
     return _packed(root)
 
 

@@ -12,7 +12,6 @@ from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGro
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.lm_head import LinearHead, ModuleHead, choose_head, trunk_of
 from tests.support.models import (
     NUM_ROWS,
@@ -38,11 +37,13 @@ def model() -> PreTrainedModel:
     return tiny_model()
 
 
-FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, PackedForward, ExpandedForward])
-Strategy = type[IndependentForward | PackedForward | ExpandedForward]
+FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, ExpandedForward])
+Strategy = type[IndependentForward | ExpandedForward]
 
 
-def engine_of(model: PreTrainedModel, strategy: Strategy = PackedForward, head: Head | None = None) -> Engine:
+def engine_of(
+    model: PreTrainedModel, strategy: Strategy = ExpandedForward, head: Head | None = None
+) -> Engine:
     return Engine(
         strategy(model),
         head or choose_head(model, torch.tensor([PROMPT])),
@@ -250,11 +251,9 @@ def test_an_unknown_id_fails_the_group(model: PreTrainedModel) -> None:
     ("strategy", "position", "num_fed"),
     [
         # 20 of the prompt; completions are fed up to the token before the last scored one, 4 and 7 …
-        (PackedForward, "predict", 20 + 4 + 7),
         (ExpandedForward, "predict", 20 + 7 + 7),  # padded to the longest
         (IndependentForward, "predict", 20 + 4 + 20 + 7),
         # … or with it.
-        (PackedForward, "shifted", 20 + 5 + 8),
         (ExpandedForward, "shifted", 20 + 8 + 8),
         (IndependentForward, "shifted", 20 + 5 + 20 + 8),
     ],

@@ -140,9 +140,11 @@ def test_rope_that_cannot_be_controlled_is_a_policy_error() -> None:
 def test_info_says_why_slower_paths_were_taken() -> None:
     info = policy_of(model_of("falcon")).info
     [rejected] = info.rejected_paths
-    assert (info.forward, rejected.path, rejected.reason) == ("packed", "shared_prefix", "unsupported")
+    assert (info.forward, rejected.path, rejected.reason) == ("expanded", "shared_prefix", "unsupported")
     assert "TypeError" in rejected.detail
-    assert policy_of(tiny_model("llama")).info.rejected_paths == ()
+    assert info.attention == "model"
+    info = policy_of(tiny_model("llama")).info
+    assert (info.head, info.attention, info.rejected_paths) == ("linear", "cpu_flash", ())
     info = policy_of(tiny_model("electra", is_decoder=True, embedding_size=16)).info
     assert (info.head, info.rejected_paths[0].path) == ("module", "linear")
     assert "LinearHead fails" in info.rejected_paths[0].detail

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGroup
 from shopr1_service.engine.forward.base import Forward
-from shopr1_service.engine.forward.packed import PackedForward
+from shopr1_service.engine.forward.expanded import ExpandedForward
 from shopr1_service.engine.forward.self_check import Verdict, choose_forward
 from shopr1_service.engine.lm_head import trunk_of
 from shopr1_service.errors import PolicyError
@@ -73,7 +73,7 @@ def test_check_is_longer_than_the_reach_of_other_architectures(
 
 @pytest.mark.parametrize("size", [8, 18, 40, 100])
 @pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention"])
-def test_check_notices_that_a_window_is_ignored(
+def test_check_notices_what_is_wrong_beyond_a_window(
     monkeypatch: pytest.MonkeyPatch, checks: list[list[int]], kind: str, size: int
 ) -> None:
     # Completions begin 18 tokens after a multiple of the size: with size 18 the prompt ends with a chunk.
@@ -88,14 +88,15 @@ def test_check_notices_that_a_window_is_ignored(
     trunk = trunk_of(model)
     forward = trunk.forward
 
-    def ignore_the_window(**options: Any) -> Any:
-        if isinstance(masks := options.get("attention_mask"), dict):
-            options["attention_mask"] = dict.fromkeys(masks, masks["full_attention"])
-        return forward(**options)
+    def change_longer_ones(**options: Any) -> Any:
+        output = forward(**options)
+        if options.get("past_key_values") is not None and int(options["position_ids"].max()) >= size:
+            output.last_hidden_state = output.last_hidden_state * 1.01
+        return output
 
-    assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "packed"
-    monkeypatch.setattr(trunk, "forward", ignore_the_window)
-    assert choose_forward(model, checks[0], [PackedForward(model)]).forward.name == "independent"
+    assert choose_forward(model, checks[0], [ExpandedForward(model)]).forward.name == "expanded"
+    monkeypatch.setattr(trunk, "forward", change_longer_ones)
+    assert choose_forward(model, checks[0], [ExpandedForward(model)]).forward.name == "independent"
 
 
 def test_ties_are_broken_as_in_the_full_forward() -> None:

@@ -30,8 +30,8 @@ def test_a_note_is_shown_until_the_next_step(
     progress.enter(Step.CHECKING)
     caplog.clear()
     with caplog.at_level(logging.INFO, "shopr1_service.policy.load_progress"):
-        progress.note("packed, 4109 tokens")
-    what = "comparing forward strategies with the model: packed, 4109 tokens"
+        progress.note("expanded, 4109 tokens")
+    what = "comparing forward strategies with the model: expanded, 4109 tokens"
     assert str(progress) == f"{what} (step 3 of 4, 0 s since the start)"
     assert caplog.messages == [f"start, step 3 of 4: {what}"]
     progress.enter(Step.WARMING_UP)

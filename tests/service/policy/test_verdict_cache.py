@@ -15,7 +15,7 @@ from shopr1_service.policy.verdict_cache import KnownVerdict, VerdictCache, verd
 from tests.support.models import tiny_model
 
 KNOWN = KnownVerdict(
-    forward="packed", rejected=(("shared_prefix", Cause.DIFFERS, "by 0.5"),), remarks=("a remark",)
+    forward="expanded", rejected=(("shared_prefix", Cause.DIFFERS, "by 0.5"),), remarks=("a remark",)
 )
 
 
@@ -33,12 +33,12 @@ def test_a_verdict_becomes_an_outcome() -> None:
     rejection = Rejection("shared_prefix", Cause.DIFFERS, "by 0.5")
     verdict = Verdict(IndependentForward(tiny_model()), (rejection,), ("a remark",), feeds_whole=True)
     known = KnownVerdict.of(verdict)
-    assert known.model_copy(update={"forward": "packed", "feeds_whole": False}) == KNOWN
+    assert known.model_copy(update={"forward": "expanded", "feeds_whole": False}) == KNOWN
     assert known.forward == "independent"
     assert known.verdict(verdict.forward) == verdict
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"forward": "packed", "more": 1}}', "\0"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"forward": "own", "more": 1}}', "\0"])
 def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path, text: str) -> None:
     file = tmp_path / "outcomes.json"
     file.write_text(text)

@@ -42,12 +42,14 @@ class KernelChoice:
 
 
 def _choose(query: Tensor, key: Tensor) -> str:
-    names = kernels_of(query.device, query.dtype)
-    return measured(names, query, key.shape[1]) if query.device.type == "cuda" else names[0]
+    *fused, written_out = kernels_of(query.device, query.dtype)
+    if query.device.type != "cuda":
+        return fused[0]
+    return fastest_kernel(fused, query, key.shape[1]) or written_out
 
 
-def measured(names: Sequence[str], query: Tensor, num_kv_heads: int) -> str:
-    """The fastest of these kernels that is right for such heads; if none is, the last."""
+def fastest_kernel(names: Sequence[str], query: Tensor, num_kv_heads: int) -> str | None:
+    """The fastest of these kernels that is right for such heads; None if none is."""
     num_heads, head_size = query.shape[1], query.shape[-1]
     rows, keys = (query.new_ones(1, heads, _TIMED_TOKENS, head_size) for heads in (num_heads, num_kv_heads))
 
@@ -58,7 +60,7 @@ def measured(names: Sequence[str], query: Tensor, num_kv_heads: int) -> str:
         return device_time_s(lambda: attend(rows, keys, keys, None, is_causal=True, kernel=kernel))
 
     ways = {name: name for name in names}
-    return fastest_right(ways, error_of, TOLERANCE[query.dtype], time_s_of) or names[-1]
+    return fastest_right(ways, error_of, TOLERANCE[query.dtype], time_s_of)
 
 
 def kernel_error(kernel: str, num_heads: int, num_kv_heads: int, head_size: int, like: Tensor) -> float:

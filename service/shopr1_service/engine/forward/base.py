@@ -4,7 +4,6 @@ There are several. A check at load (`self_check.py`) chooses the first whose num
 
     SharedPrefixForward   the prompt once, kept across requests, read in place (`shared_prefix.py`)
     BranchedForward       the same with recurrent layers, whose states are copied (`branched.py`)
-    PackedForward         the prompt once; all completions in one row on its cache (`packed.py`)
     ExpandedForward       the prompt once; completions in a batch on copies of its cache (`expanded.py`)
     SteppedForward        the same, a token at a time (`expanded.py`)
     IndependentForward    each completion with the whole prompt: slow, right for every architecture

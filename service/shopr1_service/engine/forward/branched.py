@@ -13,6 +13,7 @@ Dimensions: B rows, R tokens of a row, T tokens of a segment, H hidden size.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -62,6 +63,11 @@ class BranchedForward:
         self._takes_positions = takes_positions(self._trunk)
         self._attention = SharedPrefixAttention(model)
         self._independent = IndependentForward(model)
+        self._chunk_sizes: dict[Any, int] = {
+            each: size
+            for each in self._trunk.modules()
+            if isinstance(size := getattr(each, "chunk_size", None), int)
+        }
 
     @property
     def attention(self) -> str:
@@ -146,10 +152,25 @@ class BranchedForward:
         if self._takes_positions:
             options["position_ids"] = layout.position_ids_1_T.view(len(rows), -1)
         input_ids = token_tensor([row.ids for row in rows], self._device)
-        with self._attention.active(layout):
+        with self._attention.active(layout), self._chunks_within(input_ids.shape[1]):
             output = self._trunk(input_ids=input_ids, use_cache=True, **options)
         hidden_B_R_H: Tensor = output.last_hidden_state
         return hidden_B_R_H
+
+    @contextmanager
+    def _chunks_within(self, num_tokens: int) -> Iterator[None]:
+        """Scan in chunks that are hardly longer than the rows: Mamba 2 pads these to whole chunks.
+
+        Most checkpoints have chunks of 256 tokens, completions some dozen. The size changes only rounding.
+        """
+        size = 1 << (num_tokens - 1).bit_length()
+        try:
+            for mixer, chunk_size in self._chunk_sizes.items():
+                mixer.chunk_size = min(chunk_size, size)
+            yield
+        finally:
+            for mixer, chunk_size in self._chunk_sizes.items():
+                mixer.chunk_size = chunk_size
 
 
 class _StateCache(DynamicCache):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from shopr1_service.engine.forward.base import MAX_PASS_TOKENS, batches
+from shopr1_service.engine.forward.base import MAX_PASS_TOKENS, Suffix, batches
 from shopr1_service.engine.forward.prefill import Ids, PrefilledForward
 
 MAX_CACHED_TOKENS = 64 * 2**10
@@ -87,6 +87,12 @@ class SteppedForward(ExpandedForward):
     """
 
     name = "stepped"
+
+    @torch.inference_mode()
+    def hidden_states(self, prompt_ids: Ids, suffixes: Sequence[Suffix]) -> list[Tensor]:
+        if len(suffixes) == 1:  # nothing is shared
+            return self._independent.hidden_states(prompt_ids, suffixes)
+        return super().hidden_states(prompt_ids, suffixes)
 
     def _run(self, cache: Cache, ids_B_R: Tensor, positions_B_R: Tensor) -> Tensor:
         steps = zip(torch.split(ids_B_R, 1, dim=1), torch.split(positions_B_R, 1, dim=1), strict=True)

@@ -11,8 +11,9 @@ Dimensions: T tokens, H hidden size, C rows of a chunk.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,19 +92,34 @@ def fastest_head(
     time_s_of: Callable[[LinearHead], float],
 ) -> LinearHead:
     """The head with the fastest of these reductions that agrees with fp64, or with none of them."""
-    own = {field: getattr(head, field) for field in ("weight_V_H", "bias_V", "scale", "softcap")}
-    heads: dict[str, LinearHead] = {"linear": head}
-    for name, reduction in candidates.items():
-        heads[f"linear_{name}"] = ReducedHead(**own, reduction_name=name, reduction=reduction)
-    expected = list(_values(_ExactHead(**own), hidden_T_H.double()))
+    heads = variants(head, candidates)
+    expected = exact_values(head, hidden_T_H)
 
     def error_of(way: LinearHead) -> float:
-        return max(
-            _error(actual_T, expected_T)
-            for actual_T, expected_T in zip(_values(way, hidden_T_H), expected, strict=True)
-        )
+        return error_nats(way, hidden_T_H, expected)
 
     return heads[fastest_right(heads, error_of, TOLERANCE_NATS, time_s_of) or head.name]
+
+
+def variants(head: LinearHead, candidates: Mapping[str, Reduction]) -> dict[str, LinearHead]:
+    """The head with none of these reductions, and with each, by name."""
+    heads = [ReducedHead(**_own(head), reduction_name=name, reduction=it) for name, it in candidates.items()]
+    return {each.name: each for each in (head, *heads)}
+
+
+def exact_values(head: LinearHead, hidden_T_H: Tensor) -> list[Tensor]:
+    """The values that `error_nats` expects, in fp64."""
+    return list(_values(_ExactHead(**_own(head)), hidden_T_H.double()))
+
+
+def error_nats(head: Head, hidden_T_H: Tensor, expected: Sequence[Tensor]) -> float:
+    """The largest error of a token; infinite if other tokens are not finite."""
+    pairs = zip(_values(head, hidden_T_H), expected, strict=True)
+    return max(_error(actual_T, expected_T) for actual_T, expected_T in pairs)
+
+
+def _own(head: LinearHead) -> dict[str, Any]:
+    return {name: getattr(head, name) for name in ("weight_V_H", "bias_V", "scale", "softcap")}
 
 
 def _values(head: Head, hidden_T_H: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ from shopr1_service.engine.forward.base import (
     token_tensor,
 )
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from tests.support.models import model_of, random_ids, shared_model, tiny_model
 
 
@@ -70,8 +69,8 @@ def test_common_lead(suffixes: list[Suffix], expected: list[int]) -> None:
 
 # --- every strategy gives the model's hidden states ------------------------------------------------------
 
-Strategy = type[IndependentForward | PackedForward | ExpandedForward]
-FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, PackedForward, ExpandedForward])
+Strategy = type[IndependentForward | ExpandedForward]
+FORWARDS = pytest.mark.parametrize("strategy", [IndependentForward, ExpandedForward])
 
 SUFFIXES = [
     Suffix([], [-1]),
@@ -87,9 +86,7 @@ SUFFIXES = [
 @pytest.mark.parametrize(
     ("strategy", "family"),
     [
-        *product(
-            (IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")
-        ),
+        *product((IndependentForward, ExpandedForward), ("llama", "mistral", "gemma3", "gpt2")),
         *product((IndependentForward, ExpandedForward), ("bamba", "falcon_h1", "mamba2", "mpt")),
     ],
 )
@@ -113,7 +110,7 @@ def test_no_suffixes(strategy: Strategy) -> None:
 @pytest.mark.parametrize(
     ("strategy", "family"),
     [
-        *product((IndependentForward, PackedForward, ExpandedForward), ("llama", "mistral")),
+        *product((IndependentForward, ExpandedForward), ("llama", "mistral")),
         *product((IndependentForward, ExpandedForward), ("falcon_h1",)),
     ],
 )

@@ -17,7 +17,6 @@ from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix
 from shopr1_service.engine.forward.by_length import ByLengthForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.lm_head import ModuleHead
 from shopr1_service.engine.prefix_cache import PrefixCache
@@ -64,13 +63,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 STRATEGIES: dict[str, Callable[[PreTrainedModel, PrefixCache], Forward]] = {
     "shared_prefix": SharedPrefixForward,
-    "packed": lambda model, _: PackedForward(model),
     "expanded": lambda model, _: ExpandedForward(model),
     "independent": lambda model, _: IndependentForward(model),
 }
 PATHS = [
     *(("shared_prefix", name) for name in ("dynamic", "longrope")),
-    *((strategy, name) for strategy in ("packed", "expanded", "independent") for name in MODELS),
+    *((strategy, name) for strategy in ("expanded", "independent") for name in MODELS),
 ]
 
 

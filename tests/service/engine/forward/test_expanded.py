@@ -129,3 +129,6 @@ def test_steps_are_of_one_token() -> None:
     SteppedForward(model).hidden_states(random_ids(40), [suffix(3), suffix(0), suffix(1)])
     # The prompt with the lead, once; then a token of each at a time.
     assert passes == [(1, 43), (2, 1), (2, 1), (2, 1)]
+    # A single completion shares nothing: steps would only be slow.
+    SteppedForward(model).hidden_states(random_ids(40), [suffix(3)])
+    assert passes[4:] == [(1, 46)]

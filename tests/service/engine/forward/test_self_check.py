@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from shopr1_service.engine.attention import shared_prefix as shared_attention
 from shopr1_service.engine.forward import self_check
 from shopr1_service.engine.forward.base import Forward, IndependentForward, Suffix
 from shopr1_service.engine.forward.branched import BranchedForward
 from shopr1_service.engine.forward.expanded import ExpandedForward, SteppedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.reach import Reach
 from shopr1_service.engine.forward.self_check import Cause, choose_forward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
@@ -26,8 +27,6 @@ from shopr1_service.engine.rope_scaling import LengthDependentRope
 from shopr1_service.errors import PolicyError
 from tests.support.broken_models import (
     ignore_the_cache,
-    ignore_the_mask,
-    ignore_the_positions,
     is_suffix,
     lengths_of,
     make_no_cache,
@@ -53,22 +52,20 @@ SUFFIXES = [
 def choose(
     model: PreTrainedModel,
     ids: Sequence[int],
-    strategies: Sequence[type[PackedForward | ExpandedForward]] = (PackedForward, ExpandedForward),
+    strategies: Sequence[type[ExpandedForward]] = (ExpandedForward, SteppedForward),
 ) -> Forward:
     """Choose among the strategies that use the model's own cache."""
     return choose_forward(model, ids, [strategy(model) for strategy in strategies]).forward
 
 
-BOTH = [PackedForward, ExpandedForward]
+BOTH = [ExpandedForward, SteppedForward]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("strategy", BOTH)
-def test_the_first_correct_strategy_is_chosen(
-    strategy: type[PackedForward | ExpandedForward], family: str
-) -> None:
+def test_the_first_correct_strategy_is_chosen(strategy: type[ExpandedForward], family: str) -> None:
     model = model_of(family)
-    assert choose(model, CHECK_IDS).name == "packed"
+    assert choose(model, CHECK_IDS).name == "expanded"
     assert choose(model, CHECK_IDS, [strategy]).name == strategy.name
 
 
@@ -77,9 +74,7 @@ def test_the_first_correct_strategy_is_chosen(
     [
         pytest.param(BOTH, ignore_the_cache, id="ignores_the_cache_silently"),
         pytest.param(BOTH, refuse_a_cache, id="refuses_a_cache"),
-        pytest.param([PackedForward], ignore_the_mask, id="ignores_the_mask_silently"),
-        pytest.param([PackedForward], ignore_the_positions, id="ignores_the_positions_silently"),
-        pytest.param([ExpandedForward], make_no_cache, id="makes_no_cache"),
+        pytest.param(BOTH, make_no_cache, id="makes_no_cache"),
         pytest.param(BOTH, nan_with_a_cache, id="nan_with_a_cache"),
         pytest.param(BOTH, wrong_with_a_cache(lambda _num_tokens: True), id="one_percent_off"),
     ],
@@ -87,7 +82,7 @@ def test_the_first_correct_strategy_is_chosen(
 def test_independent_is_chosen_where_sharing_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    strategies: Sequence[type[PackedForward | ExpandedForward]],
+    strategies: Sequence[type[ExpandedForward]],
     change: Any,
 ) -> None:
     model = patched(monkeypatch, tiny_model(), change)
@@ -98,7 +93,7 @@ def test_independent_is_chosen_where_sharing_is_wrong(
     assert "LlamaModel" in record.message or "LlamaForCausalLM" in record.message
 
 
-# These use a cache of the prompt wrongly, without an error, in one layout or in both.
+# Some of these use a cache of the prompt wrongly, without an error.
 SILENTLY_WRONG = ["mpt", "gpt_neo", "recurrent_gemma", "mamba", "mamba2", "rwkv", "jamba", "minimax", "bloom"]
 HYBRIDS = ["bamba", "falcon_h1", "lfm2", "granitemoehybrid", "nemotron_h", "qwen3_next"]
 
@@ -108,7 +103,6 @@ def test_the_chosen_strategy_is_correct(family: str) -> None:
     model = model_of(family)
     candidates: list[Forward] = [
         BranchedForward(model, PrefixCache(10**9)),
-        PackedForward(model),
         ExpandedForward(model),
         SteppedForward(model),
     ]
@@ -126,11 +120,11 @@ def test_the_chosen_strategy_is_correct(family: str) -> None:
 @pytest.mark.parametrize(
     ("strategy", "family"),
     [
-        *product([PackedForward], ["mpt", "gpt_neo"]),
         *product([ExpandedForward], ["mamba", "jamba", "minimax"]),
+        (SteppedForward, "nemotron_h"),
     ],
 )
-def test_silent_errors_are_recognised(strategy: type[PackedForward | ExpandedForward], family: str) -> None:
+def test_silent_errors_are_recognised(strategy: type[ExpandedForward], family: str) -> None:
     model = model_of(family)
     suffixes = [Suffix(random_ids(6, seed=1), [5]), Suffix(random_ids(6, seed=2), [5])]
     actual = strategy(model).hidden_states(CHECK_IDS, suffixes)  # no exception
@@ -297,8 +291,8 @@ def test_block_sparse_attention_that_becomes_full_is_refused() -> None:
     message = r"BigBirdForCausalLM is changed by .* set attention_type to that, or .* to at most 28$"
     with pytest.raises(PolicyError, match=message):
         policy_of(big_bird("block_sparse"))
-    assert policy_of(big_bird("block_sparse"), max_sequence_tokens=28).info.forward == "packed"
-    assert policy_of(big_bird("original_full")).info.forward == "packed"
+    assert policy_of(big_bird("block_sparse"), max_sequence_tokens=28).info.forward == "expanded"
+    assert policy_of(big_bird("original_full")).info.forward == "expanded"
 
 
 # --- long sequences ---------------------------------------------------------------------------------
@@ -308,8 +302,8 @@ def test_block_sparse_attention_that_becomes_full_is_refused() -> None:
 def test_few_passes_are_long(dtype: torch.dtype, num_long: int) -> None:
     model, ids, texts = tiny_model(dtype=dtype), random_ids(2000, seed=9), list[str]()
     seen = lengths_of(model)
-    verdict = choose_forward(model, ids, [PackedForward(model)], texts.append)
-    assert verdict.forward.name == "packed"
+    verdict = choose_forward(model, ids, [ExpandedForward(model)], texts.append)
+    assert verdict.forward.name == "expanded"
     assert len([num for num in seen if num > 1000]) == num_long
     assert sum(num for num in seen if num <= 1000) < 8000
     # The progress names each kind of pass before it begins.
@@ -317,7 +311,7 @@ def test_few_passes_are_long(dtype: torch.dtype, num_long: int) -> None:
         "independent, 1995 tokens",
         "independent, 2000 tokens",
         "rounding, 1995 tokens",
-        "packed, 1989 tokens",
+        "expanded, 1989 tokens",
     ]
     assert texts == [name for name in names if dtype is torch.bfloat16 or "rounding" not in name]
 
@@ -368,8 +362,8 @@ def test_without_memory_for_the_longest_sequence_a_shorter_one_is_checked(
         return forward(**kwargs)
 
     model = patched(monkeypatch, tiny_model("mistral", sliding_window=1900), run_out)
-    verdict = choose_forward(model, random_ids(2000, seed=9), [PackedForward(model)])
-    assert verdict.forward.name == "packed"
+    verdict = choose_forward(model, random_ids(2000, seed=9), [ExpandedForward(model)])
+    assert verdict.forward.name == "expanded"
     assert verdict.remarks == ("checked up to 500 tokens; its config names 1900",)
 
 
@@ -409,7 +403,7 @@ def test_sparse_attention_never_becomes_dense(make: Any) -> None:
     verdict = choose_forward(
         model,
         random_ids(Reach.of(model).num_tokens + 24, seed=9),
-        [SharedPrefixForward(model, PrefixCache(10**9)), PackedForward(model), ExpandedForward(model)],
+        [SharedPrefixForward(model, PrefixCache(10**9)), ExpandedForward(model)],
     )
     assert verdict.rejected[0].path == "shared_prefix"
     assert verdict.rejected[0].cause is Cause.UNSUPPORTED
@@ -436,7 +430,7 @@ DEEP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", DEEP)
 def test_rounding_rejects_no_exact_strategy(kind: str, seed: int, dtype: torch.dtype) -> None:
     model = tiny_model(kind, dtype, **DEEP[kind])
-    for strategy in (PackedForward, ExpandedForward):
+    for strategy in BOTH:
         forward = choose(model, random_ids(32, seed=seed), [strategy])
         assert forward.name == strategy(model).name
 
@@ -444,7 +438,7 @@ def test_rounding_rejects_no_exact_strategy(kind: str, seed: int, dtype: torch.d
 @pytest.mark.parametrize("kind", DEEP)
 @pytest.mark.parametrize("strategy", BOTH)
 def test_errors_show_through_rounding(
-    monkeypatch: pytest.MonkeyPatch, kind: str, strategy: type[PackedForward | ExpandedForward]
+    monkeypatch: pytest.MonkeyPatch, kind: str, strategy: type[ExpandedForward]
 ) -> None:
     model = tiny_model(kind, torch.bfloat16, **DEEP[kind])
     model = patched(monkeypatch, model, ignore_the_cache)
@@ -452,12 +446,8 @@ def test_errors_show_through_rounding(
 
 
 def test_a_lost_window_shows_through_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ignore_the_window(forward: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            return forward(**kwargs)
-        num_new, num_keys = mask.shape[-2:]
-        return forward(**{**kwargs, "attention_mask": mask.new_ones(mask.shape).tril(num_keys - num_new)})
-
-    model = patched(monkeypatch, tiny_model("mistral", torch.bfloat16, sliding_window=8), ignore_the_window)
-    assert choose(model, CHECK_IDS, [PackedForward]).name == "independent"
+    read = shared_attention._read_options
+    monkeypatch.setattr(shared_attention, "_read_options", lambda *given: replace(read(*given), window=None))
+    model = tiny_model("mistral", torch.bfloat16, sliding_window=8)
+    forward = SharedPrefixForward(model, PrefixCache(10**9))
+    assert choose_forward(model, CHECK_IDS, [forward]).forward.name == "independent"

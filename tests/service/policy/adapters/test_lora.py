@@ -12,7 +12,6 @@ from shopr1_service.core import Certainty, CompletionTokens, PromptKey, TokenGro
 from shopr1_service.engine.engine import Engine
 from shopr1_service.engine.forward.base import Forward, IndependentForward
 from shopr1_service.engine.forward.expanded import ExpandedForward
-from shopr1_service.engine.forward.packed import PackedForward
 from shopr1_service.engine.forward.shared_prefix import SharedPrefixForward
 from shopr1_service.engine.lm_head import LinearHead, trunk_of
 from shopr1_service.engine.prefix_cache import PrefixCache
@@ -108,7 +107,6 @@ def test_every_linear_layer_of_every_family(family: str) -> None:
 
 FORWARDS = {
     "independent": IndependentForward,
-    "packed": PackedForward,
     "expanded": ExpandedForward,
     "shared_prefix": lambda model: SharedPrefixForward(model, PrefixCache(0)),
     "shared_prefix, kept": lambda model: SharedPrefixForward(model, PrefixCache(10**9)),
