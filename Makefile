@@ -121,8 +121,8 @@ bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one requ
 bench-start: install  ## The service until it is ready, with an empty and a full cache; BASE=CHECKOUT: against an older one
 	$(BIN)/python -m benchmarks.serving.start $(if $(BASE),--base $(BASE))
 
-bench-rules: install  ## Rules alone and single rollouts, against the checkout OTHER; writes benchmarks/serving/rules_only.csv
-	$(BIN)/python -m benchmarks.serving.rules_only $(OTHER)
+bench-rules: install  ## Rules alone and single rollouts, against the checkout BASE; writes benchmarks/serving/rules_only.csv
+	$(BIN)/python -m benchmarks.serving.rules_only $(BASE)
 
 bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
 	$(BIN)/python -m benchmarks.serving.text_growth
