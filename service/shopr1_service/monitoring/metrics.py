@@ -262,6 +262,11 @@ class Metrics:
         """Count a scored group (an `Observer`)."""
         self._training.observe(scored)
 
+    def expect_fallbacks(self, dialect: str) -> None:
+        """Show a dialect's fallback rewards as 0 before the first, so that rates have a value."""
+        for reason in Reason:
+            self._fallbacks.labels(dialect, reason.value)
+
     def record_fallback(self, dialect: str, reason: Reason) -> None:
         self._fallbacks.labels(dialect, reason.value).inc()
 

@@ -92,6 +92,8 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.shopr1 = state
+    for dialect in (openrlhf.DIALECT, slime.DIALECT, llama_factory.DIALECT, nemo_gym.DIALECT):
+        state.metrics.expect_fallbacks(dialect.name)
     _add_routes(app, settings)
     _add_middleware(app, settings, state, tracer)
     install_handlers(app)

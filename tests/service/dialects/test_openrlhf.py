@@ -258,6 +258,9 @@ async def test_unscorable_is_an_error_by_default(service: httpx.AsyncClient) -> 
     assert refused["detail"].startswith("query[1]: sequence_too_long: ")
     assert refused["detail"].endswith("; and 1 more")
     assert await metric(service, "shopr1_fallback_rewards_total") == 0
+    assert 'shopr1_fallback_rewards_total{dialect="openrlhf",reason="sequence_too_long"} 0.0' in (
+        (await service.get("/metrics")).text
+    )
 
 
 @pytest.mark.parametrize("number", [0.0, -1.5])
