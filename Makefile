@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-session bench-families bench-text bench-burst bench-start bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-rules bench-burst bench-start bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -109,10 +109,6 @@ bench-growth: install  ## Cost by completions and by prompt length; writes bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.engine.bench --growth
 
-bench-session: install  ## A session with and without the prefix cache, and the cache itself, by CPU time; writes session.csv, prefix_cache.csv
-	$(BIN)/python -m benchmarks.engine.session
-	$(BIN)/python -m benchmarks.engine.prefix_cache
-
 bench-families: install  ## Windows, softcaps, sinks, MLA, recurrent states; BASE=CHECKOUT: against commit 9d53105; writes families.csv
 	$(BIN)/python -m benchmarks.engine.families $(if $(BASE),--base $(BASE))
 
@@ -125,9 +121,11 @@ bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one requ
 bench-start: install  ## The service until it is ready, with an empty and a full cache; BASE=CHECKOUT: against an older one
 	$(BIN)/python -m benchmarks.serving.start $(if $(BASE),--base $(BASE))
 
-bench-text: install  ## Work on texts at n, 2n, 4n and 8n, and as runs, labels and adapters grow; writes text_growth.csv, growth.csv
+bench-rules: install  ## Rules alone and single rollouts, against the checkout BASE; writes benchmarks/serving/rules_only.csv
+	$(BIN)/python -m benchmarks.serving.rules_only $(BASE)
+
+bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
 	$(BIN)/python -m benchmarks.serving.text_growth
-	$(BIN)/python -m benchmarks.serving.growth
 
 bench-updates: install  ## Weight updates against copies of the same bytes; writes benchmarks/serving/updates.csv
 	$(BIN)/python -m benchmarks.serving.updates
