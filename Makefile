@@ -15,7 +15,7 @@ TOOLS := $(if $(and $(shell command -v prometheus),$(shell command -v promtool))
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-burst bench-start bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
+.PHONY: help install demo test test-ops soak test-triton test-ray test-trainers lint prose audit architectures bench bench-growth bench-families bench-text bench-rules bench-burst bench-start bench-updates bench-ray bench-simulation bench-gpu format openapi image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -120,6 +120,9 @@ bench-burst: install  ## 2,048 rollouts as OpenRLHF sends them, against one requ
 
 bench-start: install  ## The service until it is ready, with an empty and a full cache; BASE=CHECKOUT: against an older one
 	$(BIN)/python -m benchmarks.serving.start $(if $(BASE),--base $(BASE))
+
+bench-rules: install  ## Rules alone and single rollouts, against the checkout BASE; writes benchmarks/serving/rules_only.csv
+	$(BIN)/python -m benchmarks.serving.rules_only $(BASE)
 
 bench-text: install  ## Work on texts at n, 2n, 4n and 8n; writes benchmarks/serving/text_growth.csv
 	$(BIN)/python -m benchmarks.serving.text_growth

@@ -1,13 +1,15 @@
-"""The service without a model, for measurements of everything around it: `instant_server.py RECIPE`.
+"""The service without a model, for measurements of everything around it.
 
-Its policy returns constants at once. The port is printed before it is ready; the service ends with its
-standard input. Run as a file with another checkout on `PYTHONPATH`, it serves that one, also an old one.
+Its recipe is Shop-R1 with weight 0 for self-certainty, and its policy does nothing. The port is printed
+before it is ready; the service ends with its standard input. Run as a file with another checkout on
+`PYTHONPATH`, it serves that one, also an old one.
 """
 
 import socket
 import sys
+import tempfile
 import threading
-from importlib import import_module
+from importlib import import_module, resources
 from typing import Any
 
 import uvicorn
@@ -17,8 +19,13 @@ from shopr1_service.settings import Settings
 BACKLOG = 4096
 
 
-def main(recipe: str) -> None:
-    app, connection = application(Settings(recipe=recipe))
+def main() -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        shipped = (resources.files("shopr1_rewards") / "recipes" / "shop_r1.toml").read_text("utf-8")
+        assert "alpha = 0.005" in shipped
+        file.write(shipped.replace("alpha = 0.005", "alpha = 0.0"))
+        file.flush()
+        app, connection = application(Settings(recipe=file.name))
     server = uvicorn.Server(uvicorn.Config(app, http=connection, log_level="error", ws="none"))
     with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -46,4 +53,4 @@ def module(name: str) -> Any:  # noqa: ANN401  # of any checkout
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

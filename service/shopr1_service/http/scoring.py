@@ -1,6 +1,6 @@
 """Scores a request: the common part of every route that scores."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ async def score_request(
 def encode_response(response: ScoreResponse) -> bytes:
     """The JSON of a response, a reward at a time: `orjson` lets no other thread run while it writes."""
     groups = b",".join(map(_encode_group, response.groups))
-    return _with_list(response, b"groups", groups)
+    return _with_list(response, "groups", groups)
 
 
 def _encode_group(group: GroupScore) -> bytes:
@@ -83,11 +83,11 @@ def _encode_group(group: GroupScore) -> bytes:
     for reward in group.rewards:
         checkpoint()
         rewards.append(orjson.dumps(reward))
-    return _with_list(group, b"rewards", b",".join(rewards))
+    return _with_list(group, "rewards", b",".join(rewards))
 
 
-def _with_list(answer: ScoreResponse | GroupScore, name: bytes, items: bytes) -> bytes:
+def _with_list(answer: ScoreResponse | GroupScore, name: str, items: bytes) -> bytes:
     """The JSON of an object, with a list that is encoded already as its last member."""
-    names = (field.name for field in fields(answer) if field.name != name.decode())
-    head = orjson.dumps({each: getattr(answer, each) for each in names}, default=BaseModel.model_dump)
-    return b'%b,"%b":[%b]}' % (head.removesuffix(b"}"), name, items)
+    head = {key: value for key, value in vars(answer).items() if key != name}
+    begin = orjson.dumps(head, default=BaseModel.model_dump).removesuffix(b"}")
+    return b'%b,"%b":[%b]}' % (begin, name.encode(), items)

@@ -125,9 +125,12 @@ class Scorer:
     async def observe(self, request: ScoreRequest, origin: Origin, scored: ScoredRequest) -> None:
         """Tell the observers of each group of a request that gets this response."""
         groups = zip(request.groups, scored.facts, scored.response.groups, strict=True)
+        num_observed = 0  # in this turn of the event loop
         for index, (sent, facts, score) in enumerate(groups):
-            if index:
+            num_observed += len(score.rewards)
+            if index and num_observed > _FEW:
                 await asyncio.sleep(0)  # other requests may take a turn
+                num_observed = len(score.rewards)
             self._notify(ScoredGroup(origin, scored.recipe, sent, facts, score, index))
 
     def close(self) -> None:

@@ -312,8 +312,9 @@ async def test_close_cancels_queued_groups_and_finishes_running_ones(
     assert values(await running) == [[0.0]]
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    with pytest.raises(NotReadyError, match="shutting down"):
-        await scheduler.compute_certainties([group_of([1], 1)], BATCH_KEY)
+    for group in (group_of([1], 1), group_of([1])):
+        with pytest.raises(NotReadyError, match="shutting down"):
+            await scheduler.compute_certainties([group], BATCH_KEY)
 
 
 # --- tasks ------------------------------------------------------------------------------------------

@@ -46,6 +46,19 @@ def test_a_prompt_is_encoded_only_if_it_is_needed() -> None:
     assert only.rollouts[0].tokens.text == "not JSON"
 
 
+def test_equal_texts_share_a_rollout_and_count_each() -> None:
+    [only] = prepared(group(answer(), {"text": answer()}, answer(rationale="other"), "not JSON", answer()))
+    first, second, other, broken, last = only.rollouts
+    assert first is second is last
+    assert first is not other
+    assert broken.judgement.failure is not None
+    assert len(only.token_group().completions) == 4
+    num_tokens = 3 * len(answer()) + len(answer(rationale="other")) + len("page")
+    assert prepared(group(*[answer()] * 3, answer(rationale="other")), max_request_tokens=num_tokens)
+    with pytest.raises(TooLargeError, match="max_request_tokens"):
+        prepared(group(*[answer()] * 3, answer(rationale="other")), max_request_tokens=num_tokens - 1)
+
+
 def test_all_errors_of_a_request_are_named() -> None:
     bad_ids = {"token_ids": [1, 0x110000]}
     with pytest.raises(InvalidRequestError) as caught:
