@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from transformers import modeling_gguf_pytorch_utils as legacy_reader
-from transformers.integrations.ggml import _gguf_parse_value
 from transformers.integrations.gguf import reader
 
 _STRING = 8
@@ -31,16 +29,34 @@ def shared_reads() -> Iterator[None]:
     import gguf  # slow to import, and only needed for these files
     from gguf import quants
 
-    with ExitStack() as patches:
-        for module, name, replacement in (
-            (gguf, "GGUFReader", cache(_plain_reader(gguf.GGUFReader))),
-            (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
-            (quants, "_apply_over_grouped_rows", _apply_to_rows),
-            (reader, "_mapped", lambda path: _plain(np.memmap(path, mode="r", dtype=np.uint8))),
-            (legacy_reader, "_gguf_parse_value", _value_parser(_gguf_parse_value)),
+    with ExitStack() as replacements:
+        for module, name, make in (
+            (gguf, "GGUFReader", lambda kind: cache(_plain_reader(kind))),
+            (gguf, "get_tensor_name_map", cache),
+            (quants, "_apply_over_grouped_rows", lambda _: _apply_to_rows),
+            (reader, "_mapped", lambda _: _map_plain),
+            (legacy_reader, "_gguf_parse_value", _value_parser),
         ):
-            patches.enter_context(patch.object(module, name, replacement))
+            replacements.enter_context(_replaced(module, name, make))
         yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:  # noqa: ANN401
+    """Replace a name in a module by what `make` makes of it. A version without it only reads more slowly."""
+    original = getattr(module, name, None)
+    if original is None:
+        yield
+        return
+    setattr(module, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _map_plain(path: str) -> Array:
+    return _plain(np.memmap(path, mode="r", dtype=np.uint8))
 
 
 def _plain(mapped: Array) -> Array:

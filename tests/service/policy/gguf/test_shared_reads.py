@@ -33,6 +33,21 @@ def test_reads_are_shared_within_the_block_only(file: Path) -> None:
     assert names(gguf.MODEL_ARCH.LLAMA, 2).mapping == shared.mapping
 
 
+def test_a_version_without_a_name_is_left_as_it_is(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(legacy_reader, "_gguf_parse_value")
+    with shared_reads():
+        assert gguf.GGUFReader(file) is gguf.GGUFReader(file)
+        assert not hasattr(legacy_reader, "_gguf_parse_value")
+    assert not hasattr(legacy_reader, "_gguf_parse_value")
+
+
+def test_names_are_restored_after_an_error() -> None:
+    reader = gguf.GGUFReader
+    with pytest.raises(ZeroDivisionError), shared_reads():
+        _ = 1 / 0
+    assert gguf.GGUFReader is reader
+
+
 def test_fields_and_tensors_are_the_same(file: Path) -> None:
     def read() -> tuple[Any, ...]:
         reader: Any = gguf.GGUFReader(file)
