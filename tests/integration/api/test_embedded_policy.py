@@ -1,8 +1,5 @@
 """The embedded policy, SmolLM2-135M-Instruct: loaded once from its GGUF file, with its real tokenizer."""
 
-import functools
-
-import gguf
 import pytest
 import torch
 
@@ -18,11 +15,7 @@ from tests.support.models import naive, rules, slow_overlapping, token_bytes
 
 @pytest.fixture(scope="module")
 def embedded() -> LoadedPolicy:
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers parses the file three times, and maps tensor names once for each module.
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-        return load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
+    return load_policy(Settings(dtype=DType.FLOAT32, device="cpu"))
 
 
 def test_embedded_policy(embedded: LoadedPolicy) -> None:

@@ -152,6 +152,7 @@ def test_directory_gives_what_the_model_in_memory_gives(saved: Path) -> None:
         max_sequence_tokens=512,
         head="linear",
         forward="shared_prefix",
+        attention="cpu_flash",
     )
     assert policy.codec.num_ids == NUM_ROWS
     assert policy.codec.encode_text("便宜").text == "便宜"

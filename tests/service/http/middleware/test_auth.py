@@ -14,7 +14,7 @@ from shopr1_service.policy.fake import FakePolicy
 from shopr1_service.scheduling.local_engine import LocalEngine
 from shopr1_service.server.app import create_app
 from shopr1_service.settings import Settings
-from tests.support.http import answer, client_of, group, problem, running, served
+from tests.support.http import answer, client_of, group, problem, running, served, until_ready
 from tests.support.trainer_requests import SLIME, slime
 
 pytestmark = pytest.mark.anyio
@@ -163,6 +163,7 @@ async def test_every_route_refuses_unauthorised_requests(
 ) -> None:
     app = create_app(Settings(api_keys=keys), LocalEngine.opener(FakePolicy))  # type: ignore[arg-type]
     async with app.router.lifespan_context(app), client_of(app) as client:
+        await until_ready(client)
         routes = [(path, method) for path, ops in app.openapi()["paths"].items() for method in ops]
         assert len(routes) > 15
         for path, method in [*routes, ("/docs", "get"), ("/nowhere", "get"), ("/score", "options")]:
