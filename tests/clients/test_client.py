@@ -2,9 +2,8 @@
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -174,19 +173,24 @@ def test_waiting_does_not_hide_other_problems() -> None:
 # --- no answer --------------------------------------------------------------------------------------
 
 
-def free_url() -> str:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        return f"http://127.0.0.1:{server.server_port}"
+@contextmanager
+def taken_url() -> Iterator[str]:
+    """A port that nobody listens on, and that no other process can take meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("url", [free_url(), "http://127.0.0.1:1"], ids=["free-port", "port-1"])
-def test_no_answer_is_a_transport_error(url: str) -> None:
-    with Client(url, retry_for_s=0) as client:
+@pytest.mark.parametrize(
+    "closed", [taken_url, lambda: nullcontext("http://127.0.0.1:1")], ids=["free-port", "port-1"]
+)
+def test_no_answer_is_a_transport_error(closed: Callable[[], AbstractContextManager[str]]) -> None:
+    with closed() as url, Client(url, retry_for_s=0) as client:
         for call in (client.info, lambda: client.score(request()), lambda: client.wait_until_ready(0.0)):
             with pytest.raises(TransportError) as caught:
                 call()
             assert caught.value.__cause__ is not None
-    assert str(caught.value).startswith(f"GET {url}/health/ready: ")
+        assert str(caught.value).startswith(f"GET {url}/health/ready: ")
 
 
 def test_a_reset_is_a_transport_error() -> None:

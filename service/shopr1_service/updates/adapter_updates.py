@@ -124,6 +124,8 @@ class AdapterUpdates:
                 message = f"the adapter cannot be read again: {error.strerror or error}"
                 raise StorageError(message) from error
             raise
+        # All of it has been read. A refusal's traceback would hold the file until the garbage collector runs.
+        await asyncio.to_thread(file.discard)
         return await self._load(adapter, request, base, start_s)
 
     async def unload(self, name: str, version: str | None = None) -> None:
