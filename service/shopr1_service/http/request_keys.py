@@ -41,6 +41,7 @@ def content_key(body: ScoreRequest, run: str) -> bytes:
 
 
 def _encode(part: object) -> bytes:
+    # `orjson` writes NaN as null. Only keys of a ground truth that no recipe reads can hold one.
     try:
         return orjson.dumps(part, default=BaseModel.model_dump)
     except orjson.JSONEncodeError:  # half a surrogate pair, an integer beyond 64 bits, deep nesting
